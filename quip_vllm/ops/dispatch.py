@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a quantized linear layer: one description, one protocol, one ordered table a device."""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quip_vllm import envs
+from quip_vllm.formats.methods import Code, Method
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A quantized linear layer, or several that read the same activation through one shared ``su``.
+
+    Attributes:
+        method, code, bits: the format (code is None for quip_sharp).
+        in_features: k, the length of a row of x.
+        output_sizes: n of each fused projection, in order; each has an output rotation of its own.
+        hadamard_block: None for full width, else the largest block of the blockwise rotation.
+    """
+
+    method: Method
+    code: Code | None
+    bits: int
+    in_features: int
+    output_sizes: tuple[int, ...]
+    hadamard_block: int | None = None
+
+    @property
+    def out_features(self) -> int:
+        """n, over all fused projections."""
+        return sum(self.output_sizes)
+
+
+class Backend(Protocol):
+    """Something that can run a LinearSpec. Tensors are those of the checkpoint, fused along dimension 0:
+
+    ``packed`` int16 [n/16, k*bits] or ``codes`` int16 [n, k/8] and ``residual_codes`` (uint8 or int16) [n, k/8];
+    ``su`` [k], ``sv`` [n]; ``lut`` fp16 [projections, 512, 2] for HYB.
+    """
+
+    name: str
+
+    def refusal(self, spec: LinearSpec) -> str | None:
+        """None if this backend can run ``spec`` on this machine, else one sentence that says why not."""
+
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Checks shapes and dtypes and lays the checkpoint's tensors out for ``linear``; runs once, at load."""
+
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """y = sv * H(decode(packed) H(su * x)): x [..., k] -> y [..., n] in x's dtype. ``tensors`` from ``prepare``."""
+
+
+@cache
+def backends(device_type: str) -> tuple[Backend, ...]:
+    """Backends for a device in order of preference. The reference is last and only runs when asked for by name."""
+    from quip_vllm.ops.cpu import CpuBackend
+    from quip_vllm.ops.reference import ReferenceBackend
+
+    table: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(), ReferenceBackend())}
+    return table.get(device_type, (ReferenceBackend(),))
+
+
+def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
+    """The first backend of the device's table that takes ``spec``; the choice is logged once.
+
+    QUIP_VLLM_BACKEND names one backend, the reference included, and takes away the choice.
+
+    Raises:
+        ValueError: no backend takes it; the message lists every refusal.
+    """
+    device_type = torch.device(device).type
+    refusals = []
+    wanted = envs.backend()
+    for backend in backends(device_type):
+        if wanted is not None and backend.name != wanted:
+            refusals.append(f"{backend.name}: QUIP_VLLM_BACKEND asks for {wanted}")
+            continue
+        if wanted is None and backend.name == "reference":
+            refusals.append("reference: slow, runs only with QUIP_VLLM_BACKEND=reference")
+            continue
+        why_not = backend.refusal(spec)
+        if why_not is None:
+            _log_choice(backend.name, device_type, spec.method, spec.code, spec.bits)
+            return backend
+        refusals.append(f"{backend.name}: {why_not}")
+    raise ValueError(f"no backend runs {spec} on {device_type}: " + "; ".join(refusals))
+
+
+@cache
+def _log_choice(name: str, device_type: str, method: Method, code: Code | None, bits: int) -> None:
+    label = method.value if code is None else f"{method.value} {code.value}"
+    logger.info("quip_vllm: %s at %d bits runs on the %s backend (device %s)", label, bits, name, device_type)
