@@ -24,3 +24,17 @@ after a chunk is read, 2 to 4 ms more than the 400 ms to the first token."""
 HYB_QUANTIZER_ERROR = 0.005
 """Mean squared error, per component, of 512 good centroids for a 2-D Gaussian: 0.0042 when K-means has converged,
 0.0074 for the random samples from which it starts."""
+
+FLOAT32_LINEAR = 5e-6
+"""Relative error (Frobenius norm) of a quantized linear layer in float32 against its dequantized weight in float32: two
+rotations and a sum of some thousand terms in another order; 2e-7 to 1e-6 is seen."""
+
+SAME_DTYPE_FACTOR = 2.0
+"""How much larger than torch's own error an op's error may be, both against float64 and with the same dtype of x and y:
+the op rounds its output once, like torch, and computes in float32 between."""
+
+DISTORTION = 0.02
+"""Relative error of a code's mean squared error on a Gaussian against the published figure, over 2^18 weights."""
+
+SERVED_LOG_PROBABILITY = 1e-3
+"""Absolute error of a served log probability in float32 against transformers with the dequantized model."""

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``quantization_config`` of ``config.json``, format version 1, as a checked object."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from quip_vllm.formats.methods import STATE_BITS, Code, Method, supported_bits, vector_dim
@@ -33,7 +31,7 @@ class CheckpointConfig:
     code: Code | None = None
     hadamard_block: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
-    overrides: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.method is Method.QTIP) != (self.code is not None):
@@ -74,7 +72,9 @@ class CheckpointConfig:
         """
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize")
+            raise ValueError(
+                f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
+            )
         method = _member(Method, raw.get("quant_method"), "quant_method")
         code = _member(Code, raw.get("code"), "code") if method is Method.QTIP else None
         if code is not None:
@@ -93,24 +93,7 @@ class CheckpointConfig:
             code=code,
             hadamard_block=raw.get("hadamard_block"),
             modules_to_not_convert=tuple(skip),
-            overrides=MappingProxyType({str(name): item.get("bits") for name, item in overrides.items()}),
-        )
-
-    def with_names_mapped(self, rename: Mapping[str, str]) -> "CheckpointConfig":
-        """The same config with module-name prefixes replaced (``rename``: regular expression -> replacement)."""
-
-        def apply(name: str) -> str:
-            for pattern, replacement in rename.items():
-                name = re.sub(pattern, replacement, name)
-            return name
-
-        return CheckpointConfig(
-            self.method,
-            self.bits,
-            self.code,
-            self.hadamard_block,
-            tuple(map(apply, self.modules_to_not_convert)),
-            MappingProxyType({apply(name): bits for name, bits in self.overrides.items()}),
+            overrides={str(name): item.get("bits") for name, item in overrides.items()},
         )
 
 

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The E8P codebook of QuIP# (arXiv 2402.04396, section 4.2): tables, decode, exact nearest point.
+//
+// 16-bit code: high byte = row of the table of 256 absolute vectors, low byte = signs s. With the parity of s in bit 0,
+// s' = s ^ parity flips an even number of components; all components then move by +1/4 (parity 0) or -1/4 (parity 1).
+// Component i has sign bit {0,4,1,5,2,6,3,7}[i] of s'.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace quip {
+namespace {
+
+typedef float Octet __attribute__((vector_size(32)));
+
+struct LatticeTables {
+  float rows[256][8];            // signed: the sum of a row is even
+  alignas(64) float absolute[8][256];
+  alignas(64) float half_norm[256];
+  alignas(64) float odd[256];    // 1 where component 7 of the row is negative
+  uint32_t signs[256][8];        // sign masks of s (already s')
+  float shift[256];
+  float e81b[256][8];
+
+  static constexpr int kSignBit[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+  // Calls f for each vector of 8 digits below `base`, in lexicographic order.
+  template <class F>
+  static void each(int base, F f) {
+    int count = 1;
+    for (int i = 0; i < 8; ++i) count *= base;
+    for (int number = 0; number < count; ++number) {
+      int digit[8];
+      for (int i = 7, rest = number; i >= 0; --i, rest /= base) digit[i] = rest % base;
+      f(digit);
+    }
+  }
+
+  LatticeTables() {
+    int row = 0;
+    each(3, [&](const int* digit) {
+      int norm4 = 0;  // four times the squared norm
+      for (int i = 0; i < 8; ++i) norm4 += (2 * digit[i] + 1) * (2 * digit[i] + 1);
+      if (norm4 > 40) return;
+      for (int i = 0; i < 8; ++i) rows[row][i] = digit[i] + 0.5f;
+      ++row;
+    });
+    // The 29 rows of squared norm 12: positions of their three halves, the other five components are 3/2.
+    static const char* const kHalves[29] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
+                                            "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
+                                            "146", "045", "067", "057", "047", "056", "046", "014", "237"};
+    for (const char* halves : kHalves) {
+      for (int i = 0; i < 8; ++i) rows[row][i] = 1.5f;
+      for (int i = 0; i < 3; ++i) rows[row][halves[i] - '0'] = 0.5f;
+      ++row;
+    }
+    for (int r = 0; r < 256; ++r) {
+      float total = 0, norm = 0;
+      for (int i = 0; i < 8; ++i) {
+        absolute[i][r] = rows[r][i];
+        total += rows[r][i];
+        norm += rows[r][i] * rows[r][i];
+      }
+      half_norm[r] = norm / 2;
+      odd[r] = std::fmod(total, 2.0f) != 0;
+      if (odd[r]) rows[r][7] = -rows[r][7];
+    }
+    for (int s = 0; s < 256; ++s) {
+      int parity = __builtin_popcount(s) & 1;
+      for (int i = 0; i < 8; ++i) signs[s][i] = uint32_t((s ^ parity) >> kSignBit[i] & 1) << 31;
+      shift[s] = parity ? -0.25f : 0.25f;
+    }
+    row = 0;
+    each(3, [&](const int* digit) {  // integer vectors of E8 with squared norm at most 2
+      int norm = 0, total = 0;
+      for (int i = 0; i < 8; ++i) norm += (digit[i] - 1) * (digit[i] - 1), total += digit[i] - 1;
+      if (norm > 2 || total % 2 != 0) return;
+      for (int i = 0; i < 8; ++i) e81b[row][i] = digit[i] - 1;
+      ++row;
+    });
+    each(2, [&](const int* digit) {  // halves with an even number of minus signs
+      int minus = 0;
+      for (int i = 0; i < 8; ++i) minus += digit[i] == 0;
+      if (minus % 2 != 0) return;
+      for (int i = 0; i < 8; ++i) e81b[row][i] = digit[i] - 0.5f;
+      ++row;
+    });
+    for (int i = 0; row < 256; ++i, ++row) {
+      std::fill(e81b[row], e81b[row] + 8, 0.0f);
+      e81b[row][i % 8] = i < 8 ? 2.0f : -2.0f;
+    }
+  }
+};
+const LatticeTables kLattice;
+
+inline Octet decode_e8p(uint16_t code) {
+  typedef uint32_t Masks __attribute__((vector_size(32)));
+  int s = code & 255;
+  Masks bits = load<Masks>(kLattice.rows[code >> 8]) ^ load<Masks>(kLattice.signs[s]);
+  return (Octet)bits + kLattice.shift[s];
+}
+
+// One row of codes to floats; `count` codes.
+inline void decode_lattice_row(const Weight& w, int64_t offset, int64_t count, float* out) {
+  constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
+  for (int64_t c = 0; c < count; ++c) {
+    Octet v = decode_e8p(w.codes[offset + c]);
+    if (w.residual8) v += load<Octet>(kLattice.e81b[w.residual8[offset + c]]) * kResidual3;
+    if (w.residual16) v += decode_e8p(w.residual16[offset + c]) * kResidual4;
+    store(out + 8 * c, v);
+  }
+}
+
+// For each shift, signs follow y = x - shift; where a row then flips an odd number of components, the cheapest flip
+// (smallest |y_i| |T_i|) is undone. Score = <y, v> - |v|^2 / 2, so the distance is |y|^2 - 2 score.
+inline int16_t nearest_e8p(const float* x) {
+  float best_distance = INFINITY;
+  int best_code = 0;
+  for (int parity = 0; parity < 2; ++parity) {
+    float y[8], magnitude[8], norm = 0;
+    int negatives = 0;
+    for (int i = 0; i < 8; ++i) {
+      y[i] = x[i] - (parity ? -0.25f : 0.25f);
+      magnitude[i] = std::fabs(y[i]);
+      negatives += y[i] < 0;
+      norm += y[i] * y[i];
+    }
+    const float y_odd = negatives & 1;
+    Floats best = splat(-INFINITY);
+    Ints best_row = {};
+    for (int row = 0; row < 256; row += kLanes) {
+      Floats dot = {}, cheapest = splat(INFINITY);
+      for (int i = 0; i < 8; ++i) {
+        Floats term = load<Floats>(kLattice.absolute[i] + row) * magnitude[i];
+        dot += term;
+        cheapest = term < cheapest ? term : cheapest;
+      }
+      Floats odd = load<Floats>(kLattice.odd + row);
+      Floats mismatch = odd + y_odd - 2.0f * odd * y_odd;
+      Floats score = dot - 2.0f * mismatch * cheapest - load<Floats>(kLattice.half_norm + row);
+      Ints better = score > best;
+      best = better ? score : best;
+      best_row = better ? lanes<Ints>([&](int lane) { return row + lane; }) : best_row;
+    }
+    int lane = 0;
+    for (int i = 1; i < kLanes; ++i)
+      if (best[i] > best[lane]) lane = i;
+    float distance = norm - 2 * best[lane];
+    if (!(distance < best_distance)) continue;
+    best_distance = distance;
+    int row = best_row[lane], flips = 0, cheapest = 0;
+    for (int i = 0; i < 8; ++i) {
+      if ((y[i] < 0) != (kLattice.rows[row][i] < 0)) flips ^= 1 << LatticeTables::kSignBit[i];
+      if (magnitude[i] * kLattice.absolute[i][row] < magnitude[cheapest] * kLattice.absolute[cheapest][row]) cheapest = i;
+    }
+    if (__builtin_popcount(flips) & 1) flips ^= 1 << LatticeTables::kSignBit[cheapest];
+    best_code = row << 8 | (flips ^ parity);
+  }
+  return int16_t(best_code);
+}
+
+}  // namespace
+}  // namespace quip

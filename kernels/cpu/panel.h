@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode 16 rows of the weight, 256 columns at a time, and multiply: the dense weight never outlives a panel.
+#pragma once
+#include <algorithm>
+
+#include "decode_trellis.h"
+#include "lattice.h"
+
+namespace quip {
+namespace {
+
+constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together in registers
+
+// y[r, i] += <W row i, x row r> for i < 4, r < M. Each element is summed in the same order for every M.
+template <int M>
+inline void multiply(const float* w, const float* x, int64_t stride, int columns, float* y, int64_t y_stride) {
+  Floats acc[kRowBlock][M] = {};
+  for (int c = 0; c < columns; c += kLanes)
+    for (int i = 0; i < kRowBlock; ++i) {
+      Floats weights = load<Floats>(w + i * kPanelColumns + c);
+      for (int r = 0; r < M; ++r) acc[i][r] += weights * load<Floats>(x + r * stride + c);
+    }
+  for (int i = 0; i < kRowBlock; ++i)
+    for (int r = 0; r < M; ++r) y[r * y_stride + i] += sum(acc[i][r]);
+}
+
+inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int rows, int64_t c0, int columns, float* out) {
+  if (w.packed) {
+    for (int c = 0; c < columns; c += kTile)
+      decode(w.packed + row0 / kTile * w.k * w.bits + (c0 + c) * w.bits, w.lut, out + c, kPanelColumns);
+    return;
+  }
+  for (int i = 0; i < rows; ++i) decode_lattice_row(w, (row0 + i) * (w.k / 8) + c0 / 8, columns / 8, out + i * kPanelColumns);
+}
+
+inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {
+  alignas(64) float weights[kTile * kPanelColumns] = {};
+  float tail[kRowBlock];
+  const int rows = int(std::min<int64_t>(kTile, w.n - row0));
+  const TileDecoder decode = w.packed ? tile_decoder(w.code, w.bits) : nullptr;
+  for (int64_t r = 0; r < m; ++r) std::fill(y + r * y_stride + row0, y + r * y_stride + row0 + rows, 0.0f);
+  for (int64_t c0 = 0; c0 < w.k; c0 += kPanelColumns) {
+    const int columns = int(std::min<int64_t>(kPanelColumns, w.k - c0));
+    decode_panel(w, decode, row0, rows, c0, columns, weights);
+    for (int i = 0; columns % kLanes && i < rows; ++i)
+      std::fill(weights + i * kPanelColumns + columns, weights + i * kPanelColumns + columns + 8, 0.0f);
+    for (int64_t r = 0; r < m;) {
+      const bool four = m - r >= kRowBlock;
+      for (int i = 0; i < rows; i += kRowBlock) {
+        const float* block = weights + i * kPanelColumns;
+        float* out = y + r * y_stride + row0 + i;
+        if (rows - i < kRowBlock) {  // fewer than four rows left: one row of x at a time through a small buffer
+          for (int64_t j = 0; j < (four ? kRowBlock : 1); ++j) {
+            std::fill(tail, tail + kRowBlock, 0.0f);
+            multiply<1>(block, x + (r + j) * stride + c0, stride, columns, tail, 0);
+            for (int e = 0; e < rows - i; ++e) out[j * y_stride + e] += tail[e];
+          }
+        } else if (four) {
+          multiply<kRowBlock>(block, x + r * stride + c0, stride, columns, out, y_stride);
+        } else {
+          multiply<1>(block, x + r * stride + c0, stride, columns, out, y_stride);
+        }
+      }
+      r += four ? kRowBlock : 1;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quip

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tail-biting Viterbi search over the bitshift trellis (QTIP, arXiv 2406.11235, section 3.1 and algorithm 4).
+//
+// With KV bits a step, the 2^KV predecessors of state t are (t >> KV) + c * G, G = 65536 >> KV, c < 2^KV, so the 2^KV
+// states t that share t >> KV = g (a group) share the best predecessor: one minimum a group, then 2^KV new costs.
+#pragma once
+#include <utility>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace quip {
+namespace {
+namespace search_vectors {  // as wide as the tier's registers: split vectors lose their comparisons to scalar code
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+constexpr float kForbidden = 1e30f;
+
+// Where the cost of a state lies. The predecessors of a group are read G apart; with 16 of them that is a multiple of
+// 4 KiB, which would put them all in one set of the first-level cache: a gap after each 4096 states spreads them.
+inline int64_t place(int64_t state) { return state + (state >> 12) * 32; }
+
+struct Search {
+  const float* values;  // [V][65536]
+  float *cost, *next;   // [kCosts] each, see place()
+  uint8_t* choice;      // [steps][G]: the c of the best predecessor
+};
+
+template <int V>
+inline Floats branch(const float* values, const float* x, int64_t state) {
+  Floats total = {};
+  for (int v = 0; v < V; ++v) {
+    Floats d = load<Floats>(values + int64_t(v) * kStates + state) - x[v];
+    total += d * d;
+  }
+  return total;
+}
+
+template <int KV, int V>
+void step(const Search& s, const float* x, uint8_t* choice) {
+  constexpr int kBranches = 1 << KV;
+  constexpr int64_t kGroups = kStates >> KV;
+  Ints lane_of[kBranches < kLanes ? kBranches : 1] = {};
+  for (int i = 0; i < kBranches && kBranches < kLanes; ++i)
+    for (int lane = 0; lane < kLanes; ++lane) lane_of[i][lane] = (i * kLanes + lane) >> KV;
+  for (int64_t g = 0; g < kGroups; g += kLanes) {
+    Floats best = load<Floats>(s.cost + place(g));
+    Ints chosen = {};
+#pragma GCC unroll 16
+    for (int c = 1; c < kBranches; ++c) {
+      Floats cost = load<Floats>(s.cost + place(c * kGroups + g));
+      Ints less = cost < best;
+      best = less ? cost : best;
+      chosen = less ? c - Ints{} : chosen;
+    }
+    store(choice + g, __builtin_convertvector(chosen, Bytes));
+    alignas(64) float each[kLanes];
+    if constexpr (kBranches >= kLanes) store(each, best);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBranches; ++i) {
+      Floats from;
+      if constexpr (kBranches < kLanes)
+        from = __builtin_shuffle(best, lane_of[i]);
+      else
+        from = each[i * kLanes >> KV] - Floats{};
+      int64_t state = (g << KV) + i * kLanes;
+      store(s.next + place(state), from + branch<V>(s.values, x, state));
+    }
+  }
+}
+
+// The best last state (of those that agree with the overlap, if there is one) and the way back from it.
+template <int KV, int kSteps, class Cost>
+void trace_back(const Cost* cost, const uint8_t* choice, int64_t overlap, int32_t* states) {
+  constexpr int64_t kGroups = kStates >> KV;
+  int64_t last = overlap >= 0 ? overlap : 0;
+  for (int64_t t = last; t < kStates; t += overlap >= 0 ? kGroups : 1)
+    if (cost[place(t)] < cost[place(last)]) last = t;
+  for (int i = kSteps - 1; i >= 0; --i) {
+    states[i] = int32_t(last);
+    int64_t group = last >> KV;
+    if (i > 0) last = group + choice[i * kGroups + group] * kGroups;
+  }
+}
+
+// One search over `target`, rotated by `first` steps. overlap >= 0 forces the state before the first step and the last
+// state to agree in the 16 - KV bits they share. Writes states in the order searched.
+template <int KV, int V>
+void search(Search s, const float* target, int first, int64_t overlap, int32_t* states) {
+  constexpr int64_t kGroups = kStates >> KV;
+  constexpr int kSteps = kSequence / V;
+  const auto at = [&](int i) { return target + (i + first) % kSteps * V; };
+  for (int64_t t = 0; t < kStates; t += kLanes) store(s.cost + place(t), branch<V>(s.values, at(0), t));
+  if (overlap >= 0)
+    for (int64_t t = 0; t < kStates; ++t)
+      if (t >> KV != overlap) s.cost[place(t)] = kForbidden;
+  for (int i = 1; i < kSteps; ++i) {
+    step<KV, V>(s, at(i), s.choice + i * kGroups);
+    std::swap(s.cost, s.next);
+  }
+  trace_back<KV, kSteps>(s.cost, s.choice, overlap, states);
+}
+
+template <int KV, int V>
+void tail_biting(const float* target, const float* values, int32_t* states, void* work) {
+  float* cost = static_cast<float*>(work);
+  Search s{values, cost, cost + kCosts, reinterpret_cast<uint8_t*>(cost + 2 * kCosts)};
+  constexpr int kHalf = kSequence / V / 2;
+  search<KV, V>(s, target, kHalf, -1, states);
+  search<KV, V>(s, target, 0, states[kHalf] >> KV, states);
+}
+
+}  // namespace search_vectors
+}  // namespace
+}  // namespace quip

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing sharded safetensors checkpoints. A file is there whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class CheckpointReader:
+    """Tensors of a local safetensors checkpoint by name, read one at a time.
+
+    Raises:
+        ValueError: no safetensors file is there, or one is truncated; the message names the file and the remedy.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = sorted(folder.glob("*.safetensors"))
+        index = folder / INDEX_NAME
+        if index.exists():
+            names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+            files = [folder / name for name in sorted(names)]
+            for name in names:
+                if Path(name).name != name:
+                    raise ValueError(
+                        f"{index} names {name!r}: a shard must be a plain file name; fetch the model again"
+                    )
+        if not files:
+            raise ValueError(
+                f"{folder} has no *.safetensors file: give a folder with safetensors weights (never pickles)"
+            )
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.bytes_of: dict[str, int] = {}
+        for file in files:
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118  # not a dict
+                    part = handle.get_slice(name)
+                    self._file_of[name] = file
+                    self.shapes[name] = tuple(part.get_shape())
+                    count = 1
+                    for size in self.shapes[name]:
+                        count *= size
+                    self.bytes_of[name] = count * _BITS[part.get_dtype()] // 8
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU. Raises ValueError for a name that is not there."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name not in self._file_of:
+                raise ValueError(
+                    f"{self.folder} has no tensor {name}: its files and its config.json do not belong together"
+                )
+            with _open(self._file_of[name]) as handle:
+                found[name] = handle.get_tensor(name)
+        return found
+
+
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_BITS |= {"U16": 16, "U32": 32, "U64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): it is missing or truncated; fetch or quantize it again"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file if it is missing or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): a JSON file is wanted there") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}: a JSON object is wanted")
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes text so that ``path`` is the old or the new file, never a part of one."""
+    fresh = path.with_name(path.name + ".tmp")
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """``write_atomically`` of an indented JSON object."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes one safetensors shard atomically; tensors in name order, so that equal content is equal bytes."""
+    fresh = path.with_name(path.name + ".tmp")
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    save_file(ordered, fresh, metadata={"format": "pt"})
+    with open(fresh, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def shard_name(index: int, count: int) -> str:
+    """Hugging Face's name of shard ``index`` (from 0) of ``count``."""
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, count: int) -> None:
+    """Writes ``model.safetensors.index.json`` over the ``count`` shards in ``folder``."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i in range(count):
+        with _open(folder / shard_name(i, count)) as handle:
+            for name in handle.keys():  # noqa: SIM118  # not a dict
+                weight_map[name] = shard_name(i, count)
+                tensor = handle.get_tensor(name)
+                total += tensor.numel() * tensor.element_size()
+    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """torch dtype of a config.json ``dtype`` string. Raises ValueError for anything but float16, bfloat16, float32."""
+    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in kinds:
+        raise ValueError(f"dtype is {name!r}: models in {', '.join(kinds)} are read")
+    return kinds[name]

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quip-vllm quantize | evaluate | inspect | doctor. Exit codes: 0 done, 1 a bug, 2 bad input (one sentence on stderr)."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quip_vllm import __version__
+from quip_vllm.formats.methods import Code, Method
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"quip-vllm {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"quip-vllm {parsed.command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quip-vllm", description="2- to 4-bit QuIP# and QTIP weights for vLLM.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_quantize(commands.add_parser("quantize", help="write a quantized checkpoint of a Hugging Face causal LM"))
+    evaluate = commands.add_parser("evaluate", help="perplexity, and KL divergence to a reference, on a text")
+    evaluate.add_argument("model", help="folder or hub name; also a checkpoint of ours")
+    evaluate.add_argument("--text", required=True, help="UTF-8 text, tokenized whole")
+    evaluate.add_argument("--reference", help="the original model: adds KL divergence and top-1 agreement")
+    evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
+    evaluate.add_argument("--windows", type=int, help="only the first N windows")
+    evaluate.add_argument("--json", type=Path, help="write the figures there as well")
+    evaluate.set_defaults(run=_evaluate)
+    inspect = commands.add_parser("inspect", help="every layer of a quantized checkpoint, and its totals")
+    inspect.add_argument("checkpoint", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="what this machine has, and which backend serves which format")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
+    parser.add_argument("out", type=Path, help="new folder for the checkpoint")
+    parser.add_argument("--method", required=True, choices=[method.value for method in Method])
+    parser.add_argument("--bits", required=True, type=int, help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4)")
+    parser.add_argument("--code", choices=[code.value for code in Code], help="trellis code of qtip (default 1mad)")
+    parser.add_argument(
+        "--calibration",
+        default="self",
+        metavar="FILE|hub:DATASET[:SPLIT[:COLUMN]]|self",
+        help="calibration text; self (default): text that the model itself writes",
+    )
+    parser.add_argument("--sequences", type=int, help="calibration sequences (default 256; self: 64)")
+    parser.add_argument("--sequence-length", type=int, help="tokens in each (default 2048; self: 256)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--hadamard-block",
+        default="full",
+        metavar="N|full",
+        help="rotate whole rows (full, default) or blocks of at most N, a power of two; tensor parallelism needs blocks",
+    )
+    parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
+    parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
+    parser.add_argument("--device", default="auto", help="auto or cpu: the encoders of this version run on the CPU")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
+    from quip_vllm.quantizer.pipeline import default_code, quantize
+    from quip_vllm.quantizer.settings import Settings
+
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device is {args.device}: the encoders of this version run on the CPU; give auto or cpu")
+    method = Method(args.method)
+    if args.code and method is not Method.QTIP:
+        raise ValueError(f"--code is {args.code} for {method.value}: only qtip has trellis codes; leave it away")
+    code = args.code or default_code(method)
+    written_by_itself = args.calibration == "self"
+    settings = Settings(
+        model=args.model,
+        method=method,
+        bits=args.bits,
+        code=Code(code) if code else None,
+        calibration=args.calibration,
+        sequences=args.sequences or (SELF_SEQUENCES if written_by_itself else 256),
+        sequence_length=args.sequence_length or (SELF_SEQUENCE_LENGTH if written_by_itself else 2048),
+        seed=args.seed,
+        hadamard_block=_block(args.hadamard_block),
+        ignore=tuple(args.ignore),
+        overrides=tuple(_override(item) for item in args.override),
+    )
+    report = quantize(settings, args.out, args.resume)
+    losses = [layer["proxy_loss"] for layer in report["layers"]]
+    print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
+    print(f"serve it with: vllm serve {args.out}")
+    return 0
+
+
+def _block(text: str) -> int | None:
+    if text == "full":
+        return None
+    if not text.isdigit() or int(text) < 2 or int(text) & (int(text) - 1):
+        raise ValueError(f"--hadamard-block is {text}: give a power of two of at least 2, or full")
+    return int(text)
+
+
+def _override(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdigit():
+        raise ValueError(f"--override is {text}: give REGEX=BITS, for example 'down_proj=4'")
+    return pattern, int(bits)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from quip_vllm.checkpoint.store import write_json
+    from quip_vllm.evaluation.report import evaluate, format_report
+
+    result = evaluate(args.model, args.text, args.reference, args.sequence_length, args.windows)
+    print(format_report(result))
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from quip_vllm.checkpoint.inspection import format_inspection, inspect
+
+    result = inspect(args.checkpoint)
+    print(json.dumps(result, indent=2) if args.json else format_inspection(result))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from quip_vllm.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``quip-vllm evaluate``: the figures of one model, as a stable JSON object."""
+
+from pathlib import Path
+from typing import Any
+
+from quip_vllm import __version__
+from quip_vllm.checkpoint.inspection import inspect
+from quip_vllm.checkpoint.store import CheckpointReader, read_json
+from quip_vllm.evaluation.loading import OWN_METHODS, load_model
+from quip_vllm.evaluation.windows import score, windows_of
+
+
+def evaluate(
+    model: str, text: str, reference: str | None = None, sequence_length: int = 2048, windows: int | None = None
+) -> dict[str, Any]:
+    """Measures a model on a text.
+
+    Returns:
+        ``perplexity``; ``kl_divergence`` (nats) and ``top1_agreement`` (0..1), null without a reference;
+        ``bits_per_weight`` of the linear layers; ``bytes`` of all tensors; then what was run.
+
+    Raises:
+        ValueError: bad input.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = windows_of(text, tokenizer, sequence_length, windows)
+    loaded = load_model(model)
+    other = load_model(reference) if reference else None
+    if other is not None and other.config.vocab_size != loaded.config.vocab_size:
+        raise ValueError(
+            f"the reference has {other.config.vocab_size} tokens and the model {loaded.config.vocab_size}: "
+            "a divergence needs one vocabulary; give the model that was quantized"
+        )
+    figures = score([loaded], tokens, other)[0]
+    size = _size(model, loaded)
+    return {
+        "perplexity": figures["perplexity"],
+        "kl_divergence": figures.get("kl_divergence"),
+        "top1_agreement": figures.get("top1_agreement"),
+        "bits_per_weight": size["bits_per_weight"],
+        "bytes": size["bytes"],
+        "reference_perplexity": figures.get("reference_perplexity"),
+        "model": model,
+        "reference": reference,
+        "text": text,
+        "windows": tokens.shape[0],
+        "sequence_length": tokens.shape[1],
+        "quip_vllm": __version__,
+    }
+
+
+def _size(model: str, loaded: Any) -> dict[str, Any]:
+    folder = Path(model)
+    described = read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else None
+    if described and described.get("quant_method") in OWN_METHODS:
+        return inspect(folder)["totals"]
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    total = sum(CheckpointReader(folder).bytes_of.values()) if folder.is_dir() else count * loaded.dtype.itemsize
+    return {"bits_per_weight": round(8 * total / count, 4), "bytes": total}
+
+
+def format_report(figures: dict[str, Any]) -> str:
+    """A few lines for a person."""
+    lines = [f"perplexity        {figures['perplexity']:.4f}"]
+    if figures["kl_divergence"] is not None:
+        lines += [
+            f"reference         {figures['reference_perplexity']:.4f}",
+            f"KL divergence     {figures['kl_divergence']:.4f} nats",
+            f"top-1 agreement   {100 * figures['top1_agreement']:.2f} %",
+        ]
+    lines += [
+        f"bits per weight   {figures['bits_per_weight']:.3f} (linear layers)",
+        f"bytes             {figures['bytes']:,} (all tensors)",
+    ]
+    return "\n".join(lines)

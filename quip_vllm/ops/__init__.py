@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the formats run: ``select_backend(spec, device)`` gives the backend, ``encode_*`` the searches of the quantizer."""
+
+import torch
+from torch import Tensor
+
+from quip_vllm.ops.dispatch import Backend, LinearSpec, select_backend
+from quip_vllm.ops.extension import require_cpu_library
+from quip_vllm.ops.reference import dequantize
+
+__all__ = ["Backend", "LinearSpec", "dequantize", "encode_e8p", "encode_trellis", "select_backend"]
+
+
+def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:
+    """Tail-biting Viterbi search (QTIP, arXiv 2406.11235, section 3.1 and algorithm 4).
+
+    Args:
+        targets: float32 [count, 256], sequences in tile order.
+        values: float32 [65536, vector_dim], the value of each state.
+        bits: bits per weight; bits * vector_dim is at most 8.
+
+    Returns:
+        int32 [count, 256 / vector_dim]: states, a valid tail-biting walk each.
+
+    Raises:
+        RuntimeError: the compiled library is missing, or the shapes are wrong.
+    """
+    require_cpu_library()
+    return torch.ops.quip_vllm.viterbi_encode(targets.contiguous(), values.T.contiguous(), bits)
+
+
+def encode_e8p(x: Tensor) -> Tensor:
+    """The nearest E8P code of each 8-vector, exactly (QuIP#, arXiv 2402.04396, section 4.2).
+
+    Args:
+        x: float32 [count, 8].
+
+    Returns:
+        int16 [count]. Between equally near points any may be returned.
+    """
+    require_cpu_library()
+    return torch.ops.quip_vllm.e8p_nearest(x.contiguous())
+
+
+def cpu_tier() -> str:
+    """The instruction-set tier that the CPU kernels run at: portable, avx2 or avx512."""
+    require_cpu_library()
+    return torch.ops.quip_vllm.cpu_tier()

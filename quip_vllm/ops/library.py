@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas and fake implementations of the ``quip_vllm::`` ops. Backends register the implementations."""
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("quip_vllm", "DEF")
+
+_SCHEMAS = (
+    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor[] bases, int[] widths, "
+    "int[] output_sizes, str code, int bits) -> Tensor",
+    "quip_sharp_linear(Tensor x, Tensor codes, Tensor? residual_codes, Tensor su, Tensor sv, Tensor[] bases, "
+    "int[] widths, int[] output_sizes) -> Tensor",
+    "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
+    "e8p_nearest(Tensor x) -> Tensor",
+    "cpu_tier() -> str",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+@torch.library.register_fake("quip_vllm::qtip_linear")
+def _(x, packed, su, sv, lut, bases, widths, output_sizes, code, bits):
+    return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::quip_sharp_linear")
+def _(x, codes, residual_codes, su, sv, bases, widths, output_sizes):
+    return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::viterbi_encode")
+def _(targets: Tensor, values: Tensor, bits: int) -> Tensor:
+    return targets.new_empty(targets.shape[0], 256 // values.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("quip_vllm::e8p_nearest")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() // 8, dtype=torch.int16)

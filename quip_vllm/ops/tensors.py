@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names, shapes and dtypes of a fused linear layer's tensors, checked in one place for every backend."""
+
+import torch
+from torch import Tensor
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.tile import TILE
+from quip_vllm.formats.trellis_codes import HYB_LUT_BITS
+from quip_vllm.ops.dispatch import LinearSpec
+
+Layout = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def layout(spec: LinearSpec) -> Layout:
+    """Tensor name -> (shape, allowed dtypes) of a layer in the order of the checkpoint.
+
+    Raises:
+        ValueError: the sizes do not fit the format; the remedy is to leave the layer unquantized.
+    """
+    n, k = spec.out_features, spec.in_features
+    signs: Layout = {"su": ((k,), FLOATS), "sv": ((n,), FLOATS)}
+    unit_out, unit_in = (TILE, TILE) if spec.method is Method.QTIP else (1, 8)
+    if k % unit_in or any(size % unit_out for size in spec.output_sizes):
+        raise ValueError(
+            f"a layer of {k} inputs and {spec.output_sizes} outputs: {spec.method.value} needs multiples of {unit_in} "
+            f"and {unit_out}; leave it unquantized (--ignore)"
+        )
+    if spec.method is Method.QTIP:
+        packed: Layout = {"packed": ((n // TILE, k * spec.bits), (torch.int16,)), **signs}
+        if spec.code is Code.HYB:
+            packed["lut"] = ((len(spec.output_sizes), 1 << HYB_LUT_BITS, 2), FLOATS)
+        return packed
+    codes: Layout = {"codes": ((n, k // 8), (torch.int16,)), **signs}
+    if spec.bits > 2:
+        codes["residual_codes"] = ((n, k // 8), (torch.uint8 if spec.bits == 3 else torch.int16,))
+    return codes
+
+
+def check(spec: LinearSpec, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless ``tensors`` is what ``layout`` says, with finite ``su`` and ``sv``."""
+    wanted = layout(spec)
+    if set(tensors) != set(wanted):
+        raise ValueError(f"a {spec.method.value} layer has tensors {sorted(tensors)}: {sorted(wanted)} are wanted")
+    for name, (shape, dtypes) in wanted.items():
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype not in dtypes:
+            kinds = " or ".join(str(dtype) for dtype in dtypes)
+            raise ValueError(
+                f"{name} is {found.dtype} {tuple(found.shape)}: {kinds} {shape} is wanted; the file is damaged or its "
+                "config.json belongs to another checkpoint"
+            )
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise ValueError(
+                f"{name} holds a NaN or an infinity: the checkpoint is damaged; fetch or quantize it again"
+            )

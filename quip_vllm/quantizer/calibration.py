@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration tokens: from a text file, from a data set, or written by the model itself."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from quip_vllm.quantizer.settings import Settings
+
+SELF_SEQUENCES, SELF_SEQUENCE_LENGTH = 64, 256
+
+
+def calibration_tokens(settings: Settings, model_path: str) -> Tensor:
+    """int64 [sequences, sequence_length].
+
+    Raises:
+        ValueError: the text is too short, or its source cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if settings.calibration == "self":
+        return _self_written(settings, model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    text = (
+        _hub_text(settings.calibration) if settings.calibration.startswith("hub:") else _file_text(settings.calibration)
+    )
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    length = settings.sequence_length
+    available = len(ids) // length
+    if available < settings.sequences:
+        raise ValueError(
+            f"{settings.calibration} has {len(ids)} tokens: {settings.sequences} sequences of {length} need "
+            f"{settings.sequences * length}; give a longer text or smaller --sequences or --sequence-length"
+        )
+    windows = ids[: available * length].view(available, length)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
+    return windows[order[: settings.sequences]].clone()
+
+
+def _file_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"calibration file {path} cannot be read ({error}): give a UTF-8 text, hub:DATASET or self"
+        ) from None
+
+
+def _hub_text(source: str) -> str:
+    """hub:DATASET[:SPLIT[:COLUMN]]; split train and column text unless named."""
+    name, split, column, *rest = [*source.removeprefix("hub:").split(":"), "", ""][:3]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{source} needs the package datasets: pip install 'quip-vllm[quantize]'") from None
+    try:
+        rows = load_dataset(name, split=split or "train")
+        return "\n\n".join(rows[column or "text"])
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        raise ValueError(f"data set {source} cannot be read ({error}): check its name, split and column") from None
+
+
+@torch.inference_mode()
+def _self_written(settings: Settings, model_path: str) -> Tensor:
+    """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    generator = torch.Generator().manual_seed(settings.seed)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    count, length = settings.sequences, settings.sequence_length
+    tokens = torch.full((count, 1), 0 if start is None else start)
+    cache, latest = None, tokens
+    for _ in tqdm(range(length), desc="the model writes its calibration text", unit="token"):
+        out = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        latest = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, latest], dim=1)
+    return tokens[:, 1:].clone()

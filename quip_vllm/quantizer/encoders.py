@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The searches behind one interface: a block of columns in, its codes and their values out."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quip_vllm.formats import e8p, e8p_residual
+from quip_vllm.formats.methods import Code, Method, vector_dim
+from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
+from quip_vllm.formats.trellis import pack
+from quip_vllm.formats.trellis_codes import default_lut, state_values
+from quip_vllm.ops import encode_e8p, encode_trellis
+
+# Root mean square of the rotated weight in units of the codebook (of the code's own rms for the trellis). The optimum for
+# a Gaussian is higher for the lattice at 2 and 4 bits (1.03), because LDLQ adds feedback to the weight; these gave the
+# lowest proxy loss on SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
+LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
+TRELLIS_RMS = 0.9
+
+
+class Encoder(Protocol):
+    """columns: how many columns are rounded together; rms: see above."""
+
+    columns: int
+    rms: float
+
+    def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """float32 [n, columns] -> (its decoded values, same shape; codes to be concatenated along dimension 1)."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors a layer stores beside its codes."""
+
+
+class LatticeEncoder:
+    """E8P, with a second stage at 3 and 4 bits."""
+
+    columns = 8
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.rms = LATTICE_RMS[bits]
+
+    def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        codes = encode_e8p(block)[:, None]
+        values = e8p.decode(codes)
+        tensors = {"codes": codes}
+        if self.bits > 2:
+            rest = (block - values) * e8p_residual.RESIDUAL_SCALE[self.bits]
+            tensors["residual_codes"] = _nearest_e81b(rest) if self.bits == 3 else encode_e8p(rest)[:, None]
+            values = e8p_residual.decode(codes, tensors["residual_codes"], self.bits)
+        return values, tensors
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+
+def _nearest_e81b(x: Tensor) -> Tensor:
+    table = e8p_residual.e81b_table()
+    score = x @ table.T - table.square().sum(1) / 2
+    return score.argmax(1, keepdim=True).to(torch.uint8)
+
+
+class TrellisEncoder:
+    """Tail-biting Viterbi over 16 x 16 tiles."""
+
+    columns = TILE
+
+    def __init__(self, code: Code, bits: int):
+        self.bits, self.code = bits, code
+        self.lut = default_lut(code)
+        self.values = state_values(code, self.lut)
+        self.rms = TRELLIS_RMS * float(self.values.square().mean().sqrt())
+
+    def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = weight_to_sequences(block).squeeze(1)
+        states = encode_trellis(sequences, self.values, self.bits)
+        values = self.values[states.long()].flatten(1)
+        packed = pack(states, self.bits, vector_dim(self.code))
+        return sequences_to_weight(values[:, None]), {"packed": packed}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {} if self.lut is None else {"lut": self.lut}
+
+
+def make_encoder(method: Method, code: Code | None, bits: int) -> Encoder:
+    """The encoder of a format."""
+    if method is Method.QUIP_SHARP:
+        return LatticeEncoder(bits)
+    assert code is not None
+    return TrellisEncoder(code, bits)

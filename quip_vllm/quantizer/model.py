@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face causal LM whose weights are read one decoder layer at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quip_vllm.checkpoint.store import CheckpointReader
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
+
+    Raises:
+        ValueError: neither exists.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ValueError(
+            f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model {model} is no folder, and the hub does not give it ({error}): check the name"
+        ) from None
+
+
+class _Stub(nn.Module):
+    """Stands in for a decoder layer: passes its input on and keeps what it was called with."""
+
+    def __init__(self, original: nn.Module):
+        super().__init__()
+        self.seen: tuple[Tensor, dict[str, Any]] | None = None
+        for name in ("attention_type", "layer_type"):  # some models ask their layers which mask they want
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise ValueError(
+                "this model passes positional arguments to its decoder layers, which quip_vllm cannot replay"
+            )
+        self.seen = (hidden_states, kwargs)
+        return hidden_states
+
+
+class LayeredModel:
+    """The model with every parameter on the meta device until it is asked for.
+
+    Attributes:
+        layers: the decoder layers (the longest module list whose members hold nn.Linear).
+        prefix: their name in the checkpoint, for example ``model.layers``.
+        other_linears: names of nn.Linear modules outside of them (lm_head).
+        compute_dtype: bfloat16 where both the model and the CPU's matrix instructions are, else float32.
+    """
+
+    def __init__(self, folder: Path):
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.reader = CheckpointReader(folder)
+        self.config = AutoConfig.from_pretrained(folder)
+        if getattr(self.config, "quantization_config", None):
+            raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
+        bf16 = self.config.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+        self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.compute_dtype).eval()
+        lists = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+        }
+        if not lists:
+            raise ValueError(
+                f"{folder} has no list of decoder layers that hold nn.Linear: this architecture is not supported"
+            )
+        self.prefix, self.layers = max(lists.items(), key=lambda item: len(item[1]))
+        inside = self.prefix + "."
+        self.other_linears = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(inside)
+        ]
+        for i, layer in enumerate(self.layers):
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() > 2:
+                    raise ValueError(
+                        f"{inside}{i}.{name} has {parameter.dim()} dimensions (stacked experts): only models whose "
+                        "decoder layers hold plain nn.Linear are quantized"
+                    )
+
+    def layer_tensors(self, index: int) -> dict[str, Tensor]:
+        """The checkpoint's tensors of decoder layer ``index``, by name inside the layer, in their own dtype."""
+        prefix = f"{self.prefix}.{index}."
+        names = [prefix + name for name, _ in self.layers[index].named_parameters()]
+        names += [name for name in self.reader.names() if name.startswith(prefix) and name not in names]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.reader.read(names).items()}
+
+    def other_names(self) -> list[str]:
+        """Names of all tensors outside the decoder layers."""
+        return [name for name in self.reader.names() if not name.startswith(self.prefix + ".")]
+
+    def fill(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """Decoder layer ``index`` with real weights in ``compute_dtype``."""
+        layer = self.layers[index]
+        own = dict(layer.named_parameters())
+        for name in own:
+            _set_parameter(layer, name, tensors[name].to(self.compute_dtype))
+        return layer
+
+    def empty(self, index: int) -> None:
+        """Gives the memory of decoder layer ``index`` back."""
+        for name, parameter in list(self.layers[index].named_parameters()):
+            _set_parameter(self.layers[index], name, torch.empty_like(parameter, device="meta"))
+
+    @torch.inference_mode()
+    def first_hidden_states(self, tokens: Tensor, batch: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """Runs all but the decoder layers.
+
+        Args:
+            tokens: int64 [count, length].
+            batch: sequences at a time.
+
+        Returns:
+            (hidden states before layer 0, [batch, length, hidden] each; keyword arguments of each layer, for full
+            batches of the same shape).
+        """
+        base = self.model.base_model
+        for name, _ in list(base.named_parameters()):
+            if name.startswith(self.prefix.removeprefix(self.model.base_model_prefix + ".") + "."):
+                continue
+            full = f"{self.model.base_model_prefix}.{name}"
+            source = full if full in self.reader else name
+            _set_parameter(base, name, self.reader.read([source])[source].to(self.compute_dtype))
+        parent_name, _, list_name = self.prefix.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        stubs = nn.ModuleList(_Stub(layer) for layer in self.layers)
+        setattr(parent, list_name, stubs)
+        hidden = []
+        try:
+            for chunk in tokens.split(batch):
+                base(input_ids=chunk, use_cache=False)
+                hidden.append(stubs[0].seen[0].clone())
+        finally:
+            setattr(parent, list_name, self.layers)
+        return hidden, [stub.seen[1] for stub in stubs]
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One decoder layer's output hidden states."""
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    old = holder._parameters[leaf]
+    if old is not None and tuple(old.shape) != tuple(value.shape):
+        raise ValueError(
+            f"tensor {name} is {tuple(value.shape)}: config.json makes it {tuple(old.shape)}; fetch the model again"
+        )
+    holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)

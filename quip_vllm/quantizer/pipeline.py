@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run: calibrate, then for each decoder layer collect Hessians, quantize, write its shard, pass its output on.
+
+A killed run loses at most the layer under work. ``OUT/.quantize`` holds the settings, the calibration tokens and a
+record a finished layer; config.json and the index are written last, so an unfinished folder is never served.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quip_vllm import __version__
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.store import CheckpointReader, read_json, shard_name, write_index, write_json, write_shard
+from quip_vllm.formats.methods import STATE_BITS, Method
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.quantizer.calibration import calibration_tokens
+from quip_vllm.quantizer.group import quantize_group
+from quip_vllm.quantizer.hessian import HessianCollector
+from quip_vllm.quantizer.model import LayeredModel, local_folder, run_layer
+from quip_vllm.quantizer.settings import Settings
+
+assert STATE_BITS == 16
+RECORD = ".quantize"
+REPORT = "quantization_report.json"
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+BATCH_TOKENS = 2048  # small enough that the allocator reuses the layer's temporaries instead of mapping fresh pages
+
+
+def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Quantizes ``settings.model`` into the folder ``out`` and returns the report that it also writes there.
+
+    Raises:
+        ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
+    """
+    folder = local_folder(settings.model)
+    source = LayeredModel(folder)
+    record = out / RECORD
+    _open_record(settings, source, out, resume)
+    _check_space(out, source)
+    for index in range(len(source.layers)):
+        _layer_bits(settings, source, index)  # an unsupported layer ends the run before any work is done
+    tokens = _tokens(settings, record, folder)
+    hidden, kwargs = source.first_hidden_states(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+    count = len(source.layers)
+    dtype = next(iter(source.layer_tensors(0).values())).dtype
+    entries: list[dict[str, Any]] = []
+    for index in tqdm(range(count), desc=f"quantize to {settings.bits} bits", unit="layer"):
+        entries += _do_layer(settings, source, index, hidden, kwargs[index], out)
+    write_shard(out / shard_name(count, count + 1), source.reader.read(source.other_names()))
+    write_index(out, count + 1)
+    report = {
+        "quip_vllm": __version__,
+        "settings": settings.to_dict(),
+        "compute_dtype": str(source.compute_dtype),
+        "calibration_tokens": tokens.numel(),
+        "calibration_sha256": _digest(tokens),
+        "layers": entries,
+    }
+    _finish(settings, source, folder, out, report, str(dtype).removeprefix("torch."))
+    return report
+
+
+def _open_record(settings: Settings, source: LayeredModel, out: Path, resume: bool) -> None:
+    """Starts OUT/.quantize, or checks that what is there was made with the same settings."""
+    state = out / RECORD / "settings.json"
+    wanted = {**settings.to_dict(), "quip_vllm": __version__, "compute_dtype": str(source.compute_dtype)}
+    wanted["tensors"] = _fingerprint(source.reader)
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
+        (out / RECORD).mkdir(parents=True, exist_ok=True)
+        write_json(state, wanted)
+        return
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} is finished: there is nothing to resume; give a new folder to quantize again")
+    if not state.exists():
+        raise ValueError(f"{out} holds no unfinished run: leave --resume away")
+    found = read_json(state)
+    wanted = json.loads(json.dumps(wanted))
+    changed = [
+        f"{key} was {found.get(key)!r} and is now {value!r}" for key, value in wanted.items() if found.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"{out} was begun with other settings: {'; '.join(changed)}; give the same or a new folder")
+
+
+def _fingerprint(reader: CheckpointReader) -> str:
+    listing = json.dumps([(name, reader.shapes[name]) for name in sorted(reader.names())])
+    return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_space(out: Path, source: LayeredModel) -> None:
+    """The output is at most as large as the input, and usually a quarter of it."""
+    wanted = sum(source.reader.bytes_of[name] for name in source.other_names())
+    inside = sum(source.reader.bytes_of.values()) - wanted
+    wanted += inside // 2
+    free = shutil.disk_usage(out).free
+    if free < wanted:
+        raise ValueError(
+            f"{out} has {free / 1e9:.1f} GB free: about {wanted / 1e9:.1f} GB are needed; make room, then --resume"
+        )
+
+
+def _tokens(settings: Settings, record: Path, folder: Path) -> Tensor:
+    file = record / "calibration.safetensors"
+    if not file.exists():
+        write_shard(file, {"tokens": calibration_tokens(settings, str(folder))})
+    return load_file(file)["tokens"]
+
+
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _spec(settings: Settings, weight_shape: tuple[int, ...], bits: int) -> LinearSpec:
+    n, k = weight_shape
+    return LinearSpec(settings.method, settings.code, bits, k, (n,), settings.hadamard_block)
+
+
+def _layer_bits(settings: Settings, source: LayeredModel, index: int) -> dict[str, int]:
+    """Name inside the layer -> bits, for the linears to quantize. Raises ValueError for one that cannot be."""
+    chosen: dict[str, int] = {}
+    for name, module in _linears(source.layers[index]).items():
+        full = f"{source.prefix}.{index}.{name}"
+        bits = settings.bits_of(full)
+        if bits is None:
+            continue
+        problem = CpuBackend().refusal(_spec(settings, tuple(module.weight.shape), bits))
+        if problem is not None:
+            raise ValueError(f"{full} cannot be quantized: {problem}")
+        chosen[name] = bits
+    return chosen
+
+
+@torch.inference_mode()
+def _do_layer(
+    settings: Settings, source: LayeredModel, index: int, hidden: list[Tensor], kwargs: dict[str, Any], out: Path
+) -> list[dict[str, Any]]:
+    """Quantizes layer ``index``, or reads it back where its shard is there, and replaces ``hidden`` by its outputs."""
+    count = len(source.layers)
+    shard = out / shard_name(index, count + 1)
+    entry_file = out / RECORD / f"layer-{index:05d}.json"
+    prefix = f"{source.prefix}.{index}."
+    bits = _layer_bits(settings, source, index)
+    original = source.layer_tensors(index)
+    layer = source.fill(index, original)
+    if not (shard.exists() and entry_file.exists()):
+        began = time.monotonic()
+        collector = HessianCollector({name: module for name, module in _linears(layer).items() if name in bits})
+        for x in tqdm(hidden, desc=f"layer {index}: Hessians", leave=False):
+            run_layer(layer, x, kwargs_for(kwargs, x))
+        groups = collector.close()
+        missing = set(bits) - {name for group in groups for name in group.names}
+        if missing:
+            raise ValueError(f"{prefix}{sorted(missing)[0]} never ran on the calibration text: leave it out (--ignore)")
+        tensors = {prefix + name: tensor for name, tensor in original.items()}
+        entries = []
+        for group in tqdm(groups, desc=f"layer {index}: rounding", leave=False):
+            weights = {prefix + name: original[name + ".weight"] for name in group.names}
+            start = time.monotonic()
+            results = quantize_group(group, weights, {prefix + name: bits[name] for name in group.names}, settings)
+            for name, result in results.items():
+                del tensors[name + ".weight"]
+                tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
+                entries.append(
+                    {
+                        "name": name,
+                        "shape": list(weights[name].shape),
+                        "bits": result.bits,
+                        "proxy_loss": result.proxy_loss,
+                        "damping_added": result.damping_added,
+                        "dead_columns": result.dead_columns,
+                        "group_seconds": round(time.monotonic() - start, 3),
+                    }
+                )
+        write_shard(shard, tensors)
+        write_json(entry_file, {"seconds": round(time.monotonic() - began, 3), "linears": entries})
+    stored = load_file(shard)
+    for name, level in bits.items():
+        own = {
+            key.removeprefix(prefix + name + "."): value
+            for key, value in stored.items()
+            if key.startswith(prefix + name + ".")
+        }
+        own.pop("bias", None)
+        shape = tuple(original[name + ".weight"].shape)
+        if "lut" in own:
+            own["lut"] = own["lut"][None]
+        original[name + ".weight"] = dequantize(_spec(settings, shape, level), own)
+    layer = source.fill(index, original)
+    for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: outputs", leave=False)):
+        hidden[i] = run_layer(layer, x, kwargs_for(kwargs, x))
+    source.empty(index)
+    return read_json(entry_file)["linears"]
+
+
+def kwargs_for(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """The recorded keyword arguments for a batch of x's size: batch-sized ones are cut or expanded from one row."""
+    batch = x.shape[0]
+
+    def fit(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != batch:
+            return value[:1].expand(batch, *value.shape[1:])
+        return tuple(fit(v) for v in value) if isinstance(value, tuple) else value
+
+    return {key: fit(value) for key, value in kwargs.items()}
+
+
+def _finish(
+    settings: Settings, source: LayeredModel, folder: Path, out: Path, report: dict[str, Any], dtype: str
+) -> None:
+    """Copies tokenizer and licence files, writes the report and config.json, and removes the record."""
+    for pattern in COPIED:
+        for file in folder.glob(pattern):
+            if file.name not in ("config.json", REPORT) and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, out / file.name)
+    quantized = {entry["name"]: entry["bits"] for entry in report["layers"]}
+    skipped = list(source.other_linears)
+    for index, layer in enumerate(source.layers):
+        names = (f"{source.prefix}.{index}.{name}" for name in _linears(layer))
+        skipped += [name for name in names if name not in quantized]
+    described = CheckpointConfig(
+        settings.method,
+        settings.bits,
+        settings.code,
+        settings.hadamard_block,
+        tuple(skipped),
+        {name: bits for name, bits in quantized.items() if bits != settings.bits},
+    )
+    config = read_json(folder / "config.json")
+    config["quantization_config"] = described.to_dict()
+    config.setdefault("dtype", config.pop("torch_dtype", None) or dtype)
+    write_json(out / REPORT, report)
+    write_json(out / "config.json", config)
+    shutil.rmtree(out / RECORD)
+
+
+def default_code(method: Method) -> str | None:
+    """The trellis code used where none is named: 1MAD, the fastest to decode on a CPU."""
+    return "1mad" if method is Method.QTIP else None

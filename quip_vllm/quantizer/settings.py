@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a quantization run is told, as one checked object that is written into its record."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from quip_vllm.checkpoint.config import check_bits
+from quip_vllm.formats.methods import Code, Method
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Attributes as the flags of ``quip-vllm quantize`` name them.
+
+    sequences and sequence_length count calibration tokens; ignore and overrides are regular expressions searched in
+    the module names of the model; damping is relative to the mean of the Hessian's diagonal.
+
+    Raises:
+        ValueError: names the setting, its value and the rule.
+    """
+
+    model: str
+    method: Method
+    bits: int
+    code: Code | None = None
+    calibration: str = "self"
+    sequences: int = 256
+    sequence_length: int = 2048
+    seed: int = 0
+    hadamard_block: int | None = None
+    ignore: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, int], ...] = ()
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        for bits in (self.bits, *(bits for _, bits in self.overrides)):
+            check_bits(self.method, self.code, bits)
+        for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{pattern!r} is not a regular expression ({error}): mend --ignore or --override"
+                ) from None
+        for name in ("sequences", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    def bits_of(self, name: str) -> int | None:
+        """Bits of the linear layer ``name``, None where it is ignored. The last matching override wins."""
+        if any(re.search(pattern, name) for pattern in self.ignore):
+            return None
+        bits = self.bits
+        for pattern, override in self.overrides:
+            if re.search(pattern, name):
+                bits = override
+        return bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        raw = dataclasses.asdict(self)
+        raw["method"] = self.method.value
+        raw["code"] = None if self.code is None else self.code.value
+        raw["ignore"] = list(self.ignore)
+        raw["overrides"] = [list(item) for item in self.overrides]
+        return raw

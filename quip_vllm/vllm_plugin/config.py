@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM asks of a quantization method: which layers it serves, and with how many bits each."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.formats.methods import Method
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+MIN_CAPABILITY = 80
+"""Compute capability of the oldest GPU the kernels support (Ampere)."""
+
+
+class _QuipConfig(QuantizationConfig):
+    """``quantization_config`` of a checkpoint, as vLLM sees it.
+
+    Attributes:
+        method: the quantization method this class stands for.
+        checkpoint: the checked config, module names as in vLLM once `apply_vllm_mapper` has run.
+    """
+
+    method: ClassVar[Method]
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def get_name(self) -> str:
+        """The method's name, ``quant_method`` of config.json."""
+        return self.method.value
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes of the activations."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Oldest compute capability of a GPU."""
+        return MIN_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file besides config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_QuipConfig":
+        """Reads ``quantization_config``.
+
+        Raises:
+            ValueError: something in it is unknown, ill-typed or out of range.
+        """
+        checkpoint = CheckpointConfig.from_dict(config)
+        if checkpoint.method is not cls.method:
+            raise ValueError(
+                f"quant_method is {checkpoint.method.value!r}, served as {cls.method.value!r}: "
+                f"leave out --quantization, or give --quantization {checkpoint.method.value}"
+            )
+        return cls(checkpoint)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Renames the modules in ``modules_to_not_convert`` and ``overrides`` from Hugging Face's names to vLLM's."""
+
+        def rename(name: str) -> str:
+            # Mappers are written for names of tensors: the prefix "model.visual." must also match module model.visual.
+            mapped = hf_to_vllm_mapper.map_name(name)
+            if mapped == name:
+                mapped = (hf_to_vllm_mapper.map_name(name + ".") or "").removesuffix(".")
+            return mapped or name
+
+        self.checkpoint = replace(
+            self.checkpoint,
+            modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
+            overrides={rename(name): bits for name, bits in self.checkpoint.overrides.items()},
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Chooses the method of one layer.
+
+        Args:
+            layer: the layer under construction.
+            prefix: its name in the vLLM model.
+
+        Returns:
+            Ours for a quantized linear layer, vLLM's own for an unquantized one; None for every other layer, so that
+            embeddings and the language-model head keep their ordinary weight.
+
+        Raises:
+            ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
+
+        if isinstance(layer, RoutedExperts) and self.checkpoint.bits_of(prefix) is not None:
+            raise ValueError(
+                f"{prefix} is a mixture of experts: {self.get_name()} serves linear layers only; requantize with "
+                "the experts in modules_to_not_convert"
+            )
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self._names_on_disk(prefix)
+        bits = tuple(self.checkpoint.bits_of(name) for name in names)
+        quantized = tuple(b for b in bits if b is not None)
+        if not quantized:
+            return UnquantizedLinearMethod()
+        if len(quantized) < len(bits):
+            skipped = ", ".join(name for name, b in zip(names, bits, strict=True) if b is None)
+            raise ValueError(
+                f"{prefix} fuses {', '.join(names)}, but modules_to_not_convert names only {skipped}: quantize all of "
+                "them or none"
+            )
+        return QuipLinearMethod(self.checkpoint, prefix, names, quantized)
+
+    def _names_on_disk(self, prefix: str) -> tuple[str, ...]:
+        """Names of the checkpoint's linear layers that vLLM fuses in this one: q, k and v of qkv_proj."""
+        parent, dot, leaf = prefix.rpartition(".")
+        return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
+
+
+class QtipConfig(_QuipConfig):
+    """QTIP: trellis-coded weights (arXiv 2406.11235)."""
+
+    method = Method.QTIP
+
+
+class QuipSharpConfig(_QuipConfig):
+    """QuIP#: E8 lattice codebooks (arXiv 2402.04396)."""
+
+    method = Method.QUIP_SHARP

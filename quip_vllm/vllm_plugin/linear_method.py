@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized linear layer in vLLM: allocate, repack once for the backend, multiply."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.ops.dispatch import Backend, LinearSpec, select_backend
+from quip_vllm.ops.tensors import layout
+from quip_vllm.vllm_plugin.parameters import (
+    InputParameter,
+    OutputParameter,
+    QuipParameter,
+    Sharding,
+    TableParameter,
+    check_split,
+)
+
+_PARAMETERS: dict[str, type[QuipParameter]] = {"su": InputParameter, "lut": TableParameter}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive projections of one layer that one call of the backend computes.
+
+    Attributes:
+        backend: what runs them.
+        spec: what they are.
+        attributes: for each tensor of ``backend.linear``, its name and the layer's attribute that holds it.
+    """
+
+    backend: Backend
+    spec: LinearSpec
+    attributes: tuple[tuple[str, str], ...]
+
+
+@register_weight_loader_v2_supported_method
+class QuipLinearMethod(LinearMethodBase):
+    """Serves one quantized linear layer; every layer has an instance of its own.
+
+    Args:
+        checkpoint: the checkpoint's config.
+        prefix: the layer's name in vLLM.
+        names: the linear layers on disk that it is made of, in order.
+        bits: code bits per weight of each.
+    """
+
+    def __init__(
+        self, checkpoint: CheckpointConfig, prefix: str, names: tuple[str, ...], bits: tuple[int, ...]
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.names = names
+        self.bits = bits
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Allocates the checkpoint's tensors for this rank. See LinearMethodBase.create_weights.
+
+        Raises:
+            ValueError: the layer's sizes have no such format, or its rotation cannot be split over the ranks.
+        """
+        names, bits = self._of_each_shard(len(output_partition_sizes))
+        replicas = getattr(layer, "num_kv_head_replicas", 1)
+        sharding = Sharding(
+            prefix=self.prefix,
+            names=names,
+            method=self.checkpoint.method,
+            code=self.checkpoint.code,
+            hadamard_block=self.checkpoint.hadamard_block,
+            bits=bits,
+            in_features=input_size_per_partition,
+            output_sizes=tuple(output_partition_sizes),
+            in_parts=input_size // input_size_per_partition,
+            out_parts=output_size // sum(output_partition_sizes),
+            replicas=(1, *[replicas] * (len(bits) - 1)),
+        )
+        _check_sizes(sharding)
+        types = sharding.tensor_types(max(bits), sum(output_partition_sizes), input_size_per_partition)
+        for name, (shape, dtype) in types.items():
+            shape = (len(bits), *shape) if name == "lut" else shape
+            kind = _PARAMETERS.get(name, OutputParameter)
+            param = kind(torch.empty(shape, dtype=dtype), name=name, sharding=sharding)
+            if _weights_are_dummies():
+                param.loaded = frozenset((shard,) for shard in range(len(bits)))
+            layer.register_parameter(name, param)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Repacks the loaded tensors for the backend and frees them. Does nothing the second time.
+
+        Raises:
+            ValueError: a tensor was not in the checkpoint, or no backend runs the layer.
+        """
+        if not hasattr(layer, "sv"):
+            return
+        params = {n: p for n, p in layer.named_parameters(recurse=False) if isinstance(p, QuipParameter)}
+        sharding: Sharding = layer.sv.sharding
+        for param in params.values():
+            _check_loaded(param)
+        projections = sorted(layer.sv.loaded)
+        segments = []
+        for bits, run in itertools.groupby(projections, key=lambda shards: sharding.bits[shards[0]]):
+            spec, tensors = _segment_tensors(params, sharding, bits, list(run))
+            backend = select_backend(spec, layer.sv.device)
+            attributes = []
+            for name, tensor in backend.prepare(spec, tensors).items():
+                attribute = f"quip{len(segments)}_{name}"
+                layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
+                attributes.append((name, attribute))
+            segments.append(Segment(backend, spec, tuple(attributes)))
+        for name in params:
+            delattr(layer, name)
+        layer.quip_segments = tuple(segments)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all shards of this rank."""
+        outputs = [
+            segment.backend.linear(
+                segment.spec, x, {name: getattr(layer, attribute) for name, attribute in segment.attributes}
+            )
+            for segment in layer.quip_segments
+        ]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y if bias is None else y + bias
+
+    def _of_each_shard(self, count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Name on disk and bits of each of a layer's shards."""
+        if len(self.names) == count:
+            return self.names, self.bits
+        label = ", ".join(self.names)
+        if len(set(self.bits)) > 1:
+            raise ValueError(
+                f"{self.prefix} has {count} shards made of {label} with {self.bits} bits: projections that do not "
+                "match the shards one to one need the same bits; requantize with one rate for them"
+            )
+        return (label,) * count, self.bits[:1] * count
+
+
+def _check_sizes(sharding: Sharding) -> None:
+    """Raises ValueError unless this rank's part of the layer consists of whole tiles and whole Hadamard blocks."""
+    try:
+        layout(LinearSpec(sharding.method, sharding.code, 2, sharding.in_features, sharding.output_sizes))
+    except ValueError as error:
+        ranks = max(sharding.in_parts, sharding.out_parts)
+        raise ValueError(f"{sharding.prefix}, on each of {ranks} tensor-parallel ranks: {error}") from error
+    if sharding.in_parts > 1:
+        full = sharding.in_features * sharding.in_parts
+        check_split(sharding.prefix, "input", [sharding.in_features], [full], sharding.hadamard_block)
+    if sharding.hadamard_block is None:
+        # The blockwise case is checked when a tensor arrives and shows which shards it covers.
+        for shard in range(len(sharding.output_sizes)):
+            sharding.check_output_split((shard,))
+
+
+def _weights_are_dummies() -> bool:
+    """Whether vLLM runs with ``--load-format dummy`` and will load nothing."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+def _check_loaded(param: QuipParameter) -> None:
+    """Raises ValueError unless every shard that has this tensor got it exactly once."""
+    sharding, name = param.sharding, param.tensor_name
+    covered = sorted(itertools.chain.from_iterable(param.loaded))
+    needed = [shard for shard, bits in enumerate(sharding.bits) if name in sharding.tensor_types(bits, 0, 0)]
+    missing = [shard for shard in needed if shard not in covered]
+    if missing:
+        raise ValueError(
+            f"{sharding.prefix}: tensor {name} of {sharding.label(missing)} is not in the checkpoint: copy it again "
+            "or requantize (or list the layer in modules_to_not_convert, if it was not quantized)"
+        )
+    if len(covered) != len(set(covered)):
+        raise ValueError(
+            f"{sharding.prefix}: tensor {name} is in the checkpoint both fused and by projection "
+            f"({sharding.label(covered)}): remove one of the two or requantize"
+        )
+
+
+def _segment_tensors(
+    params: dict[str, QuipParameter], sharding: Sharding, bits: int, run: list[tuple[int, ...]]
+) -> tuple[LinearSpec, dict[str, Tensor]]:
+    """Describes a run of projections with equal bits and cuts out their tensors, without spare columns."""
+    output_sizes = tuple(sum(sharding.output_sizes[shard] for shard in shards) for shards in run)
+    before = sum(sharding.output_sizes[: run[0][0]])
+    types = sharding.tensor_types(bits, sum(output_sizes), sharding.in_features)
+    tensors = {}
+    for name, (shape, dtype) in types.items():
+        data = params[name].data
+        if name == "lut":
+            data = data[[shards[0] for shards in run]]
+        elif name != "su":
+            data = data.narrow(0, before * shape[0] // sum(output_sizes), shape[0])
+            data = data if data.ndim == 1 else data.narrow(1, 0, shape[1])
+        shared = data.untyped_storage().nbytes() > data.numel() * data.element_size()
+        # A slice would keep the whole parameter alive.
+        tensors[name] = data.to(dtype, memory_format=torch.contiguous_format, copy=shared)
+    spec = LinearSpec(sharding.method, sharding.code, bits, sharding.in_features, output_sizes, sharding.hadamard_block)
+    return spec, tensors

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers are ours, with how many bits, under vLLM's names."""
+
+import pickle
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from quip_vllm.formats.methods import Code
+from quip_vllm.vllm_plugin.config import QtipConfig, QuipSharpConfig
+from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
+
+RAW = {"quant_method": "qtip", "format_version": 1, "bits": 2, "code": "1mad", "modules_to_not_convert": ["lm_head"]}
+
+
+def blank(kind):
+    """A layer of a class, not constructed: the config only looks at its type."""
+    return kind.__new__(kind)
+
+
+def test_from_config():
+    config = QtipConfig.from_config(RAW)
+    assert config.get_name() == "qtip" and config.get_min_capability() == 80 and config.get_config_filenames() == []
+    assert config.checkpoint.code is Code.ONE_MAD
+    assert set(config.get_supported_act_dtypes()) == {torch.float16, torch.bfloat16, torch.float32}
+    assert (
+        QuipSharpConfig.from_config({"quant_method": "quip_sharp", "format_version": 1, "bits": 3}).checkpoint.bits == 3
+    )
+
+
+def test_other_method_is_refused():
+    with pytest.raises(ValueError, match="--quantization qtip"):
+        QuipSharpConfig.from_config(RAW)
+
+
+def test_checkpoints_of_others_are_left_alone():
+    for raw in ({"quant_method": "gptq", "bits": 4}, {}):
+        assert QtipConfig.override_quantization_method(raw, None) is None
+
+
+def test_linear_layers(quant_config):
+    config = quant_config(modules_to_not_convert=("lm_head", "visual"))
+    assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "model.layers.0.o_proj"), QuipLinearMethod)
+    for name in ("visual", "visual.blocks.0.mlp", "lm_head"):
+        assert isinstance(config.get_quant_method(blank(ReplicatedLinear), name), UnquantizedLinearMethod)
+
+
+def test_embeddings_and_head_keep_their_weight(quant_config):
+    config = quant_config()
+    for kind in (VocabParallelEmbedding, ParallelLMHead, torch.nn.Identity):
+        assert config.get_quant_method(blank(kind), "lm_head") is None
+
+
+def test_mixture_of_experts_is_refused_unless_skipped(quant_config):
+    with pytest.raises(ValueError, match="layers.0.mlp.experts is a mixture of experts.*modules_to_not_convert"):
+        quant_config().get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts")
+    config = quant_config(modules_to_not_convert=("layers.0.mlp.experts",))
+    assert config.get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts") is None
+
+
+def test_bits_of_each_fused_projection(quant_config):
+    config = quant_config(2, overrides={"qkv_proj.0.k_proj": 3, "qkv_proj.0.v_proj": 4})
+    method = config.get_quant_method(blank(ReplicatedLinear), "qkv_proj.0.qkv_proj")
+    assert method.names == ("qkv_proj.0.q_proj", "qkv_proj.0.k_proj", "qkv_proj.0.v_proj")
+    assert method.bits == (2, 3, 4)
+
+
+def test_fused_layer_is_skipped_as_a_whole_or_not_at_all(quant_config):
+    config = quant_config(modules_to_not_convert=("a.q_proj", "a.k_proj", "a.v_proj", "b.up_proj"))
+    assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "a.qkv_proj"), UnquantizedLinearMethod)
+    with pytest.raises(ValueError, match="fuses b.gate_proj, b.up_proj, but .* only b.up_proj: quantize all"):
+        config.get_quant_method(blank(ReplicatedLinear), "b.gate_up_proj")
+
+
+def test_names_are_mapped_to_vllms(quant_config):
+    config = quant_config(modules_to_not_convert=("model.visual", "lm_head"), overrides={"model.text.layers.0.up": 4})
+    mapper = WeightsMapper(
+        orig_to_new_prefix={"model.visual.": "visual.", "model.text.": "language_model."},
+        orig_to_new_substr={".up": ".up_proj"},
+    )
+    config.apply_vllm_mapper(mapper)
+    assert config.checkpoint.modules_to_not_convert == ("visual", "lm_head")
+    assert dict(config.checkpoint.overrides) == {"language_model.layers.0.up_proj": 4}
+    assert config.checkpoint.bits == 2 and config.checkpoint.code is Code.ONE_MAD
+
+
+def test_config_travels_to_the_engine_process(quant_config):
+    config = quant_config(2, Code.HYB, hadamard_block=64, modules_to_not_convert=("a",), overrides={"b": 4})
+    copy = pickle.loads(pickle.dumps(config))
+    assert type(copy) is type(config) and copy.checkpoint == config.checkpoint
+    assert copy.packed_modules_mapping == config.packed_modules_mapping
