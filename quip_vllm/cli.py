@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quip-vllm quantize | evaluate | inspect | doctor. Exit codes: 0 done, 1 a bug, 2 bad input (one sentence on stderr)."""
+"""quip-vllm quantize | evaluate | inspect | doctor. Exits with 2 and one sentence on bad input."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"quip-vllm {parsed.command}: {error}", file=sys.stderr)
+        print(f"quip-vllm {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"quip-vllm {parsed.command}: stopped", file=sys.stderr)
@@ -67,7 +67,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--hadamard-block",
         default="full",
         metavar="N|full",
-        help="rotate whole rows (full, default) or blocks of at most N, a power of two; tensor parallelism needs blocks",
+        help="rotate whole rows (full, default) or blocks of at most N (a power of two), as tensor parallelism needs",
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
@@ -94,8 +94,8 @@ def _quantize(args: argparse.Namespace) -> int:
         bits=args.bits,
         code=Code(code) if code else None,
         calibration=args.calibration,
-        sequences=args.sequences or (SELF_SEQUENCES if written_by_itself else 256),
-        sequence_length=args.sequence_length or (SELF_SEQUENCE_LENGTH if written_by_itself else 2048),
+        sequences=_or(args.sequences, SELF_SEQUENCES if written_by_itself else 256),
+        sequence_length=_or(args.sequence_length, SELF_SEQUENCE_LENGTH if written_by_itself else 2048),
         seed=args.seed,
         hadamard_block=_block(args.hadamard_block),
         ignore=tuple(args.ignore),
@@ -108,17 +108,21 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
 def _block(text: str) -> int | None:
     if text == "full":
         return None
-    if not text.isdigit() or int(text) < 2 or int(text) & (int(text) - 1):
+    if not text.isdecimal() or int(text) < 2 or int(text) & (int(text) - 1):
         raise ValueError(f"--hadamard-block is {text}: give a power of two of at least 2, or full")
     return int(text)
 
 
 def _override(text: str) -> tuple[str, int]:
     pattern, _, bits = text.rpartition("=")
-    if not pattern or not bits.isdigit():
+    if not pattern or not bits.isdecimal():
         raise ValueError(f"--override is {text}: give REGEX=BITS, for example 'down_proj=4'")
     return pattern, int(bits)
 

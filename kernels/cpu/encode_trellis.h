@@ -10,7 +10,8 @@ namespace {
 template <int KV, int V>
 void encode(const float* target, const float* values, int32_t* states, void* work) {
 #if defined(__AVX512BW__)
-  if (tail_biting16<KV, V, (KV / V > 2)>(target, values, states, work)) return;
+  if constexpr (KV / V <= 4)  // beyond, errors are too small for 16-bit costs
+    if (tail_biting16<KV, V, (KV / V > 2)>(target, values, states, work)) return;
 #endif
   search_vectors::tail_biting<KV, V>(target, values, states, work);
 }

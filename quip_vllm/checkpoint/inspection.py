@@ -28,7 +28,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     reader = CheckpointReader(folder)
     report = folder / "quantization_report.json"
     losses = {e["name"]: e["proxy_loss"] for e in read_json(report)["layers"]} if report.exists() else {}
-    layers = []
+    layers: list[dict[str, Any]] = []
     for name in sorted({n.removesuffix(".su") for n in reader.names() if n.endswith(".su")}, key=_natural):
         shape = [reader.shapes[f"{name}.sv"][0], reader.shapes[f"{name}.su"][0]]
         size = sum(reader.bytes_of.get(f"{name}.{key}", 0) for key in TENSORS)
@@ -67,8 +67,8 @@ def format_inspection(found: dict[str, Any]) -> str:
         loss = "-" if layer["proxy_loss"] is None else f"{layer['proxy_loss']:.5f}"
         shape = "x".join(map(str, layer["shape"]))
         lines.append(
-            f"{layer['name']:{width}}  {layer['method']:10}  {layer['code'] or '-':5}  {layer['bits']:>4}  {shape:>14}  "
-            f"{layer['bytes']:>12,}  {loss:>10}"
+            f"{layer['name']:{width}}  {layer['method']:10}  {layer['code'] or '-':5}  {layer['bits']:>4}  "
+            f"{shape:>14}  {layer['bytes']:>12,}  {loss:>10}"
         )
     totals = found["totals"]
     lines.append(

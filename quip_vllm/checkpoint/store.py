@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -24,10 +25,14 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = sorted(folder.glob("*.safetensors"))
+        single = folder / SINGLE_NAME  # beside it some models hold the same weights under other names
+        files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
         index = folder / INDEX_NAME
         if index.exists():
-            names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map object: fetch the model again")
+            names = {str(name) for name in weight_map.values()}
             files = [folder / name for name in sorted(names)]
             for name in names:
                 if Path(name).name != name:
@@ -50,6 +55,8 @@ class CheckpointReader:
                     count = 1
                     for size in self.shapes[name]:
                         count *= size
+                    if part.get_dtype() not in _BITS:
+                        raise ValueError(f"{file} holds {name} as {part.get_dtype()}: fetch the model in bf16 or fp32")
                     self.bytes_of[name] = count * _BITS[part.get_dtype()] // 8
 
     def names(self) -> list[str]:
@@ -115,7 +122,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes one safetensors shard atomically; tensors in name order, so that equal content is equal bytes."""
     fresh = path.with_name(path.name + ".tmp")
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    save_file(ordered, fresh, metadata={"format": "pt"})
+    try:
+        save_file(ordered, fresh, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}): make room on the disk, then --resume") from None
     with open(fresh, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(fresh, path)

@@ -35,7 +35,7 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -
 
 @torch.inference_mode()
 def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) -> list[dict[str, float]]:
-    """Mean negative log likelihood as perplexity; with a reference, KL(reference || model) in nats, and top-1 agreement.
+    """Perplexity of each model; with a reference, KL(reference || model) in nats and top-1 agreement as well.
 
     Args:
         models, reference: causal LMs over one vocabulary.

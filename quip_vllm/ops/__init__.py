@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the formats run: ``select_backend(spec, device)`` gives the backend, ``encode_*`` the searches of the quantizer."""
+"""How the formats run: ``select_backend`` gives the backend of a layer, ``encode_*`` are the quantizer's searches."""
 
 import torch
 from torch import Tensor

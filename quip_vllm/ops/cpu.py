@@ -35,7 +35,7 @@ def _rotation(n: int, block: int | None) -> tuple[int, int]:
 
 
 class CpuBackend:
-    """Portable, AVX2 and AVX-512 kernels behind one op a method; the tier is chosen by the library at its first call."""
+    """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call."""
 
     name = "cpu"
 

@@ -13,9 +13,9 @@ from quip_vllm.formats.trellis import pack
 from quip_vllm.formats.trellis_codes import default_lut, state_values
 from quip_vllm.ops import encode_e8p, encode_trellis
 
-# Root mean square of the rotated weight in units of the codebook (of the code's own rms for the trellis). The optimum for
-# a Gaussian is higher for the lattice at 2 and 4 bits (1.03), because LDLQ adds feedback to the weight; these gave the
-# lowest proxy loss on SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
+# Root mean square of the rotated weight, in units of the lattice, or of the trellis code's own rms. LDLQ adds feedback
+# to the weight, so the best is lower than for a Gaussian (1.03 for the lattice); these gave the lowest proxy loss on
+# SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
 LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
 TRELLIS_RMS = 0.9
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of more than one folder: tiny models, made once a session."""
+
+import importlib.util
+import json
+
+import pytest
+import tiny_models
+
+if importlib.util.find_spec("transformers") is None:
+    collect_ignore = ["quantizer", "evaluation", "test_cli.py"]
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    """A UTF-8 text file of 6000 bytes, a token each."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(tiny_models.text(), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(architecture, **config): the folder of a tiny random model; never write in it."""
+    made = {}
+
+    def tiny_model(architecture="Llama", **changes):
+        key = architecture + json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = tiny_models.save_model(tmp_path_factory.mktemp(architecture), architecture, **changes)
+        return made[key]
+
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def make_settings(tiny_text):
+    """make_settings(model, ...): quip_sharp at 2 bits with 8 sequences of 48 tokens, unless told otherwise."""
+    from quip_vllm.formats.methods import Method
+    from quip_vllm.quantizer.settings import Settings
+
+    def make_settings(model, **changes):
+        usual = {"method": Method.QUIP_SHARP, "bits": 2, "calibration": str(tiny_text)}
+        return Settings(str(model), **{**usual, "sequences": 8, "sequence_length": 48, **changes})
+
+    return make_settings
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_model, make_settings, tmp_path_factory):
+    """quantized(architecture, ...settings): the folder of a tiny quantized checkpoint; never write in it."""
+    from quip_vllm.quantizer.pipeline import quantize
+
+    made = {}
+
+    def quantized(architecture="Llama", **changes):
+        key = architecture + repr(sorted(changes.items(), key=str))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantized")
+            quantize(make_settings(tiny_model(architecture), **changes), made[key])
+        return made[key]
+
+    return quantized

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native searches: exact where they must be, and as good as the papers say."""
+
+import pytest
+import torch
+from numerics import DISTORTION
+
+from quip_vllm.formats import e8p
+from quip_vllm.formats.methods import Code, Method, supported_bits, vector_dim
+from quip_vllm.formats.trellis import pack, unpack
+from quip_vllm.formats.trellis_codes import decode_sequences, state_values
+from quip_vllm.ops import encode_e8p, encode_trellis
+
+TRELLIS = [(code, bits) for code in Code for bits in supported_bits(Method.QTIP, code)]
+
+
+def squared_error(states, values, targets):
+    return (values[states.long()].flatten(1) - targets).square().sum(1)
+
+
+@pytest.mark.parametrize(("code", "bits"), TRELLIS, ids=lambda v: str(getattr(v, "value", v)))
+def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
+    packed = torch.randint(-32768, 32768, (2, 16 * bits), dtype=torch.int16)
+    targets = decode_sequences(packed, bits, code)
+    values = state_values(code)
+    states = encode_trellis(targets, values, bits)
+    assert squared_error(states, values, targets).max() == 0
+    assert torch.equal(unpack(pack(states, bits, vector_dim(code)), bits, vector_dim(code)), states)
+
+
+@pytest.mark.parametrize(("code", "published"), [(Code.ONE_MAD, 0.069), (Code.THREE_INST, 0.069), (Code.HYB, 0.071)])
+def test_gaussian_distortion_at_two_bits(code, published):
+    values = state_values(code)
+    rms = values.square().mean().sqrt()
+    targets = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
+    states = encode_trellis(targets * rms, values, 2)
+    distortion = float(squared_error(states, values / rms, targets).mean()) / 256
+    assert abs(distortion / published - 1) < DISTORTION
+
+
+def test_lattice_distortion_at_its_scale():
+    targets = torch.randn(1 << 16, 8, generator=torch.Generator().manual_seed(0))
+    decoded = e8p.decode(encode_e8p(targets * 1.03)[:, None]) / 1.03
+    assert abs(float((decoded - targets).square().mean()) / 0.0918 - 1) < DISTORTION
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_nearest_lattice_point_is_the_nearest(spread):
+    x = spread * torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+
+    def distance(codes):
+        return (e8p.decode(codes[:, None]).double() - x.double()).square().sum(1)
+
+    torch.testing.assert_close(distance(encode_e8p(x)), distance(e8p.nearest(x)), rtol=1e-6, atol=1e-6)
+
+
+def test_every_lattice_code_is_its_own_nearest():
+    codes = torch.arange(65536).to(torch.int16)
+    assert torch.equal(encode_e8p(e8p.decode(codes[:, None])), codes)
+
+
+@pytest.mark.parametrize(("code", "bits"), [(Code.ONE_MAD, 2), (Code.HYB, 3)], ids=str)
+def test_search_beats_any_small_change(code, bits):
+    """No other bit stream one bit away is closer: a local minimum at least, for a target inside the code's range."""
+    values, dim = state_values(code), vector_dim(code)
+    targets = torch.randn(1, 256, generator=torch.Generator().manual_seed(3))
+    states = encode_trellis(targets, values, bits)
+    best = squared_error(states, values, targets)
+    packed = pack(states, bits, dim)
+    for bit in range(0, 256 * bits, 7):
+        other = packed.clone()
+        other[0, bit // 16] ^= torch.tensor(1 << (bit % 16)).to(torch.int16)
+        assert squared_error(unpack(other, bits, dim), values, targets) >= best - 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4, 1e4])
+@pytest.mark.parametrize(("code", "bits"), [(Code.ONE_MAD, 1), (Code.THREE_INST, 4), (Code.HYB, 4)], ids=str)
+def test_targets_outside_the_range_still_give_a_walk(code, bits, value):
+    states = encode_trellis(torch.full((1, 256), value), state_values(code), bits)
+    assert pack(states, bits, vector_dim(code)).shape == (1, 16 * bits)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(RuntimeError, match="components"):
+        encode_trellis(torch.zeros(1, 256), torch.zeros(65536, 2), 5)
+    with pytest.raises(RuntimeError, match="targets"):
+        encode_trellis(torch.zeros(1, 255), torch.zeros(65536, 1), 2)

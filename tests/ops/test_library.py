@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas, fakes, opcheck, torch.compile, and what the ops say of bad arguments."""
+
+import pytest
+import torch
+from random_layers import random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.trellis_codes import state_values
+from quip_vllm.ops import LinearSpec
+from quip_vllm.ops.cpu import CpuBackend
+
+OPS = torch.ops.quip_vllm
+CPU = CpuBackend()
+
+
+def qtip_arguments():
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
+    t = CPU.prepare(spec, random_layer(spec))
+    bases = [t["base0"], t["base1"], t["base2"]]
+    return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], t["lut"], bases, [64, 32, 16], [32, 16], "hyb", 2]
+
+
+def quip_sharp_arguments():
+    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 64, (32,))
+    t = CPU.prepare(spec, random_layer(spec))
+    bases = [t["base0"], t["base1"]]
+    return [torch.randn(3, 64), t["codes"], t["residual_codes"], t["su"], t["sv"], bases, [64, 32], [32]]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("qtip_linear", qtip_arguments),
+        ("quip_sharp_linear", quip_sharp_arguments),
+        ("viterbi_encode", lambda: [torch.randn(2, 256), state_values(Code.ONE_MAD).T.contiguous(), 2]),
+        ("e8p_nearest", lambda: [torch.randn(5, 8)]),
+    ],
+)
+def test_opcheck(name, arguments):
+    CPU.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (32,)))  # loads the library
+    torch.library.opcheck(getattr(OPS, name).default, arguments())
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_compiles_as_one_graph(method):
+    code = Code.ONE_MAD if method is Method.QTIP else None
+    spec = LinearSpec(method, code, 2, 64, (32, 16))
+    tensors = CPU.prepare(spec, random_layer(spec))
+    compiled = torch.compile(lambda x: CPU.linear(spec, x * 2, tensors) + 1, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64)
+    assert torch.equal(compiled(x), CPU.linear(spec, x * 2, tensors) + 1)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.randn(3, 65), "contiguous"),
+        (0, torch.randn(3, 64, dtype=torch.float64), "dtype"),
+        (1, torch.zeros(7, dtype=torch.int16), "packed"),
+        (2, torch.zeros(64, dtype=torch.float16), "su"),
+        (4, None, "lut"),
+        (5, [torch.ones(1, 1)], "bases"),
+        (6, [64, 32, 12], "rotation"),
+        (6, [64, 64, 16], "rotation"),
+        (7, [32, 8], "sv"),
+        (8, "4mad", "4mad"),
+        (9, 5, "bits"),
+        (9, 0, "bits"),
+    ],
+)
+def test_bad_arguments_are_refused_and_named(position, value, words):
+    arguments = qtip_arguments()
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.qtip_linear(*arguments)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU op against the dequantized weight: every format, odd row counts, odd sizes, every dtype."""
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR
+from random_layers import FORMAT_IDS, FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.reference import ReferenceBackend
+
+CPU = CpuBackend()
+SHAPES = [  # k, output sizes, block
+    (16, (16,), None),
+    (272, (48, 16), 16),
+    (576, (576, 192, 192), None),
+    (1536, (80,), None),
+    (640, (352,), 64),
+]
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def run(spec, tensors, x):
+    assert CPU.refusal(spec) is None
+    return CPU.linear(spec, x, CPU.prepare(spec, tensors))
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors = random_layer(spec)
+    x = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ dequantize(spec, tensors).double().T
+    assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
+    assert relative(ReferenceBackend().linear(spec, x, tensors), expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("k", [8, 24, 40])
+@pytest.mark.parametrize("n", [1, 2, 12, 36])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits):
+    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n,))
+    tensors = random_layer(spec)
+    x = torch.randn(5, k)
+    assert relative(run(spec, tensors, x), x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_half_precision_rounds_like_torch(method, code, bits, dtype):
+    spec = LinearSpec(method, code, bits, 576, (192, 64))
+    tensors = random_layer(spec)
+    x = torch.randn(3, 576).to(dtype)
+    weight = dequantize(spec, tensors)
+    exact = x.double() @ weight.double().T
+    torch_error = relative(x @ weight.to(dtype).T, exact)
+    y = run(spec, tensors, x)
+    assert y.dtype is dtype
+    assert relative(y, exact) < SAME_DTYPE_FACTOR * torch_error
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (2, 3, 64), (64,)])
+def test_leading_dimensions(shape):
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32, 16))
+    tensors = random_layer(spec)
+    x = torch.randn(shape)
+    y = run(spec, tensors, x)
+    assert y.shape == (*shape[:-1], 48)
+    if x.numel():
+        assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.HYB)])
+def test_bits_do_not_depend_on_threads_or_batch(method, code):
+    spec = LinearSpec(method, code, 3, 576, (192, 64))
+    prepared = CPU.prepare(spec, random_layer(spec))
+    x = torch.randn(23, 576)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = CPU.linear(spec, x, prepared)
+        torch.set_num_threads(4)
+        assert torch.equal(CPU.linear(spec, x, prepared), one)
+    finally:
+        torch.set_num_threads(threads)
+    for m in (1, 2, 3, 5, 22):
+        assert torch.equal(CPU.linear(spec, x[:m], prepared), one[:m])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_spoils_only_itself(bad):
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32,))
+    prepared = CPU.prepare(spec, random_layer(spec))
+    x = torch.randn(5, 64)
+    clean = CPU.linear(spec, x, prepared)
+    x[2, 3] = bad
+    y = CPU.linear(spec, x, prepared)
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.ONE_MAD)])
+def test_only_the_packed_weight_is_kept(method, code):
+    spec = LinearSpec(method, code, 2, 2048, (2048,))
+    tensors = random_layer(spec)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in CPU.prepare(spec, tensors).values())
+    assert held < 1.1 * spec.in_features * spec.out_features * spec.bits / 8
+
+
+def broken(name, change):
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32,))
+    tensors = random_layer(spec)
+    tensors[name] = change(tensors[name])
+    return spec, tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("packed", lambda t: t[:, :-1]),
+        ("packed", lambda t: t.int()),
+        ("su", lambda t: t[:-1]),
+        ("sv", lambda t: t * float("nan")),
+        ("lut", lambda t: t[:, :256]),
+    ],
+)
+def test_a_damaged_tensor_is_named(name, change):
+    spec, tensors = broken(name, change)
+    for backend in (CPU, ReferenceBackend()):
+        with pytest.raises(ValueError, match=name):
+            backend.prepare(spec, tensors)
+
+
+def test_missing_tensor_is_named():
+    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 64, (32,))
+    tensors = random_layer(spec)
+    del tensors["residual_codes"]
+    with pytest.raises(ValueError, match="residual_codes"):
+        CPU.prepare(spec, tensors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (24,)), "multiples of 16"),
+        (LinearSpec(Method.QUIP_SHARP, None, 2, 44, (16,)), "multiples of 8"),
+        (LinearSpec(Method.QUIP_SHARP, None, 2, 64, (26,)), "--hadamard-block 2"),
+        (LinearSpec(Method.QUIP_SHARP, None, 2, 64, (13,), 4), "13"),
+    ],
+)
+def test_refusals_say_why(spec, words):
+    assert words in CPU.refusal(spec)

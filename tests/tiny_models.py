@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of several architectures and a byte tokenizer, made on the spot: no network, no files in git."""
+
+import json
+import random
+
+import torch
+
+VOCABULARY = 272
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.08,
+}
+ARCHITECTURES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 24, "tie_word_embeddings": False},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+    "Phi3": {},
+    "Olmo2": {},
+}
+
+
+def save_model(folder, architecture="Llama", dtype="bfloat16", seed=0, **changes):
+    """Writes a model with its tokenizer; returns the folder."""
+    import transformers
+
+    config_class = getattr(transformers, architecture + "Config")
+    name = architecture.removesuffix("Text") + "ForCausalLM"
+    config = config_class(**{**COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, name)(config)
+    for key, parameter in model.named_parameters():  # biases and norms start as constants: make them matter
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        assert parameter.isfinite().all(), key
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder):
+    """One token a byte, and <s> 256, </s> 257."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+def text(letters=6000, seed=0):
+    """Words of random letters."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 7))) for _ in range(200)]
+    return " ".join(draw.choices(words, k=letters // 4))[:letters]
