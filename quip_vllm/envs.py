@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every environment variable the project reads."""
+"""Every environment variable the package reads.
+
+The compiled CPU library reads one more, QUIP_VLLM_CPU_TIER (kernels/cpu/bindings.cpp): portable, avx2 or avx512 lowers
+the instruction-set tier; unset, it takes the best that the CPU has.
+"""
 
 import os
 
@@ -7,8 +11,3 @@ import os
 def backend() -> str | None:
     """QUIP_VLLM_BACKEND: run this backend and no other (cpu, reference); unset: the first that can."""
     return os.environ.get("QUIP_VLLM_BACKEND") or None
-
-
-def cpu_tier() -> str | None:
-    """QUIP_VLLM_CPU_TIER: lower the instruction-set tier (portable, avx2, avx512); unset: the best the CPU has."""
-    return os.environ.get("QUIP_VLLM_CPU_TIER") or None

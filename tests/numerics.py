@@ -38,3 +38,24 @@ DISTORTION = 0.02
 
 SERVED_LOG_PROBABILITY = 1e-3
 """Absolute error of a served log probability in float32 against transformers with the dequantized model."""
+
+LOSS_OVER_SHANNON = {"lattice": 2.5, "trellis": 1.7, "trellis, 5 to 8 bits": 20.0}
+"""How many times 4^-bits, the rate-distortion bound, the proxy loss on 4,096 white Gaussian weights may be: 1.5 to 2.3 is
+seen for the lattice, 1.1 to 1.6 for a trellis at up to 4 bits, 9 to 14 for 1mad at 8 (its few values end at 3.5 sigma)."""
+
+LOSS_IN_TWO_SPACES = 1e-3
+"""Relative difference of a proxy loss computed on the stored tensors in the original space, undamped, from the reported
+one in the rotated space: fp16 signs are exact, both are float32 sums, and the damping of 1e-6 is negligible."""
+
+FACTOR = 1e-5
+"""Relative error (Frobenius norm) of (L + I) D (L + I)^T against H: L is rounded to float32 once."""
+
+FLOAT32_HESSIAN = 1e-4
+"""Relative error (Frobenius norm) of a float32 Hessian behind one decoder layer, computed once layer by layer and once by
+the whole model: attention and batch sizes differ in the order of sums. Quantization moves it by 1e-2 and more."""
+
+PERPLEXITY = 1e-5
+"""Relative error of a perplexity in float32 against transformers' own loss: the mean of some hundred terms."""
+
+DIVERGENCE = 1e-5
+"""Absolute error, nats, of a KL divergence in float32 against float64."""

@@ -70,12 +70,12 @@ class CheckpointConfig:
         Raises:
             ValueError: names the key, its value and what is allowed.
         """
+        method = _member(Method, raw.get("quant_method"), "quant_method")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
             )
-        method = _member(Method, raw.get("quant_method"), "quant_method")
         code = _member(Code, raw.get("code"), "code") if method is Method.QTIP else None
         if code is not None:
             for key, want in (("state_bits", STATE_BITS), ("vector_dim", vector_dim(code))):

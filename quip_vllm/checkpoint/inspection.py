@@ -21,15 +21,11 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: not a checkpoint of ours, or damaged.
     """
-    raw = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
-    config = CheckpointConfig.from_dict(raw)
+    config = read_config(folder)
     reader = CheckpointReader(folder)
-    report = folder / "quantization_report.json"
-    losses = {e["name"]: e["proxy_loss"] for e in read_json(report)["layers"]} if report.exists() else {}
+    losses = _losses(folder / "quantization_report.json")
     layers: list[dict[str, Any]] = []
-    for name in sorted({n.removesuffix(".su") for n in reader.names() if n.endswith(".su")}, key=_natural):
+    for name in quantized_layers(reader, config):
         shape = [reader.shapes[f"{name}.sv"][0], reader.shapes[f"{name}.su"][0]]
         size = sum(reader.bytes_of.get(f"{name}.{key}", 0) for key in TENSORS)
         layers.append(
@@ -52,7 +48,43 @@ def inspect(folder: Path) -> dict[str, Any]:
         "quantized_bytes": quantized,
         "bytes": sum(reader.bytes_of.values()),
     }
-    return {"checkpoint": str(folder), "quantization_config": raw, "layers": layers, "totals": totals}
+    return {"checkpoint": str(folder), "quantization_config": config.to_dict(), "layers": layers, "totals": totals}
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """What config.json says of a checkpoint of ours. Raises ValueError for anything else."""
+    raw = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
+    return CheckpointConfig.from_dict(raw)
+
+
+def quantized_layers(reader: CheckpointReader, config: CheckpointConfig) -> list[str]:
+    """Names of the quantized layers in order.
+
+    Raises:
+        ValueError: one of them lacks a vector ``su`` or ``sv``, or ``config`` says that it is not quantized.
+    """
+    names = {owner for owner, _, leaf in (name.rpartition(".") for name in reader.names()) if leaf in TENSORS}
+    for name in names:
+        for vector in ("su", "sv"):
+            if len(reader.shapes.get(f"{name}.{vector}", ())) != 1:
+                raise ValueError(
+                    f"{name} has no vector {vector}: the checkpoint is damaged; fetch or quantize it again"
+                )
+        if config.bits_of(name) is None:
+            raise ValueError(f"{name} holds quantized tensors: config.json says that it has none; quantize again")
+    return sorted(names, key=_natural)
+
+
+def _losses(report: Path) -> dict[str, float]:
+    """Layer name -> proxy loss, empty where the report is gone."""
+    if not report.exists():
+        return {}
+    try:
+        return {str(entry["name"]): float(entry["proxy_loss"]) for entry in read_json(report)["layers"]}
+    except (KeyError, TypeError):
+        raise ValueError(f"{report} is damaged: delete it to see the checkpoint without its losses") from None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -14,6 +14,31 @@ from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
+
+    Raises:
+        ValueError: neither exists.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+        raise ValueError(
+            f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=FETCHED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model {model} is no folder, and the hub does not give it ({error}): check the name"
+        ) from None
 
 
 class CheckpointReader:

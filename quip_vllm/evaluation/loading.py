@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.store import CheckpointReader, read_json
+from quip_vllm.checkpoint.inspection import quantized_layers, read_config
+from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
 from quip_vllm.formats.methods import Method
 from quip_vllm.ops import LinearSpec, dequantize
 
 OWN_METHODS = {method.value for method in Method}
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the folder's config.json says that it is a checkpoint of ours."""
+    described = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(described, dict) and described.get("quant_method") in list(OWN_METHODS)
 
 
 def load_model(model: str) -> Any:
@@ -23,14 +29,19 @@ def load_model(model: str) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(model)
-    described = read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else None
-    if not described or described.get("quant_method") not in OWN_METHODS:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
-    config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = loaded.load_state_dict(dense_state(folder), strict=False)
+    folder = local_folder(model)
+    if not is_own(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        del config.quantization_config
+        loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
+    try:
+        missing, unexpected = loaded.load_state_dict(dense_state(folder), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} and its config.json do not belong together: {error}") from None
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
     wrong = [name for name in (*missing, *unexpected) if name not in tied]
     if wrong:
@@ -41,20 +52,19 @@ def load_model(model: str) -> Any:
 
 def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
-    described = CheckpointConfig.from_dict(read_json(folder / "config.json")["quantization_config"])
+    described = read_config(folder)
     reader = CheckpointReader(folder)
     state: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {name: {} for name in quantized_layers(reader, described)}
     for name, tensor in reader.read(reader.names()).items():
         owner, _, leaf = name.rpartition(".")
-        if f"{owner}.su" in reader and leaf != "bias":
-            layers.setdefault(owner, {})[leaf] = tensor
+        if owner in layers and leaf != "bias":
+            layers[owner][leaf] = tensor
         else:
             state[name] = tensor
     for owner, tensors in layers.items():
         bits = described.bits_of(owner)
-        if bits is None:
-            raise ValueError(f"{owner} holds quantized tensors: config.json says that it has none; quantize again")
+        assert bits is not None  # quantized_layers
         if "lut" in tensors:
             tensors["lut"] = tensors["lut"][None]
         n, k = tensors["sv"].shape[0], tensors["su"].shape[0]

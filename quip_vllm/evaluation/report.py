@@ -6,8 +6,8 @@ from typing import Any
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.inspection import inspect
-from quip_vllm.checkpoint.store import CheckpointReader, read_json
-from quip_vllm.evaluation.loading import OWN_METHODS, load_model
+from quip_vllm.checkpoint.store import CheckpointReader, local_folder
+from quip_vllm.evaluation.loading import is_own, load_model
 from quip_vllm.evaluation.windows import score, windows_of
 
 
@@ -25,7 +25,7 @@ def evaluate(
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(model))
     tokens = windows_of(text, tokenizer, sequence_length, windows)
     loaded = load_model(model)
     other = load_model(reference) if reference else None
@@ -35,7 +35,7 @@ def evaluate(
             "a divergence needs one vocabulary; give the model that was quantized"
         )
     figures = score([loaded], tokens, other)[0]
-    size = _size(model, loaded)
+    size = _size(local_folder(model), loaded)
     return {
         "perplexity": figures["perplexity"],
         "kl_divergence": figures.get("kl_divergence"),
@@ -52,13 +52,11 @@ def evaluate(
     }
 
 
-def _size(model: str, loaded: Any) -> dict[str, Any]:
-    folder = Path(model)
-    described = read_json(folder / "config.json").get("quantization_config") if folder.is_dir() else None
-    if described and described.get("quant_method") in OWN_METHODS:
+def _size(folder: Path, loaded: Any) -> dict[str, Any]:
+    if is_own(folder):
         return inspect(folder)["totals"]
     count = sum(parameter.numel() for parameter in loaded.parameters())
-    total = sum(CheckpointReader(folder).bytes_of.values()) if folder.is_dir() else count * loaded.dtype.itemsize
+    total = sum(CheckpointReader(folder).bytes_of.values())
     return {"bits_per_weight": round(8 * total / count, 4), "bytes": total}
 
 

@@ -27,7 +27,9 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -
         raise ValueError(f"text {text_file} cannot be read ({error}): give a UTF-8 file") from None
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     available = len(ids) // length
-    if available < (count or 1) or (count is not None and count < 1):
+    if count is not None and count < 1:
+        raise ValueError(f"--windows is {count}: give at least 1, or leave it away for all")
+    if available < (count or 1):
         raise ValueError(f"{text_file} has {available} windows of {length} tokens: {count or 1} are asked for")
     available = count or available
     return ids[: available * length].view(available, length)
@@ -63,6 +65,8 @@ def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) 
                 if other is not None:
                     divergence[i] += _total((p * (log_p - log_q)).sum(1))
                     agreement[i] += int((best == log_q.argmax(1)).sum())
+    if not all(math.isfinite(value) for value in (*nll, reference_nll)):
+        raise ValueError("a model's logits hold a NaN or an infinity on this text: its weights are damaged")
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     figures = [{"perplexity": math.exp(value / predictions)} for value in nll]
     if reference is not None:

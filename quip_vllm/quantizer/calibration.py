@@ -53,12 +53,13 @@ def _hub_text(source: str) -> str:
     name, split, column, *rest = [*source.removeprefix("hub:").split(":"), "", ""][:3]
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise ValueError(f"{source} needs the package datasets: pip install 'quip-vllm[quantize]'") from None
     try:
         rows = load_dataset(name, split=split or "train")
         return "\n\n".join(rows[column or "text"])
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"data set {source} cannot be read ({error}): check its name, split and column") from None
 
 
@@ -68,7 +69,7 @@ def _self_written(settings: Settings, model_path: str) -> Tensor:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", use_safetensors=True).eval()
     generator = torch.Generator().manual_seed(settings.seed)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     count, length = settings.sequences, settings.sequence_length

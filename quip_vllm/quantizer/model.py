@@ -10,30 +10,6 @@ from torch import Tensor, nn
 from quip_vllm.checkpoint.store import CheckpointReader
 
 
-def local_folder(model: str) -> Path:
-    """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
-
-    Raises:
-        ValueError: neither exists.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise ValueError(
-            f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model {model} is no folder, and the hub does not give it ({error}): check the name"
-        ) from None
-
-
 class _Stub(nn.Module):
     """Stands in for a decoder layer: passes its input on and keeps what it was called with."""
 
@@ -68,7 +44,10 @@ class LayeredModel:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.reader = CheckpointReader(folder)
-        self.config = AutoConfig.from_pretrained(folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
+            raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
         if getattr(self.config, "quantization_config", None):
             raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
         bf16 = self.config.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()

@@ -19,14 +19,22 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.store import CheckpointReader, read_json, shard_name, write_index, write_json, write_shard
+from quip_vllm.checkpoint.store import (
+    CheckpointReader,
+    local_folder,
+    read_json,
+    shard_name,
+    write_index,
+    write_json,
+    write_shard,
+)
 from quip_vllm.formats.methods import STATE_BITS, Method
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.quantizer.calibration import calibration_tokens
 from quip_vllm.quantizer.group import quantize_group
 from quip_vllm.quantizer.hessian import HessianCollector
-from quip_vllm.quantizer.model import LayeredModel, local_folder, run_layer
+from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.settings import Settings
 
 assert STATE_BITS == 16
@@ -45,10 +53,11 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     folder = local_folder(settings.model)
     source = LayeredModel(folder)
     record = out / RECORD
+    wanted = [_layer_bits(settings, source, index) for index in range(len(source.layers))]
+    if not any(wanted):
+        raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
     _open_record(settings, source, out, resume)
     _check_space(out, source)
-    for index in range(len(source.layers)):
-        _layer_bits(settings, source, index)  # an unsupported layer ends the run before any work is done
     tokens = _tokens(settings, record, folder)
     hidden, kwargs = source.first_hidden_states(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
     count = len(source.layers)
@@ -76,7 +85,7 @@ def _open_record(settings: Settings, source: LayeredModel, out: Path, resume: bo
     wanted = {**settings.to_dict(), "quip_vllm": __version__, "compute_dtype": str(source.compute_dtype)}
     wanted["tensors"] = _fingerprint(source.reader)
     if not resume:
-        if out.exists() and any(out.iterdir()):
+        if any(file.is_file() and file != state for file in out.rglob("*")):
             raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
         (out / RECORD).mkdir(parents=True, exist_ok=True)
         write_json(state, wanted)
@@ -226,7 +235,8 @@ def _finish(
     """Copies tokenizer and licence files, writes the report and config.json, and removes the record."""
     for pattern in COPIED:
         for file in folder.glob(pattern):
-            if file.name not in ("config.json", REPORT) and not file.name.endswith(".index.json"):
+            ours = file.name in ("config.json", REPORT) or file.name.endswith(".index.json")
+            if file.is_file() and not ours:
                 shutil.copyfile(file, out / file.name)
     quantized = {entry["name"]: entry["bits"] for entry in report["layers"]}
     skipped = list(source.other_linears)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantization_config: what is written is read back, and everything else is refused in one sentence."""
+
+import pytest
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.formats.methods import Code, Method
+
+QTIP = CheckpointConfig(Method.QTIP, 2, Code.HYB, 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": 4})
+
+
+@pytest.mark.parametrize("config", [QTIP, CheckpointConfig(Method.QUIP_SHARP, 3)])
+def test_round_trip(config):
+    assert CheckpointConfig.from_dict(config.to_dict()) == config
+
+
+def test_to_dict():
+    assert QTIP.to_dict() == {
+        "quant_method": "qtip",
+        "format_version": 1,
+        "bits": 2,
+        "code": "hyb",
+        "state_bits": 16,
+        "vector_dim": 2,
+        "hadamard_block": 128,
+        "modules_to_not_convert": ["lm_head", "model.layers.1"],
+        "overrides": {"model.layers.0.o_proj": {"bits": 4}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("model.layers.0.q_proj", 2),
+        ("model.layers.0.o_proj", 4),
+        ("lm_head", None),
+        ("model.layers.1", None),
+        ("model.layers.1.q_proj", None),
+        ("model.layers.10.q_proj", 2),
+    ],
+)
+def test_bits_of(name, bits):
+    assert QTIP.bits_of(name) == bits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quant_method": "awq"}, "quant_method is 'awq': it must be one of qtip, quip_sharp"),
+        ({"quant_method": ["qtip"]}, "quant_method is "),
+        ({"quant_method": {}}, "quant_method is "),
+        ({"format_version": 2}, "format_version is 2: "),
+        ({"format_version": None}, "format_version is None: "),
+        ({"code": "4mad"}, "code is '4mad': it must be one of 1mad, 3inst, hyb, lut"),
+        ({"code": None}, "code is None: "),
+        ({"code": []}, "code is "),
+        ({"bits": 10**30}, "bits is 1000"),
+        ({"bits": "2"}, "bits is '2': "),
+        ({"bits": 2.0}, "bits is 2.0: "),
+        ({"bits": True}, "bits is True: "),
+        ({"bits": None}, "bits is None: "),
+        ({"bits": 5}, "bits is 5: qtip with code hyb has 1, 2, 3, 4; choose one of them"),
+        ({"state_bits": 12}, "state_bits is 12: "),
+        ({"vector_dim": 1}, "vector_dim is 1: "),
+        ({"hadamard_block": 96}, "hadamard_block is 96: "),
+        ({"hadamard_block": 0}, "hadamard_block is 0: "),
+        ({"hadamard_block": -8}, "hadamard_block is -8: "),
+        ({"hadamard_block": "64"}, "hadamard_block is '64': "),
+        ({"hadamard_block": True}, "hadamard_block is True: "),
+        ({"overrides": ["x"]}, "overrides is "),
+        ({"overrides": {"x": 4}}, "overrides is "),
+        ({"overrides": {"x": {"bits": 99}}}, "bits is 99: "),
+        ({"overrides": {"x": {}}}, "bits is None: "),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head': "),
+        ({"modules_to_not_convert": [1]}, "modules_to_not_convert is "),
+    ],
+)
+def test_hostile(changes, message):
+    with pytest.raises(ValueError) as caught:
+        CheckpointConfig.from_dict({**QTIP.to_dict(), **changes})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_goes_with_qtip_only():
+    with pytest.raises(ValueError, match="quip_sharp has none"):
+        CheckpointConfig(Method.QUIP_SHARP, 2, Code.LUT)
+    with pytest.raises(ValueError, match="qtip needs one"):
+        CheckpointConfig(Method.QTIP, 2)

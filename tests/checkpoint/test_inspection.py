@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quip-vllm inspect on checkpoints written by hand: sizes equal the files, damage is named."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.inspection import format_inspection, inspect
+from quip_vllm.checkpoint.store import read_json, write_json
+from quip_vllm.formats.methods import Code, Method
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Layers 2 and 10 of 32 x 64 weights, at 2 and 4 bits, hyb; an embedding of 5 x 64."""
+    tensors = {"embed.weight": torch.zeros(5, 64, dtype=torch.bfloat16)}
+    for layer, bits in ((10, 2), (2, 4)):
+        tensors[f"layers.{layer}.up.packed"] = torch.zeros(2, 64 * bits, dtype=torch.int16)
+        tensors[f"layers.{layer}.up.su"] = torch.ones(64, dtype=torch.float16)
+        tensors[f"layers.{layer}.up.sv"] = torch.ones(32, dtype=torch.float16)
+        tensors[f"layers.{layer}.up.lut"] = torch.ones(512, 2, dtype=torch.float16)
+        tensors[f"layers.{layer}.up.bias"] = torch.ones(32, dtype=torch.float16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = CheckpointConfig(Method.QTIP, 2, Code.HYB, overrides={"layers.2.up": 4})
+    write_json(tmp_path / "config.json", {"quantization_config": config.to_dict()})
+    write_json(tmp_path / "quantization_report.json", {"layers": [{"name": "layers.2.up", "proxy_loss": 0.0123}]})
+    return tmp_path
+
+
+def test_inspect(checkpoint):
+    found = inspect(checkpoint)
+    sizes = {4: 2 * 2 * 256 + 2 * 96 + 2 * 1024, 2: 2 * 2 * 128 + 2 * 96 + 2 * 1024}
+    common = {"method": "qtip", "code": "hyb", "shape": [32, 64]}
+    assert found["layers"] == [
+        {"name": "layers.2.up", **common, "bits": 4, "bytes": sizes[4], "proxy_loss": 0.0123},
+        {"name": "layers.10.up", **common, "bits": 2, "bytes": sizes[2], "proxy_loss": None},
+    ]
+    total = sum(t.numel() * t.element_size() for t in load_file(checkpoint / "model.safetensors").values())
+    assert found["totals"] == {
+        "layers": 2,
+        "weights": 4096,
+        "bits_per_weight": round(8 * sum(sizes.values()) / 4096, 4),
+        "quantized_bytes": sum(sizes.values()),
+        "bytes": total,
+    }
+    assert found["quantization_config"] == read_json(checkpoint / "config.json")["quantization_config"]
+    table = format_inspection(found).splitlines()
+    assert len(table) == 4
+    assert table[1].split() == ["layers.2.up", "qtip", "hyb", "4", "32x64", "3,264", "0.01230"]
+    assert table[2].split() == ["layers.10.up", "qtip", "hyb", "2", "32x64", "2,752", "-"]
+    assert table[3] == f"2 layers, 4,096 weights, 11.750 bits per weight; 6,016 of {total:,} bytes"
+
+
+@pytest.mark.parametrize("report", [{}, {"layers": [1]}, {"layers": [{"name": "x"}]}, {"layers": 3}])
+def test_damaged_report(checkpoint, report):
+    write_json(checkpoint / "quantization_report.json", report)
+    with pytest.raises(ValueError, match="quantization_report.json is damaged: delete it"):
+        inspect(checkpoint)
+
+
+@pytest.mark.parametrize("gone", ["su", "sv"])
+def test_missing_vector(checkpoint, gone):
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors[f"layers.2.up.{gone}"]
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=f"layers.2.up has no vector {gone}: "):
+        inspect(checkpoint)
+
+
+@pytest.mark.parametrize("shape", [(), (8, 8)])
+def test_vector_of_another_rank(checkpoint, shape):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["layers.2.up.su"] = torch.ones(shape)
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="layers.2.up has no vector su: "):
+        inspect(checkpoint)
+
+
+def test_config_that_denies_a_layer(checkpoint):
+    config = read_json(checkpoint / "config.json")
+    config["quantization_config"]["modules_to_not_convert"] = ["layers.2"]
+    write_json(checkpoint / "config.json", config)
+    with pytest.raises(ValueError, match="layers.2.up holds quantized tensors: config.json says that it has none"):
+        inspect(checkpoint)
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": "qtip"}, {"quantization_config": None}])
+def test_not_a_quantized_checkpoint(checkpoint, config):
+    write_json(checkpoint / "config.json", config)
+    with pytest.raises(ValueError, match="has no quantization_config: this is not a quantized checkpoint"):
+        inspect(checkpoint)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards: whole or absent, equal bytes for equal tensors, and damaged or hostile files refused."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quip_vllm.checkpoint import store
+from quip_vllm.checkpoint.store import CheckpointReader, read_json, shard_name, write_index, write_json, write_shard
+
+TENSORS = {"b": torch.arange(6, dtype=torch.int16).view(2, 3), "a": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def test_written_tensors_are_read_back(tmp_path):
+    write_shard(tmp_path / shard_name(0, 2), TENSORS)
+    write_shard(tmp_path / shard_name(1, 2), {"c": torch.zeros(2, 2)})
+    write_index(tmp_path, 2)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index == {"metadata": {"total_size": 36}, "weight_map": {"a": first, "b": first, "c": second}}
+    reader = CheckpointReader(tmp_path)
+    assert sorted(reader.names()) == ["a", "b", "c"]
+    assert reader.shapes == {"a": (4,), "b": (2, 3), "c": (2, 2)}
+    assert reader.bytes_of == {"a": 8, "b": 12, "c": 16}
+    assert "a" in reader and "z" not in reader
+    for name, tensor in reader.read(["b", "a"]).items():
+        assert tensor.dtype == TENSORS[name].dtype and torch.equal(tensor, TENSORS[name])
+    with pytest.raises(ValueError, match="has no tensor z: "):
+        reader.read(["z"])
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path):
+    write_shard(tmp_path / "x.safetensors", TENSORS)
+    write_shard(tmp_path / "y.safetensors", dict(reversed(TENSORS.items())))
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_a_transposed_view_is_stored_as_its_values(tmp_path):
+    write_shard(tmp_path / "x.safetensors", {"t": TENSORS["b"].T})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["t"], TENSORS["b"].T)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_shard(tmp_path / "x.safetensors", TENSORS)
+    write_json(tmp_path / "x.json", {"a": 1})
+    before = (tmp_path / "x.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path / "x.safetensors", {"b": torch.zeros(1)})
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "x.json", {"a": 2})
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise store.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match=r"x\.safetensors cannot be written \(I/O error: No space left .*--resume"):
+        write_shard(tmp_path / "x.safetensors", TENSORS)
+
+
+def test_one_file_beside_other_copies_of_the_weights(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"other.a": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert CheckpointReader(tmp_path).names() == ["a"]
+
+
+def write_header(file, header):
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../secret.safetensors"}, "names '../secret.safetensors': a shard must be a plain file name"),
+        ({"a": "/etc/secret"}, "names '/etc/secret': a shard must be a plain file name"),
+        ({"a": "sub/x.safetensors"}, "names 'sub/x.safetensors': a shard must be a plain file name"),
+        ({"a": ".."}, "cannot be read"),
+        ({"a": 7}, "cannot be read"),
+        ({"a": "gone.safetensors"}, r"gone.safetensors cannot be read .* missing or truncated"),
+        (["a"], "has no weight_map object"),
+        (None, "has no weight_map object"),
+        ({}, r"has no \*.safetensors file"),
+    ],
+)
+def test_hostile_index(tmp_path, weight_map, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises(ValueError, match=message):
+        CheckpointReader(folder)
+
+
+def test_damaged_files(tmp_path):
+    with pytest.raises(ValueError, match=r"has no \*.safetensors file.*never pickles"):
+        CheckpointReader(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(TENSORS, file)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="missing or truncated; fetch or quantize it again"):
+        CheckpointReader(tmp_path)
+    file.write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match="cannot be read"):
+        CheckpointReader(tmp_path)
+    write_header(file, {"a": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}})
+    with pytest.raises(ValueError, match="holds a as F8_E8M0"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be read"), ("[]", "holds a list"), (b"\xff", "cannot be read"), (None, "")]
+)
+def test_read_json_refuses(tmp_path, content, message):
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="x.json " + message):
+        read_json(file)
+
+
+def test_local_folder(tmp_path, monkeypatch):
+    assert store.local_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "file").touch()
+    for name in (str(tmp_path / "file"), str(tmp_path / "gone"), "./gone", "gone"):
+        with pytest.raises(ValueError, match="is not a folder: give a folder with config.json"):
+            store.local_folder(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model nobody/nothing-of-this-name is no folder, and the hub does not give"):
+        store.local_folder("nobody/nothing-of-this-name")
+
+
+def test_the_hub_gives_no_pickles(monkeypatch, tmp_path):
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert store.local_folder("someone/model") == tmp_path
+    assert asked == {
+        "someone/model": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
+    }

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration tokens from each source, the same for the same seed."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from quip_vllm.quantizer.calibration import calibration_tokens
+
+
+@pytest.fixture
+def tokens(tiny_model, make_settings):
+    def tokens(**changes):
+        return calibration_tokens(make_settings(tiny_model(), **changes), str(tiny_model()))
+
+    return tokens
+
+
+def test_file(tokens, tiny_text, tiny_model):
+    from transformers import AutoTokenizer
+
+    found = tokens(sequences=20, sequence_length=30)
+    assert found.shape == (20, 30) and found.dtype == torch.int64
+    text = AutoTokenizer.from_pretrained(tiny_model()).decode(found[3])
+    whole = tiny_text.read_text()
+    assert text in whole and whole.index(text) % 30 == 0
+    assert len({tuple(row) for row in found.tolist()}) == 20
+    assert torch.equal(found, tokens(sequences=20, sequence_length=30))
+    assert not torch.equal(found, tokens(sequences=20, sequence_length=30, seed=1))
+
+
+def test_file_too_short(tokens):
+    assert tokens(sequences=100, sequence_length=60).shape == (100, 60)
+    with pytest.raises(ValueError, match=r"has 6000 tokens: 101 sequences of 60 need 6060; give a longer text or sma"):
+        tokens(sequences=101, sequence_length=60)
+
+
+def test_file_that_cannot_be_read(tokens, tmp_path):
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    for name in ("latin", "gone"):
+        with pytest.raises(ValueError, match="cannot be read .*: give a UTF-8 text, hub:DATASET or self"):
+            tokens(calibration=str(tmp_path / name))
+
+
+def test_self_is_deterministic_by_seed(tokens):
+    found = tokens(calibration="self", sequences=3, sequence_length=12)
+    assert found.shape == (3, 12) and found.dtype == torch.int64
+    assert len({tuple(row) for row in found.tolist()}) == 3
+    assert torch.equal(found, tokens(calibration="self", sequences=3, sequence_length=12))
+    assert not torch.equal(found, tokens(calibration="self", sequences=3, sequence_length=12, seed=1))
+
+
+@torch.inference_mode()
+def test_self_is_sampled_from_the_model(tiny_model, make_settings):
+    """Sampled text is likelier under the model that wrote it than under another one."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_model(initializer_range=0.4, dtype="float32")
+    settings = make_settings(folder, calibration="self", sequences=8, sequence_length=40)
+    found = calibration_tokens(settings, str(folder))
+    losses = []
+    for model in (folder, tiny_model(initializer_range=0.4, dtype="float32", seed=1)):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        losses.append(float(loaded(input_ids=found, labels=found).loss))
+    assert losses[0] < losses[1] - 1.0
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A local data set with splits train and test and columns text and body."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, letter in (("train", "a"), ("test", "b")):
+        rows = [json.dumps({"text": letter * 40, "body": letter.upper() * 40, "count": 1}) for _ in range(10)]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return f"hub:{folder}"
+
+
+@pytest.mark.parametrize(("suffix", "letter"), [("", "a"), (":test", "b"), (":test:body", "B"), ("::body", "A")])
+def test_hub(tokens, dataset, tiny_model, suffix, letter):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    found = tokens(calibration=dataset + suffix, sequences=2, sequence_length=20)
+    assert set(tokenizer.decode(found.flatten())) - {"\n"} == {letter}
+
+
+@pytest.mark.parametrize("suffix", [":validation", ":train:nothing", ":train:count"])
+def test_hub_wrong_part(tokens, dataset, suffix):
+    with pytest.raises(ValueError, match="data set hub:.* cannot be read .*: check its name, split and column"):
+        tokens(calibration=dataset + suffix)
+
+
+def test_hub_unknown(tokens, dataset, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="data set hub:nobody/nothing cannot be read"):
+        tokens(calibration="hub:nobody/nothing")
+    (tmp_path / "data" / "train.jsonl").write_text("{broken")
+    with pytest.raises(ValueError, match="data set hub:.* cannot be read"):
+        tokens(calibration=dataset)
+
+
+def test_hub_without_the_package(tokens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="hub:x needs the package datasets: pip install 'quip-vllm.quantize.'"):
+        tokens(calibration="hub:x")

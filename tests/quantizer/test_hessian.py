@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hessians: one for each activation, sums of x x^T, regularised without touching what matters."""
+
+import pytest
+import torch
+from torch import nn
+
+from quip_vllm.quantizer.hessian import HessianCollector, regularise
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("q", "k", "gate", "up", "unused"):
+            setattr(self, name, nn.Linear(8, 8, bias=False))
+        self.down = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + self.q(x) * self.k(x)
+        return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+@torch.inference_mode()
+def test_groups_are_the_readers_of_one_activation():
+    block = Block()
+    collector = HessianCollector({name: module for name, module in block.named_modules() if name})
+    batches = [torch.randn(3, 5, 8), torch.randn(1, 5, 8)]
+    for x in batches:
+        block(x)
+    groups = collector.close()
+    assert [group.names for group in groups] == [["q", "k"], ["gate", "up"], ["down"]]
+    assert [group.tokens for group in groups] == [20, 20, 20]
+    rows = torch.cat([x.reshape(-1, 8) for x in batches]).double()
+    torch.testing.assert_close(groups[0].hessian, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    before = groups[0].hessian.clone()
+    block(batches[0])  # the hooks are gone
+    assert torch.equal(groups[0].hessian, before) and groups[0].tokens == 20
+
+
+def test_regularise():
+    total = torch.diag(torch.tensor([2.0, 0.0, 6.0], dtype=torch.float64))
+    total[0, 2] = total[2, 0] = 1.0
+    fit, dead = regularise(total, tokens=2, damping=0.01)
+    assert dead.tolist() == [False, True, False]
+    expected = torch.tensor([[0.51, 0.0, 0.25], [0.0, 1.01, 0.0], [0.25, 0.0, 1.51]])
+    torch.testing.assert_close(fit, expected, rtol=0, atol=1e-7)
+
+
+def test_regularise_of_nothing():
+    fit, dead = regularise(torch.zeros(4, 4, dtype=torch.float64), tokens=0, damping=0.01)
+    assert dead.all()
+    torch.testing.assert_close(fit, 1.01 * torch.eye(4))
+
+
+def test_nan_activations():
+    with pytest.raises(ValueError, match="activations hold a NaN or an infinity"):
+        regularise(torch.full((4, 4), float("nan"), dtype=torch.float64), 4, 0.01)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs killed with SIGKILL and resumed: every byte as if nothing had happened, and resuming is refused where it must."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quip_vllm.quantizer import pipeline
+from quip_vllm.quantizer.pipeline import quantize
+
+HERE = Path(__file__).resolve().parent
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def contents(folder):
+    """File name -> bytes, but the report as an object without seconds."""
+    found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    report = json.loads(found["quantization_report.json"])
+    for layer in report["layers"]:
+        assert layer.pop("group_seconds") >= 0
+    return {**found, "quantization_report.json": report}
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_model, tiny_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    model = tiny_model("Llama", num_hidden_layers=3)
+    command = [sys.executable, str(HERE / "killed_runs.py"), str(model), str(tiny_text), str(folder)]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_killed_runs_resume_to_the_same_bytes(killed):
+    folder, told = killed
+    assert told.pop("whole") == 0
+    expected = contents(folder / "whole")
+    assert len(told) == 11 and "model-00004-of-00004.safetensors" in expected
+    for moment, (status, left, resumed) in told.items():
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
+        assert ".quantize" in left and "config.json" not in left, moment
+        assert resumed == 0, moment
+        assert contents(folder / moment) == expected, moment
+    shards = {moment: [name for name in left if name.endswith(".safetensors")] for moment, (_, left, _) in told.items()}
+    assert shards["in the middle of the first layer"] == []
+    assert len(shards["first shard there, its record not"]) == 1
+    assert len(shards["half of the second shard"]) == 1
+    assert len(shards["half of the last shard"]) == 3
+
+
+def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
+    model = tiny_model("Llama", num_hidden_layers=3)
+    flags = "--method qtip --bits 2 --sequences 8 --sequence-length 48 --calibration".split()
+
+    def start(out, *more):
+        command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), *flags, str(tiny_text)]
+        return subprocess.Popen([*command, *more], env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    process = start(tmp_path / "killed")
+    first = tmp_path / "killed" / "model-00001-of-00004.safetensors"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and first.exists()
+    assert not (tmp_path / "killed" / "config.json").exists()
+    written = first.stat().st_mtime_ns
+    whole = start(tmp_path / "whole")
+    assert whole.communicate() and whole.returncode == 0
+    resumed = start(tmp_path / "killed", "--resume")
+    assert resumed.communicate() and resumed.returncode == 0
+    assert first.stat().st_mtime_ns >= written
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def unfinished(tiny_model, make_settings, tmp_path, monkeypatch):
+    """A folder whose run stopped in its second layer, and its settings."""
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise OSError("stopped")
+        return original(*args)
+
+    original = pipeline.quantize_group
+    settings = make_settings(tiny_model())
+    monkeypatch.setattr(pipeline, "quantize_group", failing)
+    with pytest.raises(OSError, match="stopped"):
+        quantize(settings, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "quantize_group", original)
+    return tmp_path / "out", settings
+
+
+def test_finished_layers_are_not_done_again(unfinished, monkeypatch):
+    out, settings = unfinished
+    done, original = [], pipeline.quantize_group
+
+    def recording(group, weights, *args):
+        done.extend(weights)
+        return original(group, weights, *args)
+
+    monkeypatch.setattr(pipeline, "quantize_group", recording)
+    quantize(settings, out, resume=True)
+    assert len(done) == 7 and all(name.startswith("model.layers.1.") for name in done)
+    with pytest.raises(ValueError, match="is finished: there is nothing to resume"):
+        quantize(settings, out, resume=True)
+    with pytest.raises(ValueError, match="is not empty: give a new folder, or --resume"):
+        quantize(settings, out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bits": 3}, "bits was 2 and is now 3"),
+        ({"seed": 7}, "seed was 0 and is now 7"),
+        ({"ignore": ("o_proj",)}, r"ignore was \[\] and is now \['o_proj'\]"),
+        ({"overrides": (("o_proj", 4),)}, r"overrides was \[\] and is now \[\['o_proj', 4\]\]"),
+        ({"hadamard_block": 32}, "hadamard_block was None and is now 32"),
+        ({"sequences": 4}, "sequences was 8 and is now 4"),
+    ],
+)
+def test_other_settings(unfinished, make_settings, changes, named):
+    out, settings = unfinished
+    with pytest.raises(ValueError, match=f"was begun with other settings: {named}; give the same or a new folder"):
+        quantize(make_settings(settings.model, **changes), out, resume=True)
+
+
+def test_nothing_to_resume(tiny_model, make_settings, tmp_path, unfinished):
+    with pytest.raises(ValueError, match="holds no unfinished run: leave --resume away"):
+        quantize(make_settings(tiny_model()), tmp_path / "new", resume=True)
+    with pytest.raises(ValueError, match="is not empty"):
+        quantize(unfinished[1], unfinished[0])

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers get how many bits, and what is refused before a run begins."""
+
+import json
+
+import pytest
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.quantizer.settings import Settings
+
+
+def settings(**changes):
+    return Settings(**{"model": "m", "method": Method.QTIP, "bits": 2, "code": Code.ONE_MAD, **changes})
+
+
+def test_bits_of():
+    chosen = settings(ignore=("layers.0", "gate"), overrides=(("mlp", 3), ("down_proj$", 8)))
+    assert chosen.bits_of("layers.1.q_proj") == 2
+    assert chosen.bits_of("layers.1.mlp.up_proj") == 3
+    assert chosen.bits_of("layers.1.mlp.down_proj") == 8  # the last override that matches
+    assert chosen.bits_of("layers.0.mlp.down_proj") is None  # ignored before overridden
+    assert chosen.bits_of("layers.1.mlp.gate_proj") is None
+
+
+def test_to_dict_is_json():
+    raw = settings(overrides=(("a", 3),), ignore=("b",)).to_dict()
+    assert json.loads(json.dumps(raw)) == raw
+    assert (raw["method"], raw["code"], raw["overrides"], raw["ignore"]) == ("qtip", "1mad", [["a", 3]], ["b"])
+    assert settings(method=Method.QUIP_SHARP, code=None).to_dict()["code"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 9}, "bits is 9: qtip with code 1mad has 1, 2, 3, 4, 5, 6, 7, 8"),
+        ({"bits": 5, "code": Code.HYB}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
+        ({"bits": 5, "method": Method.QUIP_SHARP, "code": None}, "bits is 5: quip_sharp has 2, 3, 4"),
+        ({"overrides": (("a", 0),)}, "bits is 0: "),
+        ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
+        ({"ignore": ("[",)}, r"'\[' is not a regular expression"),
+        ({"sequences": 0}, "sequences is 0: it must be at least 1"),
+        ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
+    ],
+)
+def test_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
