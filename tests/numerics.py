@@ -40,8 +40,8 @@ SERVED_LOG_PROBABILITY = 1e-3
 """Absolute error of a served log probability in float32 against transformers with the dequantized model."""
 
 LOSS_OVER_SHANNON = {"lattice": 2.5, "trellis": 1.7, "trellis, 5 to 8 bits": 20.0}
-"""How many times 4^-bits, the rate-distortion bound, the proxy loss on 4,096 white Gaussian weights may be: 1.5 to 2.3 is
-seen for the lattice, 1.1 to 1.6 for a trellis at up to 4 bits, 9 to 14 for 1mad at 8 (its few values end at 3.5 sigma)."""
+"""How many times 4^-bits, the rate-distortion bound, the proxy loss on 4,096 white Gaussian weights may be: 1.5 to
+2.3 is seen for the lattice, 1.1 to 1.6 for a trellis up to 4 bits, 9 to 14 for 1mad at 8 (which ends at 3.5 sigma)."""
 
 LOSS_IN_TWO_SPACES = 1e-3
 """Relative difference of a proxy loss computed on the stored tensors in the original space, undamped, from the reported
@@ -51,11 +51,30 @@ FACTOR = 1e-5
 """Relative error (Frobenius norm) of (L + I) D (L + I)^T against H: L is rounded to float32 once."""
 
 FLOAT32_HESSIAN = 1e-4
-"""Relative error (Frobenius norm) of a float32 Hessian behind one decoder layer, computed once layer by layer and once by
-the whole model: attention and batch sizes differ in the order of sums. Quantization moves it by 1e-2 and more."""
+"""Relative error (Frobenius norm) of a float32 Hessian behind one decoder layer, computed once layer by layer and once
+by the whole model: attention and batch sizes differ in the order of sums. Quantization moves it by 1e-2 and more."""
 
 PERPLEXITY = 1e-5
 """Relative error of a perplexity in float32 against transformers' own loss: the mean of some hundred terms."""
 
 DIVERGENCE = 1e-5
 """Absolute error, nats, of a KL divergence in float32 against float64."""
+
+FLOAT32_DISTANCE = 1e-5
+"""Relative error of a squared distance summed over at most 256 float32 differences."""
+
+SEARCH_DISTORTION = 2e-3
+"""Relative difference of the mean squared error between a search with 16-bit costs and one in float32: 0 to 2e-4 is
+seen; a wrong rounding or saturation costs percents."""
+
+EIGHT_BITS = 0.015
+"""Relative error (Frobenius norm) of a Gaussian weight after 1mad at 8 bits: the root of 14 * 4^-8, see above."""
+
+FLOAT32_LAYERS = 1e-4
+"""Absolute and relative error of an element of a tiny float32 model's hidden state, layer by layer against whole."""
+
+FLOAT32_SUMS = 1e-5
+"""Absolute and relative error of an element of a small float32 Gram matrix of 20 rows against float64."""
+
+FLOAT32_STEP = 1e-7
+"""Absolute error of numbers near 1 after one rounding to float32."""

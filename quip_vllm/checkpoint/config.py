@@ -65,7 +65,7 @@ class CheckpointConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "CheckpointConfig":
-        """Reads ``quantization_config``. The input is untrusted: anything unknown or ill-typed is refused.
+        """Reads ``quantization_config``. The input is untrusted: what is ill-typed or out of range is refused.
 
         Raises:
             ValueError: names the key, its value and what is allowed.

@@ -16,9 +16,14 @@ OWN_METHODS = {method.value for method in Method}
 
 
 def is_own(folder: Path) -> bool:
-    """Whether the folder's config.json says that it is a checkpoint of ours."""
-    described = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(described, dict) and described.get("quant_method") in list(OWN_METHODS)
+    """Whether the folder's config.json says that it is a checkpoint of ours. Raises ValueError for an ill-typed one."""
+    described = read_json(folder / "config.json").get("quantization_config") or {}
+    method = described.get("quant_method", "") if isinstance(described, dict) else None
+    if not isinstance(method, str):
+        raise ValueError(
+            f"{folder / 'config.json'} has quantization_config {described!r:.200}: it must name quant_method"
+        )
+    return method in OWN_METHODS
 
 
 def load_model(model: str) -> Any:
@@ -30,14 +35,15 @@ def load_model(model: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = local_folder(model)
-    if not is_own(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    own = is_own(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-        del config.quantization_config
-        loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
         raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
+    if not own:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    del config.quantization_config
+    loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
         missing, unexpected = loaded.load_state_dict(dense_state(folder), strict=False)
     except RuntimeError as error:

@@ -70,7 +70,7 @@ def format_report(figures: dict[str, Any]) -> str:
             f"top-1 agreement   {100 * figures['top1_agreement']:.2f} %",
         ]
     lines += [
-        f"bits per weight   {figures['bits_per_weight']:.3f} (linear layers)",
-        f"bytes             {figures['bytes']:,} (all tensors)",
+        f"bits per weight   {figures['bits_per_weight']:.3f}",
+        f"bytes             {figures['bytes']:,}",
     ]
     return "\n".join(lines)

@@ -81,7 +81,7 @@ class TrellisEncoder:
         return sequences_to_weight(values[:, None]), {"packed": packed}
 
     def constants(self) -> dict[str, Tensor]:
-        return {} if self.lut is None else {"lut": self.lut}
+        return {} if self.lut is None else {"lut": self.lut.clone()}  # a file holds no tensor twice
 
 
 def make_encoder(method: Method, code: Code | None, bits: int) -> Encoder:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from numerics import SEARCH_DISTORTION
 
 ROOT = Path(__file__).resolve().parents[2]
 TIERS = ("portable", "avx2", "avx512")
@@ -41,7 +42,7 @@ def test_the_searches_of_all_tiers_are_as_good():
     tiers = [tier for tier in TIERS if runs_here(tier)]
     results = {tier: eval(run(tier, "-c", program).stdout) for tier in tiers}
     for tier in tiers:
-        assert results[tier] == pytest.approx(results["portable"], rel=2e-3), results
+        assert results[tier] == pytest.approx(results["portable"], rel=SEARCH_DISTORTION), results
 
 
 def test_an_unknown_tier_is_refused():

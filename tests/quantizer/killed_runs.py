@@ -76,7 +76,9 @@ def run(settings, out, resume, prepare):
 
 def main(model, text, folder):
     settings = Settings(model, Method.QUIP_SHARP, 3, calibration=text, sequences=8, sequence_length=48)
-    told = {"whole": run(settings, Path(folder) / "whole", False, lambda: None)}
+    pipeline.tqdm.monitor_interval = 0  # no thread before a fork
+    pipeline.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
+    told = {}
     for moment, prepare in MOMENTS.items():
         out = Path(folder) / moment
         killed = run(settings, out, False, prepare)

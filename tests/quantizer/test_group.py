@@ -84,7 +84,7 @@ def test_8_bits_are_nearly_exact():
     weight = draw(48, 80)
     group = Group(["a"], 100 * torch.eye(80, dtype=torch.float64), 100)
     restored = dense(quantize_group(group, {"a": weight}, {"a": 8}, chosen)["a"], chosen, (48, 80))
-    assert (restored - weight).norm() / weight.norm() < 0.015  # 10 bits of 4^-8, its square root
+    assert (restored - weight).norm() / weight.norm() < numerics.EIGHT_BITS
 
 
 def test_readers_share_su_and_keep_their_rows():

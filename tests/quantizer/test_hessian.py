@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessians: one for each activation, sums of x x^T, regularised without touching what matters."""
 
+import numerics
 import pytest
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def test_groups_are_the_readers_of_one_activation():
     assert [group.names for group in groups] == [["q", "k"], ["gate", "up"], ["down"]]
     assert [group.tokens for group in groups] == [20, 20, 20]
     rows = torch.cat([x.reshape(-1, 8) for x in batches]).double()
-    torch.testing.assert_close(groups[0].hessian, rows.T @ rows, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(groups[0].hessian, rows.T @ rows, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
     before = groups[0].hessian.clone()
     block(batches[0])  # the hooks are gone
     assert torch.equal(groups[0].hessian, before) and groups[0].tokens == 20
@@ -43,7 +44,7 @@ def test_regularise():
     fit, dead = regularise(total, tokens=2, damping=0.01)
     assert dead.tolist() == [False, True, False]
     expected = torch.tensor([[0.51, 0.0, 0.25], [0.0, 1.01, 0.0], [0.25, 0.0, 1.51]])
-    torch.testing.assert_close(fit, expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(fit, expected, rtol=0, atol=numerics.FLOAT32_STEP)
 
 
 def test_regularise_of_nothing():

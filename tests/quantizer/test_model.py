@@ -4,6 +4,7 @@
 import json
 import shutil
 
+import numerics
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +34,12 @@ def test_layer_by_layer_is_the_whole_model(tiny_model, architecture):
         assert all(p.device.type == "meta" for p in source.layers.parameters())
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = whole.base_model(tokens, use_cache=False).last_hidden_state
-    torch.testing.assert_close(source.model.base_model.norm(torch.cat(hidden)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        source.model.base_model.norm(torch.cat(hidden)),
+        expected,
+        rtol=numerics.FLOAT32_LAYERS,
+        atol=numerics.FLOAT32_LAYERS,
+    )
 
 
 def copied(folder, tmp_path, **changes):

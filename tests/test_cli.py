@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it prints, and bad input: exit code 2, one sentence on stderr, finished layers left."""
+
+import json
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_model
+
+from quip_vllm import __version__
+from quip_vllm.checkpoint.store import read_json, write_json
+from quip_vllm.cli import main
+from quip_vllm.quantizer import pipeline
+
+
+@pytest.fixture
+def quantize(tiny_model, tiny_text, tmp_path):
+    """quantize(flags...): runs it on the tiny Llama with usable flags, where ``flags`` give none of their own."""
+
+    def quantize(*flags, model=None, method="quip_sharp", calibration=None):
+        usual = ["--method", method, "--bits", "2", "--sequences", "4", "--sequence-length", "32"]
+        usual += ["--calibration", str(calibration or tiny_text)]
+        return main(["quantize", str(model or tiny_model()), str(tmp_path / "out"), *usual, *flags])
+
+    return quantize
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(code): checks that a command ended with exit code 2 and one sentence, and returns that sentence."""
+
+    def refusal(code):
+        assert code == 2
+        lines = re.split(r"[\r\n]", capsys.readouterr().err)
+        spoken = [line.strip() for line in lines if line.strip() and "it/s" not in line and "layer/s" not in line]
+        spoken = [line for line in spoken if line.replace("\x1b[A", "").strip()]
+        assert len(spoken) == 1, spoken
+        assert re.match(r"quip-vllm (quantize|evaluate|inspect): .", spoken[0])
+        return spoken[0].partition(": ")[2]
+
+    return refusal
+
+
+@pytest.fixture
+def damaged(tiny_model, tmp_path):
+    """damaged(change): a copy of the tiny model whose tensors went through ``change``."""
+
+    def damaged(change):
+        folder = tmp_path / "damaged"
+        shutil.copytree(tiny_model(), folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return damaged
+
+
+def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert quantize("--override", "down_proj=4", "--ignore", "o_proj", "--hadamard-block", "32", "--seed", "3") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"wrote {out}: 12 layers, mean proxy loss 0\.0\d+", said[0])
+    assert said[1] == f"serve it with: vllm serve {out}"
+    settings = read_json(out / "quantization_report.json")["settings"]
+    assert settings["overrides"] == [["down_proj", 4]] and settings["ignore"] == ["o_proj"]
+    assert (settings["hadamard_block"], settings["seed"], settings["sequences"]) == (32, 3, 4)
+
+    assert main(["inspect", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("12 layers, ")
+    assert main(["inspect", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {layer["bits"] for layer in found["layers"]} == {2, 4}
+
+    flags = ["--text", str(tiny_text), "--sequence-length", "50", "--windows", "2", "--json", str(tmp_path / "e.json")]
+    assert main(["evaluate", str(out), *flags, "--reference", str(tiny_model())]) == 0
+    assert "KL divergence" in capsys.readouterr().out
+    figures = read_json(tmp_path / "e.json")
+    assert figures["windows"] == 2 and figures["bytes"] == found["totals"]["bytes"]
+
+
+def test_defaults(tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def recording(settings, out, resume):
+        seen.append(settings)
+        return {"layers": [{"proxy_loss": 0.1}]}
+
+    monkeypatch.setattr(pipeline, "quantize", recording)
+    for flags in (["--method", "qtip"], ["--method", "quip_sharp", "--calibration", "x"]):
+        assert main(["quantize", "m", str(tmp_path / "o"), "--bits", "2", *flags]) == 0
+    own, other = seen
+    assert (own.code.value, own.calibration, own.sequences, own.sequence_length) == ("1mad", "self", 64, 256)
+    assert (other.code, other.sequences, other.sequence_length, other.hadamard_block) == (None, 256, 2048, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--bits", "5"], "bits is 5: quip_sharp has 2, 3, 4; choose one of them"),
+        (["--method", "qtip", "--code", "hyb", "--bits", "5"], "bits is 5: qtip with code hyb has 1, 2, 3, 4; "),
+        (["--code", "1mad"], "--code is 1mad for quip_sharp: only qtip has trellis codes; leave it away"),
+        (["--override", "down_proj"], "--override is down_proj: give REGEX=BITS, for example 'down_proj=4'"),
+        (["--override", "=4"], "--override is =4: give REGEX=BITS"),
+        (["--override", "a=b"], "--override is a=b: give REGEX=BITS"),
+        (["--override", "a=7"], "bits is 7: quip_sharp has 2, 3, 4"),
+        (["--override", "(=4"], "'(' is not a regular expression"),
+        (["--ignore", "*"], "'*' is not a regular expression"),
+        (["--hadamard-block", "48"], "--hadamard-block is 48: give a power of two of at least 2, or full"),
+        (["--hadamard-block", "x"], "--hadamard-block is x: give a power of two"),
+        (["--hadamard-block", "²"], "--hadamard-block is ²: give a power of two"),
+        (["--hadamard-block", "1"], "--hadamard-block is 1: give a power of two"),
+        (["--device", "cuda"], "--device is cuda: the encoders of this version run on the CPU; give auto or cpu"),
+        (["--sequences", "0"], "sequences is 0: it must be at least 1"),
+        (["--sequence-length", "0"], "sequence_length is 0: it must be at least 1"),
+        (["--sequences", "1000"], " has 6000 tokens: 1000 sequences of 32 need 32000; "),
+        (["--calibration", "gone.txt"], "calibration file gone.txt cannot be read"),
+        (["--ignore", "."], "is left to quantize: give a narrower --ignore"),
+        (["--resume"], "holds no unfinished run: leave --resume away"),
+    ],
+)
+def test_refused_flags(quantize, refusal, flags, sentence):
+    assert sentence in refusal(quantize(*flags))
+
+
+@pytest.mark.parametrize("flags", [["--method", "gptq"], ["--bits", "two"], ["--code", "5mad"], ["--frobnicate"]])
+def test_flags_that_argparse_refuses(quantize, flags):
+    with pytest.raises(SystemExit) as caught:
+        quantize(*flags)
+    assert caught.value.code == 2
+
+
+def test_calibration_not_utf8(quantize, refusal, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert "cannot be read ('utf-8' codec" in refusal(quantize(calibration=tmp_path / "latin"))
+
+
+def test_unknown_data_set(quantize, refusal, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = refusal(quantize(calibration="hub:nobody/nothing:train"))
+    assert said.startswith("data set hub:nobody/nothing:train cannot be read")
+
+
+def test_no_such_model(quantize, refusal, tmp_path, tiny_text):
+    assert "is not a folder: give a folder with" in refusal(quantize(model=tmp_path / "gone"))
+    assert "is not a folder: " in refusal(main(["evaluate", str(tmp_path / "gone"), "--text", str(tiny_text)]))
+    assert "config.json cannot be read" in refusal(main(["inspect", str(tmp_path / "gone")]))
+
+
+def test_nan_weight_leaves_the_finished_layer(quantize, refusal, damaged, tiny_model, tmp_path):
+    folder = damaged(lambda tensors: tensors["model.layers.1.self_attn.k_proj.weight"].view(-1)[5].fill_(torch.nan))
+    said = refusal(quantize(model=folder))
+    assert said.startswith("model.layers.1.self_attn.k_proj.weight holds a NaN or an infinity: mend the model or")
+    left = {file.name for file in (tmp_path / "out").iterdir()}
+    assert left == {".quantize", "model-00001-of-00003.safetensors"}
+    shutil.copyfile(tiny_model() / "model.safetensors", folder / "model.safetensors")  # mended
+    assert quantize("--resume", model=folder) == 0
+    assert refusal(quantize("--resume", model=folder)).endswith("give a new folder to quantize again")
+
+
+def test_nan_norm(quantize, refusal, damaged):
+    folder = damaged(lambda tensors: tensors["model.layers.0.input_layernorm.weight"][0].fill_(torch.nan))
+    assert refusal(quantize(model=folder)).startswith("the activations hold a NaN or an infinity")
+
+
+def test_truncated_model(quantize, refusal, damaged):
+    folder = damaged(lambda tensors: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "it is missing or truncated; fetch or quantize it again" in refusal(quantize(model=folder))
+
+
+def test_pickles_are_not_read(quantize, refusal, damaged, tiny_text):
+    folder = damaged(lambda tensors: None)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "give a folder with safetensors weights (never pickles)" in refusal(quantize(model=folder))
+    assert refusal(main(["evaluate", str(folder), "--text", str(tiny_text), "--sequence-length", "8"]))
+
+
+def test_quantized_already(quantize, refusal, quantized):
+    assert "is quantized already: give the original" in refusal(quantize(model=quantized()))
+
+
+def test_stacked_experts(quantize, refusal, tmp_path):
+    (tmp_path / "moe").mkdir()
+    save_model(tmp_path / "moe", "Qwen3Moe", num_experts=2, moe_intermediate_size=32, head_dim=16)
+    assert "has 3 dimensions (stacked experts)" in refusal(quantize(model=tmp_path / "moe"))
+
+
+def test_size_without_a_rotation(quantize, refusal, tiny_model, tmp_path):
+    model = tiny_model("Llama", hidden_size=8 * 47 * 3, num_attention_heads=3, num_key_value_heads=3)
+    said = refusal(quantize(model=model))
+    assert said.startswith("model.layers.0.self_attn.q_proj cannot be quantized: ") and "--hadamard-block" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_size_of_the_format(quantize, refusal, tiny_model):
+    model = tiny_model("Llama", intermediate_size=136)
+    said = refusal(quantize(model=model, method="qtip"))
+    assert "mlp.gate_proj cannot be quantized: " in said and "leave it unquantized (--ignore)" in said
+
+
+def test_no_space(quantize, refusal, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    assert "GB are needed; make room, then --resume" in refusal(quantize())
+    monkeypatch.undo()
+    assert quantize("--resume") == 0
+
+
+def test_out_is_not_empty(quantize, refusal, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").touch()
+    assert "is not empty: give a new folder, or --resume" in refusal(quantize())
+
+
+def test_resume_with_another_setting(quantize, refusal, damaged):
+    folder = damaged(lambda tensors: tensors["model.layers.1.self_attn.k_proj.weight"][0].fill_(torch.inf))
+    refusal(quantize(model=folder))
+    said = refusal(quantize("--resume", "--seed", "4", model=folder))
+    assert said.endswith("was begun with other settings: seed was 0 and is now 4; give the same or a new folder")
+
+
+def test_library_missing(quantize, refusal, monkeypatch):
+    monkeypatch.setattr("quip_vllm.ops.cpu.cpu_library_problem", lambda: "the compiled library is not there")
+    assert "cannot be quantized: the compiled library is not there" in refusal(quantize())
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_hostile_checkpoint(refusal, quantized, tiny_text, tmp_path, command):
+    shutil.copytree(quantized(), tmp_path / "copy")
+    config = read_json(tmp_path / "copy" / "config.json")
+    config["quantization_config"]["bits"] = 10**12
+    write_json(tmp_path / "copy" / "config.json", config)
+    flags = ["--text", str(tiny_text), "--sequence-length", "8"] if command == "evaluate" else []
+    assert refusal(main([command, str(tmp_path / "copy"), *flags])).startswith("bits is 1000000000000: ")
+
+
+def test_a_bug_is_not_bad_input(quantize, monkeypatch):
+    def broken(*args):
+        raise KeyError("bug")
+
+    monkeypatch.setattr(pipeline, "quantize", broken)
+    with pytest.raises(KeyError):
+        quantize()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.strip() == __version__

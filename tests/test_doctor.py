@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quip-vllm doctor: versions, tier, and which backend serves what, also where the library is missing."""
+
+import platform
+
+import pytest
+import torch
+
+from quip_vllm import __version__, doctor
+from quip_vllm.cli import main
+from quip_vllm.ops import cpu, cpu_tier, extension
+
+
+def test_doctor(capsys):
+    if extension.cpu_library_problem() is not None:
+        pytest.skip(extension.cpu_library_problem())
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"quip_vllm     {__version__}, Python {platform.python_version()}, {platform.machine()}"
+    assert f"torch         {torch.__version__}" in lines
+    assert f"CPU library   loaded; kernels run at tier {cpu_tier()}" in lines
+    served = [line for line in lines if line.startswith("  cpu ")]
+    assert len(served) == 5
+    assert all("cpu yes; reference no (slow, only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
+    assert served[0].startswith("  cpu   quip_sharp E8P, 2 to 4 bits:")
+    assert any("qtip hyb, 1 to 4 bits:" in line for line in served)
+
+
+def test_doctor_without_the_library(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "gone.so")
+    for module in (doctor, cpu):
+        monkeypatch.setattr(module, "cpu_library_problem", extension.cpu_library_problem.__wrapped__)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    why = f"the compiled library {tmp_path / 'gone.so'} is not there: run `make build` (needs g++)"
+    assert f"CPU library   {why}" in out
+    assert out.count(f"cpu no ({why})") == 5 and "cpu yes" not in out
+
+
+def test_doctor_with_a_broken_library(capsys, monkeypatch, tmp_path):
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "broken.so")
+    monkeypatch.setattr(doctor, "cpu_library_problem", extension.cpu_library_problem.__wrapped__)
+    monkeypatch.setattr(doctor, "_version", lambda name: "not installed")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    report = doctor.report()
+    assert "CPU library   the compiled library does not load (" in report
+    assert "delete it and run `make build` with this torch" in report
+    assert "vllm          not installed" in report and "nvcc          not found" in report
