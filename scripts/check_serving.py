@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares what vLLM serves with the dequantized model in transformers, by the log probabilities of a prompt.
 
-Usage: python scripts/check_serving.py CHECKPOINT [--dtype float32] [--text TEXT] [--eager]
+Usage: python scripts/check_serving.py CHECKPOINT [--dtype float32] [--text TEXT] [--eager] [--json FILE]
 
 Both score the same tokens; for each position the 20 most likely tokens and the actual one are compared. Prints one JSON
 object: max_difference and mean_difference (absolute, of log probabilities), positions, dtype.
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--json", help="write the figures there as well; vLLM logs to the same output")
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -57,6 +58,9 @@ def main() -> None:
         "mean_difference": float(differences.mean()),
     }
     print(json.dumps(figures))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def quantize(model, out, method, code, bits, *more):
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS)
 def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path, method, code, bits):
     checkpoint = quantize(first_layers, tmp_path / "out", method, code, bits)
-    figures = json.loads(call(sys.executable, "scripts/check_serving.py", str(checkpoint)).splitlines()[-1])
+    result = tmp_path / "figures.json"
+    call(sys.executable, "scripts/check_serving.py", str(checkpoint), "--json", str(result))
+    figures = json.loads(result.read_text())
     assert figures["positions"] > 40
     assert figures["max_difference"] < SERVED_LOG_PROBABILITY, figures
 
