@@ -19,7 +19,7 @@ from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
 def _base(order: int, transpose: bool) -> Tensor:
     """H_q (transposed for the input side) as float32, one copy for all layers."""
     if order == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32)  # vLLM loads models under another default dtype
     matrix = hadamard_matrix(order).float()
     return (matrix.T if transpose else matrix).contiguous()
 

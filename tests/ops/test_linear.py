@@ -8,7 +8,7 @@ from random_layers import FORMAT_IDS, FORMATS, random_layer
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
-from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.cpu import CpuBackend, _base, _lut_values
 from quip_vllm.ops.reference import ReferenceBackend
 
 CPU = CpuBackend()
@@ -156,3 +156,19 @@ def test_missing_tensor_is_named():
 )
 def test_refusals_say_why(spec, words):
     assert words in CPU.refusal(spec)
+
+
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.LUT)])
+def test_prepare_does_not_depend_on_the_default_dtype(method, code):
+    """vLLM builds its layers with the model's dtype as torch's default."""
+    _base.cache_clear()
+    _lut_values.cache_clear()
+    spec = LinearSpec(method, code, 2, 64, (32,))
+    tensors = random_layer(spec)
+    x = torch.randn(3, 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        y = CPU.linear(spec, x, CPU.prepare(spec, tensors))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR
