@@ -166,6 +166,7 @@ def test_prepare_does_not_depend_on_the_default_dtype(method, code):
     spec = LinearSpec(method, code, 2, 64, (32,))
     tensors = random_layer(spec)
     x = torch.randn(3, 64)
+    assert CPU.refusal(spec) is None
     torch.set_default_dtype(torch.bfloat16)
     try:
         y = CPU.linear(spec, x, CPU.prepare(spec, tensors))
