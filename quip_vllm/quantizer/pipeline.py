@@ -50,9 +50,12 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     Raises:
         ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
     """
+    record = out / RECORD
+    if resume and (out / "config.json").exists() and record.exists():  # killed while its record was being removed
+        shutil.rmtree(record)
+        return read_json(out / REPORT)
     folder = local_folder(settings.model)
     source = LayeredModel(folder)
-    record = out / RECORD
     wanted = [_layer_bits(settings, source, index) for index in range(len(source.layers))]
     if not any(wanted):
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")

@@ -62,6 +62,7 @@ MOMENTS = {
     "before the index": lambda: kill_at(pipeline, "write_index", 1),
     "in the middle of copying": lambda: kill_at(pipeline.shutil, "copyfile", 2),
     "before config.json": lambda: kill_at(pipeline, "write_json", 6),
+    "before the record is removed": lambda: kill_at(pipeline.shutil, "rmtree", 1),
 }
 
 
