@@ -2,12 +2,12 @@
 """Reading and writing sharded safetensors checkpoints. A file is there whole or not at all."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,15 +74,8 @@ class CheckpointReader:
         for file in files:
             with _open(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
-                    part = handle.get_slice(name)
                     self._file_of[name] = file
-                    self.shapes[name] = tuple(part.get_shape())
-                    count = 1
-                    for size in self.shapes[name]:
-                        count *= size
-                    if part.get_dtype() not in _BITS:
-                        raise ValueError(f"{file} holds {name} as {part.get_dtype()}: fetch the model in bf16 or fp32")
-                    self.bytes_of[name] = count * _BITS[part.get_dtype()] // 8
+                    self.shapes[name], self.bytes_of[name] = _shape_and_bytes(handle, file, name)
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -115,6 +108,15 @@ def _open(file: Path) -> Any:
         raise ValueError(
             f"{file} cannot be read ({error}): it is missing or truncated; fetch or quantize it again"
         ) from None
+
+
+def _shape_and_bytes(handle: Any, file: Path, name: str) -> tuple[tuple[int, ...], int]:
+    """From the header alone, without reading the tensor."""
+    part = handle.get_slice(name)
+    shape = tuple(part.get_shape())
+    if part.get_dtype() not in _BITS:
+        raise ValueError(f"{file} holds {name} as {part.get_dtype()}: fetch the model in bf16 or fp32")
+    return shape, math.prod(shape) * _BITS[part.get_dtype()] // 8
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -169,14 +171,5 @@ def write_index(folder: Path, count: int) -> None:
         with _open(folder / shard_name(i, count)) as handle:
             for name in handle.keys():  # noqa: SIM118  # not a dict
                 weight_map[name] = shard_name(i, count)
-                tensor = handle.get_tensor(name)
-                total += tensor.numel() * tensor.element_size()
+                total += _shape_and_bytes(handle, folder / shard_name(i, count), name)[1]
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def float_dtype(name: str) -> torch.dtype:
-    """torch dtype of a config.json ``dtype`` string. Raises ValueError for anything but float16, bfloat16, float32."""
-    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if name not in kinds:
-        raise ValueError(f"dtype is {name!r}: models in {', '.join(kinds)} are read")
-    return kinds[name]

@@ -2,7 +2,7 @@
 """Perplexity and KL divergence over windows of a text.
 
 The text is tokenized whole, nothing added, and cut into windows without overlap; each window predicts its tokens from
-the second on; every figure is the mean over all predictions (the protocol of the QuIP# and QTIP papers).
+the second on; every figure is the mean over all predictions.
 """
 
 import math
