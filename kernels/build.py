@@ -17,9 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "kernels" / "cpu"
 LIBRARY = ROOT / "quip_vllm" / "lib" / "libquip_vllm_cpu.so"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 X86_TIERS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni"],
 }
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 
@@ -47,6 +49,7 @@ def main() -> int:
         "-Wno-psabi",
         "-Wno-uninitialized",
         "-ffp-contract=fast",
+        "-fconstexpr-ops-limit=200000000",
     ]
     torch_root = Path(torch.__file__).parent
     include = ["-isystem", str(torch_root / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]

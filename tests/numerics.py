@@ -78,3 +78,7 @@ FLOAT32_SUMS = 1e-5
 
 FLOAT32_STEP = 1e-7
 """Absolute error of numbers near 1 after one rounding to float32."""
+
+INT8_ROUNDING = 2e-3
+"""Relative error (Frobenius norm) of the integer kernels against the same rounding in float64: equal but for the few
+activations that lie within float32's rounding of a half, each of which moves by one unit of 127 a row's largest."""

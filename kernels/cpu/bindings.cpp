@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -27,8 +29,12 @@ const Kernels& choose_kernels() {
   std::vector<const Kernels*> runnable;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni"))
+      runnable.push_back(avx512_vnni_kernels());
     runnable.push_back(avx512_kernels());
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     runnable.push_back(avx2_kernels());
 #endif
@@ -48,52 +54,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-float half_to_float(uint16_t h) {
-  _Float16 value;
-  std::memcpy(&value, &h, sizeof value);
-  return float(value);
-}
-
-// Rounds to nearest even; NaN stays NaN.
-uint16_t float_to_bfloat(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  if (f != f) return uint16_t(u >> 16 | 0x40);
-  return uint16_t((u + 0x7FFF + (u >> 16 & 1)) >> 16);
-}
-
-void read_row(const void* data, ScalarType type, int64_t offset, int64_t n, float* out) {
-  if (type == ScalarType::Float) {
-    std::memcpy(out, static_cast<const float*>(data) + offset, sizeof(float) * n);
-    return;
-  }
-  const uint16_t* in = static_cast<const uint16_t*>(data) + offset;
-  if (type == ScalarType::Half) {
-    for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(in[i]);
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t u = uint32_t(in[i]) << 16;
-    std::memcpy(out + i, &u, sizeof u);
-  }
-}
-
-void write_row(const float* in, ScalarType type, int64_t offset, int64_t n, void* data) {
-  if (type == ScalarType::Float) {
-    std::memcpy(static_cast<float*>(data) + offset, in, sizeof(float) * n);
-    return;
-  }
-  uint16_t* out = static_cast<uint16_t*>(data) + offset;
-  for (int64_t i = 0; i < n; ++i) {
-    if (type == ScalarType::Half) {
-      _Float16 value = _Float16(in[i]);
-      std::memcpy(out + i, &value, sizeof value);
-    } else {
-      out[i] = float_to_bfloat(in[i]);
-    }
-  }
-}
-
 const float* floats(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, name, " has ", t.numel(),
                   " elements: the op wants a contiguous float32 tensor of ", count);
@@ -103,84 +63,115 @@ const float* floats(const Tensor& t, int64_t count, const char* name) {
 // The fused layer around its weight: rotations, signs, sizes.
 struct Linear {
   const float *su, *sv;
-  std::vector<const float*> bases;           // input, then each projection
-  std::vector<int64_t> orders, widths;       // q and p of each
+  std::vector<Rotation> rotations;  // of the input, then of each projection
   std::vector<int64_t> output_sizes;
-  int64_t n = 0, k = 0;
+  int64_t n = 0, k = 0, scratch = 0;
 
-  Linear(const Tensor& su_, const Tensor& sv_, const std::vector<Tensor>& bases_, std::vector<int64_t> widths_,
+  Linear(const Tensor& su_, const Tensor& sv_, const std::vector<Tensor>& bases, const std::vector<int64_t>& widths,
          std::vector<int64_t> sizes, int64_t k_)
-      : widths(std::move(widths_)), output_sizes(std::move(sizes)), k(k_) {
+      : output_sizes(std::move(sizes)), k(k_) {
     for (int64_t size : output_sizes) n += size;
     su = floats(su_, k, "su"), sv = floats(sv_, n, "sv");
-    STD_TORCH_CHECK(bases_.size() == output_sizes.size() + 1 && widths.size() == bases_.size(),
-                    "bases and widths have ", bases_.size(), " and ", widths.size(),
+    STD_TORCH_CHECK(bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
+                    "bases and widths have ", bases.size(), " and ", widths.size(),
                     " entries: give one for the input and one for each of the ", output_sizes.size(), " projections");
-    for (size_t i = 0; i < bases_.size(); ++i) {
-      const int64_t q = bases_[i].size(0), p = widths[i], length = i ? output_sizes[i - 1] : k;
+    for (size_t i = 0; i < bases.size(); ++i) {
+      const int64_t q = bases[i].size(0), p = widths[i], length = i ? output_sizes[i - 1] : k;
       STD_TORCH_CHECK(p > 0 && (p & (p - 1)) == 0 && length > 0 && length % (q * p) == 0, "a rotation of ", q, " x ", p,
                       " does not divide the length ", length, ": widths are powers of two whose product with the base does");
-      bases.push_back(floats(bases_[i], q * q, "base"));
-      orders.push_back(q);
+      rotations.push_back({floats(bases[i], q * q, "base"), q, p});
+      scratch = std::max(scratch, q * p);
     }
   }
 };
 
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat;
+    case ScalarType::Half: return Type::kHalf;
+    case ScalarType::BFloat16: return Type::kBfloat;
+    default: STD_TORCH_CHECK(false, "x has an unsupported dtype: give float32, float16 or bfloat16");
+  }
+  return Type::kFloat;
+}
+
+// Memory of one call, from torch's allocator.
+struct Memory {
+  Tensor tensor;
+  float* floats;
+  Memory(const Tensor& like, int64_t count)
+      : tensor(torch::stable::new_empty(like, {std::max<int64_t>(count, 1)}, ScalarType::Float)),
+        floats(tensor.mutable_data_ptr<float>()) {}
+};
+
+struct Panel {
+  int projection;
+  int64_t row0;
+};
+
+// The panels of all projections, `rows` rows of the weight each.
+std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
+  std::vector<Panel> panels;
+  for (size_t i = 0; i < layer.output_sizes.size(); ++i)
+    for (int64_t row = 0; row < layer.output_sizes[i]; row += rows) panels.push_back({int(i), row});
+  return panels;
+}
+
 template <class WeightOf>
-Tensor run(const Tensor& x, const Linear& layer, WeightOf weight_of) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "x has an unsupported dtype: give float32, float16 or bfloat16");
+Tensor run(const Tensor& x, const Linear& layer, bool int8, WeightOf weight_of) {
+  const Type type = type_of(x);
+  const int64_t item = type == Type::kFloat ? 4 : 2;
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
                   x.numel(), " elements: the op wants a contiguous [m, ", layer.k, "]");
   const int64_t m = x.size(0), k = layer.k, n = layer.n;
   Tensor y = torch::stable::new_empty(x, {m, n});
   if (m == 0) return y;
   const Kernels& ops = kernels();
-  const int64_t stride = (k + kLanes - 1) / kLanes * kLanes;
-  std::vector<float> rotated(m * stride), product(m * n);
-  const void* in = x.const_data_ptr();
-  void* out = y.mutable_data_ptr();
+  std::vector<Weight> weights;
+  std::vector<int64_t> starts;
+  for (size_t i = 0; i < layer.output_sizes.size(); ++i) {
+    starts.push_back(i ? starts.back() + layer.output_sizes[i - 1] : 0);
+    weights.push_back(weight_of(i, starts.back(), layer.output_sizes[i]));
+  }
+  STD_TORCH_CHECK(!int8 || (ops.int8_takes && ops.int8_takes(weights[0])), "int8 activations are not there for this format at tier ",
+                  ops.name, ": use exact ones");
+  const char* in = static_cast<const char*>(x.const_data_ptr());
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
+  const int64_t row8 = int8 ? ops.int8_bytes(weights[0], m) / m : 0;
+  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), arranged(x, m * row8 / 4), scales(x, m * (1 + chunks));
+  int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
+  int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
 
   torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(layer.orders[0] * layer.widths[0]);
+    Memory scratch(x, layer.scratch + stride);
     for (int64_t r = begin; r < end; ++r) {
-      float* row = rotated.data() + r * stride;
-      read_row(in, type, r * k, k, row);
-      for (int64_t c = 0; c < k; ++c) row[c] *= layer.su[c];
-      ops.hadamard(row, k, layer.bases[0], layer.orders[0], layer.widths[0], scratch.data());
+      float* row = int8 ? scratch.floats + layer.scratch : rotated.floats + r * stride;
+      std::fill(row + k, row + stride, 0.0f);
+      ops.rotate_in(in + r * k * item, type, layer.su, k, layer.rotations[0], row, scratch.floats);
+      if (int8) ops.int8_quantize(weights[0], row, r, m, x8, scales.floats + r, totals + r * chunks);
     }
   });
 
-  struct Panel {
-    int projection;
-    int64_t row0;
-  };
-  std::vector<Panel> panels;
-  std::vector<Weight> weights;
-  std::vector<int64_t> starts;
-  for (int64_t i = 0, start = 0; i < int64_t(layer.output_sizes.size()); start += layer.output_sizes[i++]) {
-    weights.push_back(weight_of(i, start, layer.output_sizes[i]));
-    starts.push_back(start);
-    for (int64_t row = 0; row < layer.output_sizes[i]; row += kTile) panels.push_back({int(i), row});
-  }
+  const std::vector<Panel> panels = panels_of(layer, int8 ? 2 * kTile : kTile);
   torch::stable::parallel_for(0, int64_t(panels.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      const Panel& panel = panels[j];
-      ops.panel(weights[panel.projection], panel.row0, rotated.data(), stride, m,
-                product.data() + starts[panel.projection], n);
+      const auto [i, row0] = panels[j];
+      float* to = product.floats + starts[i];
+      if (int8)
+        ops.int8_panel(weights[i], row0, x8, scales.floats, totals, m, to, n);
+      else
+        ops.panel(weights[i], row0, rotated.floats, stride, m, to, n);
     }
   });
 
   const int64_t projections = int64_t(layer.output_sizes.size());
   torch::stable::parallel_for(0, m * projections, 1, [&](int64_t begin, int64_t end) {
+    Memory scratch(x, layer.scratch);
     for (int64_t j = begin; j < end; ++j) {
-      const int64_t r = j / projections, i = j % projections, size = layer.output_sizes[i];
-      float* row = product.data() + r * n + starts[i];
-      std::vector<float> scratch(layer.orders[i + 1] * layer.widths[i + 1]);
-      ops.hadamard(row, size, layer.bases[i + 1], layer.orders[i + 1], layer.widths[i + 1], scratch.data());
-      for (int64_t c = 0; c < size; ++c) row[c] *= layer.sv[starts[i] + c];
-      write_row(row, type, r * n + starts[i], size, out);
+      const int64_t r = j / projections, i = j % projections, first = r * n + starts[i];
+      ops.rotate_out(product.floats + first, layer.output_sizes[i], layer.rotations[i + 1], layer.sv + starts[i], type,
+                     out + first * item, scratch.floats);
     }
   });
   return y;
@@ -196,7 +187,7 @@ Code code_of(const std::string& name) {
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
                    std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
-                   std::string code_name, int64_t bits) {
+                   std::string code_name, int64_t bits, bool int8) {
   const Code code = code_of(code_name);
   STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
                   code == Code::kHyb ? 4 : 8);
@@ -215,39 +206,26 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
     table = floats(*lut, code == Code::kLut ? kStates : int64_t(output_sizes.size()) * 1024, "lut");
   }
   const int16_t* words = packed.const_data_ptr<int16_t>();
-  return run(x, layer, [&](int64_t i, int64_t start, int64_t size) {
-    return Weight{words + start / kTile * k * bits, nullptr, nullptr, nullptr,
-                  code == Code::kHyb ? table + 1024 * i : table, code, int(bits), size, k};
+  return run(x, layer, int8, [&](int64_t i, int64_t start, int64_t size) {
+    return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),
+                  size, k};
   });
 }
 
-Tensor quip_sharp_linear(const Tensor& x, const Tensor& codes, std::optional<Tensor> residual_codes, const Tensor& su,
-                         const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
-                         std::vector<int64_t> output_sizes) {
+Tensor quip_sharp_linear(const Tensor& x, const Tensor& blocks, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
+                         std::vector<int64_t> widths, std::vector<int64_t> output_sizes, int64_t bits, bool int8) {
   const int64_t k = su.numel();
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
   Linear layer(su, sv, bases, widths, output_sizes, k);
   STD_TORCH_CHECK(k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Short && codes.is_contiguous() && codes.numel() * 8 == layer.n * k,
-                  "codes has ", codes.numel(), " elements: a contiguous int16 tensor of n * k/8 = ", layer.n * k / 8,
-                  " is wanted");
-  const uint8_t* bytes = nullptr;
-  const int16_t* words = nullptr;
-  if (residual_codes.has_value()) {
-    const Tensor& r = *residual_codes;
-    STD_TORCH_CHECK(r.is_contiguous() && r.numel() == codes.numel() &&
-                        (r.scalar_type() == ScalarType::Byte || r.scalar_type() == ScalarType::Short),
-                    "residual_codes has ", r.numel(), " elements: as many uint8 or int16 as codes (", codes.numel(),
-                    ") are wanted");
-    if (r.scalar_type() == ScalarType::Byte)
-      bytes = r.const_data_ptr<uint8_t>();
-    else
-      words = r.const_data_ptr<int16_t>();
-  }
-  const int16_t* first = codes.const_data_ptr<int16_t>();
-  return run(x, layer, [&](int64_t, int64_t start, int64_t size) {
-    const int64_t offset = start * (k / 8);
-    return Weight{nullptr, first + offset, bytes ? bytes + offset : nullptr, words ? words + offset : nullptr,
-                  nullptr, Code::kLut, 0, size, k};
+  const int64_t row_bytes = (k + 31) / 32 * 64 * bits;
+  std::vector<int64_t> offsets{0};
+  for (int64_t size : output_sizes) offsets.push_back(offsets.back() + (size + kTile - 1) / kTile * row_bytes);
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.numel() == offsets.back(),
+                  "blocks has ", blocks.numel(), " elements: a contiguous uint8 tensor of ", offsets.back(), " is wanted");
+  const uint8_t* bytes = blocks.const_data_ptr<uint8_t>();
+  return run(x, layer, int8, [&](int64_t i, int64_t, int64_t size) {
+    return Weight{nullptr, bytes + offsets[i], nullptr, Code::kLut, int(bits), size, k};
   });
 }
 
@@ -283,6 +261,14 @@ Tensor e8p_nearest(const Tensor& x) {
 
 std::string cpu_tier() { return kernels().name; }
 
+// Whether this tier has int8 activations for a format; code_name is empty for the lattice.
+bool cpu_takes_int8(std::string code_name, int64_t bits) {
+  const uint8_t block = 0;
+  const bool lattice = code_name.empty();
+  const Weight w{nullptr, lattice ? &block : nullptr, nullptr, lattice ? Code::kLut : code_of(code_name), int(bits), 16, 16};
+  return kernels().int8_takes && kernels().int8_takes(w);
+}
+
 }  // namespace
 }  // namespace quip
 
@@ -293,4 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
   m.impl("e8p_nearest", TORCH_BOX(&quip::e8p_nearest));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) { m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier)); }
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
+  m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier));
+  m.impl("cpu_takes_int8", TORCH_BOX(&quip::cpu_takes_int8));
+}

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Orthonormal Hadamard transforms of a row of floats, in place.
+// Rotations: orthonormal Hadamard transforms of a row, with the signs before or after, from and to the caller's dtype.
 #pragma once
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "vector.h"
 
 namespace quip {
@@ -37,13 +38,14 @@ inline void butterflies(float* v, int64_t p) {
       }
 }
 
-inline void hadamard(float* row, int64_t n, const float* base, int64_t q, int64_t p, float* scratch) {
+inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {
+  const auto [base, q, p] = rotation;
   const float scale = 1.0f / std::sqrt(float(q * p));
   for (int64_t start = 0; start < n; start += q * p) {
     float* v = row + start;
     for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p);
     if (q == 1) {
-      for (int64_t i = 0; i < p; ++i) v[i] *= scale;
+      for (int64_t i = 0; i < p && p > 1; ++i) v[i] *= scale;
       continue;
     }
     for (int64_t a = 0; a < q; ++a) {
@@ -55,6 +57,47 @@ inline void hadamard(float* row, int64_t n, const float* base, int64_t q, int64_
       }
     }
     std::copy(scratch, scratch + q * p, v);
+  }
+}
+
+// Rounds to nearest even; NaN stays NaN.
+inline uint16_t to_bfloat(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof u);
+  const uint32_t rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  return uint16_t(f != f ? u >> 16 | 0x40 : rounded);
+}
+
+inline void rotate_in(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out, float* scratch) {
+  if (type == Type::kFloat) {
+    const float* in = static_cast<const float*>(x);
+    for (int64_t i = 0; i < k; ++i) out[i] = in[i] * su[i];
+  } else if (type == Type::kHalf) {
+    const _Float16* in = static_cast<const _Float16*>(x);
+    for (int64_t i = 0; i < k; ++i) out[i] = float(in[i]) * su[i];
+  } else {
+    const uint16_t* in = static_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < k; ++i) {
+      const uint32_t u = uint32_t(in[i]) << 16;
+      float f;
+      std::memcpy(&f, &u, sizeof f);
+      out[i] = f * su[i];
+    }
+  }
+  rotate(out, k, rotation, scratch);
+}
+
+inline void rotate_out(float* row, int64_t n, Rotation rotation, const float* sv, Type type, void* y, float* scratch) {
+  rotate(row, n, rotation, scratch);
+  if (type == Type::kFloat) {
+    float* out = static_cast<float*>(y);
+    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * sv[i];
+  } else if (type == Type::kHalf) {
+    _Float16* out = static_cast<_Float16*>(y);
+    for (int64_t i = 0; i < n; ++i) out[i] = _Float16(row[i] * sv[i]);
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(y);
+    for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat(row[i] * sv[i]);
   }
 }
 

@@ -10,30 +10,51 @@ constexpr int kTile = 16;         // rows and columns of a trellis tile, and the
 constexpr int kPanelColumns = 256;  // columns decoded at once: 16 x 256 floats stay in the first-level cache
 constexpr int kSequence = 256;    // weights in a trellis sequence
 constexpr int kStates = 65536;    // trellis states (16 bits)
+constexpr int64_t kChunk8 = 16384;  // columns whose products with int8 activations surely sum to 32 bits
 constexpr int kCosts = kStates + 16 * 32;  // room of a cost array (viterbi.h)
 
 enum class Code { kOneMad, kThreeInst, kHyb, kLut };
 
-// A quantized weight (n, k) as the checkpoint stores it.
+enum class Type { kFloat, kHalf, kBfloat };
+
+// A quantized weight (n, k).
+//
+// Lattice blocks: 16 rows x 32 columns = 64 codes take 64 * bits bytes: byte 4*row + g is the high byte (row of the table)
+// of the code of columns 8g .. 8g+7, then 64 low bytes (signs) in the same order; then the second stage: 64 bytes of E81B
+// indices at 3 bits, 64 high and 64 low bytes at 4. A row of blocks covers k rounded up to 32; missing codes are zero.
 struct Weight {
-  const int16_t* packed;        // trellis: [n/16, k*bits]; null for the lattice
-  const int16_t* codes;         // lattice: [n, k/8]
-  const uint8_t* residual8;     // lattice, 3 bits: [n, k/8], else null
-  const int16_t* residual16;    // lattice, 4 bits: [n, k/8], else null
-  const float* lut;             // HYB: [512, 2] of these rows; LUT: [65536]; else null
+  const int16_t* packed;  // trellis, as in the checkpoint: [n/16, k*bits]; null for the lattice
+  const uint8_t* blocks;  // lattice: [ceil(n/16), ceil(k/32), 64*bits]; null for the trellis
+  const float* lut;       // HYB: [512, 2] of these rows; LUT: [65536]; else null
   Code code;
   int bits;
   int64_t n, k;
 };
 
+// An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then
+// base (q x q, row-major) along the slow one.
+struct Rotation {
+  const float* base;
+  int64_t q, p;
+};
+
 struct Kernels {
   const char* name;
-  // In-place orthonormal transform of each run of q*p elements of row[0..n): Hadamard of size p (a power of two) along
-  // the fast axis, then base (q x q, row-major) along the slow axis. scratch holds q*p floats.
-  void (*hadamard)(float* row, int64_t n, const float* base, int64_t q, int64_t p, float* scratch);
-  // y[r, row0 + i] = sum_c W[row0 + i, c] x[r, c] for one panel of up to 16 rows of W. x has `stride` floats a row, zero
-  // beyond k up to the next multiple of 16. The sum of an element does not depend on m.
+  // out[0..k) = rotation of x * su; x has k elements of `type`; scratch holds q*p floats.
+  void (*rotate_in)(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out, float* scratch);
+  // out = sv * rotation of row[0..n), as `type`; row is overwritten.
+  void (*rotate_out)(float* row, int64_t n, Rotation rotation, const float* sv, Type type, void* out, float* scratch);
+  // Floats: y[r, row0 + i] = sum_c W[row0 + i, c] x[r, c] for one panel of up to 16 rows of W. x has `stride` floats a
+  // row, zero beyond k up to the next multiple of 16. The sum of an element does not depend on m.
   void (*panel)(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride);
+  // Int8 activations (int8.h); these are null where the tier has none.
+  bool (*int8_takes)(const Weight& w);
+  int64_t (*int8_bytes)(const Weight& w, int64_t m);  // of m rows of x
+  // Row r of m rows: x, zero beyond k up to the next multiple of 64, to int8 somewhere in out; totals: one a kChunk8 columns.
+  void (*int8_quantize)(const Weight& w, const float* x, int64_t r, int64_t m, int8_t* out, float* scale, int32_t* totals);
+  // As panel, for 32 rows of W; scales [m], totals [m][chunks].
+  void (*int8_panel)(const Weight& w, int64_t row0, const int8_t* x, const float* scales, const int32_t* totals, int64_t m,
+                     float* y, int64_t y_stride);
   // Tail-biting Viterbi search of one sequence: target[256], values[V][65536], states out [256/V]. work: see
   // viterbi_bytes().
   void (*viterbi)(const float* target, const float* values, int step_bits, int vector_dim, int32_t* states, void* work);
@@ -44,7 +65,8 @@ struct Kernels {
 int64_t viterbi_bytes(int step_bits, int vector_dim);
 
 const Kernels* portable_kernels();
-const Kernels* avx2_kernels();    // null where not built
-const Kernels* avx512_kernels();  // null where not built
+const Kernels* avx2_kernels();  // the rest exist where kernels/build.py builds them: on x86-64
+const Kernels* avx512_kernels();
+const Kernels* avx512_vnni_kernels();
 
 }  // namespace quip

@@ -16,30 +16,30 @@ namespace {
 
 typedef float Octet __attribute__((vector_size(32)));
 
-struct LatticeTables {
-  float rows[256][8];            // signed: the sum of a row is even
-  alignas(64) float absolute[8][256];
-  alignas(64) float half_norm[256];
-  alignas(64) float odd[256];    // 1 where component 7 of the row is negative
-  uint32_t signs[256][8];        // sign masks of s (already s')
-  float shift[256];
-  float e81b[256][8];
+struct LatticeTables {  // built by the compiler: code of a tier must not run where the CPU lacks it, so not at load either
+  float rows[256][8] = {};              // signed: the sum of a row is even
+  alignas(64) float absolute[8][256] = {};
+  alignas(64) float half_norm[256] = {};
+  alignas(64) float odd[256] = {};      // 1 where component 7 of the row is negative
+  uint32_t signs[256][8] = {};          // sign masks of s (already s')
+  float shift[256] = {};
+  float e81b[256][8] = {};
 
   static constexpr int kSignBit[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
   // Calls f for each vector of 8 digits below `base`, in lexicographic order.
   template <class F>
-  static void each(int base, F f) {
+  static constexpr void each(int base, F f) {
     int count = 1;
     for (int i = 0; i < 8; ++i) count *= base;
     for (int number = 0; number < count; ++number) {
-      int digit[8];
+      int digit[8] = {};
       for (int i = 7, rest = number; i >= 0; --i, rest /= base) digit[i] = rest % base;
       f(digit);
     }
   }
 
-  LatticeTables() {
+  constexpr LatticeTables() {
     int row = 0;
     each(3, [&](const int* digit) {
       int norm4 = 0;  // four times the squared norm
@@ -49,7 +49,7 @@ struct LatticeTables {
       ++row;
     });
     // The 29 rows of squared norm 12: positions of their three halves, the other five components are 3/2.
-    static const char* const kHalves[29] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
+    const char* const kHalves[29] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
                                             "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
                                             "146", "045", "067", "057", "047", "056", "046", "014", "237"};
     for (const char* halves : kHalves) {
@@ -65,7 +65,7 @@ struct LatticeTables {
         norm += rows[r][i] * rows[r][i];
       }
       half_norm[r] = norm / 2;
-      odd[r] = std::fmod(total, 2.0f) != 0;
+      odd[r] = int(total) % 2;
       if (odd[r]) rows[r][7] = -rows[r][7];
     }
     for (int s = 0; s < 256; ++s) {
@@ -94,23 +94,28 @@ struct LatticeTables {
     }
   }
 };
-const LatticeTables kLattice;
+constexpr LatticeTables kLattice;
 
-inline Octet decode_e8p(uint16_t code) {
+inline Octet decode_e8p(uint8_t row, uint8_t s) {
   typedef uint32_t Masks __attribute__((vector_size(32)));
-  int s = code & 255;
-  Masks bits = load<Masks>(kLattice.rows[code >> 8]) ^ load<Masks>(kLattice.signs[s]);
+  Masks bits = load<Masks>(kLattice.rows[row]) ^ load<Masks>(kLattice.signs[s]);
   return (Octet)bits + kLattice.shift[s];
 }
 
-// One row of codes to floats; `count` codes.
-inline void decode_lattice_row(const Weight& w, int64_t offset, int64_t count, float* out) {
+// Rows row0 .. row0 + rows - 1, columns c0 .. c0 + columns - 1 to floats; row0 and c0 are multiples of 16 and 32.
+inline void decode_lattice(const Weight& w, int64_t row0, int rows, int64_t c0, int columns, float* out, int64_t stride) {
   constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
-  for (int64_t c = 0; c < count; ++c) {
-    Octet v = decode_e8p(w.codes[offset + c]);
-    if (w.residual8) v += load<Octet>(kLattice.e81b[w.residual8[offset + c]]) * kResidual3;
-    if (w.residual16) v += decode_e8p(w.residual16[offset + c]) * kResidual4;
-    store(out + 8 * c, v);
+  const int64_t block_bytes = 64 * w.bits;
+  const uint8_t* block = w.blocks + (row0 / kTile * ((w.k + 31) / 32) + c0 / 32) * block_bytes;
+  for (int c = 0; c < columns; c += 8) {
+    const uint8_t* codes = block + c / 32 * block_bytes + c % 32 / 8;
+    for (int i = 0; i < rows; ++i) {
+      const auto byte = [&](int plane) { return codes[64 * plane + 4 * i]; };
+      Octet v = decode_e8p(byte(0), byte(1));
+      if (w.bits == 3) v += load<Octet>(kLattice.e81b[byte(2)]) * kResidual3;
+      if (w.bits == 4) v += decode_e8p(byte(2), byte(3)) * kResidual4;
+      store(out + i * stride + c, v);
+    }
   }
 }
 

@@ -30,7 +30,7 @@ inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int 
       decode(w.packed + row0 / kTile * w.k * w.bits + (c0 + c) * w.bits, w.lut, out + c, kPanelColumns);
     return;
   }
-  for (int i = 0; i < rows; ++i) decode_lattice_row(w, (row0 + i) * (w.k / 8) + c0 / 8, columns / 8, out + i * kPanelColumns);
+  decode_lattice(w, row0, rows, c0, columns, out, kPanelColumns);
 }
 
 inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One instruction-set tier: compiled once a tier with -DQUIP_TIER=portable|avx2|avx512 and that tier's -m flags.
+// One instruction-set tier: compiled once a tier with -DQUIP_TIER=portable|avx2|avx512|avx512_vnni and that tier's -m flags.
 #include "encode_trellis.h"
 #include "hadamard.h"
+#include "int8.h"
 #include "kernels.h"
 #include "panel.h"
 
@@ -13,7 +14,13 @@
 namespace quip {
 
 const Kernels* QUIP_TABLE(QUIP_TIER)() {
-  static const Kernels table{QUIP_STRING(QUIP_TIER), hadamard, panel, viterbi, nearest_e8p};
+#if defined(__AVX512VNNI__)
+  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in,     rotate_out, panel,   int8_takes, int8_bytes,
+                             int8_quantize,          int8_panel,    viterbi,    nearest_e8p};
+#else
+  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in, rotate_out, panel,  nullptr, nullptr,
+                             nullptr,                nullptr,   viterbi,    nearest_e8p};
+#endif
   return &table;
 }
 

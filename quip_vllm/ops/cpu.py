@@ -6,10 +6,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quip_vllm import envs
 from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import state_values
 from quip_vllm.ops.dispatch import LinearSpec
-from quip_vllm.ops.extension import cpu_library_problem
+from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.tensors import check, layout
 from quip_vllm.transforms.hadamard import block_size, factor
 from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
@@ -34,8 +36,55 @@ def _rotation(n: int, block: int | None) -> tuple[int, int]:
     return factor(n) if block is None else (1, block_size(n, block))
 
 
+def lattice_blocks(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """The codes in the order that the kernels read them (kernels/cpu/kernels.h).
+
+    Args:
+        spec: a quip_sharp layer.
+        tensors: ``codes`` int16 [n, k/8] and, above 2 bits, ``residual_codes``.
+
+    Returns:
+        uint8 [blocks of all projections, 64 * bits]: a block is 16 rows x 32 columns, each projection padded to whole
+        blocks with code 0.
+    """
+    codes = tensors["codes"].contiguous()
+    planes = list(codes.view(torch.uint8).view(*codes.shape, 2).flip(-1).unbind(-1))
+    if spec.bits == 3:
+        planes.append(tensors["residual_codes"])
+    if spec.bits == 4:
+        rest = tensors["residual_codes"].contiguous()
+        planes += rest.view(torch.uint8).view(*rest.shape, 2).flip(-1).unbind(-1)
+    parts = []
+    for rows in torch.stack(planes).split(spec.output_sizes, dim=1):
+        count, n, groups = rows.shape
+        padded = torch.nn.functional.pad(rows, (0, -groups % 4, 0, -n % TILE))
+        blocks = padded.view(count, padded.shape[1] // TILE, TILE, padded.shape[2] // 4, 4)
+        parts.append(blocks.permute(1, 3, 0, 2, 4).reshape(-1, 64 * spec.bits))
+    return torch.cat(parts)
+
+
+@cache
+def _takes_int8(code: Code | None, bits: int) -> bool:
+    require_cpu_library()
+    return torch.ops.quip_vllm.cpu_takes_int8(code.value if code else "", bits)
+
+
+def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
+    """Whether a layer's activations of this dtype are rounded to int8: QUIP_VLLM_ACTIVATIONS, else where it is fastest.
+
+    float32 stays exact unless asked: who serves float32 wants its digits.
+    """
+    wanted = envs.activations()
+    if wanted is not None:
+        return wanted == "int8"
+    return dtype != torch.float32 and _takes_int8(spec.code, spec.bits)
+
+
 class CpuBackend:
-    """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call."""
+    """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call.
+
+    Activations are exact (float32 arithmetic) or int8 with one scale a row; which, says `int8_activations`.
+    """
 
     name = "cpu"
 
@@ -49,6 +98,11 @@ class CpuBackend:
                 _rotation(size, spec.hadamard_block)
         except ValueError as error:
             return str(error)
+        if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
+            return (
+                f"QUIP_VLLM_ACTIVATIONS is int8, which tier {torch.ops.quip_vllm.cpu_tier()} does not have for this "
+                "format: unset it"
+            )
         return None
 
     def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,6 +111,10 @@ class CpuBackend:
             name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in tensors.items()
         }
+        if spec.method is Method.QUIP_SHARP:
+            prepared["blocks"] = lattice_blocks(spec, prepared)
+            del prepared["codes"]
+            prepared.pop("residual_codes", None)
         if spec.code is Code.LUT:
             prepared["lut"] = _lut_values()
         for i, size in enumerate((spec.in_features, *spec.output_sizes)):
@@ -68,6 +126,7 @@ class CpuBackend:
         bases = [tensors[f"base{i}"] for i in range(len(sizes))]
         widths = [_rotation(size, spec.hadamard_block)[1] for size in sizes]
         rows = x.reshape(-1, spec.in_features).contiguous()
+        int8 = int8_activations(spec, x.dtype)
         if spec.method is Method.QTIP:
             assert spec.code is not None
             y = torch.ops.quip_vllm.qtip_linear(
@@ -81,16 +140,18 @@ class CpuBackend:
                 list(spec.output_sizes),
                 spec.code.value,
                 spec.bits,
+                int8,
             )
         else:
             y = torch.ops.quip_vllm.quip_sharp_linear(
                 rows,
-                tensors["codes"],
-                tensors.get("residual_codes"),
+                tensors["blocks"],
                 tensors["su"],
                 tensors["sv"],
                 bases,
                 widths,
                 list(spec.output_sizes),
+                spec.bits,
+                int8,
             )
         return y.reshape(*x.shape[:-1], spec.out_features)

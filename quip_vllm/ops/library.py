@@ -8,24 +8,25 @@ _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
     "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, str code, int bits) -> Tensor",
-    "quip_sharp_linear(Tensor x, Tensor codes, Tensor? residual_codes, Tensor su, Tensor sv, Tensor[] bases, "
-    "int[] widths, int[] output_sizes) -> Tensor",
+    "int[] output_sizes, str code, int bits, bool int8) -> Tensor",
+    "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
+    "int[] output_sizes, int bits, bool int8) -> Tensor",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
     "e8p_nearest(Tensor x) -> Tensor",
     "cpu_tier() -> str",
+    "cpu_takes_int8(str code, int bits) -> bool",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
 
 @torch.library.register_fake("quip_vllm::qtip_linear")
-def _(x, packed, su, sv, lut, bases, widths, output_sizes, code, bits):
+def _(x, packed, su, sv, lut, bases, widths, output_sizes, code, bits, int8):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 
 @torch.library.register_fake("quip_vllm::quip_sharp_linear")
-def _(x, codes, residual_codes, su, sv, bases, widths, output_sizes):
+def _(x, blocks, su, sv, bases, widths, output_sizes, bits, int8):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

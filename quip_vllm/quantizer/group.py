@@ -10,11 +10,16 @@ from torch import Tensor
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.quantizer.encoders import Encoder, make_encoder
-from quip_vllm.quantizer.hessian import Group, regularise
+from quip_vllm.quantizer.hessian import Group, drift_correction, regularise
 from quip_vllm.quantizer.ldl import feedback
 from quip_vllm.quantizer.rounding import block_ldlq, proxy_loss
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight
+
+
+import os
+
+ALPHA = float(os.environ.get("ALPHA", "1"))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def quantize_group(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or leave it out (--ignore)")
     k = hessian.shape[0]
+    correction = None if group.drift is None else ALPHA * drift_correction(group, hessian)
     su = signs(k, settings.seed, "su:" + next(iter(weights)))
     rotated = rotate_hessian(hessian, su, block)
     factor, added = feedback(rotated, _encoder(settings.method, settings.code, settings.bits).columns)
@@ -72,7 +78,10 @@ def quantize_group(
         names = [name for name in weights if bits[name] == level]
         parts, sv_of = [], {}
         for name in names:
-            weight = weights[name].float().masked_fill(dead, 0.0)
+            weight = weights[name].float()
+            if correction is not None:
+                weight = weight + weight @ correction
+            weight = weight.masked_fill(dead, 0.0)
             sv = signs(weight.shape[0], settings.seed, "sv:" + name)
             turned = rotate_weight(weight, su, sv, block)
             scale = (turned.square().mean().sqrt() / encoder.rms).half().float()  # as stored, so that nothing is lost

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessians E[x x^T] of the linear layers of one decoder layer, one for each distinct activation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,28 +15,49 @@ class Group:
 
     Attributes:
         names: their names inside the decoder layer, in module order.
-        hessian: float64 [k, k], sum of x x^T.
+        hessian: float64 [k, k], sum of x x^T, x as the layers quantized so far make it.
         tokens: how many x it holds.
+        drift: float64 [k, k], sum of (x0 - x) x^T, x0 the same activation in the original model; None if not recorded.
     """
 
     names: list[str]
     hessian: Tensor
     tokens: int = 0
+    drift: Tensor | None = None
     _latest: Tensor | None = field(default=None, repr=False)
 
 
 class HessianCollector:
-    """Hooks that accumulate Hessians while the decoder layer runs; remove with ``close``."""
+    """Hooks that accumulate Hessians while the decoder layer runs; remove with ``close``.
+
+    For the drift the layer runs twice a batch: first, inside ``with collector.original():``, on the hidden states of the
+    original model, then on those of the quantized layers before it.
+    """
 
     def __init__(self, linears: dict[str, nn.Linear]):
         self.groups: list[Group] = []
         self._seen: dict[str, Group] = {}
+        self._originals: dict[str, Tensor] = {}
+        self._in_original = False
         self._handles = [
             module.register_forward_pre_hook(lambda _, args, name=name: self._record(name, args[0]))
             for name, module in linears.items()
         ]
 
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """What the layer reads inside this block is x0."""
+        self._in_original = True
+        try:
+            yield
+        finally:
+            self._in_original = False
+
     def _record(self, name: str, x: Tensor) -> None:
+        if self._in_original:
+            self._originals[name] = x
+            return
+        original = self._originals.pop(name, None)
         group = self._seen.get(name)
         if group is None:
             group = next((g for g in self.groups if g._latest is x), None)
@@ -47,6 +70,9 @@ class HessianCollector:
         if group.names[0] == name:  # one product for all its readers
             rows = x.reshape(-1, x.shape[-1]).float()
             group.hessian += (rows.T @ rows).double()
+            if original is not None:
+                drift = ((original.reshape(rows.shape).float() - rows).T @ rows).double()
+                group.drift = drift if group.drift is None else group.drift + drift
             group.tokens += rows.shape[0]
             group._latest = x
 
@@ -77,11 +103,28 @@ def regularise(hessian: Tensor, tokens: int, damping: float) -> tuple[Tensor, Te
         raise ValueError(
             "the activations hold a NaN or an infinity: check the model's weights and the calibration text"
         )
-    mean = hessian / max(tokens, 1)
-    diagonal = mean.diagonal()
-    dead = diagonal <= 0
-    live_mean = diagonal[~dead].mean() if (~dead).any() else torch.ones((), dtype=mean.dtype)
-    mean = mean / live_mean
+    mean = hessian / _unit(hessian, tokens)
+    dead = mean.diagonal() <= 0
     mean.diagonal()[dead] = 1.0
     mean.diagonal().add_(damping)
     return mean.float(), dead
+
+
+def _unit(hessian: Tensor, tokens: int) -> Tensor:
+    """What a sum of x x^T is divided by for a mean diagonal of 1 over the live columns."""
+    live = hessian.diagonal()[hessian.diagonal() > 0]
+    return live.mean() if len(live) else torch.tensor(float(max(tokens, 1)), dtype=hessian.dtype)
+
+
+def drift_correction(group: Group, hessian: Tensor) -> Tensor:
+    """A, float32 [k, k], such that W + W A on x comes nearest to W on x0.
+
+    min_V E|W x0 - V x|^2 has the solution V = W E[x0 x^T] H^-1 = W + W E[(x0 - x) x^T] H^-1 (GPTAQ, arXiv 2504.02692):
+    the error that the layers before left is mended where this layer can.
+
+    Args:
+        group: with a drift.
+        hessian: float32 [k, k] of ``regularise``, damped, which keeps the correction small where little is known.
+    """
+    assert group.drift is not None
+    return torch.linalg.solve(hessian.double(), group.drift.T / _unit(group.hessian, group.tokens)).T.float()

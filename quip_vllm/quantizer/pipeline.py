@@ -63,11 +63,12 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     _check_space(out, source)
     tokens = _tokens(settings, record, folder)
     hidden, kwargs = source.first_hidden_states(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
+    originals = [x.clone() for x in hidden]  # the same text in the original model, for the drift
     count = len(source.layers)
     dtype = next(iter(source.layer_tensors(0).values())).dtype
     entries: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc=f"quantize to {settings.bits} bits", unit="layer"):
-        entries += _do_layer(settings, source, index, hidden, kwargs[index], out)
+        entries += _do_layer(settings, source, index, originals, hidden, kwargs[index], out)
     write_shard(out / shard_name(count, count + 1), source.reader.read(source.other_names()))
     write_index(out, count + 1)
     report = {
@@ -160,9 +161,18 @@ def _layer_bits(settings: Settings, source: LayeredModel, index: int) -> dict[st
 
 @torch.inference_mode()
 def _do_layer(
-    settings: Settings, source: LayeredModel, index: int, hidden: list[Tensor], kwargs: dict[str, Any], out: Path
+    settings: Settings,
+    source: LayeredModel,
+    index: int,
+    originals: list[Tensor],
+    hidden: list[Tensor],
+    kwargs: dict[str, Any],
+    out: Path,
 ) -> list[dict[str, Any]]:
-    """Quantizes layer ``index``, or reads it back where its shard is there, and replaces ``hidden`` by its outputs."""
+    """Quantizes layer ``index``, or reads it back where its shard is there.
+
+    Replaces ``originals`` by the outputs of the original layer and ``hidden`` by those of the quantized one.
+    """
     count = len(source.layers)
     shard = out / shard_name(index, count + 1)
     entry_file = out / RECORD / f"layer-{index:05d}.json"
@@ -170,12 +180,17 @@ def _do_layer(
     bits = _layer_bits(settings, source, index)
     original = source.layer_tensors(index)
     layer = source.fill(index, original)
-    if not (shard.exists() and entry_file.exists()):
-        began = time.monotonic()
-        collector = HessianCollector({name: module for name, module in _linears(layer).items() if name in bits})
-        for x in tqdm(hidden, desc=f"layer {index}: Hessians", leave=False):
-            run_layer(layer, x, kwargs_for(kwargs, x))
-        groups = collector.close()
+    done = shard.exists() and entry_file.exists()
+    collector = HessianCollector({name: module for name, module in _linears(layer).items() if name in bits})
+    began = time.monotonic()
+    for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: Hessians", leave=False)):
+        arguments = kwargs_for(kwargs, x)
+        with collector.original():
+            originals[i] = run_layer(layer, originals[i], arguments)
+        if not done:
+            run_layer(layer, x, arguments)
+    groups = collector.close()
+    if not done:
         missing = set(bits) - {name for group in groups for name in group.names}
         if missing:
             raise ValueError(f"{prefix}{sorted(missing)[0]} never ran on the calibration text: leave it out (--ignore)")

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+// The linear layer with int8 activations: integer products, so a result depends neither on threads nor on other rows.
+//
+// A rotated row becomes int8 q with one scale: x = scale * q. Formats (int8_lattice.h, int8_trellis.h) decode a unit of 16
+// rows x kColumns to kQuads vectors: lane = row of the weight, 32 bits of a lane = 4 columns as bytes (value + 128), or
+// 2 as int16, or the four bytes of one 1MAD product. The activation has the same 32 bits, repeated over the lanes.
+//
+//   few rows    each vector is multiplied as it is decoded
+//   many rows   kPanel8 columns of 32 rows of the weight are decoded to a panel that stays in cache, then multiplied with
+//               groups of up to kGroup rows of x, whose 32-bit quads lie side by side: x[group][quad][row]
+#pragma once
+#if defined(__AVX512VNNI__)
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "int8_lattice.h"
+#include "int8_trellis.h"
+
+namespace quip {
+namespace {
+
+constexpr int kFew = 4;       // rows multiplied while decoding
+constexpr int kGroup = 12;    // rows of x multiplied together: 2 x 12 sums in registers
+constexpr int kRowsBlock = 192;  // rows of x whose sums are kept while a panel is multiplied
+constexpr int kVector = 64;
+
+// What a format leaves unsaid has the value of most formats.
+template <class Format>
+constexpr int repeat_of() {
+  if constexpr (requires { Format::kRepeat; }) return Format::kRepeat;
+  return 1;
+}
+template <class Format>
+constexpr bool is_wide() {
+  return Format::kQuads * 2 == Format::kColumns;
+}
+template <class Format>
+constexpr int offset_of() {
+  if constexpr (requires { Format::kOffset; }) return Format::kOffset;
+  return is_wide<Format>() ? 0 : kOffset8;
+}
+
+template <class F>
+inline void with_bits(int bits, F f) {
+  switch (bits) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls f(type of the format that multiplies m rows).
+template <class F>
+inline void with_format(const Weight& w, int64_t m, F f) {
+  with_bits(w.bits, [&](auto b) {
+    constexpr int bits = decltype(b)::value;
+    if (w.blocks) {
+      if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
+    } else if (w.code == Code::kHyb) {
+      f(static_cast<Hyb8<bits>*>(nullptr));
+    } else if (m <= kFew) {
+      f(static_cast<OneMad8<bits>*>(nullptr));
+    } else {
+      f(static_cast<OneMad16<bits>*>(nullptr));
+    }
+  });
+}
+
+inline bool int8_takes(const Weight& w) {
+  return w.blocks || (w.bits <= 4 && (w.code == Code::kHyb || w.code == Code::kOneMad));
+}
+
+inline int64_t padded(int64_t k) { return (k + kVector - 1) / kVector * kVector; }
+
+inline int64_t group_rows(int64_t m) {
+  if (m <= kFew) return m;
+  const int64_t groups = (m + kGroup - 1) / kGroup;
+  return (m + groups - 1) / groups;
+}
+
+inline int64_t int8_bytes(const Weight& w, int64_t m) {
+  int64_t bytes = 0;
+  with_format(w, m, [&](auto* format) {
+    using Format = std::remove_pointer_t<decltype(format)>;
+    bytes = padded(w.k) * 4 * Format::kQuads / Format::kColumns;
+  });
+  return bytes * m;
+}
+
+// Sixteen columns as int32 to the quads of a row, `step` quads apart.
+template <class Format>
+inline void store_quads(const int8_t* q, int64_t columns, int32_t* out, int64_t step) {
+  if constexpr (repeat_of<Format>() == 4) {
+    for (int64_t c = 0; c < columns; ++c) out[c * step] = int32_t(0x01010101u * uint8_t(q[c]));
+  } else if constexpr (is_wide<Format>()) {
+    for (int64_t c = 0; c < columns; c += 2)
+      out[c / 2 * step] = int32_t(uint32_t(uint16_t(q[c])) | uint32_t(uint16_t(q[c + 1])) << 16);
+  } else {
+    static const __m512i order = [] {
+      alignas(64) uint8_t from[kVector];
+      for (int c = 0; c < kVector; ++c) from[Format::place(c)] = uint8_t(c);
+      return _mm512_load_si512(from);
+    }();
+    alignas(64) int32_t quads[16];
+    for (int64_t c = 0; c < columns; c += kVector) {
+      _mm512_store_si512(quads, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(q + c)));
+      for (int i = 0; i < 16; ++i) out[(c / 4 + i) * step] = quads[i];
+    }
+  }
+}
+
+// Row r of m: x[0..k) to int8. x has padded(k) floats, zero beyond k. totals: the sum of q of each kChunk8 columns.
+inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m, int8_t* out, float* scale, int32_t* totals) {
+  const int64_t columns = padded(w.k);
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t c = 0; c < columns; c += kLanes)
+    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_loadu_si512(x + c), _mm512_set1_epi32(0x7FFFFFFF)));
+  const uint32_t bits = _mm512_reduce_max_epu32(top);  // of floats, so a NaN is above infinity
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  const bool finite = bits < 0x7F800000u, zero = largest < 1e-35f;
+  *scale = finite ? (zero ? 0.0f : largest / 127.0f) : NAN;
+  const __m512 inverse = _mm512_set1_ps(finite && !zero ? 127.0f / largest : 0.0f);
+  int8_t q[kChunk8];
+  const int64_t group = r / group_rows(m), rows = std::min(group_rows(m), m - group * group_rows(m));
+  for (int64_t chunk = 0; chunk * kChunk8 < columns; ++chunk) {
+    const int64_t begin = chunk * kChunk8, count = std::min<int64_t>(kChunk8, columns - begin);
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t c = 0; c < count; c += kLanes) {
+      // A product of zero with a NaN is no number and converts to INT_MIN: keep it in the range of the sums.
+      __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + begin + c), inverse));
+      v = _mm512_max_epi32(v, _mm512_set1_epi32(-127));
+      total = _mm512_add_epi32(total, v);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + c), _mm512_cvtepi32_epi8(v));
+    }
+    totals[chunk] = _mm512_reduce_add_epi32(total);
+    with_format(w, m, [&](auto* format) {
+      using Format = std::remove_pointer_t<decltype(format)>;
+      constexpr int64_t kColumnsPerQuad = Format::kColumns / Format::kQuads;
+      int32_t* quads = reinterpret_cast<int32_t*>(out) + padded(w.k) / kColumnsPerQuad * group * group_rows(m);
+      store_quads<Format>(q, count, quads + begin / kColumnsPerQuad * rows + r % group_rows(m), rows);
+    });
+  }
+}
+
+template <class Format>
+inline __m512i multiply_add(__m512i sum, __m512i weights, int32_t quad) {
+  if constexpr (is_wide<Format>()) return _mm512_dpwssd_epi32(sum, weights, _mm512_set1_epi32(quad));
+  return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(quad));
+}
+
+struct Output {
+  const float* scales;
+  const int32_t* totals;  // [m][chunks]
+  int64_t chunks;
+  float* y;
+  int64_t stride;
+};
+
+// Adds the sums of one chunk to 16 outputs of row r; the last chunk applies the scale.
+template <class Format>
+inline void finish(const Format& format, const __m512i* stages, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
+  const __m512i offset = _mm512_set1_epi32(offset_of<Format>() * out.totals[r * out.chunks + chunk]);
+  const __mmask16 valid = __mmask16((1u << rows) - 1);
+  float* y = out.y + r * out.stride + row0;
+  __m512 value = chunk ? _mm512_maskz_loadu_ps(valid, y) : _mm512_setzero_ps();
+  for (int s = 0; s < Format::kStages; ++s)
+    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(stages[s], offset))),
+                            _mm512_set1_ps(format.unit(s)), value);
+  if (chunk + 1 == out.chunks) value = _mm512_mul_ps(value, _mm512_set1_ps(out.scales[r]));
+  _mm512_mask_storeu_ps(y, valid, value);
+}
+
+template <class Format, int M>
+void few_rows(const Format& format, const uint8_t* block, int64_t k, const int32_t* x, const Output& out, int64_t row0, int rows) {
+  constexpr int kSplit = M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide the latency of a multiplication
+  for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
+    __m512i sum[Format::kStages][M][kSplit];
+    for (auto& stage : sum)
+      for (auto& row : stage)
+        for (__m512i& part : row) part = _mm512_setzero_si512();
+    const int64_t begin = chunk * kChunk8 / Format::kColumns;
+    const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
+    for (int64_t u = begin; u < end; ++u) {
+      const int32_t* quads = x + u * Format::kQuads * M;
+      format.decode(block + u * Format::kBytes, [&](int stage, int quad, __m512i weights) {
+#pragma GCC unroll 4
+        for (int r = 0; r < M; ++r) {
+          __m512i& part = sum[stage][r][quad % kSplit];
+          part = multiply_add<Format>(part, weights, quads[quad * M + r]);
+        }
+      });
+    }
+    for (int r = 0; r < M; ++r) {
+      __m512i total[Format::kStages];
+      for (int s = 0; s < Format::kStages; ++s) {
+        total[s] = sum[s][r][0];
+        for (int i = 1; i < kSplit; ++i) total[s] = _mm512_add_epi32(total[s], sum[s][r][i]);
+      }
+      finish(format, total, out, r, chunk, row0, rows);
+    }
+  }
+}
+
+// sums[r][0..1] += quads of the panel (two blocks of 16 rows, kDepth quads apart) times M rows of x.
+template <class Format, int M>
+void multiply_panel(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, __m512i (*sums)[2]) {
+  __m512i sum[M][2];
+  for (int r = 0; r < M; ++r) sum[r][0] = sums[r][0], sum[r][1] = sums[r][1];
+  for (int64_t q = 0; q < quads; ++q) {
+    const __m512i first = panel[q], second = panel[depth + q];
+#pragma GCC unroll 12
+    for (int r = 0; r < M; ++r) {
+      sum[r][0] = multiply_add<Format>(sum[r][0], first, x[q * M + r]);
+      sum[r][1] = multiply_add<Format>(sum[r][1], second, x[q * M + r]);
+    }
+  }
+  for (int r = 0; r < M; ++r) sums[r][0] = sum[r][0], sums[r][1] = sum[r][1];
+}
+
+template <class Format>
+void multiply_group(int rows, const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, __m512i (*sums)[2]) {
+  using Multiply = void (*)(const __m512i*, int64_t, int64_t, const int32_t*, __m512i (*)[2]);
+  static constexpr auto table = []<int... i>(std::integer_sequence<int, i...>) {
+    return std::array<Multiply, sizeof...(i)>{multiply_panel<Format, i + 1>...};
+  }(std::make_integer_sequence<int, kGroup>{});
+  table[rows - 1](panel, depth, quads, x, sums);
+}
+
+// Two blocks of 16 rows (the second may be missing) times all m rows of x.
+template <class Format>
+void many_rows(const Format& format, const uint8_t* const* blocks, int count, int64_t k, const int32_t* x, int64_t m,
+               const Output& out, int64_t row0, int rows) {
+  constexpr int64_t kDepth = 128, kUnits = kDepth / Format::kQuads;
+  alignas(64) __m512i panel[Format::kStages][2][kDepth];
+  alignas(64) __m512i sums[Format::kStages][kRowsBlock][2];
+  const int64_t group = group_rows(m), row_quads = padded(k) / Format::kColumns * Format::kQuads;
+  const int64_t block_rows = kRowsBlock / group * group;
+  for (int64_t m0 = 0; m0 < m; m0 += block_rows) {
+    const int64_t m1 = std::min(m, m0 + block_rows);
+    for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
+      for (auto& stage : sums)
+        for (int64_t r = 0; r < m1 - m0; ++r) stage[r][0] = stage[r][1] = _mm512_setzero_si512();
+      const int64_t begin = chunk * kChunk8 / Format::kColumns;
+      const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
+      for (int64_t u0 = begin; u0 < end; u0 += kUnits) {
+        const int64_t units = std::min(kUnits, end - u0);
+        for (int b = 0; b < count; ++b)
+          for (int64_t u = 0; u < units; ++u)
+            format.decode(blocks[b] + (u0 + u) * Format::kBytes,
+                          [&](int stage, int quad, __m512i v) { panel[stage][b][u * Format::kQuads + quad] = v; });
+        for (int64_t r = m0; r < m1; r += group) {
+          const int64_t in_group = std::min(group, m - r);
+          const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;
+          for (int s = 0; s < Format::kStages; ++s)
+            multiply_group<Format>(int(in_group), panel[s][0], kDepth, units * Format::kQuads, quads, sums[s] + (r - m0));
+        }
+      }
+      for (int64_t r = m0; r < m1; ++r)
+        for (int b = 0; b < count; ++b) {
+          __m512i stages[Format::kStages];
+          for (int s = 0; s < Format::kStages; ++s) stages[s] = sums[s][r - m0][b];
+          finish(format, stages, out, r, chunk, row0 + b * kTile, std::min(kTile, rows - b * kTile));
+        }
+    }
+  }
+}
+
+// Rows row0 .. row0 + 31 of the weight times m rows of x.
+inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const float* scales, const int32_t* totals, int64_t m,
+                       float* y, int64_t y_stride) {
+  const int32_t* x = reinterpret_cast<const int32_t*>(x8);
+  const Output out{scales, totals, (padded(w.k) + kChunk8 - 1) / kChunk8, y, y_stride};
+  const int rows = int(std::min<int64_t>(2 * kTile, w.n - row0)), count = (rows + kTile - 1) / kTile;
+  with_format(w, m, [&](auto* pointer) {
+    using Format = std::remove_pointer_t<decltype(pointer)>;
+    const Format format(w);
+    const int64_t block_bytes = (w.k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
+    const uint8_t* first = (w.blocks ? w.blocks : reinterpret_cast<const uint8_t*>(w.packed)) + row0 / kTile * block_bytes;
+    const uint8_t* blocks[2] = {first, first + (count > 1 ? block_bytes : 0)};
+    if constexpr (!is_wide<Format>()) {
+      for (int b = 0; b < count && m <= kFew; ++b) {
+        const int64_t row = row0 + b * kTile;
+        const int own = std::min(kTile, rows - b * kTile);
+        if (m == 1) few_rows<Format, 1>(format, blocks[b], w.k, x, out, row, own);
+        if (m == 2) few_rows<Format, 2>(format, blocks[b], w.k, x, out, row, own);
+        if (m == 3) few_rows<Format, 3>(format, blocks[b], w.k, x, out, row, own);
+        if (m == 4) few_rows<Format, 4>(format, blocks[b], w.k, x, out, row, own);
+      }
+    }
+    if constexpr (repeat_of<Format>() == 1)
+      if (m > kFew) many_rows(format, blocks, count, w.k, x, m, out, row0, rows);
+  });
+}
+
+}  // namespace
+}  // namespace quip
+#endif

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Trellis tiles to bytes for int8 activations, in registers, from the checkpoint's own order.
+//
+// Position t of a tile = rrr cc C R c (formats/tile.py). The 16 lanes of a vector are the 16 rows (rrr, R) of the tile.
+// The bit stream is big-endian in 16-bit words, so stream byte i is memory byte i ^ 1.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace quip {
+namespace {
+
+// A tile's 32*bits bytes in one or two registers, from which any bytes are picked by a permutation.
+template <int bits>
+struct TileBytes {
+  __m512i low, high;
+  explicit TileBytes(const uint8_t* tile) {
+    if constexpr (bits == 1) low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
+    if constexpr (bits >= 2) low = _mm512_loadu_si512(tile);
+    if constexpr (bits == 3) high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 64)));
+    if constexpr (bits == 4) high = _mm512_loadu_si512(tile + 64);
+  }
+  __m512i pick(__m512i index) const {
+    if constexpr (bits <= 2) return _mm512_permutexvar_epi8(index, low);
+    return _mm512_permutex2var_epi8(low, index, high);
+  }
+};
+
+// An index vector for TileBytes::pick; stream(b) is the stream byte wanted in byte b of the vector.
+template <int bits, class F>
+inline __m512i byte_index(F stream) {
+  alignas(64) uint8_t index[64];
+  for (int b = 0; b < 64; ++b) index[b] = uint8_t(stream(b) % (32 * bits) ^ 1);
+  return _mm512_load_si512(index);
+}
+
+// 1MAD: the value is (b0 + b1 + b2 + b3 - 510) / 147.8 of the four bytes of y = a x + b.
+template <int bits>
+struct OneMadStates {
+  __m512i run[4];      // for pick: qword rrr = the 64 bits from position (rrr, cc, 0), most significant byte last
+  __m512i window[4];   // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
+  OneMadStates() {
+    for (int cc = 0; cc < 4; ++cc)
+      run[cc] = byte_index<bits>([&](int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; });
+    for (int i = 0; i < 4; ++i) {
+      const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
+      const auto bytes = [](int offset) { return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8; };
+      window[i] = _mm512_set1_epi64((long long)(bytes(first) | bytes(second) << 32));
+    }
+  }
+  // emit(cc, C, c, products): the 32-bit products of the states of column 8C + 2cc + c.
+  template <class Emit>
+  void products(const uint8_t* tile, Emit emit) const {
+    const TileBytes<bits> bytes(tile);
+    const __m512i a = _mm512_set1_epi32(34038481), b = _mm512_set1_epi32(76625530);
+#pragma GCC unroll 4
+    for (int cc = 0; cc < 4; ++cc) {
+      const __m512i stream = bytes.pick(run[cc]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        __m512i state = _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[i], stream);
+        emit(cc, i >> 1, i & 1, _mm512_add_epi32(_mm512_mullo_epi32(state, a), b));
+      }
+    }
+  }
+  // Lane 2 rrr + R to row 8 R + rrr.
+  static __m512i in_row_order(__m512i lanes) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), lanes);
+  }
+};
+
+constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
+constexpr int kOneMadMean = 510;
+
+// For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
+template <int bits>
+struct OneMad8 : OneMadStates<bits> {
+  static constexpr int kColumns = 16, kQuads = 16, kStages = 1, kBytes = 32 * bits, kRepeat = 4, kOffset = kOneMadMean;
+  explicit OneMad8(const Weight&) {}
+  float unit(int) const { return kOneMadUnit; }
+  template <class Emit>
+  void decode(const uint8_t* tile, Emit emit) const {
+    this->products(tile, [&](int cc, int C, int c, __m512i y) { emit(0, 8 * C + 2 * cc + c, y); });
+  }
+};
+
+// For many rows: the sums themselves, two columns of int16 a lane, multiplied by vpdpwssd.
+template <int bits>
+struct OneMad16 : OneMadStates<bits> {
+  static constexpr int kColumns = 16, kQuads = 8, kStages = 1, kBytes = 32 * bits;
+  explicit OneMad16(const Weight&) {}
+  float unit(int) const { return kOneMadUnit; }
+  template <class Emit>
+  void decode(const uint8_t* tile, Emit emit) const {
+    const __m512i mean = _mm512_set1_epi32(-kOneMadMean), ones = _mm512_set1_epi8(1);
+    __m512i even = mean;
+    this->products(tile, [&](int cc, int C, int c, __m512i y) {
+      __m512i sum = _mm512_dpbusd_epi32(mean, y, ones);
+      if (c == 0)
+        even = sum;
+      else
+        emit(0, 4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(sum, 16)));
+    });
+  }
+};
+
+// HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, two registers hold
+// the 64 states of C, and the table, rounded to bytes, is sixteen registers.
+template <int bits>
+struct Hyb8 {
+  static constexpr int kColumns = 16, kQuads = 4, kStages = 1, kBytes = 32 * bits;
+  static constexpr int kWords = (6 * bits + 15) / 16 + 1;
+  static constexpr int kRows = 512;
+  __m512i word[kWords];  // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
+  __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
+  alignas(64) uint8_t table[2][kRows];
+  float unit_;
+
+  explicit Hyb8(const Weight& w) {
+    for (int d = 0; d < kWords; ++d)
+      word[d] = byte_index<bits>([&](int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; });
+    split = _mm512_set1_epi64(0x3828180836261606ll);
+    float largest = 0;
+    for (int i = 0; i < 2 * kRows; ++i) largest = std::max(largest, std::fabs(w.lut[i]));
+    unit_ = largest > 0 ? largest / 127.0f : 1.0f;
+    for (int i = 0; i < 2 * kRows; ++i) table[i & 1][i >> 1] = uint8_t(int(std::nearbyintf(w.lut[i] / unit_)) + 128);
+  }
+  float unit(int) const { return unit_; }
+
+  template <int shift>
+  static __m512i window(const __m512i* words) {
+    constexpr int d = shift / 16, rest = shift % 16;
+    if constexpr (rest == 0) return words[d];
+    return _mm512_shldi_epi16(words[d], words[d + 1], rest);
+  }
+  static __m512i hash(__m512i x) { return _mm512_mullo_epi16(x, _mm512_add_epi16(x, _mm512_set1_epi16(1))); }
+
+  template <class Emit>
+  void decode(const uint8_t* tile, Emit emit) const {
+    const TileBytes<bits> bytes(tile);
+    __m512i words[kWords];
+    for (int d = 0; d < kWords; ++d) words[d] = bytes.pick(word[d]);
+    const auto column = [&](int C, __m512i upper, __m512i lower) {
+      const __m512 first = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(upper)));
+      const __m512 second = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(lower)));
+      const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
+      const __m512i rest = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xDD));
+      const __mmask64 bit13 = _mm512_movepi8_mask(index), bit15 = _mm512_movepi8_mask(rest);
+      const __mmask64 bit14 = _mm512_test_epi8_mask(rest, _mm512_set1_epi8(64));
+      __m512i value[2];
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const __m512i* part = reinterpret_cast<const __m512i*>(table[c]);
+        __m512i q0 = _mm512_permutex2var_epi8(part[0], index, part[1]), q1 = _mm512_permutex2var_epi8(part[2], index, part[3]);
+        __m512i q2 = _mm512_permutex2var_epi8(part[4], index, part[5]), q3 = _mm512_permutex2var_epi8(part[6], index, part[7]);
+        value[c] = _mm512_mask_blend_epi8(bit14, _mm512_mask_blend_epi8(bit13, q0, q1), _mm512_mask_blend_epi8(bit13, q2, q3));
+      }
+      emit(0, 2 * C, _mm512_mask_sub_epi8(value[0], bit15, _mm512_setzero_si512(), value[0]));
+      emit(0, 2 * C + 1, value[1]);
+    };
+    column(0, window<0>(words), window<2 * bits>(words));
+    column(1, window<4 * bits>(words), window<6 * bits>(words));
+  }
+  static int place(int column) { return column / 16 * 16 + 4 * (column % 16 / 8 * 2 + column % 2) + column % 8 / 2; }
+  // Lane 4 p + 2 R + e (rrr = 2 p + e) to row 8 R + rrr.
+  static __m512i in_row_order(__m512i lanes) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15), lanes);
+  }
+};
+
+}  // namespace
+}  // namespace quip
