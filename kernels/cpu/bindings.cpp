@@ -186,7 +186,7 @@ Code code_of(const std::string& name) {
 }
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
-                   std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
+                   std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
                    std::string code_name, int64_t bits, bool int8) {
   const Code code = code_of(code_name);
   STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
@@ -205,10 +205,20 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
     STD_TORCH_CHECK(lut.has_value(), "code ", code_name, " needs its table in lut");
     table = floats(*lut, code == Code::kLut ? kStates : int64_t(output_sizes.size()) * 1024, "lut");
   }
+  const uint8_t* table8 = nullptr;
+  const float* units = nullptr;
+  if (code == Code::kHyb && int8) {
+    const int64_t projections = int64_t(output_sizes.size());
+    STD_TORCH_CHECK(lut8.has_value() && lut_units.has_value() && lut8->scalar_type() == ScalarType::Byte &&
+                        lut8->is_contiguous() && lut8->numel() == projections * 1024,
+                    "hyb with int8 activations needs its table as bytes in lut8 and their units in lut_units");
+    table8 = lut8->const_data_ptr<uint8_t>();
+    units = floats(*lut_units, projections, "lut_units");
+  }
   const int16_t* words = packed.const_data_ptr<int16_t>();
   return run(x, layer, int8, [&](int64_t i, int64_t start, int64_t size) {
     return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),
-                  size, k};
+                  size, k, table8 ? table8 + 1024 * i : nullptr, units ? units[i] : 1.0f};
   });
 }
 

@@ -10,7 +10,17 @@
 namespace quip {
 namespace {
 
-// Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h.
+// The stages of distance 1, 2, 4 and 8 inside one vector.
+template <int h>
+inline Floats stage(Floats x) {
+  constexpr auto partner = [](int lane) { return lane ^ h; };
+  const Ints from = lanes<Ints>(partner);
+  const Floats sign = lanes<Floats>([](int lane) { return lane & h ? -1.0f : 1.0f; });
+  return __builtin_shuffle(x, from) + x * sign;
+}
+
+// Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h; two stages are
+// done in one pass over memory.
 inline void butterflies(float* v, int64_t p) {
   if (p < kLanes) {
     for (int64_t h = 1; h < p; h *= 2)
@@ -21,21 +31,21 @@ inline void butterflies(float* v, int64_t p) {
         }
     return;
   }
-  for (int64_t i = 0; i < p; i += kLanes) {
-    Floats x = load<Floats>(v + i);
-    for (int h = 1; h < kLanes; h *= 2) {
-      Ints partner = lanes<Ints>([h](int lane) { return lane ^ h; });
-      Floats sign = lanes<Floats>([h](int lane) { return lane & h ? -1.0f : 1.0f; });
-      x = __builtin_shuffle(x, partner) + x * sign;
-    }
-    store(v + i, x);
-  }
-  for (int64_t h = kLanes; h < p; h *= 2)
-    for (int64_t start = 0; start < p; start += 2 * h)
+  for (int64_t i = 0; i < p; i += kLanes) store(v + i, stage<8>(stage<4>(stage<2>(stage<1>(load<Floats>(v + i))))));
+  int64_t h = kLanes;
+  for (; 2 * h < p; h *= 4)
+    for (int64_t start = 0; start < p; start += 4 * h)
       for (int64_t i = start; i < start + h; i += kLanes) {
         Floats a = load<Floats>(v + i), b = load<Floats>(v + i + h);
-        store(v + i, a + b), store(v + i + h, a - b);
+        Floats c = load<Floats>(v + i + 2 * h), d = load<Floats>(v + i + 3 * h);
+        Floats s = a + b, t = a - b, u = c + d, w = c - d;
+        store(v + i, s + u), store(v + i + h, t + w), store(v + i + 2 * h, s - u), store(v + i + 3 * h, t - w);
       }
+  if (h < p)
+    for (int64_t i = 0; i < h; i += kLanes) {
+      Floats a = load<Floats>(v + i), b = load<Floats>(v + i + h);
+      store(v + i, a + b), store(v + i + h, a - b);
+    }
 }
 
 inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {

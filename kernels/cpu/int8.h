@@ -11,7 +11,6 @@
 #pragma once
 #if defined(__AVX512VNNI__)
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <type_traits>
 #include <utility>
@@ -22,7 +21,8 @@
 namespace quip {
 namespace {
 
-constexpr int kFew = 4;       // rows multiplied while decoding
+constexpr int kFew = 4;       // rows multiplied while decoding,
+constexpr int kFewLattice = 16;  // and by E8P at 2 bits, which leaves registers for so many sums
 constexpr int kGroup = 12;    // rows of x multiplied together: 2 x 12 sums in registers
 constexpr int kRowsBlock = 192;  // rows of x whose sums are kept while a panel is multiplied
 constexpr int kVector = 64;
@@ -53,6 +53,13 @@ inline void with_bits(int bits, F f) {
   }
 }
 
+// Up to how many rows are multiplied while decoding.
+inline int few_of(const Weight& w) { return w.blocks && w.bits == 2 ? kFewLattice : kFew; }
+template <class Format>
+constexpr int few_of() {
+  return std::is_same_v<Format, Lattice8<2>> ? kFewLattice : is_wide<Format>() ? 0 : kFew;
+}
+
 // Calls f(type of the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
@@ -61,7 +68,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     if (w.blocks) {
       if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
     } else if (w.code == Code::kHyb) {
-      f(static_cast<Hyb8<bits>*>(nullptr));
+      symmetric_table(w.lut8) ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
     } else if (m <= kFew) {
       f(static_cast<OneMad8<bits>*>(nullptr));
     } else {
@@ -76,8 +83,8 @@ inline bool int8_takes(const Weight& w) {
 
 inline int64_t padded(int64_t k) { return (k + kVector - 1) / kVector * kVector; }
 
-inline int64_t group_rows(int64_t m) {
-  if (m <= kFew) return m;
+inline int64_t group_rows(const Weight& w, int64_t m) {
+  if (m <= few_of(w)) return m;
   const int64_t groups = (m + kGroup - 1) / kGroup;
   return (m + groups - 1) / groups;
 }
@@ -126,7 +133,7 @@ inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m,
   *scale = finite ? (zero ? 0.0f : largest / 127.0f) : NAN;
   const __m512 inverse = _mm512_set1_ps(finite && !zero ? 127.0f / largest : 0.0f);
   int8_t q[kChunk8];
-  const int64_t group = r / group_rows(m), rows = std::min(group_rows(m), m - group * group_rows(m));
+  const int64_t group = r / group_rows(w, m), rows = std::min(group_rows(w, m), m - group * group_rows(w, m));
   for (int64_t chunk = 0; chunk * kChunk8 < columns; ++chunk) {
     const int64_t begin = chunk * kChunk8, count = std::min<int64_t>(kChunk8, columns - begin);
     __m512i total = _mm512_setzero_si512();
@@ -141,8 +148,8 @@ inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m,
     with_format(w, m, [&](auto* format) {
       using Format = std::remove_pointer_t<decltype(format)>;
       constexpr int64_t kColumnsPerQuad = Format::kColumns / Format::kQuads;
-      int32_t* quads = reinterpret_cast<int32_t*>(out) + padded(w.k) / kColumnsPerQuad * group * group_rows(m);
-      store_quads<Format>(q, count, quads + begin / kColumnsPerQuad * rows + r % group_rows(m), rows);
+      int32_t* quads = reinterpret_cast<int32_t*>(out) + padded(w.k) / kColumnsPerQuad * group * group_rows(w, m);
+      store_quads<Format>(q, count, quads + begin / kColumnsPerQuad * rows + r % group_rows(w, m), rows);
     });
   }
 }
@@ -179,37 +186,49 @@ template <class Format, int M>
 void few_rows(const Format& format, const uint8_t* block, int64_t k, const int32_t* x, const Output& out, int64_t row0, int rows) {
   constexpr int kSplit = M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide the latency of a multiplication
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-    __m512i sum[Format::kStages][M][kSplit];
-    for (auto& stage : sum)
-      for (auto& row : stage)
-        for (__m512i& part : row) part = _mm512_setzero_si512();
+    constexpr int kSums = Format::kStages * M * kSplit;
+    __m512i sum[kSums];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
     const int64_t begin = chunk * kChunk8 / Format::kColumns;
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
       format.decode(block + u * Format::kBytes, [&](int stage, int quad, __m512i weights) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
-          __m512i& part = sum[stage][r][quad % kSplit];
+          __m512i& part = sum[(stage * M + r) * kSplit + quad % kSplit];
           part = multiply_add<Format>(part, weights, quads[quad * M + r]);
         }
       });
     }
+#pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
       __m512i total[Format::kStages];
+#pragma GCC unroll 2
       for (int s = 0; s < Format::kStages; ++s) {
-        total[s] = sum[s][r][0];
-        for (int i = 1; i < kSplit; ++i) total[s] = _mm512_add_epi32(total[s], sum[s][r][i]);
+        total[s] = sum[(s * M + r) * kSplit];
+#pragma GCC unroll 16
+        for (int i = 1; i < kSplit; ++i) total[s] = _mm512_add_epi32(total[s], sum[(s * M + r) * kSplit + i]);
       }
       finish(format, total, out, r, chunk, row0, rows);
     }
   }
 }
 
+template <class Format>
+void few_rows_of(const Format& format, int64_t m, const uint8_t* block, int64_t k, const int32_t* x, const Output& out, int64_t row0,
+                 int rows) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((m == i + 1 ? few_rows<Format, i + 1>(format, block, k, x, out, row0, rows) : void()), ...);
+  }(std::make_integer_sequence<int, few_of<Format>()>{});
+}
+
 // sums[r][0..1] += quads of the panel (two blocks of 16 rows, kDepth quads apart) times M rows of x.
 template <class Format, int M>
 void multiply_panel(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, __m512i (*sums)[2]) {
-  __m512i sum[M][2];
+  __m512i sum[M][2];  // in registers: every loop over it is unrolled
+#pragma GCC unroll 12
   for (int r = 0; r < M; ++r) sum[r][0] = sums[r][0], sum[r][1] = sums[r][1];
   for (int64_t q = 0; q < quads; ++q) {
     const __m512i first = panel[q], second = panel[depth + q];
@@ -219,26 +238,25 @@ void multiply_panel(const __m512i* panel, int64_t depth, int64_t quads, const in
       sum[r][1] = multiply_add<Format>(sum[r][1], second, x[q * M + r]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < M; ++r) sums[r][0] = sum[r][0], sums[r][1] = sum[r][1];
 }
 
 template <class Format>
 void multiply_group(int rows, const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, __m512i (*sums)[2]) {
-  using Multiply = void (*)(const __m512i*, int64_t, int64_t, const int32_t*, __m512i (*)[2]);
-  static constexpr auto table = []<int... i>(std::integer_sequence<int, i...>) {
-    return std::array<Multiply, sizeof...(i)>{multiply_panel<Format, i + 1>...};
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((rows == i + 1 ? multiply_panel<Format, i + 1>(panel, depth, quads, x, sums) : void()), ...);
   }(std::make_integer_sequence<int, kGroup>{});
-  table[rows - 1](panel, depth, quads, x, sums);
 }
 
 // Two blocks of 16 rows (the second may be missing) times all m rows of x.
 template <class Format>
 void many_rows(const Format& format, const uint8_t* const* blocks, int count, int64_t k, const int32_t* x, int64_t m,
-               const Output& out, int64_t row0, int rows) {
+               int64_t group, const Output& out, int64_t row0, int rows) {
   constexpr int64_t kDepth = 128, kUnits = kDepth / Format::kQuads;
   alignas(64) __m512i panel[Format::kStages][2][kDepth];
   alignas(64) __m512i sums[Format::kStages][kRowsBlock][2];
-  const int64_t group = group_rows(m), row_quads = padded(k) / Format::kColumns * Format::kQuads;
+  const int64_t row_quads = padded(k) / Format::kColumns * Format::kQuads;
   const int64_t block_rows = kRowsBlock / group * group;
   for (int64_t m0 = 0; m0 < m; m0 += block_rows) {
     const int64_t m1 = std::min(m, m0 + block_rows);
@@ -282,18 +300,12 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
     const int64_t block_bytes = (w.k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
     const uint8_t* first = (w.blocks ? w.blocks : reinterpret_cast<const uint8_t*>(w.packed)) + row0 / kTile * block_bytes;
     const uint8_t* blocks[2] = {first, first + (count > 1 ? block_bytes : 0)};
-    if constexpr (!is_wide<Format>()) {
-      for (int b = 0; b < count && m <= kFew; ++b) {
-        const int64_t row = row0 + b * kTile;
-        const int own = std::min(kTile, rows - b * kTile);
-        if (m == 1) few_rows<Format, 1>(format, blocks[b], w.k, x, out, row, own);
-        if (m == 2) few_rows<Format, 2>(format, blocks[b], w.k, x, out, row, own);
-        if (m == 3) few_rows<Format, 3>(format, blocks[b], w.k, x, out, row, own);
-        if (m == 4) few_rows<Format, 4>(format, blocks[b], w.k, x, out, row, own);
-      }
+    if (m <= few_of<Format>()) {
+      for (int b = 0; b < count; ++b)
+        few_rows_of(format, m, blocks[b], w.k, x, out, row0 + b * kTile, std::min(kTile, rows - b * kTile));
+      return;
     }
-    if constexpr (repeat_of<Format>() == 1)
-      if (m > kFew) many_rows(format, blocks, count, w.k, x, m, out, row0, rows);
+    if constexpr (repeat_of<Format>() == 1) many_rows(format, blocks, count, w.k, x, m, group_rows(w, m), out, row0, rows);
   });
 }
 

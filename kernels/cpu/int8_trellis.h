@@ -106,26 +106,24 @@ struct OneMad16 : OneMadStates<bits> {
   }
 };
 
-// HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, two registers hold
-// the 64 states of C, and the table, rounded to bytes, is sixteen registers.
-template <int bits>
+// HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, and two registers
+// hold the 64 states of C. The table is in bytes (value / unit + 128), component by component. A symmetric one, as
+// formats/trellis_codes.py makes it, is told by 128 rows: bit 13 exchanges the components, bit 14 negates component 1.
+template <int bits, bool symmetric>
 struct Hyb8 {
   static constexpr int kColumns = 16, kQuads = 4, kStages = 1, kBytes = 32 * bits;
-  static constexpr int kWords = (6 * bits + 15) / 16 + 1;
-  static constexpr int kRows = 512;
-  __m512i word[kWords];  // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
-  __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
-  alignas(64) uint8_t table[2][kRows];
+  static constexpr int kWords = (6 * bits + 15) / 16 + 1, kParts = symmetric ? 2 : 8;
+  __m512i word[kWords];      // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
+  __m512i split;             // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
+  __m512i table[2][kParts];  // [component][64 rows]
   float unit_;
 
-  explicit Hyb8(const Weight& w) {
+  explicit Hyb8(const Weight& w) : unit_(w.lut_unit) {
     for (int d = 0; d < kWords; ++d)
       word[d] = byte_index<bits>([&](int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; });
     split = _mm512_set1_epi64(0x3828180836261606ll);
-    float largest = 0;
-    for (int i = 0; i < 2 * kRows; ++i) largest = std::max(largest, std::fabs(w.lut[i]));
-    unit_ = largest > 0 ? largest / 127.0f : 1.0f;
-    for (int i = 0; i < 2 * kRows; ++i) table[i & 1][i >> 1] = uint8_t(int(std::nearbyintf(w.lut[i] / unit_)) + 128);
+    for (int c = 0; c < 2; ++c)
+      for (int i = 0; i < kParts; ++i) table[c][i] = _mm512_loadu_si512(w.lut8 + 512 * c + 64 * i);
   }
   float unit(int) const { return unit_; }
 
@@ -136,6 +134,11 @@ struct Hyb8 {
     return _mm512_shldi_epi16(words[d], words[d + 1], rest);
   }
   static __m512i hash(__m512i x) { return _mm512_mullo_epi16(x, _mm512_add_epi16(x, _mm512_set1_epi16(1))); }
+  static __m512i negate(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }
+
+  __m512i look_up(int c, int part, __m512i index) const {
+    return _mm512_permutex2var_epi8(table[c][part], index, table[c][part + 1]);
+  }
 
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
@@ -150,14 +153,18 @@ struct Hyb8 {
       const __mmask64 bit13 = _mm512_movepi8_mask(index), bit15 = _mm512_movepi8_mask(rest);
       const __mmask64 bit14 = _mm512_test_epi8_mask(rest, _mm512_set1_epi8(64));
       __m512i value[2];
+      if constexpr (symmetric) {
+        const __m512i x = look_up(0, 0, index), y = look_up(1, 0, index);
+        value[0] = _mm512_mask_blend_epi8(bit13, x, y);
+        value[1] = negate(bit14, _mm512_mask_blend_epi8(bit13, y, x));
+      } else {
 #pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        const __m512i* part = reinterpret_cast<const __m512i*>(table[c]);
-        __m512i q0 = _mm512_permutex2var_epi8(part[0], index, part[1]), q1 = _mm512_permutex2var_epi8(part[2], index, part[3]);
-        __m512i q2 = _mm512_permutex2var_epi8(part[4], index, part[5]), q3 = _mm512_permutex2var_epi8(part[6], index, part[7]);
-        value[c] = _mm512_mask_blend_epi8(bit14, _mm512_mask_blend_epi8(bit13, q0, q1), _mm512_mask_blend_epi8(bit13, q2, q3));
+        for (int c = 0; c < 2; ++c)
+          value[c] = _mm512_mask_blend_epi8(
+              bit14, _mm512_mask_blend_epi8(bit13, look_up(c, 0, index), look_up(c, 2, index)),
+              _mm512_mask_blend_epi8(bit13, look_up(c, 4, index), look_up(c, 6, index)));
       }
-      emit(0, 2 * C, _mm512_mask_sub_epi8(value[0], bit15, _mm512_setzero_si512(), value[0]));
+      emit(0, 2 * C, negate(bit15, value[0]));
       emit(0, 2 * C + 1, value[1]);
     };
     column(0, window<0>(words), window<2 * bits>(words));
@@ -169,6 +176,14 @@ struct Hyb8 {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15), lanes);
   }
 };
+
+inline bool symmetric_table(const uint8_t* lut8) {
+  const uint8_t *x = lut8, *y = lut8 + 512;
+  if (std::memcmp(x + 128, y, 128) || std::memcmp(y + 128, x, 128) || std::memcmp(x + 256, x, 256)) return false;
+  for (int i = 0; i < 256; ++i)
+    if (y[i + 256] != uint8_t(-y[i])) return false;
+  return true;
+}
 
 }  // namespace
 }  // namespace quip

@@ -29,6 +29,8 @@ struct Weight {
   Code code;
   int bits;
   int64_t n, k;
+  const uint8_t* lut8 = nullptr;  // HYB with int8 activations: [2, 512], component by component: value / lut_unit + 128
+  float lut_unit = 1;
 };
 
 // An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then

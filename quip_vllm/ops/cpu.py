@@ -63,6 +63,14 @@ def lattice_blocks(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
+def _lut_bytes(lut: Tensor) -> tuple[Tensor, Tensor]:
+    """HYB's table [projections, 512, 2] as uint8 [projections, 2, 512] (value / unit + 128) and units [projections]."""
+    units = lut.abs().amax((1, 2)) / 127
+    units = torch.where(units > 0, units, torch.ones_like(units))
+    numbers = (lut / units[:, None, None]).round() + 128
+    return numbers.to(torch.uint8).transpose(1, 2).contiguous(), units
+
+
 @cache
 def _takes_int8(code: Code | None, bits: int) -> bool:
     require_cpu_library()
@@ -115,6 +123,8 @@ class CpuBackend:
             prepared["blocks"] = lattice_blocks(spec, prepared)
             del prepared["codes"]
             prepared.pop("residual_codes", None)
+        if spec.code is Code.HYB:
+            prepared["lut8"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:
             prepared["lut"] = _lut_values()
         for i, size in enumerate((spec.in_features, *spec.output_sizes)):
@@ -135,6 +145,8 @@ class CpuBackend:
                 tensors["su"],
                 tensors["sv"],
                 tensors.get("lut"),
+                tensors.get("lut8"),
+                tensors.get("lut_units"),
                 bases,
                 widths,
                 list(spec.output_sizes),

@@ -7,7 +7,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
-    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor[] bases, int[] widths, "
+    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut8, Tensor? lut_units, Tensor[] bases, int[] widths, "
     "int[] output_sizes, str code, int bits, bool int8) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, int bits, bool int8) -> Tensor",
@@ -21,7 +21,7 @@ for _schema in _SCHEMAS:
 
 
 @torch.library.register_fake("quip_vllm::qtip_linear")
-def _(x, packed, su, sv, lut, bases, widths, output_sizes, code, bits, int8):
+def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code, bits, int8):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

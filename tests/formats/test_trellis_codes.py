@@ -111,12 +111,16 @@ def test_hyb_tables_of_other_sizes(lut_bits):
 def test_default_hyb_table():
     table = default_lut(Code.HYB)
     assert table.dtype is torch.float16 and table.shape == (512, 2)
-    assert abs(table.double().std(correction=0).item() - HYB_LUT_STD) < TABLE_STD
-    assert len(table.unique(dim=0)) == 512
+    assert abs(state_values(Code.HYB).double().std(correction=0).item() - HYB_LUT_STD) < TABLE_STD
+    both = torch.cat([table, table * torch.tensor([-1, 1])])  # the code negates component 0
+    assert len(both.unique(dim=0)) == 1024
+    # The symmetry that kernels look for: row bit 7 exchanges the components, row bit 8 negates component 1.
+    assert torch.equal(table[128:256], table[:128].flip(1))
+    assert torch.equal(table[256:], table[:256] * torch.tensor([1, -1]))
     # At the scale before rescaling the table is a plain quantizer of a 2-D Gaussian.
     samples = torch.randn(1 << 13, 2, generator=torch.Generator().manual_seed(1))
     scales = (1.0, 1.1, 1.2, 1.3, 1.4)
-    errors = [torch.cdist(samples, scale * table.float()).amin(dim=1).square().mean().item() / 2 for scale in scales]
+    errors = [torch.cdist(samples, scale * both.float()).amin(dim=1).square().mean().item() / 2 for scale in scales]
     assert min(errors) < HYB_QUANTIZER_ERROR
 
 

@@ -53,7 +53,8 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_half_precision_rounds_like_torch(method, code, bits, dtype):
+def test_half_precision_rounds_like_torch(method, code, bits, dtype, monkeypatch):
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
     spec = LinearSpec(method, code, bits, 576, (192, 64))
     tensors = random_layer(spec)
     x = torch.randn(3, 576).to(dtype)
