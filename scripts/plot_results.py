@@ -65,11 +65,12 @@ def serving(rows: Rows) -> Any:
             if (row["phase"], row["batch"]) == (phase, batch):
                 speed, place = float(row["tokens_per_s"]), names.index(row["name"])
                 panel.barh(place, speed, color=colour(row["name"]), height=0.7)
-                ratio = f"  {float(row['over_bf16']):.2g}x" if row["over_bf16"] else ""
-                panel.annotate(f"{speed:.3g}{ratio}", (speed, place), (3, 0), textcoords="offset points", va="center")
+                ratio = f"  {float(row['over_bf16']):.1f}x" if row["over_bf16"] else ""
+                figures = f"{speed:.{1 if speed < 100 else 0}f}{ratio}"
+                panel.annotate(figures, (speed, place), (3, 0), textcoords="offset points", va="center")
         panel.set_title("prefill" if phase == "prefill" else f"decode, batch {batch}")
         panel.set_xlabel("tokens/s")
-        panel.margins(x=0.55)
+        panel.margins(x=0.6)
         panel.set_xlim(left=0)
         panel.set_yticks(range(len(names)), names)
     panels[0][0].invert_yaxis()
@@ -128,7 +129,8 @@ def _lines(panel: Any, names: list[str], rows: Rows) -> None:
     panel.set_xscale("log")
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
-    panel.set_yscale("log")
+    panel.set_yscale("log", base=2)
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("rows")
 
 
