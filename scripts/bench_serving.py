@@ -57,13 +57,13 @@ def main() -> int:
     for turn in range(args.rounds):
         for name, folder in folders.items():
             print(f"== round {turn + 1} of {args.rounds}: {name}", flush=True)
-            rates, error = _run(args, folder, seed=turn)
+            rates, failure = _run(args, folder, seed=turn)
             for workload, values in rates.items():
                 found[name].setdefault(workload, []).extend(values)
                 print(f"   {workload}: {median(values):.1f} tokens/s", flush=True)
-            if error:
-                errors[name] = error
-                print(f"   {error}", file=sys.stderr, flush=True)
+            if failure:
+                errors[name] = failure
+                print(f"   {failure}", file=sys.stderr, flush=True)
             rows = table(found, errors, args.bf16, args.int4)
             write_rows(args.csv, COLUMNS, [{**row, "weights_bytes": size[row["name"]], **shared} for row in rows])
     return int(any(errors.values()))
@@ -176,19 +176,15 @@ def _measure(args: argparse.Namespace) -> None:
 
         return run
 
-    def decode(batch: int) -> float:
-        run = generate(batch, PROMPT)
+    def rate(phase: str, batch: int, length: int) -> float:
+        run = generate(batch, length)
         before = run(1)
-        return batch * NEW / (run(NEW + 1) - before)
+        return batch * length / before if phase == "prefill" else batch * NEW / (run(NEW + 1) - before)
 
     rates: Rates = {}
-    work: list[tuple[str, Callable[[], float]]] = [
-        (f"decode {batch}", lambda batch=batch: decode(batch)) for batch in args.batches
-    ]
-    work.append(("prefill 1", lambda: args.prefill / generate(1, args.prefill)(1)))
-    for name, rate in work:
-        rate()  # warm-up
-        rates[name] = [rate() for _ in range(args.repeats)]
+    for phase, batch, length in (*(("decode", batch, PROMPT) for batch in args.batches), ("prefill", 1, args.prefill)):
+        generate(batch, length)(2)  # warm-up
+        rates[f"{phase} {batch}"] = [rate(phase, batch, length) for _ in range(args.repeats)]
         args.measure.write_text(json.dumps(rates))
     llm.llm_engine.engine_core.shutdown()
     # A thread of vLLM 0.32 that still watches the engine may abort the interpreter on its way out: leave without that.
