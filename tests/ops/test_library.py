@@ -18,14 +18,15 @@ def qtip_arguments():
     spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
     t = CPU.prepare(spec, random_layer(spec))
     bases = [t["base0"], t["base1"], t["base2"]]
-    return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], t["lut"], bases, [64, 32, 16], [32, 16], "hyb", 2]
+    luts = [t["lut"], t["lut8"], t["lut_units"]]
+    return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], *luts, bases, [64, 32, 16], [32, 16], "hyb", 2, False]
 
 
 def quip_sharp_arguments():
     spec = LinearSpec(Method.QUIP_SHARP, None, 3, 64, (32,))
     t = CPU.prepare(spec, random_layer(spec))
     bases = [t["base0"], t["base1"]]
-    return [torch.randn(3, 64), t["codes"], t["residual_codes"], t["su"], t["sv"], bases, [64, 32], [32]]
+    return [torch.randn(3, 64), t["blocks"], t["su"], t["sv"], bases, [64, 32], [32], 3, False]
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,13 @@ def test_compiles_as_one_graph(method):
         (1, torch.zeros(7, dtype=torch.int16), "packed"),
         (2, torch.zeros(64, dtype=torch.float16), "su"),
         (4, None, "lut"),
-        (5, [torch.ones(1, 1)], "bases"),
-        (6, [64, 32, 12], "rotation"),
-        (6, [64, 64, 16], "rotation"),
-        (7, [32, 8], "sv"),
-        (8, "4mad", "4mad"),
-        (9, 5, "bits"),
-        (9, 0, "bits"),
+        (7, [torch.ones(1, 1)], "bases"),
+        (8, [64, 32, 12], "rotation"),
+        (8, [64, 64, 16], "rotation"),
+        (9, [32, 8], "sv"),
+        (10, "4mad", "4mad"),
+        (11, 5, "bits"),
+        (11, 0, "bits"),
     ],
 )
 def test_bad_arguments_are_refused_and_named(position, value, words):
@@ -74,3 +75,17 @@ def test_bad_arguments_are_refused_and_named(position, value, words):
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
         OPS.qtip_linear(*arguments)
+
+
+def test_int8_activations_want_the_table_as_bytes():
+    arguments = qtip_arguments()
+    arguments[5], arguments[-1] = None, True
+    with pytest.raises(RuntimeError, match="lut8|int8"):
+        OPS.qtip_linear(*arguments)
+
+
+def test_blocks_of_the_wrong_size_are_refused():
+    arguments = quip_sharp_arguments()
+    arguments[1] = arguments[1][:-1]
+    with pytest.raises(RuntimeError, match="blocks"):
+        OPS.quip_sharp_linear(*arguments)
