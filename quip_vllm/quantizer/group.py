@@ -2,6 +2,7 @@
 """Quantize the linear layers that read one activation: shared signs and feedback, one encoding for all their rows."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,9 +16,6 @@ from quip_vllm.quantizer.ldl import feedback
 from quip_vllm.quantizer.rounding import block_ldlq, proxy_loss
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight
-
-
-import os
 
 ALPHA = float(os.environ.get("ALPHA", "1"))
 
