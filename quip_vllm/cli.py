@@ -69,6 +69,13 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         metavar="N|full",
         help="rotate whole rows (full, default) or blocks of at most N (a power of two), as tensor parallelism needs",
     )
+    parser.add_argument(
+        "--drift-correction",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.5)",
+    )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     parser.add_argument("--device", default="auto", help="auto or cpu: the encoders of this version run on the CPU")
@@ -100,6 +107,7 @@ def _quantize(args: argparse.Namespace) -> int:
         hadamard_block=_block(args.hadamard_block),
         ignore=tuple(args.ignore),
         overrides=tuple(_override(item) for item in args.override),
+        drift_correction=args.drift_correction,
     )
     report = quantize(settings, args.out, args.resume)
     losses = [layer["proxy_loss"] for layer in report["layers"]]

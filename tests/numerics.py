@@ -82,3 +82,6 @@ FLOAT32_STEP = 1e-7
 INT8_ROUNDING = 2e-3
 """Relative error (Frobenius norm) of the integer kernels against the same rounding in float64: equal but for the few
 activations that lie within float32's rounding of a half, each of which moves by one unit of 127 a row's largest."""
+
+LEAST_SQUARES = 1e-4
+"""Absolute and relative error of a small least-squares solution whose Hessian was rounded to float32 once."""

@@ -113,11 +113,11 @@ def _default_values(code: Code) -> torch.Tensor:
 def default_lut(code: Code) -> torch.Tensor | None:
     """Returns the table that a checkpoint stores when none was trained, or None for codes without a table.
 
-    HYB: K-means centroids of 2-D N(0, 1), rescaled to standard deviation HYB_LUT_STD over all 1,024 numbers. Like the
-    Gaussian, the table is symmetric: rows 0..127 are centroids of the octant 0 <= y <= x, the next 128 rows are the same
-    with x and y exchanged, and the other half is the first half with y negated. It costs no distortion, and a kernel
-    that sees the symmetry looks up 128 rows in place of 512. The centroids are computed (Lloyd, float64, fixed seed,
-    about a second); another machine may differ in the last bit of an entry, so a checkpoint stores its table.
+    HYB: K-means centroids of 2-D N(0, 1), rescaled to root mean square HYB_LUT_STD over all 1,024 numbers. Like the
+    Gaussian, the table is symmetric: rows 0..127 are centroids of the octant 0 <= y <= x, the next 128 rows are the
+    same with x and y exchanged, and the other half is the first half with y negated. It costs no distortion, and a
+    kernel that sees the symmetry looks up 128 rows in place of 512. The centroids are computed (Lloyd, float64, fixed
+    seed, about a second); another machine may differ in the last bit, so a checkpoint stores its table.
 
     Args:
         code: the trellis code.

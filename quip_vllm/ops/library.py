@@ -7,8 +7,8 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
-    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut8, Tensor? lut_units, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, str code, int bits, bool int8) -> Tensor",
+    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut8, Tensor? lut_units, "
+    "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, bool int8) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, int bits, bool int8) -> Tensor",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",

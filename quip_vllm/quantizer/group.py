@@ -2,7 +2,6 @@
 """Quantize the linear layers that read one activation: shared signs and feedback, one encoding for all their rows."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,8 +15,6 @@ from quip_vllm.quantizer.ldl import feedback
 from quip_vllm.quantizer.rounding import block_ldlq, proxy_loss
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight
-
-ALPHA = float(os.environ.get("ALPHA", "1"))
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def quantize_group(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or leave it out (--ignore)")
     k = hessian.shape[0]
-    correction = None if group.drift is None else ALPHA * drift_correction(group, hessian)
+    correction = None if group.drift is None else settings.drift_correction * drift_correction(group, hessian)
     su = signs(k, settings.seed, "su:" + next(iter(weights)))
     rotated = rotate_hessian(hessian, su, block)
     factor, added = feedback(rotated, _encoder(settings.method, settings.code, settings.bits).columns)

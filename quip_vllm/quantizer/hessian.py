@@ -30,8 +30,8 @@ class Group:
 class HessianCollector:
     """Hooks that accumulate Hessians while the decoder layer runs; remove with ``close``.
 
-    For the drift the layer runs twice a batch: first, inside ``with collector.original():``, on the hidden states of the
-    original model, then on those of the quantized layers before it.
+    For the drift the layer runs twice a batch: first, inside ``with collector.original():``, on the hidden states of
+    the original model, then on those of the quantized layers before it.
     """
 
     def __init__(self, linears: dict[str, nn.Linear]):

@@ -63,7 +63,8 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     _check_space(out, source)
     tokens = _tokens(settings, record, folder)
     hidden, kwargs = source.first_hidden_states(tokens, max(1, BATCH_TOKENS // tokens.shape[1]))
-    originals = [x.clone() for x in hidden]  # the same text in the original model, for the drift
+    # The same text in the original model, for the drift.
+    originals = [x.clone() for x in hidden] if settings.drift_correction else []
     count = len(source.layers)
     dtype = next(iter(source.layer_tensors(0).values())).dtype
     entries: list[dict[str, Any]] = []
@@ -185,8 +186,9 @@ def _do_layer(
     began = time.monotonic()
     for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: Hessians", leave=False)):
         arguments = kwargs_for(kwargs, x)
-        with collector.original():
-            originals[i] = run_layer(layer, originals[i], arguments)
+        if originals:
+            with collector.original():
+                originals[i] = run_layer(layer, originals[i], arguments)
         if not done:
             run_layer(layer, x, arguments)
     groups = collector.close()

@@ -15,7 +15,8 @@ class Settings:
     """Attributes as the flags of ``quip-vllm quantize`` name them.
 
     sequences and sequence_length count calibration tokens; ignore and overrides are regular expressions searched in
-    the module names of the model; damping is relative to the mean of the Hessian's diagonal.
+    the module names of the model; damping is relative to the mean of the Hessian's diagonal; drift_correction is the
+    share of hessian.drift_correction that is applied (1 overdoes it: docs/benchmarks/quality.md).
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -33,6 +34,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
+    drift_correction: float = 0.5
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *(bits for _, bits in self.overrides)):
@@ -47,6 +49,8 @@ class Settings:
         for name in ("sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.drift_correction <= 1:
+            raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
 
     def bits_of(self, name: str) -> int | None:
         """Bits of the linear layer ``name``, None where it is ignored. The last matching override wins."""

@@ -139,3 +139,19 @@ def test_zero_weight():
 def test_weights_that_cannot_be_stored(value, message):
     with pytest.raises(ValueError, match=message):
         quantize_group(WHITE, {"a": torch.full((N, K), value)}, {"a": 2}, settings(Method.QUIP_SHARP, None, 2))
+
+
+def test_a_drifted_activation_gets_weights_that_mend_it():
+    x0 = draw(2000, K, seed=3).double()
+    x = 0.8 * x0 + 0.1 * draw(2000, K, seed=4).double()
+    weight = draw(N, K)
+    group = Group(["a"], x.T @ x, 2000, (x0 - x).T @ x)
+
+    def error(share):
+        chosen = settings(Method.QUIP_SHARP, None, 4, drift_correction=share)
+        kept = weight.clone()
+        restored = dense(quantize_group(group, {"a": weight}, {"a": 4}, chosen)["a"], chosen, (N, K))
+        assert torch.equal(weight, kept)
+        return float((x0 @ weight.T.double() - x @ restored.T.double()).square().sum())
+
+    assert error(1.0) < error(0.5) < error(0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quip_vllm.quantizer.hessian import HessianCollector, regularise
+from quip_vllm.quantizer.hessian import Group, HessianCollector, drift_correction, regularise
 
 
 class Block(nn.Module):
@@ -36,6 +36,32 @@ def test_groups_are_the_readers_of_one_activation():
     before = groups[0].hessian.clone()
     block(batches[0])  # the hooks are gone
     assert torch.equal(groups[0].hessian, before) and groups[0].tokens == 20
+
+
+@torch.inference_mode()
+def test_drift_is_between_the_two_runs():
+    block = Block()
+    collector = HessianCollector({"down": block.down, "q": block.q})
+    pairs = [(torch.randn(2, 5, 8), torch.randn(2, 5, 8)) for _ in range(2)]
+    for x0, x in pairs:
+        with collector.original():
+            block(x0)
+        block(x)
+    q = next(group for group in collector.close() if group.names == ["q"])
+    x0, x = (torch.cat(side).reshape(-1, 8).double() for side in zip(*pairs, strict=True))
+    torch.testing.assert_close(q.drift, (x0 - x).T @ x, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
+    assert q.tokens == 20
+
+
+def test_drift_correction_is_the_least_squares_answer():
+    x0 = torch.randn(500, 6, dtype=torch.float64)
+    x = x0 @ torch.randn(6, 6, dtype=torch.float64) + 0.1 * torch.randn(500, 6, dtype=torch.float64)
+    weight = torch.randn(3, 6)
+    group = Group(["a"], x.T @ x, 500, (x0 - x).T @ x)
+    hessian, _ = regularise(group.hessian, 500, damping=0.0)
+    found = weight + weight @ drift_correction(group, hessian)
+    best = torch.linalg.lstsq(x, x0 @ weight.T.double()).solution.T
+    torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
 
 
 def test_regularise():

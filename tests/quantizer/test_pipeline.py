@@ -37,7 +37,8 @@ def test_architectures(architecture, quantized, tiny_model, tiny_text):
         name = layer["name"] + ".weight"
         assert layer["bits"] == 2 and tuple(layer["shape"]) == original[name].shape
         difference = (dense[name] - original[name].float()).norm() / original[name].float().norm()
-        assert 0.05 < difference < 0.5  # a weight's own error is larger than its outputs'
+        # A weight's own error is larger than its outputs', the more so where it mends drift; any other matrix has 1.4.
+        assert 0.05 < difference < 0.9
         assert 0.0 < layer["proxy_loss"] < 0.15
         assert name not in stored
     for name in set(original) & set(stored):  # biases, norms, embeddings
@@ -179,7 +180,7 @@ def test_one_layer_in_memory(tiny_model, make_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "LayeredModel", Watched)
     monkeypatch.setattr(pipeline, "run_layer", watching)
     quantize(make_settings(tiny_model("Llama", num_hidden_layers=3)), tmp_path)
-    assert ran == [0, 0, 1, 1, 2, 2]
+    assert ran == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # original, Hessians, outputs of each layer's one batch
 
 
 def test_same_settings_same_bytes(quantized, tiny_model, make_settings, tmp_path):
