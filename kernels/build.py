@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "kernels" / "cpu"
 LIBRARY = ROOT / "quip_vllm" / "lib" / "libquip_vllm_cpu.so"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni"]
 X86_TIERS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
-    "avx512_vnni": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni"],
+    "avx512_vnni": VNNI,
+    "amx": [*VNNI, "-mamx-tile", "-mamx-int8"],
+    "amx_emulated": [*VNNI, "-DQUIP_AMX_EMULATED"],
 }
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 

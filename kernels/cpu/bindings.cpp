@@ -4,6 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -25,28 +31,55 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& choose_kernels() {
-  std::vector<const Kernels*> runnable;
+#if defined(__x86_64__)
+// AMX-TILE and AMX-INT8 in the CPU, and the system's leave to use the tile registers.
+bool amx_runs() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// The tiers that this CPU runs, best first.
+std::vector<const Kernels*> runnable_tiers() {
+  std::vector<const Kernels*> tiers;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni"))
-      runnable.push_back(avx512_vnni_kernels());
-    runnable.push_back(avx512_kernels());
+        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni")) {
+      if (amx_runs()) tiers.push_back(amx_kernels());
+      tiers.push_back(avx512_vnni_kernels());
+    }
+    tiers.push_back(avx512_kernels());
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    runnable.push_back(avx2_kernels());
+    tiers.push_back(avx2_kernels());
 #endif
-  runnable.push_back(portable_kernels());
-  const char* wanted = std::getenv("QUIP_VLLM_CPU_TIER");
-  if (!wanted || !*wanted) return *runnable.front();
-  for (const Kernels* kernels : runnable)
-    if (std::string(kernels->name) == wanted) return *kernels;
+  tiers.push_back(portable_kernels());
+#if defined(__x86_64__)
+  for (const Kernels* tier : tiers)
+    if (std::string(tier->name) == "avx512_vnni") return tiers.push_back(amx_emulated_kernels()), tiers;
+#endif
+  return tiers;
+}
+
+std::string names_of(const std::vector<const Kernels*>& tiers) {
   std::string names;
-  for (const Kernels* kernels : runnable) names += std::string(names.empty() ? "" : ", ") + kernels->name;
-  STD_TORCH_CHECK(false, "QUIP_VLLM_CPU_TIER is ", wanted, ": this CPU runs ", names, "; choose one of them or unset it");
-  return *runnable.front();
+  for (const Kernels* tier : tiers) names += std::string(names.empty() ? "" : ", ") + tier->name;
+  return names;
+}
+
+const Kernels& choose_kernels() {
+  const std::vector<const Kernels*> tiers = runnable_tiers();
+  const char* wanted = std::getenv("QUIP_VLLM_CPU_TIER");
+  if (!wanted || !*wanted) return *tiers.front();
+  for (const Kernels* tier : tiers)
+    if (std::string(tier->name) == wanted) return *tier;
+  STD_TORCH_CHECK(false, "QUIP_VLLM_CPU_TIER is ", wanted, ": this CPU runs ", names_of(tiers),
+                  "; choose one of them or unset it");
+  return *tiers.front();
 }
 
 const Kernels& kernels() {
@@ -138,8 +171,7 @@ Tensor run(const Tensor& x, const Linear& layer, bool int8, WeightOf weight_of) 
   const char* in = static_cast<const char*>(x.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
-  const int64_t row8 = int8 ? ops.int8_bytes(weights[0], m) / m : 0;
-  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), arranged(x, m * row8 / 4), scales(x, m * (1 + chunks));
+  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), arranged(x, int8 ? ops.int8_bytes(weights[0], m) / 4 : 0), scales(x, m * (1 + chunks));
   int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
   int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
 

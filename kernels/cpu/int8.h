@@ -5,6 +5,8 @@
 // rows x kColumns to kQuads vectors: lane = row of the weight, 32 bits of a lane = 4 columns as bytes (value + 128), or
 // 2 as int16, or the four bytes of one 1MAD product. The activation has the same 32 bits, repeated over the lanes.
 //
+// With AMX (amx.h), many rows of bytes are multiplied tile by tile, and x is simply x[row][quad].
+//
 //   few rows    each vector is multiplied as it is decoded
 //   many rows   kPanel8 columns of 32 rows of the weight are decoded to a panel that stays in cache, then multiplied with
 //               groups of up to kGroup rows of x, whose 32-bit quads lie side by side: x[group][quad][row]
@@ -17,6 +19,10 @@
 
 #include "int8_lattice.h"
 #include "int8_trellis.h"
+#if defined(__AMX_INT8__) || defined(QUIP_AMX_EMULATED)
+#define QUIP_AMX
+#include "amx.h"
+#endif
 
 namespace quip {
 namespace {
@@ -83,8 +89,21 @@ inline bool int8_takes(const Weight& w) {
 
 inline int64_t padded(int64_t k) { return (k + kVector - 1) / kVector * kVector; }
 
+// Whether tiles multiply it.
+template <class Format>
+constexpr bool is_tiled() {
+#if defined(QUIP_AMX)
+  return !is_wide<Format>() && repeat_of<Format>() == 1;
+#else
+  return false;
+#endif
+}
+
 inline int64_t group_rows(const Weight& w, int64_t m) {
   if (m <= few_of(w)) return m;
+  bool tiled = false;
+  with_format(w, m, [&](auto* format) { tiled = is_tiled<std::remove_pointer_t<decltype(format)>>(); });
+  if (tiled) return 1;
   const int64_t groups = (m + kGroup - 1) / kGroup;
   return (m + groups - 1) / groups;
 }
@@ -93,9 +112,10 @@ inline int64_t int8_bytes(const Weight& w, int64_t m) {
   int64_t bytes = 0;
   with_format(w, m, [&](auto* format) {
     using Format = std::remove_pointer_t<decltype(format)>;
-    bytes = padded(w.k) * 4 * Format::kQuads / Format::kColumns;
+    const int64_t rows = is_tiled<Format>() ? (m + 15) / 16 * 16 : m;  // the rest of the last tile is read, not used
+    bytes = padded(w.k) * 4 * Format::kQuads / Format::kColumns * rows;
   });
-  return bytes * m;
+  return bytes;
 }
 
 // Sixteen columns as int32 to the quads of a row, `step` quads apart.
@@ -258,6 +278,9 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
   alignas(64) __m512i sums[Format::kStages][kRowsBlock][2];
   const int64_t row_quads = padded(k) / Format::kColumns * Format::kQuads;
   const int64_t block_rows = kRowsBlock / group * group;
+#if defined(QUIP_AMX)
+  [[maybe_unused]] const TileUnit tile_unit;
+#endif
   for (int64_t m0 = 0; m0 < m; m0 += block_rows) {
     const int64_t m1 = std::min(m, m0 + block_rows);
     for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
@@ -271,6 +294,16 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
           for (int64_t u = 0; u < units; ++u)
             format.decode(blocks[b] + (u0 + u) * Format::kBytes,
                           [&](int stage, int quad, __m512i v) { panel[stage][b][u * Format::kQuads + quad] = v; });
+#if defined(QUIP_AMX)
+        if constexpr (is_tiled<Format>()) {
+          const int64_t quads = units * Format::kQuads, whole = (quads + 15) / 16 * 16;
+          for (int s = 0; s < Format::kStages; ++s) {
+            for (int b = 0; b < 2; ++b) std::fill(panel[s][b] + quads, panel[s][b] + whole, _mm512_setzero_si512());
+            multiply_tiles(panel[s][0], kDepth, whole, x + m0 * row_quads + u0 * Format::kQuads, row_quads, m1 - m0, sums[s]);
+          }
+          continue;
+        }
+#endif
         for (int64_t r = m0; r < m1; r += group) {
           const int64_t in_group = std::min(group, m - r);
           const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;

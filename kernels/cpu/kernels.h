@@ -70,5 +70,7 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();  // the rest exist where kernels/build.py builds them: on x86-64
 const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
+const Kernels* amx_kernels();
+const Kernels* amx_emulated_kernels();
 
 }  // namespace quip

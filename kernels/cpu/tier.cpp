@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One instruction-set tier: compiled once a tier with -DQUIP_TIER=portable|avx2|avx512|avx512_vnni and that tier's -m flags.
+// One instruction-set tier: compiled once a tier with -DQUIP_TIER=portable|avx2|avx512|avx512_vnni|amx|amx_emulated and that tier's -m flags.
 #include "encode_trellis.h"
 #include "hadamard.h"
 #include "int8.h"

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tiles of AMX-INT8: 16 rows x 64 bytes each, and their products. With QUIP_AMX_EMULATED the same in plain C++, so that
+// what is built on them is tested on any machine (tier amx_emulated, never chosen unless asked for by name).
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace quip {
+namespace {
+
+constexpr int kTiles = 8, kTileRows = 16, kTileBytes = 64;
+
+#if defined(QUIP_AMX_EMULATED)
+
+thread_local uint8_t emulated_tiles[kTiles][kTileRows][kTileBytes];
+
+struct TileUnit {};
+
+inline void tile_load(int t, const void* from, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) std::memcpy(emulated_tiles[t][r], static_cast<const char*>(from) + r * stride, kTileBytes);
+}
+inline void tile_store(int t, void* to, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, emulated_tiles[t][r], kTileBytes);
+}
+// c[m][n] += sum over k, i < 4 of a[m][4 k + i] (signed) * b[k][4 n + i] (unsigned), 32-bit sums.
+inline void tile_multiply(int c, int a, int b) {
+  for (int m = 0; m < kTileRows; ++m)
+    for (int n = 0; n < kTileBytes / 4; ++n) {
+      int32_t sum;
+      std::memcpy(&sum, emulated_tiles[c][m] + 4 * n, 4);
+      for (int k = 0; k < kTileRows; ++k)
+        for (int i = 0; i < 4; ++i) sum += int8_t(emulated_tiles[a][m][4 * k + i]) * emulated_tiles[b][k][4 * n + i];
+      std::memcpy(emulated_tiles[c][m] + 4 * n, &sum, 4);
+    }
+}
+#define QUIP_TILE_LOAD(t, from, stride) tile_load(t, from, stride)
+#define QUIP_TILE_STORE(t, to, stride) tile_store(t, to, stride)
+#define QUIP_TILE_MULTIPLY(c, a, b) tile_multiply(c, a, b)
+
+#else
+
+// Claims the tile registers of this thread for as long as it lives: all eight of full size.
+struct TileUnit {
+  TileUnit() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int t = 0; t < kTiles; ++t) config.bytes[t] = kTileBytes, config.rows[t] = kTileRows;
+    _tile_loadconfig(&config);
+  }
+  ~TileUnit() { _tile_release(); }
+};
+
+#define QUIP_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
+#define QUIP_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
+#define QUIP_TILE_MULTIPLY(c, a, b) _tile_dpbsud(c, a, b)
+
+#endif
+
+// sums[r][b] += panel[b] times row r of x, for `rows` rows (up to the next multiple of 16 are read and written), two blocks
+// of 16 rows of the weight, `quads` quads, a multiple of 16. Tiles: 0..3 sums, 4 and 5 rows of x, 6 and 7 blocks.
+inline void multiply_tiles(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, int64_t x_stride, int64_t rows,
+                           __m512i (*sums)[2]) {
+  constexpr int64_t kSums = 2 * kTileBytes;
+  const int64_t stride = 4 * x_stride;
+  for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
+    const bool two = rows - r > kTileRows;
+    const int32_t *upper = x + r * x_stride, *lower = upper + kTileRows * x_stride;
+    QUIP_TILE_LOAD(0, &sums[r][0], kSums);
+    QUIP_TILE_LOAD(1, &sums[r][1], kSums);
+    if (two) {
+      QUIP_TILE_LOAD(2, &sums[r + kTileRows][0], kSums);
+      QUIP_TILE_LOAD(3, &sums[r + kTileRows][1], kSums);
+    }
+    for (int64_t q = 0; q < quads; q += kTileRows) {
+      QUIP_TILE_LOAD(6, panel + q, kTileBytes);
+      QUIP_TILE_LOAD(7, panel + depth + q, kTileBytes);
+      QUIP_TILE_LOAD(4, upper + q, stride);
+      QUIP_TILE_MULTIPLY(0, 4, 6);
+      QUIP_TILE_MULTIPLY(1, 4, 7);
+      if (two) {
+        QUIP_TILE_LOAD(5, lower + q, stride);
+        QUIP_TILE_MULTIPLY(2, 5, 6);
+        QUIP_TILE_MULTIPLY(3, 5, 7);
+      }
+    }
+    QUIP_TILE_STORE(0, &sums[r][0], kSums);
+    QUIP_TILE_STORE(1, &sums[r][1], kSums);
+    if (two) {
+      QUIP_TILE_STORE(2, &sums[r + kTileRows][0], kSums);
+      QUIP_TILE_STORE(3, &sums[r + kTileRows][1], kSums);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quip
