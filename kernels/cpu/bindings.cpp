@@ -294,3 +294,85 @@ STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) { m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier)); }
+
+// ---- Embeddings: rows of a weight by number ----
+
+namespace quip {
+namespace {
+
+// weight: its n is the number of rows that may be asked for, sv's length.
+Tensor look_up_rows(const Tensor& ids, const Weight& weight, const Tensor& su_, const Tensor& sv_, const Tensor& base_,
+                    int64_t width, ScalarType type) {
+  const int64_t n = weight.n, k = weight.k, order = base_.size(0);
+  const float *su = floats(su_, k, "su"), *sv = floats(sv_, n, "sv"), *base = floats(base_, order * order, "base");
+  STD_TORCH_CHECK(width > 0 && (width & (width - 1)) == 0 && k > 0 && k % (order * width) == 0, "a rotation of ", order,
+                  " x ", width, " does not divide the length ", k, ": give a power of two whose product with the base does");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "dtype is not supported: give float32, float16 or bfloat16");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(),
+                  "ids has ", ids.dim(), " dimensions: a contiguous int64 vector is wanted");
+  const int64_t m = ids.numel();
+  const int64_t* rows = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < m; ++i)
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ", n - 1);
+  Tensor y = torch::stable::new_empty(su_, {m, k}, type);
+  void* out = y.mutable_data_ptr();
+  const Kernels& ops = kernels();
+  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(order * width), row(k);
+    for (int64_t i = begin; i < end; ++i) {
+      ops.embedding_row(weight, rows[i], su, sv[rows[i]], base, order, width, scratch.data(), row.data());
+      write_row(row.data(), type, i * k, k, out);
+    }
+  });
+  return y;
+}
+
+Tensor qtip_embedding(const Tensor& ids, const Tensor& packed, const Tensor& su, const Tensor& sv,
+                      std::optional<Tensor> lut, const Tensor& base, int64_t width, std::string code_name, int64_t bits,
+                      ScalarType type) {
+  const Code code = code_of(code_name);
+  STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
+                  code == Code::kHyb ? 4 : 8);
+  const int64_t n = sv.numel(), k = su.numel(), tiles = (n + kTile - 1) / kTile;
+  STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Short && packed.is_contiguous() && packed.numel() == tiles * k * bits,
+                  "packed has ", packed.numel(), " elements: a contiguous int16 tensor of ceil(n/16) * k*bits = ",
+                  tiles * k * bits, " is wanted");
+  const float* table = nullptr;
+  if (code == Code::kHyb || code == Code::kLut) {
+    STD_TORCH_CHECK(lut.has_value(), "code ", code_name, " needs its table in lut");
+    table = floats(*lut, code == Code::kLut ? kStates : 1024, "lut");
+  }
+  const Weight weight{packed.const_data_ptr<int16_t>(), nullptr, nullptr, nullptr, table, code, int(bits), n, k};
+  return look_up_rows(ids, weight, su, sv, base, width, type);
+}
+
+Tensor quip_sharp_embedding(const Tensor& ids, const Tensor& codes, std::optional<Tensor> residual_codes, const Tensor& su,
+                            const Tensor& sv, const Tensor& base, int64_t width, ScalarType type) {
+  const int64_t n = sv.numel(), k = su.numel();
+  STD_TORCH_CHECK(k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Short && codes.is_contiguous() && codes.numel() * 8 == n * k,
+                  "codes has ", codes.numel(), " elements: a contiguous int16 tensor of n * k/8 = ", n * k / 8, " is wanted");
+  Weight weight{nullptr, codes.const_data_ptr<int16_t>(), nullptr, nullptr, nullptr, Code::kLut, 0, n, k};
+  if (residual_codes.has_value()) {
+    const Tensor& r = *residual_codes;
+    const bool bytes = r.scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(r.is_contiguous() && r.numel() == codes.numel() && (bytes || r.scalar_type() == ScalarType::Short),
+                    "residual_codes has ", r.numel(), " elements: as many uint8 or int16 as codes (", codes.numel(),
+                    ") are wanted");
+    if (bytes)
+      weight.residual8 = r.const_data_ptr<uint8_t>();
+    else
+      weight.residual16 = r.const_data_ptr<int16_t>();
+  }
+  return look_up_rows(ids, weight, su, sv, base, width, type);
+}
+
+}  // namespace
+}  // namespace quip
+
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
+  m.impl("qtip_embedding", TORCH_BOX(&quip::qtip_embedding));
+  m.impl("quip_sharp_embedding", TORCH_BOX(&quip::quip_sharp_embedding));
+}

@@ -39,6 +39,9 @@ struct Kernels {
   void (*viterbi)(const float* target, const float* values, int step_bits, int vector_dim, int32_t* states, void* work);
   // Exact nearest E8P code of x[8].
   int16_t (*nearest)(const float* x);
+  // out[k] = row `row` of the weight: decoded, transformed as by hadamard, times su[k] and scale. scratch holds q*p floats.
+  void (*embedding_row)(const Weight& w, int64_t row, const float* su, float scale, const float* base, int64_t q, int64_t p,
+                        float* scratch, float* out);
 };
 
 int64_t viterbi_bytes(int step_bits, int vector_dim);

@@ -11,6 +11,10 @@ _SCHEMAS = (
     "int[] output_sizes, str code, int bits) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor codes, Tensor? residual_codes, Tensor su, Tensor sv, Tensor[] bases, "
     "int[] widths, int[] output_sizes) -> Tensor",
+    "qtip_embedding(Tensor ids, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor base, int width, str code, "
+    "int bits, ScalarType dtype) -> Tensor",
+    "quip_sharp_embedding(Tensor ids, Tensor codes, Tensor? residual_codes, Tensor su, Tensor sv, Tensor base, "
+    "int width, ScalarType dtype) -> Tensor",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
     "e8p_nearest(Tensor x) -> Tensor",
     "cpu_tier() -> str",
@@ -27,6 +31,16 @@ def _(x, packed, su, sv, lut, bases, widths, output_sizes, code, bits):
 @torch.library.register_fake("quip_vllm::quip_sharp_linear")
 def _(x, codes, residual_codes, su, sv, bases, widths, output_sizes):
     return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::qtip_embedding")
+def _(ids, packed, su, sv, lut, base, width, code, bits, dtype):
+    return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("quip_vllm::quip_sharp_embedding")
+def _(ids, codes, residual_codes, su, sv, base, width, dtype):
+    return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("quip_vllm::viterbi_encode")

@@ -15,7 +15,8 @@ class Settings:
     """Attributes as the flags of ``quip-vllm quantize`` name them.
 
     sequences and sequence_length count calibration tokens; ignore and overrides are regular expressions searched in
-    the module names of the model; damping is relative to the mean of the Hessian's diagonal.
+    the module names of the model; damping is relative to the mean of the Hessian's diagonal; lm_head is the bits of the
+    output head (and of the embedding where tied), None where it keeps its weight.
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -33,9 +34,11 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
+    lm_head: int | None = None
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, *(bits for _, bits in self.overrides)):
+        head = [] if self.lm_head is None else [self.lm_head]
+        for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
             check_bits(self.method, self.code, bits)
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
             try:
