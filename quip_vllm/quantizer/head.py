@@ -32,6 +32,11 @@ def check_head(settings: Settings, source: LayeredModel) -> None:
         return
     if source.head is None:
         raise ValueError(f"{settings.model} has no output head: leave --lm-head away")
+    if f"{source.head_name}.weight" not in source.reader:
+        raise ValueError(
+            f"{settings.model} has no tensor {source.head_name}.weight: its files name the output head otherwise than "
+            "transformers does; leave --lm-head away"
+        )
     n, k = source.head.weight.shape
     problem = CpuBackend().refusal(
         LinearSpec(settings.method, settings.code, settings.lm_head, k, (n,), settings.hadamard_block, False)

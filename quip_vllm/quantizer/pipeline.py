@@ -58,7 +58,7 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     folder = local_folder(settings.model)
     source = LayeredModel(folder)
     wanted = [_layer_bits(settings, source, index) for index in range(len(source.layers))]
-    if not any(wanted):
+    if not any(wanted) and settings.lm_head is None:
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
     check_head(settings, source)
     _open_record(settings, source, out, resume)
