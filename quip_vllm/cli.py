@@ -72,12 +72,15 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift-correction",
         type=float,
-        default=0.5,
+        default=0.35,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.5)",
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.35)",
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
+    parser.add_argument(
+        "--lm-head", type=int, metavar="BITS", help="quantize the output head too, and the embedding where it is tied"
+    )
     parser.add_argument("--device", default="auto", help="auto or cpu: the encoders of this version run on the CPU")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.set_defaults(run=_quantize)
@@ -108,6 +111,7 @@ def _quantize(args: argparse.Namespace) -> int:
         ignore=tuple(args.ignore),
         overrides=tuple(_override(item) for item in args.override),
         drift_correction=args.drift_correction,
+        lm_head=args.lm_head,
     )
     report = quantize(settings, args.out, args.resume)
     losses = [layer["proxy_loss"] for layer in report["layers"]]

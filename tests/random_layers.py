@@ -25,7 +25,7 @@ def random_layer(spec: LinearSpec, seed: int = 0) -> dict[str, torch.Tensor]:
         "sv": torch.randn(n, generator=generator).half(),
     }
     if spec.method is Method.QTIP:
-        tensors["packed"] = integers(-32768, 32768, (n // 16, k * spec.bits), torch.int16)
+        tensors["packed"] = integers(-32768, 32768, (-(-n // 16), k * spec.bits), torch.int16)
         if spec.code is Code.HYB:
             lut = default_lut(Code.HYB).float()
             noise = torch.randn(len(spec.output_sizes), *lut.shape, generator=generator)

@@ -62,16 +62,17 @@ def damaged(tiny_model, tmp_path):
 
 def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
-    assert quantize("--override", "down_proj=4", "--ignore", "o_proj", "--hadamard-block", "32", "--seed", "3") == 0
+    choices = ["--override", "down_proj=4", "--ignore", "o_proj", "--lm-head", "4"]
+    assert quantize(*choices, "--hadamard-block", "32", "--seed", "3") == 0
     said = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"wrote {out}: 12 layers, mean proxy loss 0\.0\d+", said[0])
+    assert re.fullmatch(rf"wrote {out}: 13 layers, mean proxy loss 0\.0\d+", said[0])
     assert said[1] == f"serve it with: vllm serve {out}"
     settings = read_json(out / "quantization_report.json")["settings"]
     assert settings["overrides"] == [["down_proj", 4]] and settings["ignore"] == ["o_proj"]
-    assert (settings["hadamard_block"], settings["seed"], settings["sequences"]) == (32, 3, 4)
+    assert (settings["hadamard_block"], settings["seed"], settings["sequences"], settings["lm_head"]) == (32, 3, 4, 4)
 
     assert main(["inspect", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("12 layers, ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("13 layers, ")
     assert main(["inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {layer["bits"] for layer in found["layers"]} == {2, 4}
@@ -95,6 +96,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         assert main(["quantize", "m", str(tmp_path / "o"), "--bits", "2", *flags]) == 0
     own, other = seen
     assert (own.code.value, own.calibration, own.sequences, own.sequence_length) == ("1mad", "self", 64, 256)
+    assert own.lm_head is None
     assert (other.code, other.sequences, other.sequence_length, other.hadamard_block) == (None, 256, 2048, None)
 
 
@@ -110,6 +112,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         (["--override", "a=7"], "bits is 7: quip_sharp has 2, 3, 4"),
         (["--override", "(=4"], "'(' is not a regular expression"),
         (["--ignore", "*"], "'*' is not a regular expression"),
+        (["--lm-head", "5"], "bits is 5: quip_sharp has 2, 3, 4"),
         (["--hadamard-block", "48"], "--hadamard-block is 48: give a power of two of at least 2, or full"),
         (["--hadamard-block", "x"], "--hadamard-block is x: give a power of two"),
         (["--hadamard-block", "²"], "--hadamard-block is ²: give a power of two"),

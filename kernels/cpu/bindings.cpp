@@ -254,20 +254,28 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
   });
 }
 
+// The blocks of each projection of a lattice layer (kernels.h), checked.
+std::vector<const uint8_t*> lattice_blocks(const Tensor& blocks, const std::vector<int64_t>& output_sizes, int64_t k,
+                                           int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
+  STD_TORCH_CHECK(k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
+  std::vector<int64_t> offsets{0};
+  for (int64_t size : output_sizes)
+    offsets.push_back(offsets.back() + (size + kTile - 1) / kTile * ((k + 31) / 32) * 64 * bits);
+  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.numel() == offsets.back(),
+                  "blocks has ", blocks.numel(), " elements: a contiguous uint8 tensor of ", offsets.back(), " is wanted");
+  std::vector<const uint8_t*> found;
+  for (size_t i = 0; i < output_sizes.size(); ++i) found.push_back(blocks.const_data_ptr<uint8_t>() + offsets[i]);
+  return found;
+}
+
 Tensor quip_sharp_linear(const Tensor& x, const Tensor& blocks, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
                          std::vector<int64_t> widths, std::vector<int64_t> output_sizes, int64_t bits, bool int8) {
   const int64_t k = su.numel();
-  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
   Linear layer(su, sv, bases, widths, output_sizes, k);
-  STD_TORCH_CHECK(k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
-  const int64_t row_bytes = (k + 31) / 32 * 64 * bits;
-  std::vector<int64_t> offsets{0};
-  for (int64_t size : output_sizes) offsets.push_back(offsets.back() + (size + kTile - 1) / kTile * row_bytes);
-  STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.numel() == offsets.back(),
-                  "blocks has ", blocks.numel(), " elements: a contiguous uint8 tensor of ", offsets.back(), " is wanted");
-  const uint8_t* bytes = blocks.const_data_ptr<uint8_t>();
+  const std::vector<const uint8_t*> bytes = lattice_blocks(blocks, output_sizes, k, bits);
   return run(x, layer, int8, [&](int64_t i, int64_t, int64_t size) {
-    return Weight{nullptr, bytes + offsets[i], nullptr, Code::kLut, int(bits), size, k};
+    return Weight{nullptr, bytes[i], nullptr, Code::kLut, int(bits), size, k};
   });
 }
 
@@ -324,4 +332,73 @@ STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
   m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier));
   m.impl("cpu_takes_int8", TORCH_BOX(&quip::cpu_takes_int8));
+}
+
+// ---- Embeddings: rows of a weight by number ----
+
+namespace quip {
+namespace {
+
+// weight: its n is the number of rows that may be asked for, sv's length.
+Tensor look_up_rows(const Tensor& ids, const Weight& weight, const Tensor& su_, const Tensor& sv_, const Tensor& base_,
+                    int64_t width, ScalarType dtype) {
+  const int64_t n = weight.n, k = weight.k, order = base_.size(0);
+  const float *su = floats(su_, k, "su"), *sv = floats(sv_, n, "sv");
+  const Rotation rotation{floats(base_, order * order, "base"), order, width};
+  STD_TORCH_CHECK(width > 0 && (width & (width - 1)) == 0 && k > 0 && k % (order * width) == 0, "a rotation of ", order,
+                  " x ", width, " does not divide the length ", k, ": give a power of two whose product with the base does");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(),
+                  "ids has ", ids.dim(), " dimensions: a contiguous int64 vector is wanted");
+  const int64_t m = ids.numel();
+  const int64_t* rows = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < m; ++i)
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ", n - 1);
+  Tensor y = torch::stable::new_empty(su_, {m, k}, dtype);
+  const Type type = type_of(y);
+  const int64_t bytes = k * (type == Type::kFloat ? 4 : 2);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const Kernels& ops = kernels();
+  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    Memory row(su_, k), scratch(su_, order * width);
+    for (int64_t i = begin; i < end; ++i) {
+      ops.decode_row(weight, rows[i], row.floats);
+      for (int64_t c = 0; c < k; ++c) row.floats[c] *= sv[rows[i]];
+      ops.rotate_out(row.floats, k, rotation, su, type, out + i * bytes, scratch.floats);
+    }
+  });
+  return y;
+}
+
+Tensor qtip_embedding(const Tensor& ids, const Tensor& packed, const Tensor& su, const Tensor& sv,
+                      std::optional<Tensor> lut, const Tensor& base, int64_t width, std::string code_name, int64_t bits,
+                      ScalarType type) {
+  const Code code = code_of(code_name);
+  STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
+                  code == Code::kHyb ? 4 : 8);
+  const int64_t n = sv.numel(), k = su.numel(), tiles = (n + kTile - 1) / kTile;
+  STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Short && packed.is_contiguous() && packed.numel() == tiles * k * bits,
+                  "packed has ", packed.numel(), " elements: a contiguous int16 tensor of ceil(n/16) * k*bits = ",
+                  tiles * k * bits, " is wanted");
+  const float* table = nullptr;
+  if (code == Code::kHyb || code == Code::kLut) {
+    STD_TORCH_CHECK(lut.has_value(), "code ", code_name, " needs its table in lut");
+    table = floats(*lut, code == Code::kLut ? kStates : 1024, "lut");
+  }
+  const Weight weight{packed.const_data_ptr<int16_t>(), nullptr, table, code, int(bits), n, k};
+  return look_up_rows(ids, weight, su, sv, base, width, type);
+}
+
+Tensor quip_sharp_embedding(const Tensor& ids, const Tensor& blocks, const Tensor& su, const Tensor& sv, const Tensor& base,
+                            int64_t width, int64_t bits, ScalarType type) {
+  const uint8_t* bytes = lattice_blocks(blocks, {sv.numel()}, su.numel(), bits).front();
+  return look_up_rows(ids, {nullptr, bytes, nullptr, Code::kLut, int(bits), sv.numel(), su.numel()}, su, sv, base, width, type);
+}
+
+}  // namespace
+}  // namespace quip
+
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
+  m.impl("qtip_embedding", TORCH_BOX(&quip::qtip_embedding));
+  m.impl("quip_sharp_embedding", TORCH_BOX(&quip::quip_sharp_embedding));
 }

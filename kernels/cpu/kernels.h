@@ -62,6 +62,8 @@ struct Kernels {
   void (*viterbi)(const float* target, const float* values, int step_bits, int vector_dim, int32_t* states, void* work);
   // Exact nearest E8P code of x[8].
   int16_t (*nearest)(const float* x);
+  // out[k] = row `row` of the weight, decoded.
+  void (*decode_row)(const Weight& w, int64_t row, float* out);
 };
 
 int64_t viterbi_bytes(int step_bits, int vector_dim);

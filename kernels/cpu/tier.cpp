@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One instruction-set tier: compiled once a tier with -DQUIP_TIER=portable|avx2|avx512|avx512_vnni|amx|amx_emulated and that tier's -m flags.
+#include "embedding.h"
 #include "encode_trellis.h"
 #include "hadamard.h"
 #include "int8.h"
@@ -15,11 +16,11 @@ namespace quip {
 
 const Kernels* QUIP_TABLE(QUIP_TIER)() {
 #if defined(__AVX512VNNI__)
-  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in,     rotate_out, panel,   int8_takes, int8_bytes,
-                             int8_quantize,          int8_panel,    viterbi,    nearest_e8p};
+  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in,  rotate_out, panel,       int8_takes, int8_bytes,
+                             int8_quantize,          int8_panel, viterbi,    nearest_e8p, decode_row};
 #else
-  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in, rotate_out, panel,  nullptr, nullptr,
-                             nullptr,                nullptr,   viterbi,    nearest_e8p};
+  static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in, rotate_out, panel,       nullptr, nullptr,
+                             nullptr,                nullptr,   viterbi,    nearest_e8p, decode_row};
 #endif
   return &table;
 }

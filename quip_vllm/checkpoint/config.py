@@ -2,12 +2,41 @@
 """``quantization_config`` of ``config.json``, format version 1, as a checked object."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quip_vllm.formats.methods import STATE_BITS, Code, Method, supported_bits, vector_dim
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Head:
+    """The quantized output head, whose outputs are not rotated.
+
+    Attributes:
+        module: the name its tensors have: the input embedding's where the two are tied, else the head's own.
+        bits: code bits per weight.
+        tied: the tensors are those of the input embedding as well.
+    """
+
+    module: str
+    bits: int
+    tied: bool
+
+    @classmethod
+    def from_dict(cls, raw: object) -> "Head | None":
+        """Reads the key ``head``; None where it is absent. Raises ValueError for what is ill-typed."""
+        if raw is None:
+            return None
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"head is {raw!r:.200}: it must be an object with module, bits and tied")
+        module, tied = raw.get("module"), raw.get("tied")
+        if not isinstance(module, str) or not module:
+            raise ValueError(f"head.module is {module!r:.200}: it must be the module name of the quantized head")
+        if not isinstance(tied, bool):
+            raise ValueError(f"head.tied is {tied!r:.200}: it must be true (the embedding is the head) or false")
+        return cls(module, raw.get("bits"), tied)  # type: ignore[arg-type]  # checked by CheckpointConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +50,7 @@ class CheckpointConfig:
         hadamard_block: None for the full-width rotation, else the largest block of the blockwise one (a power of two).
         modules_to_not_convert: module names that keep an ordinary weight. A name covers itself and everything below it.
         overrides: module name -> bits of that layer.
+        head: the quantized output head; None where head and embedding keep an ordinary weight.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the rule and the remedy.
@@ -32,21 +62,36 @@ class CheckpointConfig:
     hadamard_block: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
     overrides: Mapping[str, int] = field(default_factory=dict)
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         if (self.method is Method.QTIP) != (self.code is not None):
             raise ValueError(f"code is {self.code} for method {self.method.value}: qtip needs one, quip_sharp has none")
-        for bits in (self.bits, *self.overrides.values()):
+        for bits in (self.bits, *self.overrides.values(), *([] if self.head is None else [self.head.bits])):
             check_bits(self.method, self.code, bits)
         block = self.hadamard_block
         if block is not None and (type(block) is not int or block < 2 or block & (block - 1)):
             raise ValueError(f"hadamard_block is {block!r}: give a power of two of at least 2, or null for full width")
 
+        if self.head is not None and (self.head.module in self.overrides or self._skips(self.head.module)):
+            raise ValueError(
+                f"head.module is {self.head.module!r}, which overrides or modules_to_not_convert name as well: head "
+                "alone says how it is stored; requantize"
+            )
+
     def bits_of(self, name: str) -> int | None:
-        """Bits of the linear layer ``name`` (its Hugging Face module name), or None where it is not quantized."""
-        if any(name == skip or name.startswith(skip + ".") for skip in self.modules_to_not_convert):
-            return None
-        return self.overrides.get(name, self.bits)
+        """Bits of the linear layer or head ``name`` (its Hugging Face name), or None where it is not quantized."""
+        if self.is_head(name):
+            assert self.head is not None
+            return self.head.bits
+        return None if self._skips(name) else self.overrides.get(name, self.bits)
+
+    def is_head(self, name: str) -> bool:
+        """Whether the tensors under ``name`` are the quantized output head."""
+        return self.head is not None and name == self.head.module
+
+    def _skips(self, name: str) -> bool:
+        return any(name == skip or name.startswith(skip + ".") for skip in self.modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` object, ready for JSON."""
@@ -61,6 +106,7 @@ class CheckpointConfig:
             "hadamard_block": self.hadamard_block,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "overrides": {name: {"bits": bits} for name, bits in self.overrides.items()},
+            **({} if self.head is None else {"head": asdict(self.head)}),
         }
 
     @classmethod
@@ -94,6 +140,7 @@ class CheckpointConfig:
             hadamard_block=raw.get("hadamard_block"),
             modules_to_not_convert=tuple(skip),
             overrides={str(name): item.get("bits") for name, item in overrides.items()},
+            head=Head.from_dict(raw.get("head")),
         )
 
 

@@ -74,7 +74,8 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
         if "lut" in tensors:
             tensors["lut"] = tensors["lut"][None]
         n, k = tensors["sv"].shape[0], tensors["su"].shape[0]
-        spec = LinearSpec(described.method, described.code, bits, k, (n,), described.hadamard_block)
+        rotate_output = not described.is_head(owner)
+        spec = LinearSpec(described.method, described.code, bits, k, (n,), described.hadamard_block, rotate_output)
         try:
             state[f"{owner}.weight"] = dequantize(spec, tensors)
         except ValueError as error:

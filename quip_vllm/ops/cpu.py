@@ -88,6 +88,12 @@ def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and _takes_int8(spec.code, spec.bits)
 
 
+def _rotations(spec: LinearSpec) -> list[tuple[int, int]]:
+    """(q, p) of the input and of each output. Raises ValueError for a size that has none."""
+    outputs = [_rotation(n, spec.hadamard_block) if spec.rotate_output else (1, 1) for n in spec.output_sizes]
+    return [_rotation(spec.in_features, spec.hadamard_block), *outputs]
+
+
 class CpuBackend:
     """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call.
 
@@ -102,8 +108,7 @@ class CpuBackend:
             return problem
         try:
             layout(spec)
-            for size in (spec.in_features, *spec.output_sizes):
-                _rotation(size, spec.hadamard_block)
+            _rotations(spec)
         except ValueError as error:
             return str(error)
         if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
@@ -127,29 +132,34 @@ class CpuBackend:
             prepared["lut8"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:
             prepared["lut"] = _lut_values()
-        for i, size in enumerate((spec.in_features, *spec.output_sizes)):
-            prepared[f"base{i}"] = _base(_rotation(size, spec.hadamard_block)[0], transpose=i == 0)
+        for i, (order, _) in enumerate(_rotations(spec)):
+            prepared[f"base{i}"] = _base(order, transpose=i == 0)
+        if not spec.rotate_output:
+            prepared["inverse_base"] = _base(_rotations(spec)[0][0], transpose=False)
         return prepared
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        sizes = (spec.in_features, *spec.output_sizes)
-        bases = [tensors[f"base{i}"] for i in range(len(sizes))]
-        widths = [_rotation(size, spec.hadamard_block)[1] for size in sizes]
+        widths = [width for _, width in _rotations(spec)]
+        bases = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
         int8 = int8_activations(spec, x.dtype)
+        sv, sizes = tensors["sv"], list(spec.output_sizes)
+        unused = 0 if spec.rotate_output or spec.method is not Method.QTIP else -spec.out_features % TILE
+        if unused:
+            sv, sizes = torch.nn.functional.pad(sv, (0, unused)), [spec.out_features + unused]
         if spec.method is Method.QTIP:
             assert spec.code is not None
             y = torch.ops.quip_vllm.qtip_linear(
                 rows,
                 tensors["packed"],
                 tensors["su"],
-                tensors["sv"],
+                sv,
                 tensors.get("lut"),
                 tensors.get("lut8"),
                 tensors.get("lut_units"),
                 bases,
                 widths,
-                list(spec.output_sizes),
+                sizes,
                 spec.code.value,
                 spec.bits,
                 int8,
@@ -159,11 +169,26 @@ class CpuBackend:
                 rows,
                 tensors["blocks"],
                 tensors["su"],
-                tensors["sv"],
+                sv,
                 bases,
                 widths,
-                list(spec.output_sizes),
+                sizes,
                 spec.bits,
                 int8,
             )
-        return y.reshape(*x.shape[:-1], spec.out_features)
+        return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
+
+    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        flat = ids.reshape(-1).contiguous()
+        rotation = (tensors["inverse_base"], _rotations(spec)[0][1])
+        signs = (tensors["su"], tensors["sv"])
+        if spec.method is Method.QTIP:
+            assert spec.code is not None
+            rows = torch.ops.quip_vllm.qtip_embedding(
+                flat, tensors["packed"], *signs, tensors.get("lut"), *rotation, spec.code.value, spec.bits, dtype
+            )
+        else:
+            rows = torch.ops.quip_vllm.quip_sharp_embedding(
+                flat, tensors["blocks"], *signs, *rotation, spec.bits, dtype
+            )
+        return rows.reshape(*ids.shape, spec.in_features)

@@ -24,6 +24,8 @@ class LinearSpec:
         in_features: k, the length of a row of x.
         output_sizes: n of each fused projection, in order; each has an output rotation of its own.
         hadamard_block: None for full width, else the largest block of the blockwise rotation.
+        rotate_output: False for an output head or an embedding, whose rows are looked up one by one: U_n is the
+            identity. n may then be any number; qtip stores whole tiles, with unused rows in the last.
     """
 
     method: Method
@@ -32,6 +34,7 @@ class LinearSpec:
     in_features: int
     output_sizes: tuple[int, ...]
     hadamard_block: int | None = None
+    rotate_output: bool = True
 
     @property
     def out_features(self) -> int:
@@ -56,6 +59,12 @@ class Backend(Protocol):
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """y = sv * H(decode(packed) H(su * x)): x [..., k] -> y [..., n] in x's dtype. ``tensors`` from ``prepare``."""
+
+    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Rows of the dequantized weight: int64 ids [...] in 0..n-1 -> [..., k] in ``dtype``.
+
+        spec.rotate_output is False. An id outside of the table raises IndexError or RuntimeError.
+        """
 
 
 @cache

@@ -11,6 +11,10 @@ _SCHEMAS = (
     "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, bool int8) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, int bits, bool int8) -> Tensor",
+    "qtip_embedding(Tensor ids, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor base, int width, str code, "
+    "int bits, ScalarType dtype) -> Tensor",
+    "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "
+    "ScalarType dtype) -> Tensor",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
     "e8p_nearest(Tensor x) -> Tensor",
     "cpu_tier() -> str",
@@ -28,6 +32,16 @@ def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code
 @torch.library.register_fake("quip_vllm::quip_sharp_linear")
 def _(x, blocks, su, sv, bases, widths, output_sizes, bits, int8):
     return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::qtip_embedding")
+def _(ids, packed, su, sv, lut, base, width, code, bits, dtype):
+    return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("quip_vllm::quip_sharp_embedding")
+def _(ids, blocks, su, sv, base, width, bits, dtype):
+    return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
 
 
 @torch.library.register_fake("quip_vllm::viterbi_encode")

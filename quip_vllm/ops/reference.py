@@ -6,6 +6,7 @@ from torch import Tensor
 
 from quip_vllm.formats import e8p_residual, trellis_codes
 from quip_vllm.formats.methods import Method
+from quip_vllm.formats.tile import TILE
 from quip_vllm.ops.dispatch import LinearSpec
 from quip_vllm.ops.tensors import check
 from quip_vllm.transforms.hadamard import hadamard
@@ -20,8 +21,8 @@ def decode(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     parts, start = [], 0
     for i, size in enumerate(spec.output_sizes):
         lut = tensors["lut"][i] if "lut" in tensors else None
-        rows = tensors["packed"][start // 16 : (start + size) // 16]
-        parts.append(trellis_codes.decode_weight(rows, spec.bits, spec.code, lut))
+        rows = tensors["packed"][start // TILE : -(-(start + size) // TILE)]
+        parts.append(trellis_codes.decode_weight(rows, spec.bits, spec.code, lut)[:size])
         start += size
     return torch.cat(parts)
 
@@ -31,7 +32,8 @@ def dequantize(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     check(spec, tensors)
     su = tensors["su"].float()
     weights, signs = decode(spec, tensors).split(spec.output_sizes), tensors["sv"].float().split(spec.output_sizes)
-    return torch.cat([unrotate_weight(w, su, sv, spec.hadamard_block) for w, sv in zip(weights, signs, strict=True)])
+    options = (spec.hadamard_block, spec.rotate_output)
+    return torch.cat([unrotate_weight(w, su, sv, *options) for w, sv in zip(weights, signs, strict=True)])
 
 
 class ReferenceBackend:
@@ -49,6 +51,11 @@ class ReferenceBackend:
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         block = spec.hadamard_block
         rotated = hadamard(x.float() * tensors["su"].float(), block, transpose=True)
-        parts = (rotated @ decode(spec, tensors).T).split(spec.output_sizes, dim=-1)
-        y = torch.cat([hadamard(part.contiguous(), block) for part in parts], dim=-1)
+        y = rotated @ decode(spec, tensors).T
+        if spec.rotate_output:
+            parts = y.split(spec.output_sizes, dim=-1)
+            y = torch.cat([hadamard(part.contiguous(), block) for part in parts], dim=-1)
         return (y * tensors["sv"].float()).to(x.dtype)
+
+    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.nn.functional.embedding(ids, dequantize(spec, tensors)).to(dtype)

@@ -22,13 +22,17 @@ def layout(spec: LinearSpec) -> Layout:
     n, k = spec.out_features, spec.in_features
     signs: Layout = {"su": ((k,), FLOATS), "sv": ((n,), FLOATS)}
     unit_out, unit_in = (TILE, TILE) if spec.method is Method.QTIP else (1, 8)
+    if not spec.rotate_output:
+        if len(spec.output_sizes) > 1:
+            raise ValueError(f"outputs {spec.output_sizes} without a rotation are not fused: give one size a layer")
+        unit_out = 1
     if k % unit_in or any(size % unit_out for size in spec.output_sizes):
         raise ValueError(
             f"a layer of {k} inputs and {spec.output_sizes} outputs: {spec.method.value} needs multiples of {unit_in} "
             f"and {unit_out}; leave it unquantized (--ignore)"
         )
     if spec.method is Method.QTIP:
-        packed: Layout = {"packed": ((n // TILE, k * spec.bits), (torch.int16,)), **signs}
+        packed: Layout = {"packed": ((-(-n // TILE), k * spec.bits), (torch.int16,)), **signs}
         if spec.code is Code.HYB:
             packed["lut"] = ((len(spec.output_sizes), 1 << HYB_LUT_BITS, 2), FLOATS)
         return packed

@@ -2,8 +2,10 @@
 """Quantize the linear layers that read one activation: shared signs and feedback, one encoding for all their rows."""
 
 import hashlib
+import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,18 @@ class QuantizedLinear:
     proxy_loss: float
     damping_added: float
     dead_columns: int
+
+    def entry(self, name: str, weight: Tensor, began: float) -> dict[str, Any]:
+        """What the report says of the layer; ``began`` is time.monotonic() before its rounding."""
+        return {
+            "name": name,
+            "shape": list(weight.shape),
+            "bits": self.bits,
+            "proxy_loss": self.proxy_loss,
+            "damping_added": self.damping_added,
+            "dead_columns": self.dead_columns,
+            "group_seconds": round(time.monotonic() - began, 3),
+        }
 
 
 @cache

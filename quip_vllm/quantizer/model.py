@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face causal LM whose weights are read one decoder layer at a time."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,30 @@ from torch import Tensor, nn
 from quip_vllm.checkpoint.store import CheckpointReader
 
 
-class _Stub(nn.Module):
-    """Stands in for a decoder layer: passes its input on and keeps what it was called with."""
+class _HeadReached(Exception):
+    """Ends a forward pass at the output head."""
 
-    def __init__(self, original: nn.Module):
+
+class _Stub(nn.Module):
+    """Stands in for a decoder layer: passes its input on, or ``output``, and keeps what it was called with."""
+
+    def __init__(self, original: nn.Module, return_tuple: bool):
         super().__init__()
         self.seen: tuple[Tensor, dict[str, Any]] | None = None
+        self.output: Tensor | None = None
+        self.return_tuple = return_tuple
         for name in ("attention_type", "layer_type"):  # some models ask their layers which mask they want
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         if args:
             raise ValueError(
                 "this model passes positional arguments to its decoder layers, which quip_vllm cannot replay"
             )
         self.seen = (hidden_states, kwargs)
-        return hidden_states
+        out = hidden_states if self.output is None else self.output
+        return (out,) if self.return_tuple else out
 
 
 class LayeredModel:
@@ -36,6 +45,10 @@ class LayeredModel:
         layers: the decoder layers (the longest module list whose members hold nn.Linear).
         prefix: their name in the checkpoint, for example ``model.layers``.
         other_linears: names of nn.Linear modules outside of them (lm_head).
+        head: the module of the output head, None where there is none.
+        tied: whether its weight is that of the input embedding.
+        head_name: the embedding's name where tied, else the head's own.
+        head_weights: names that its weight may have in the checkpoint; some tied models store it under both.
         compute_dtype: bfloat16 where both the model and the CPU's matrix instructions are, else float32.
     """
 
@@ -70,6 +83,14 @@ class LayeredModel:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(inside)
         ]
+        self.head = self.model.get_output_embeddings()
+        names = {module: name for name, module in self.model.named_modules()}
+        own = names.get(self.head)
+        self.tied = f"{own}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {})
+        self.head_name = names[self.model.get_input_embeddings()] if self.tied else own
+        self.head_weights = {f"{self.head_name}.weight", f"{own}.weight"}
+        self.layers[0].register_forward_hook(self._see_output)
+        self._layers_return_tuples = False
         for i, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
                 if parameter.dim() > 2:
@@ -121,18 +142,62 @@ class LayeredModel:
             full = f"{self.model.base_model_prefix}.{name}"
             source = full if full in self.reader else name
             _set_parameter(base, name, self.reader.read([source])[source].to(self.compute_dtype))
-        parent_name, _, list_name = self.prefix.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        stubs = nn.ModuleList(_Stub(layer) for layer in self.layers)
-        setattr(parent, list_name, stubs)
         hidden = []
-        try:
+        with self._stubs() as stubs:
             for chunk in tokens.split(batch):
                 base(input_ids=chunk, use_cache=False)
                 hidden.append(stubs[0].seen[0].clone())
+        return hidden, [stub.seen[1] for stub in stubs]
+
+    def head_inputs(self, tokens: Tensor, hidden: list[Tensor]) -> Iterator[Tensor]:
+        """What the output head reads: runs what the model does after its decoder layers (the final norm).
+
+        Args:
+            tokens: int64 [count, length].
+            hidden: outputs of the last decoder layer for all of ``tokens``, [batch, length, hidden] each.
+
+        Yields:
+            [batch, length, k], one for each of ``hidden``.
+
+        Raises:
+            ValueError: the model does not call its output head with one vector a token.
+        """
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _HeadReached
+
+        handle = self.head.register_forward_pre_hook(stop)
+        try:
+            with self._stubs() as stubs:
+                for chunk, states in zip(tokens.split([x.shape[0] for x in hidden]), hidden, strict=True):
+                    stubs[0].output = states
+                    with contextlib.suppress(_HeadReached):
+                        self.model(input_ids=chunk, use_cache=False)
+                    if not seen or seen[-1].shape[:-1] != states.shape[:-1]:
+                        raise ValueError(
+                            f"{self.head_name} is not called with one vector a token: the output head of this "
+                            "architecture cannot be quantized; leave --lm-head away"
+                        )
+                    yield seen.pop()
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _stubs(self) -> Iterator[nn.ModuleList]:
+        """Stubs in place of the decoder layers."""
+        parent_name, _, list_name = self.prefix.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        stubs = nn.ModuleList(_Stub(layer, self._layers_return_tuples) for layer in self.layers)
+        setattr(parent, list_name, stubs)
+        try:
+            yield stubs
         finally:
             setattr(parent, list_name, self.layers)
-        return hidden, [stub.seen[1] for stub in stubs]
+
+    def _see_output(self, _: nn.Module, args: Any, out: Any) -> None:
+        self._layers_return_tuples = isinstance(out, tuple)
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip_vllm import __version__
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, Head
 from quip_vllm.checkpoint.store import (
     CheckpointReader,
     local_folder,
@@ -33,6 +33,7 @@ from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.quantizer.calibration import calibration_tokens
 from quip_vllm.quantizer.group import quantize_group
+from quip_vllm.quantizer.head import check_head, do_head
 from quip_vllm.quantizer.hessian import HessianCollector
 from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.settings import Settings
@@ -57,8 +58,9 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     folder = local_folder(settings.model)
     source = LayeredModel(folder)
     wanted = [_layer_bits(settings, source, index) for index in range(len(source.layers))]
-    if not any(wanted):
+    if not any(wanted) and settings.lm_head is None:
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
+    check_head(settings, source)
     _open_record(settings, source, out, resume)
     _check_space(out, source)
     tokens = _tokens(settings, record, folder)
@@ -70,8 +72,12 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     entries: list[dict[str, Any]] = []
     for index in tqdm(range(count), desc=f"quantize to {settings.bits} bits", unit="layer"):
         entries += _do_layer(settings, source, index, originals, hidden, kwargs[index], out)
-    write_shard(out / shard_name(count, count + 1), source.reader.read(source.other_names()))
-    write_index(out, count + 1)
+    others, shards = source.other_names(), _shard_count(settings, source)
+    if settings.lm_head is not None:
+        entries.append(do_head(settings, source, tokens, hidden, out / shard_name(count, shards), record / "head.json"))
+        others = [name for name in others if name not in source.head_weights]
+    write_shard(out / shard_name(shards - 1, shards), source.reader.read(others))
+    write_index(out, shards)
     report = {
         "quip_vllm": __version__,
         "settings": settings.to_dict(),
@@ -176,6 +182,7 @@ def _do_layer(
     """
     count = len(source.layers)
     shard = out / shard_name(index, count + 1)
+    shard = out / shard_name(index, _shard_count(settings, source))
     entry_file = out / RECORD / f"layer-{index:05d}.json"
     prefix = f"{source.prefix}.{index}."
     bits = _layer_bits(settings, source, index)
@@ -205,17 +212,7 @@ def _do_layer(
             for name, result in results.items():
                 del tensors[name + ".weight"]
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
-                entries.append(
-                    {
-                        "name": name,
-                        "shape": list(weights[name].shape),
-                        "bits": result.bits,
-                        "proxy_loss": result.proxy_loss,
-                        "damping_added": result.damping_added,
-                        "dead_columns": result.dead_columns,
-                        "group_seconds": round(time.monotonic() - start, 3),
-                    }
-                )
+                entries.append(result.entry(name, weights[name], start))
         write_shard(shard, tensors)
         write_json(entry_file, {"seconds": round(time.monotonic() - began, 3), "linears": entries})
     stored = load_file(shard)
@@ -235,6 +232,11 @@ def _do_layer(
         hidden[i] = run_layer(layer, x, kwargs_for(kwargs, x))
     source.empty(index)
     return read_json(entry_file)["linears"]
+
+
+def _shard_count(settings: Settings, source: LayeredModel) -> int:
+    """One a decoder layer, one for the quantized head, one for the rest."""
+    return len(source.layers) + (settings.lm_head is not None) + 1
 
 
 def kwargs_for(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
@@ -259,7 +261,10 @@ def _finish(
             if file.is_file() and not ours:
                 shutil.copyfile(file, out / file.name)
     quantized = {entry["name"]: entry["bits"] for entry in report["layers"]}
-    skipped = list(source.other_linears)
+    head = None
+    if settings.lm_head is not None:
+        head = Head(source.head_name, quantized.pop(source.head_name), source.tied)
+    skipped = [name for name in source.other_linears if head is None or name != head.module]
     for index, layer in enumerate(source.layers):
         names = (f"{source.prefix}.{index}.{name}" for name in _linears(layer))
         skipped += [name for name in names if name not in quantized]
@@ -270,6 +275,7 @@ def _finish(
         settings.hadamard_block,
         tuple(skipped),
         {name: bits for name, bits in quantized.items() if bits != settings.bits},
+        head,
     )
     config = read_json(folder / "config.json")
     config["quantization_config"] = described.to_dict()

@@ -48,9 +48,10 @@ def block_ldlq(weight: Tensor, feedback: Tensor, encoder: Encoder) -> Rounded:
 
 def proxy_loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T), E = W - What; the share of the output's energy that rounding loses."""
+    total = energy(weight, hessian)
+    return energy(weight - rounded, hessian) / total if total > 0 else 0.0
 
-    def energy(matrix: Tensor) -> float:
-        return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))
 
-    total = energy(weight)
-    return energy(weight - rounded) / total if total > 0 else 0.0
+def energy(matrix: Tensor, hessian: Tensor) -> float:
+    """tr(M H M^T)."""
+    return float(((matrix @ hessian) * matrix).sum(dtype=torch.float64))

@@ -16,7 +16,8 @@ class Settings:
 
     sequences and sequence_length count calibration tokens; ignore and overrides are regular expressions searched in
     the module names of the model; damping is relative to the mean of the Hessian's diagonal; drift_correction is the
-    share of hessian.drift_correction that is applied (1 overdoes it: docs/benchmarks/quality.md).
+    share of hessian.drift_correction that is applied (1 overdoes it: docs/benchmarks/quality.md); lm_head is the bits
+    of the output head (and of the embedding where tied), None where it keeps its weight.
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -34,10 +35,12 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
-    drift_correction: float = 0.5
+    drift_correction: float = 0.35
+    lm_head: int | None = None
 
     def __post_init__(self) -> None:
-        for bits in (self.bits, *(bits for _, bits in self.overrides)):
+        head = [] if self.lm_head is None else [self.lm_head]
+        for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
             check_bits(self.method, self.code, bits)
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
             try:

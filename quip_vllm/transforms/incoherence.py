@@ -9,6 +9,9 @@ With y = W x, W [n, k], and sign vectors su [k], sv [n]:
 
 Serving allows any real su, sv: scales and learned magnitudes are folded in them. `block` is that of
 `hadamard.hadamard`, the same on both sides.
+
+Rows that are looked up one by one (an embedding, a tied output head) cannot be mixed: with `rotate_output=False` U_n is
+the identity, and only the input side is rotated.
 """
 
 import torch
@@ -16,7 +19,9 @@ import torch
 from quip_vllm.transforms.hadamard import hadamard
 
 
-def rotate_weight(w: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: int | None = None) -> torch.Tensor:
+def rotate_weight(
+    w: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: int | None = None, rotate_output: bool = True
+) -> torch.Tensor:
     """Rotates a weight: U_n^T diag(sv) W diag(su) U_k.
 
     Args:
@@ -24,6 +29,7 @@ def rotate_weight(w: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: in
         su: input-side signs +-1, [k].
         sv: output-side signs +-1, [n].
         block: see `hadamard.block_size`.
+        rotate_output: False leaves U_n^T out.
 
     Returns:
         [n, k] in w's dtype.
@@ -33,10 +39,12 @@ def rotate_weight(w: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: in
     """
     _check_vectors(w, su, sv)
     signed = sv.to(w)[:, None] * w * su.to(w)
-    return _both_sides(signed, block, transpose=True)
+    return _both_sides(signed, block, transpose=True) if rotate_output else hadamard(signed, block, transpose=True)
 
 
-def unrotate_weight(wr: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: int | None = None) -> torch.Tensor:
+def unrotate_weight(
+    wr: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block: int | None = None, rotate_output: bool = True
+) -> torch.Tensor:
     """Restores a dense weight: diag(sv) U_n Wr U_k^T diag(su), the dequantization formula.
 
     The inverse of `rotate_weight` where su and sv are signs.
@@ -46,6 +54,7 @@ def unrotate_weight(wr: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block:
         su: input-side vector, any real values, [k].
         sv: output-side vector, any real values, [n].
         block: see `hadamard.block_size`.
+        rotate_output: False leaves U_n out.
 
     Returns:
         [n, k] in wr's dtype.
@@ -54,7 +63,8 @@ def unrotate_weight(wr: torch.Tensor, su: torch.Tensor, sv: torch.Tensor, block:
         ValueError: if su or sv does not fit wr.
     """
     _check_vectors(wr, su, sv)
-    return sv.to(wr)[:, None] * _both_sides(wr, block, transpose=False) * su.to(wr)
+    turned = _both_sides(wr, block, transpose=False) if rotate_output else hadamard(wr, block)
+    return sv.to(wr)[:, None] * turned * su.to(wr)
 
 
 def rotate_hessian(h: torch.Tensor, su: torch.Tensor, block: int | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.formats.methods import Method
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.models.utils import WeightsMapper
 
 MIN_CAPABILITY = 80
@@ -30,6 +31,7 @@ class _QuipConfig(QuantizationConfig):
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self._head_is_served = False
 
     def get_name(self) -> str:
         """The method's name, ``quant_method`` of config.json."""
@@ -65,7 +67,7 @@ class _QuipConfig(QuantizationConfig):
         return cls(checkpoint)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
-        """Renames the modules in ``modules_to_not_convert`` and ``overrides`` from Hugging Face's names to vLLM's."""
+        """Renames the modules that the config names from Hugging Face's names to vLLM's."""
 
         def rename(name: str) -> str:
             # Mappers are written for names of tensors: the prefix "model.visual." must also match module model.visual.
@@ -74,8 +76,10 @@ class _QuipConfig(QuantizationConfig):
                 mapped = (hf_to_vllm_mapper.map_name(name + ".") or "").removesuffix(".")
             return mapped or name
 
+        head = self.checkpoint.head
         self.checkpoint = replace(
             self.checkpoint,
+            head=head and replace(head, module=rename(head.module)),
             modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
             overrides={rename(name): bits for name, bits in self.checkpoint.overrides.items()},
         )
@@ -88,14 +92,16 @@ class _QuipConfig(QuantizationConfig):
             prefix: its name in the vLLM model.
 
         Returns:
-            Ours for a quantized linear layer, vLLM's own for an unquantized one; None for every other layer, so that
-            embeddings and the language-model head keep their ordinary weight.
+            Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for the language-model head and
+            a tied embedding that the checkpoint's ``head`` names; None for every other layer, so that embeddings and
+            head otherwise keep their ordinary weight.
 
         Raises:
             ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
 
@@ -104,6 +110,8 @@ class _QuipConfig(QuantizationConfig):
                 f"{prefix} is a mixture of experts: {self.get_name()} serves linear layers only; requantize with "
                 "the experts in modules_to_not_convert"
             )
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._head_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         names = self._names_on_disk(prefix)
@@ -118,6 +126,36 @@ class _QuipConfig(QuantizationConfig):
                 "them or none"
             )
         return QuipLinearMethod(self.checkpoint, prefix, names, quantized)
+
+    def _head_method(self, layer: "VocabParallelEmbedding", prefix: str) -> QuantizeMethodBase | None:
+        """Ours for the head and the embedding tied to it. Some models, Llama among them, give the embedding no name."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
+
+        head = self.checkpoint.head
+        is_output = isinstance(layer, ParallelLMHead)
+        if head is None or not (is_output or (head.tied and prefix in ("", head.module))):
+            return None
+        self._head_is_served |= is_output != head.tied
+        return QuipEmbeddingMethod(self.checkpoint, head)
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static in vLLM
+        """vLLM asks for it when the model stands and its weights come next: the last chance for a clear word.
+
+        Raises:
+            ValueError: vLLM's model has built its head or embedding without asking for our method.
+        """
+        from vllm.distributed import get_pp_group
+
+        from quip_vllm.vllm_plugin.embedding_method import unserved
+
+        head = self.checkpoint.head
+        if head is not None and not self._head_is_served:
+            group = get_pp_group()
+            if group.is_first_rank if head.tied else group.is_last_rank:
+                raise ValueError(unserved(head))
+        return super().get_checkpoint_weight_mapper()
 
     def _names_on_disk(self, prefix: str) -> tuple[str, ...]:
         """Names of the checkpoint's linear layers that vLLM fuses in this one: q, k and v of qkv_proj."""

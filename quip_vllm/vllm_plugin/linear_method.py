@@ -39,6 +39,21 @@ class Segment:
     spec: LinearSpec
     attributes: tuple[tuple[str, str], ...]
 
+    def tensors(self, layer: torch.nn.Module) -> dict[str, Tensor]:
+        """The tensors of ``backend.linear``."""
+        return {name: getattr(layer, attribute) for name, attribute in self.attributes}
+
+
+def install(layer: torch.nn.Module, index: int, spec: LinearSpec, tensors: dict[str, Tensor]) -> Segment:
+    """Repacks a checkpoint's tensors for the backend that runs ``spec`` and registers them as segment ``index``."""
+    backend = select_backend(spec, tensors["sv"].device)
+    attributes = []
+    for name, tensor in backend.prepare(spec, tensors).items():
+        attribute = f"quip{index}_{name}"
+        layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
+        attributes.append((name, attribute))
+    return Segment(backend, spec, tuple(attributes))
+
 
 @register_weight_loader_v2_supported_method
 class QuipLinearMethod(LinearMethodBase):
@@ -95,7 +110,7 @@ class QuipLinearMethod(LinearMethodBase):
             shape = (len(bits), *shape) if name == "lut" else shape
             kind = _PARAMETERS.get(name, OutputParameter)
             param = kind(torch.empty(shape, dtype=dtype), name=name, sharding=sharding)
-            if _weights_are_dummies():
+            if weights_are_dummies():
                 param.loaded = frozenset((shard,) for shard in range(len(bits)))
             layer.register_parameter(name, param)
 
@@ -115,25 +130,14 @@ class QuipLinearMethod(LinearMethodBase):
         segments = []
         for bits, run in itertools.groupby(projections, key=lambda shards: sharding.bits[shards[0]]):
             spec, tensors = _segment_tensors(params, sharding, bits, list(run))
-            backend = select_backend(spec, layer.sv.device)
-            attributes = []
-            for name, tensor in backend.prepare(spec, tensors).items():
-                attribute = f"quip{len(segments)}_{name}"
-                layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
-                attributes.append((name, attribute))
-            segments.append(Segment(backend, spec, tuple(attributes)))
+            segments.append(install(layer, len(segments), spec, tensors))
         for name in params:
             delattr(layer, name)
         layer.quip_segments = tuple(segments)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all shards of this rank."""
-        outputs = [
-            segment.backend.linear(
-                segment.spec, x, {name: getattr(layer, attribute) for name, attribute in segment.attributes}
-            )
-            for segment in layer.quip_segments
-        ]
+        outputs = [s.backend.linear(s.spec, x, s.tensors(layer)) for s in layer.quip_segments]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if bias is None else y + bias
 
@@ -166,7 +170,7 @@ def _check_sizes(sharding: Sharding) -> None:
             sharding.check_output_split((shard,))
 
 
-def _weights_are_dummies() -> bool:
+def weights_are_dummies() -> bool:
     """Whether vLLM runs with ``--load-format dummy`` and will load nothing."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"

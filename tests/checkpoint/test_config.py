@@ -3,13 +3,15 @@
 
 import pytest
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, Head
 from quip_vllm.formats.methods import Code, Method
 
 QTIP = CheckpointConfig(Method.QTIP, 2, Code.HYB, 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": 4})
+HEAD = {"module": "model.embed_tokens", "bits": 4, "tied": True}
+TIED = CheckpointConfig(Method.QUIP_SHARP, 2, modules_to_not_convert=("lm_head",), head=Head(**HEAD))
 
 
-@pytest.mark.parametrize("config", [QTIP, CheckpointConfig(Method.QUIP_SHARP, 3)])
+@pytest.mark.parametrize("config", [QTIP, CheckpointConfig(Method.QUIP_SHARP, 3), TIED])
 def test_round_trip(config):
     assert CheckpointConfig.from_dict(config.to_dict()) == config
 
@@ -26,6 +28,34 @@ def test_to_dict():
         "modules_to_not_convert": ["lm_head", "model.layers.1"],
         "overrides": {"model.layers.0.o_proj": {"bits": 4}},
     }
+
+
+def test_head():
+    assert TIED.to_dict()["head"] == HEAD
+    assert TIED.bits_of("model.embed_tokens") == 4 and TIED.is_head("model.embed_tokens")
+    assert TIED.bits_of("lm_head") is None and not TIED.is_head("lm_head") and not QTIP.is_head("lm_head")
+    assert TIED.bits_of("model.layers.0.q_proj") == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (4, "head is 4: "),
+        ([HEAD], "head is "),
+        ({}, "head.module is None: "),
+        ({**HEAD, "module": ""}, "head.module is '': "),
+        ({**HEAD, "module": ["lm_head"]}, "head.module is "),
+        ({**HEAD, "tied": "yes"}, "head.tied is 'yes': "),
+        ({**HEAD, "tied": 1}, "head.tied is 1: "),
+        ({**HEAD, "bits": None}, "bits is None: "),
+        ({**HEAD, "bits": 5}, "bits is 5: quip_sharp has 2, 3, 4"),
+        ({**HEAD, "module": "lm_head"}, "head.module is 'lm_head', which overrides or modules_to_not_convert name"),
+    ],
+)
+def test_hostile_head(head, message):
+    with pytest.raises(ValueError) as caught:
+        CheckpointConfig.from_dict({**TIED.to_dict(), "head": head})
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(

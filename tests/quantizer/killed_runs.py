@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quip_vllm.checkpoint import store
 from quip_vllm.formats.methods import Method
-from quip_vllm.quantizer import pipeline
+from quip_vllm.quantizer import head, pipeline
 from quip_vllm.quantizer.settings import Settings
 
 
@@ -49,7 +49,7 @@ def half_a_file(call):
     store.save_file = save
 
 
-# write_shard and save_file: 1 is the calibration, 2 to 4 the layers, 5 the rest.  quantize_group: 4 a layer.
+# save_file: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 the rest.  quantize_group: 4 a layer.
 MOMENTS = {
     "before the calibration": lambda: kill_at(pipeline, "calibration_tokens", 1),
     "before the first layer": lambda: kill_at(pipeline, "_do_layer", 1),
@@ -58,7 +58,10 @@ MOMENTS = {
     "first layer done": lambda: kill_at(pipeline, "_do_layer", 1, after=True),
     "in the middle of the second layer": lambda: kill_at(pipeline, "quantize_group", 6),
     "half of the second shard": lambda: half_a_file(3),
-    "half of the last shard": lambda: half_a_file(5),
+    "in the middle of the head": lambda: kill_at(head, "quantize_head", 1),
+    "half of the head's shard": lambda: half_a_file(5),
+    "head's shard there, its record not": lambda: kill_at(head, "write_shard", 1, after=True),
+    "half of the last shard": lambda: half_a_file(6),
     "before the index": lambda: kill_at(pipeline, "write_index", 1),
     "in the middle of copying": lambda: kill_at(pipeline.shutil, "copyfile", 2),
     "before config.json": lambda: kill_at(pipeline, "write_json", 6),
@@ -76,7 +79,7 @@ def run(settings, out, resume, prepare):
 
 
 def main(model, text, folder):
-    settings = Settings(model, Method.QUIP_SHARP, 3, calibration=text, sequences=8, sequence_length=48)
+    settings = Settings(model, Method.QUIP_SHARP, 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
     pipeline.tqdm.monitor_interval = 0  # no thread before a fork
     pipeline.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}

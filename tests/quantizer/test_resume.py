@@ -40,7 +40,7 @@ def killed(tiny_model, tiny_text, tmp_path_factory):
 def test_killed_runs_resume_to_the_same_bytes(killed):
     folder, told = killed
     expected = contents(folder / "whole")
-    assert len(told) == 12 and "model-00004-of-00004.safetensors" in expected
+    assert len(told) == 15 and "model-00005-of-00005.safetensors" in expected
     for moment, (status, left, resumed) in told.items():
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
         assert ".quantize" in left and ("config.json" in left) == (moment == "before the record is removed"), moment
@@ -50,7 +50,8 @@ def test_killed_runs_resume_to_the_same_bytes(killed):
     assert shards["in the middle of the first layer"] == []
     assert len(shards["first shard there, its record not"]) == 1
     assert len(shards["half of the second shard"]) == 1
-    assert len(shards["half of the last shard"]) == 3
+    assert len(shards["half of the head's shard"]) == 3
+    assert len(shards["head's shard there, its record not"]) == len(shards["half of the last shard"]) == 4
 
 
 def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
@@ -124,6 +125,7 @@ def test_finished_layers_are_not_done_again(unfinished, monkeypatch):
         ({"overrides": (("o_proj", 4),)}, r"overrides was \[\] and is now \[\['o_proj', 4\]\]"),
         ({"hadamard_block": 32}, "hadamard_block was None and is now 32"),
         ({"sequences": 4}, "sequences was 8 and is now 4"),
+        ({"lm_head": 4}, "lm_head was None and is now 4"),
     ],
 )
 def test_other_settings(unfinished, make_settings, changes, named):

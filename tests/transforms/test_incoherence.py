@@ -40,6 +40,15 @@ def test_rotations_equal_dense_products(n, k, block):
     assert relative_error(rotate_hessian(h, su, block), u_in.T @ d_in @ h @ d_in @ u_in) < FLOAT64_TRANSFORM
 
 
+@pytest.mark.parametrize(("n", "k", "block"), [(13, 48, None), (1, 64, 16)])
+def test_the_input_side_alone(n, k, block):
+    w, su, sv = random(n, k), random_signs(k, generator(1)), random(n, seed=2)
+    u_in, d_in = dense(k, block), torch.diag(su.double())
+    rotated = rotate_weight(w, su, sv, block, rotate_output=False)
+    assert relative_error(rotated, torch.diag(sv) @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
+    assert relative_error(unrotate_weight(rotated, su, 1 / sv, block, rotate_output=False), w) < FLOAT64_TRANSFORM
+
+
 @pytest.mark.parametrize(("n", "k", "block"), CASES)
 def test_round_trip_with_signs(n, k, block):
     w, su, sv = random(n, k), random_signs(k, generator(1)), random_signs(n, generator(2))

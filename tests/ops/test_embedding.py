@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights without an output rotation: rows by number, and the product, against the dequantized weight."""
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR
+from random_layers import FORMAT_IDS, FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.reference import ReferenceBackend, decode
+from quip_vllm.transforms.hadamard import hadamard
+
+CPU = CpuBackend()
+OPS = torch.ops.quip_vllm
+SHAPES = [(16, 1, None), (272, 50, 16), (576, 333, None), (1536, 64, None), (640, 47, 64)]  # k, n, block
+
+
+def table(method, code, bits, k=64, n=40, block=None):
+    spec = LinearSpec(method, code, bits, k, (n,), block, rotate_output=False)
+    assert CPU.refusal(spec) is None
+    return spec, random_layer(spec)
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "n", "block"), SHAPES, ids=str)
+def test_rows_and_products_are_those_of_the_dequantized_weight(method, code, bits, k, n, block):
+    spec, tensors = table(method, code, bits, k, n, block)
+    dense = dequantize(spec, tensors)
+    assert dense.shape == (n, k)
+    ids = torch.randint(0, n, (7,), generator=torch.Generator().manual_seed(0))
+    ids[-1] = n - 1
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(1))
+    for backend in (CPU, ReferenceBackend()):
+        prepared = backend.prepare(spec, tensors)
+        assert relative(backend.embedding(spec, ids, prepared, torch.float32), dense[ids]) < FLOAT32_LINEAR
+        product = backend.linear(spec, x, prepared)
+        assert product.shape == (3, n)
+        assert relative(product, x.double() @ dense.double().T) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("k", [48, 96])  # 12 x 4 and 12 x 8: H_12 is not symmetric
+def test_a_row_is_that_of_its_definition(k):
+    spec, tensors = table(Method.QUIP_SHARP, None, 3, k, 5)
+    units = torch.eye(k)
+    u = hadamard(units).T  # hadamard turns rows, x U^T
+    expected = tensors["sv"].float()[:, None] * (decode(spec, tensors) @ u.T) * tensors["su"].float()
+    assert not torch.allclose(u, u.T)
+    assert relative(dequantize(spec, tensors), expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.HYB)])
+def test_half_precision_is_rounded_once(method, code, dtype):
+    spec, tensors = table(method, code, 4)
+    prepared = CPU.prepare(spec, tensors)
+    ids = torch.arange(40).view(2, 20)
+    exact = CPU.embedding(spec, ids, prepared, torch.float32)
+    assert exact.shape == (2, 20, 64)
+    assert torch.equal(CPU.embedding(spec, ids, prepared, dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (2, 0, 3)])
+def test_no_ids_and_one(shape):
+    spec, tensors = table(Method.QTIP, Code.ONE_MAD, 2)
+    rows = CPU.embedding(spec, torch.zeros(shape, dtype=torch.int64), CPU.prepare(spec, tensors), torch.float32)
+    assert rows.shape == (*shape, 64)
+
+
+@pytest.mark.parametrize("bad", [-1, 40, 47, 1 << 40])
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.ONE_MAD)])
+def test_an_id_outside_the_table_is_an_error(method, code, bad):
+    spec, tensors = table(method, code, 2)
+    for backend in (CPU, ReferenceBackend()):
+        prepared = backend.prepare(spec, tensors)
+        with pytest.raises((RuntimeError, IndexError), match="id -?[0-9]+ is not in the table|out of range"):
+            backend.embedding(spec, torch.tensor([3, bad]), prepared, torch.float32)
+
+
+def qtip_arguments():
+    spec, tensors = table(Method.QTIP, Code.HYB, 2)
+    t = CPU.prepare(spec, tensors)
+    ids = torch.tensor([5, 0, 39])
+    return [ids, t["packed"], t["su"], t["sv"], t["lut"], t["inverse_base"], 64, "hyb", 2, torch.bfloat16]
+
+
+def quip_sharp_arguments():
+    spec, tensors = table(Method.QUIP_SHARP, None, 4)
+    t = CPU.prepare(spec, tensors)
+    ids = torch.tensor([5, 0, 39])
+    return [ids, t["codes"], t["residual_codes"], t["su"], t["sv"], t["inverse_base"], 64, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("qtip_embedding", qtip_arguments), ("quip_sharp_embedding", quip_sharp_arguments)]
+)
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(OPS, name).default, arguments())
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_compiles_as_one_graph(method):
+    spec, tensors = table(method, Code.ONE_MAD if method is Method.QTIP else None, 2)
+    prepared = CPU.prepare(spec, tensors)
+
+    def both(ids):
+        return CPU.linear(spec, CPU.embedding(spec, ids, prepared, torch.float32) * 2, prepared)
+
+    ids = torch.tensor([1, 2, 30])
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="aot_eager")(ids), both(ids))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.zeros(3), "ids"),
+        (0, torch.zeros(3, 1, dtype=torch.int64), "ids"),
+        (1, torch.zeros(7, dtype=torch.int16), "packed"),
+        (2, torch.zeros(64, dtype=torch.float16), "su"),
+        (4, None, "lut"),
+        (5, torch.ones(2, 3), "base"),
+        (6, 48, "rotation"),
+        (6, 128, "rotation"),
+        (7, "4mad", "4mad"),
+        (8, 5, "bits"),
+        (9, torch.float64, "dtype"),
+    ],
+)
+def test_bad_arguments_are_refused_and_named(position, value, words):
+    arguments = qtip_arguments()
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.qtip_embedding(*arguments)
+
+
+@pytest.mark.parametrize(("position", "words"), [(1, "codes"), (2, "residual_codes")])
+def test_bad_codes_are_refused_and_named(position, words):
+    arguments = quip_sharp_arguments()
+    arguments[position] = torch.zeros(7, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match=words):
+        OPS.quip_sharp_embedding(*arguments)
+
+
+def test_unrotated_outputs_are_not_fused():
+    spec = LinearSpec(Method.QUIP_SHARP, None, 2, 64, (16, 16), rotate_output=False)
+    assert "not fused" in CPU.refusal(spec)
+
+
+def test_a_damaged_table_is_named():
+    spec, tensors = table(Method.QTIP, Code.ONE_MAD, 2)
+    tensors["packed"] = tensors["packed"][:-1]
+    with pytest.raises(ValueError, match="packed"):
+        CPU.prepare(spec, tensors)

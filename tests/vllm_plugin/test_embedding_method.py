@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's embedding and head, loaded and repacked, look up and multiply by the weight that the checkpoint stands for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm.distributed
+from numerics import FLOAT32_LINEAR
+from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_layers
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from quip_vllm.checkpoint.config import Head
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.reference import dequantize
+from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
+
+FORMATS = [(None, 2), (None, 3), (None, 4), (Code.ONE_MAD, 4), (Code.HYB, 2), (Code.LUT, 1)]
+K = 64
+NAME = "model.embed_tokens"
+
+
+@pytest.fixture
+def set_rank(monkeypatch):
+    def set_rank(rank, size):
+        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_world_size", lambda: size)
+        monkeypatch.setattr(vllm_layers, "tensor_model_parallel_all_reduce", lambda x: x)
+
+    set_rank(0, 1)
+    return set_rank
+
+
+@pytest.fixture
+def config_of(quant_config):
+    """config_of(bits, code, tied, ...): a config whose linear layers have 2 bits and whose head has ``bits``."""
+
+    def config_of(bits, code, tied=True, **kwargs):
+        head = Head(NAME if tied else "lm_head", bits, tied)
+        return quant_config(2 if code is None else 1, code, head=head, **kwargs)
+
+    return config_of
+
+
+@pytest.fixture
+def stored(random_tensors):
+    """stored(bits, code, rows): a head's tensors in the checkpoint, and the weight that they stand for."""
+
+    def stored(bits, code, rows, block=None):
+        tensors = random_tensors(bits, code, -(-rows // 16) * 16, K)
+        tensors = {name: t[:rows] if name in ("sv", "codes", "residual_codes") else t for name, t in tensors.items()}
+        method = Method.QUIP_SHARP if code is None else Method.QTIP
+        spec = LinearSpec(method, code, bits, K, (rows,), block, rotate_output=False)
+        fused = tensors | ({"lut": tensors["lut"][None]} if "lut" in tensors else {})
+        return tensors, dequantize(spec, fused)
+
+    return stored
+
+
+def build(kind, config, rows, prefix=NAME, dtype=torch.float32):
+    return kind(rows, K, params_dtype=dtype, quant_config=config, prefix=prefix)
+
+
+def finish(layer):
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert torch.linalg.norm(found - expected) <= FLOAT32_LINEAR * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("rows", [128, 83])
+@pytest.mark.parametrize(("code", "bits"), FORMATS)
+def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block):
+    tensors, weight = stored(bits, code, rows, block)
+    layer = build(VocabParallelEmbedding, config_of(bits, code, hadamard_block=block), rows, prefix="")
+    load(layer, tensors)
+    finish(layer)
+    ids = torch.tensor([[0, rows - 1], [5, 17]])
+    assert_close(layer(ids), weight[ids])
+    x, padding = torch.randn(3, K), layer.num_embeddings_padded - rows
+    logits = layer.quant_method.apply(layer, x, torch.full((layer.num_embeddings_padded,), 0.5))
+    assert_close(logits, torch.nn.functional.pad(x @ weight.T, (0, padding)) + 0.5)
+    assert not any(name in dict(layer.named_parameters()) for name in tensors)
+    finish(layer)
+
+
+@pytest.mark.parametrize(("code", "rows"), [(None, 201), (Code.HYB, 201), (Code.ONE_MAD, 256), (None, 130)])
+def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
+    tensors, weight = stored(4, code, rows)
+    ids, x = torch.tensor([0, 31, 64, 100, rows - 1]), torch.randn(3, K)
+    embedded, logits = 0, []
+    for rank in range(4):
+        set_rank(rank, 4)
+        layer = build(VocabParallelEmbedding, config_of(4, code), rows)
+        load(layer, tensors)
+        embedded = embedded + finish(layer)(ids)
+        logits.append(layer.quant_method.apply(layer, x))
+    assert_close(embedded, weight[ids])
+    assert_close(torch.cat(logits, 1)[:, :rows], x @ weight.T)
+
+
+def test_tiles_cannot_be_split(set_rank, config_of):
+    set_rank(0, 8)
+    with pytest.raises(ValueError, match="64 rows .padded. in tensor-parallel shards of 8: qtip needs multiples of 16"):
+        build(VocabParallelEmbedding, config_of(2, Code.ONE_MAD), 64)
+    build(VocabParallelEmbedding, config_of(2, None), 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_embeddings_have_the_dtype_of_the_model(set_rank, config_of, stored, load, dtype):
+    tensors, weight = stored(4, None, 64)
+    layer = build(VocabParallelEmbedding, config_of(4, None), 64, dtype=dtype)
+    load(layer, tensors)
+    assert torch.equal(finish(layer)(torch.arange(64)), weight.to(dtype))
+
+
+def test_a_tied_head_is_the_embedding(set_rank, config_of):
+    config = config_of(4, None)
+    embedding = build(VocabParallelEmbedding, config, 64, prefix="")
+    head = build(ParallelLMHead, config, 64, prefix="lm_head")
+    assert head.tie_weights(embedding) is embedding
+    plain = build(VocabParallelEmbedding, None, 64)
+    with pytest.raises(ValueError, match=r"model.embed_tokens is quantized, but vLLM.*requantize without --lm-head"):
+        head.tie_weights(plain)
+
+
+def test_who_is_ours(set_rank, config_of, quant_config):
+    def is_ours(config, kind, prefix):
+        return isinstance(config.get_quant_method(kind.__new__(kind), prefix), QuipEmbeddingMethod)
+
+    tied, untied = config_of(4, None), config_of(4, None, tied=False)
+    assert is_ours(tied, ParallelLMHead, "lm_head") and is_ours(untied, ParallelLMHead, "lm_head")
+    for prefix, ours in (("", True), (NAME, True), ("vision.embed_tokens", False)):
+        assert is_ours(tied, VocabParallelEmbedding, prefix) == ours
+        assert not is_ours(untied, VocabParallelEmbedding, prefix)
+        assert not is_ours(quant_config(), VocabParallelEmbedding, prefix)
+    assert not is_ours(quant_config(), ParallelLMHead, "lm_head")
+
+
+@pytest.mark.parametrize(("tied", "kind"), [(True, VocabParallelEmbedding), (False, ParallelLMHead)])
+def test_a_model_that_does_not_ask_is_told(config_of, monkeypatch, tied, kind):
+    group = SimpleNamespace(is_first_rank=tied, is_last_rank=not tied)
+    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
+    config = config_of(4, None, tied)
+    with pytest.raises(ValueError, match="vLLM's code of this model does not ask"):
+        config.get_checkpoint_weight_mapper()
+    config.get_quant_method(kind.__new__(kind), config.checkpoint.head.module)
+    config.get_checkpoint_weight_mapper()
+    group.is_first_rank = group.is_last_rank = False  # a pipeline stage in the middle has neither
+    config_of(4, None, tied).get_checkpoint_weight_mapper()
+
+
+def test_renamed_head(config_of):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = config_of(4, None)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.checkpoint.head == Head("language_model.model.embed_tokens", 4, True)
+
+
+@pytest.mark.parametrize("name", ["codes", "residual_codes", "su", "sv"])
+def test_missing_and_damaged_tensors_are_named(set_rank, config_of, stored, load, name):
+    tensors, _ = stored(4, None, 64)
+    layer = build(VocabParallelEmbedding, config_of(4, None), 64)
+    with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is .* expected .*requantize"):
+        load(layer, {name: tensors[name][:-1]})
+    load(layer, {other: tensor for other, tensor in tensors.items() if other != name})
+    with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is not in the checkpoint"):
+        finish(layer)
+
+
+def test_dummy_weights_need_no_checkpoint(set_rank, config_of):
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+        layer = build(VocabParallelEmbedding, config_of(4, Code.ONE_MAD), 64)
+    assert not finish(layer)(torch.arange(64)).any()
+
+
+@pytest.mark.parametrize(("code", "bits"), [(None, 4), (Code.HYB, 3), (Code.LUT, 2)])
+def test_cpu_backend_compiles_to_one_graph(set_rank, config_of, stored, load, monkeypatch, code, bits):
+    if CpuBackend().refusal(LinearSpec(Method.QUIP_SHARP, None, 2, K, (16,))) is not None:
+        pytest.skip("the compiled CPU library is not built: make build")
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    tensors, weight = stored(bits, code, 100)
+    layer = build(VocabParallelEmbedding, config_of(bits, code), 100)
+    load(layer, tensors)
+    finish(layer)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(ids):
+        return layer.quant_method.apply(layer, layer(ids))[:, :100]
+
+    ids = torch.tensor([3, 99, 50])
+    with torch.inference_mode():
+        assert_close(both(ids), weight[ids] @ weight.T)
