@@ -72,9 +72,9 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift-correction",
         type=float,
-        default=0.5,
+        default=0.35,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.5)",
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.35)",
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")

@@ -34,7 +34,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
-    drift_correction: float = 0.5
+    drift_correction: float = 0.35
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *(bits for _, bits in self.overrides)):
