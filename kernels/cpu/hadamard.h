@@ -50,12 +50,13 @@ inline void butterflies(float* v, int64_t p) {
 
 inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {
   const auto [base, q, p] = rotation;
+  if (q * p == 1) return;
   const float scale = 1.0f / std::sqrt(float(q * p));
   for (int64_t start = 0; start < n; start += q * p) {
     float* v = row + start;
     for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p);
     if (q == 1) {
-      for (int64_t i = 0; i < p && p > 1; ++i) v[i] *= scale;
+      for (int64_t i = 0; i < p; ++i) v[i] *= scale;
       continue;
     }
     for (int64_t a = 0; a < q; ++a) {

@@ -93,7 +93,7 @@ def quip_sharp_arguments():
     spec, tensors = table(Method.QUIP_SHARP, None, 4)
     t = CPU.prepare(spec, tensors)
     ids = torch.tensor([5, 0, 39])
-    return [ids, t["codes"], t["residual_codes"], t["su"], t["sv"], t["inverse_base"], 64, torch.float32]
+    return [ids, t["blocks"], t["su"], t["sv"], t["inverse_base"], 64, 4, torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,12 @@ def test_bad_arguments_are_refused_and_named(position, value, words):
         OPS.qtip_embedding(*arguments)
 
 
-@pytest.mark.parametrize(("position", "words"), [(1, "codes"), (2, "residual_codes")])
-def test_bad_codes_are_refused_and_named(position, words):
+@pytest.mark.parametrize(
+    ("position", "value", "words"), [(1, torch.zeros(7, dtype=torch.uint8), "blocks"), (6, 5, "bits")]
+)
+def test_bad_blocks_are_refused_and_named(position, value, words):
     arguments = quip_sharp_arguments()
-    arguments[position] = torch.zeros(7, dtype=torch.int16)
+    arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
         OPS.quip_sharp_embedding(*arguments)
 
