@@ -19,7 +19,7 @@ import torch
 from benchmarking import random_layer, random_signs
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, Head
 from quip_vllm.checkpoint.store import shard_name, write_index, write_json, write_shard
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec
@@ -28,6 +28,7 @@ Shape = tuple[int, int]
 Linear = Callable[[Shape, Tensor], dict[str, Tensor]]
 """(n, k) and su [k] -> the tensors of one projection; su is shared by all projections of a decoder layer."""
 
+EMBEDDING = "model.embed_tokens"
 MAX_GROUP = 128
 INT4_MULTIPLE = 32
 INT4_RMS = 4.6
@@ -101,12 +102,9 @@ def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[
         group = math.gcd(MAX_GROUP, args.hidden, args.mlp)
         described = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
         return {"quantization_config": described | {"lm_head": False}}, lambda shape, su: _int4(shape, group, generator)
-    method = Method(args.format)
-    code = Code(args.code) if method is Method.QTIP else None
-    if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
-        raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")
-    block = None if args.hadamard_block == "full" else int(args.hadamard_block)
-    config = CheckpointConfig(method, args.bits, code, block, modules_to_not_convert=("lm_head",))
+    method, code, block = _own_format(args)
+    head = None if args.lm_head is None else Head(EMBEDDING, args.lm_head, tied=True)
+    config = CheckpointConfig(method, args.bits, code, block, modules_to_not_convert=("lm_head",), head=head)
 
     def ours(shape: Shape, su: Tensor) -> dict[str, Tensor]:
         tensors = random_layer(LinearSpec(method, code, args.bits, shape[1], shape[:1], block), su, generator)
@@ -135,14 +133,24 @@ def _decoder_layer(
 
 
 def _embedding(args: argparse.Namespace, generator: torch.Generator) -> dict[str, Tensor]:
-    if args.lm_head is not None:
-        return _quantized_embedding(args)
-    return {"model.embed_tokens.weight": _dense((args.vocab, args.hidden), generator)}
+    """The tied embedding: bf16, or in the format of the layers at --lm-head bits."""
+    if args.lm_head is None:
+        return {f"{EMBEDDING}.weight": _dense((args.vocab, args.hidden), generator)}
+    method, code, block = _own_format(args)
+    spec = LinearSpec(method, code, args.lm_head, args.hidden, (args.vocab,), block, rotate_output=False)
+    tensors = random_layer(spec, random_signs(args.hidden, generator), generator)
+    return {f"{EMBEDDING}.{name}": t[0].clone() if name == "lut" else t for name, t in tensors.items()}
 
 
-def _quantized_embedding(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The tied embedding in a format of ours, at --lm-head bits."""
-    raise ValueError(f"--lm-head is {args.lm_head}: this version has no quantized output head; leave it away")
+def _own_format(args: argparse.Namespace) -> tuple[Method, Code | None, int | None]:
+    """Method, code and rotation of a checkpoint of ours. Raises ValueError for a flag that does not fit."""
+    if args.format not in (method.value for method in Method):
+        raise ValueError(f"--lm-head is {args.lm_head} for {args.format}: only quip_sharp and qtip have a quantized head")
+    method = Method(args.format)
+    if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
+        raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")
+    block = None if args.hadamard_block == "full" else int(args.hadamard_block)
+    return method, Code(args.code) if method is Method.QTIP else None, block
 
 
 def _dense(shape: Shape, generator: torch.Generator) -> Tensor:
