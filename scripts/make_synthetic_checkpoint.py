@@ -145,7 +145,9 @@ def _embedding(args: argparse.Namespace, generator: torch.Generator) -> dict[str
 def _own_format(args: argparse.Namespace) -> tuple[Method, Code | None, int | None]:
     """Method, code and rotation of a checkpoint of ours. Raises ValueError for a flag that does not fit."""
     if args.format not in (method.value for method in Method):
-        raise ValueError(f"--lm-head is {args.lm_head} for {args.format}: only quip_sharp and qtip have a quantized head")
+        raise ValueError(
+            f"--lm-head is {args.lm_head} for {args.format}: only quip_sharp and qtip have a quantized head"
+        )
     method = Method(args.format)
     if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
         raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")

@@ -18,10 +18,16 @@ def test_doctor(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"quip_vllm     {__version__}, Python {platform.python_version()}, {platform.machine()}"
     assert f"torch         {torch.__version__}" in lines
-    assert f"CPU library   loaded; kernels run at tier {cpu_tier()}" in lines
+    assert "CPU library   loaded" in lines
+    tiers = [line.split()[1:] for line in lines if line.startswith("  tier ")]
+    assert [name for name, *_ in tiers] == list(doctor.TIERS)
+    if cpu_tier() in doctor.TIERS:
+        assert [cpu_tier(), "in", "use"] in tiers
+    assert "portable" in tiers[-1]
     served = [line for line in lines if line.startswith("  cpu ")]
     assert len(served) == 5
-    assert all("cpu yes; reference no (slow, only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
+    assert all("cpu yes (" in line for line in served)
+    assert all("; reference no (slow, only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
     assert served[0].startswith("  cpu   quip_sharp E8P, 2 to 4 bits:")
     assert any("qtip hyb, 1 to 4 bits:" in line for line in served)
 
@@ -47,3 +53,8 @@ def test_doctor_with_a_broken_library(capsys, monkeypatch, tmp_path):
     assert "CPU library   the compiled library does not load (" in report
     assert "delete it and run `make build` with this torch" in report
     assert "vllm          not installed" in report and "nvcc          not found" in report
+
+
+def test_a_lacking_feature_is_named():
+    flags = {feature for feature in doctor.TIERS["amx"] if feature != "amx_int8"}
+    assert doctor._tier("amx", flags) == "amx         no: this CPU has no amx_int8" or cpu_tier() == "amx"

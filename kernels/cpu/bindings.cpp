@@ -151,7 +151,9 @@ std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
 }
 
 template <class WeightOf>
-Tensor run(const Tensor& x, const Linear& layer, bool int8, WeightOf weight_of) {
+Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, WeightOf weight_of) {
+  STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ", activations,
+                  ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
   const int64_t item = type == Type::kFloat ? 4 : 2;
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
@@ -166,8 +168,10 @@ Tensor run(const Tensor& x, const Linear& layer, bool int8, WeightOf weight_of) 
     starts.push_back(i ? starts.back() + layer.output_sizes[i - 1] : 0);
     weights.push_back(weight_of(i, starts.back(), layer.output_sizes[i]));
   }
-  STD_TORCH_CHECK(!int8 || (ops.int8_takes && ops.int8_takes(weights[0])), "int8 activations are not there for this format at tier ",
-                  ops.name, ": use exact ones");
+  const bool takes = ops.int8_takes && ops.int8_takes(weights[0]);
+  STD_TORCH_CHECK(takes || activations != "int8", "int8 activations are not there for this format at tier ", ops.name,
+                  ": use exact ones");
+  const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
   const char* in = static_cast<const char*>(x.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
@@ -219,7 +223,7 @@ Code code_of(const std::string& name) {
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
                    std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
-                   std::string code_name, int64_t bits, bool int8) {
+                   std::string code_name, int64_t bits, std::string activations) {
   const Code code = code_of(code_name);
   STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
                   code == Code::kHyb ? 4 : 8);
@@ -239,16 +243,16 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
   }
   const uint8_t* table8 = nullptr;
   const float* units = nullptr;
-  if (code == Code::kHyb && int8) {
+  if (code == Code::kHyb) {
     const int64_t projections = int64_t(output_sizes.size());
     STD_TORCH_CHECK(lut8.has_value() && lut_units.has_value() && lut8->scalar_type() == ScalarType::Byte &&
                         lut8->is_contiguous() && lut8->numel() == projections * 1024,
-                    "hyb with int8 activations needs its table as bytes in lut8 and their units in lut_units");
+                    "code hyb needs its table as bytes in lut8 and their units in lut_units, too");
     table8 = lut8->const_data_ptr<uint8_t>();
     units = floats(*lut_units, projections, "lut_units");
   }
   const int16_t* words = packed.const_data_ptr<int16_t>();
-  return run(x, layer, int8, [&](int64_t i, int64_t start, int64_t size) {
+  return run(x, layer, activations, [&](int64_t i, int64_t start, int64_t size) {
     return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),
                   size, k, table8 ? table8 + 1024 * i : nullptr, units ? units[i] : 1.0f};
   });
@@ -270,11 +274,11 @@ std::vector<const uint8_t*> lattice_blocks(const Tensor& blocks, const std::vect
 }
 
 Tensor quip_sharp_linear(const Tensor& x, const Tensor& blocks, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
-                         std::vector<int64_t> widths, std::vector<int64_t> output_sizes, int64_t bits, bool int8) {
+                         std::vector<int64_t> widths, std::vector<int64_t> output_sizes, int64_t bits, std::string activations) {
   const int64_t k = su.numel();
   Linear layer(su, sv, bases, widths, output_sizes, k);
   const std::vector<const uint8_t*> bytes = lattice_blocks(blocks, output_sizes, k, bits);
-  return run(x, layer, int8, [&](int64_t i, int64_t, int64_t size) {
+  return run(x, layer, activations, [&](int64_t i, int64_t, int64_t size) {
     return Weight{nullptr, bytes[i], nullptr, Code::kLut, int(bits), size, k};
   });
 }

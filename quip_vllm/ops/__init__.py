@@ -43,6 +43,6 @@ def encode_e8p(x: Tensor) -> Tensor:
 
 
 def cpu_tier() -> str:
-    """The instruction-set tier that the CPU kernels run at: portable, avx2 or avx512."""
+    """The instruction-set tier that the CPU kernels run at (docs/kernels.md lists them)."""
     require_cpu_library()
     return torch.ops.quip_vllm.cpu_tier()

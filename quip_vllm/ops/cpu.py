@@ -78,9 +78,9 @@ def _takes_int8(code: Code | None, bits: int) -> bool:
 
 
 def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
-    """Whether a layer's activations of this dtype are rounded to int8: QUIP_VLLM_ACTIVATIONS, else where it is fastest.
+    """Whether a layer's activations of this dtype are rounded to int8 (`run` in kernels/cpu/bindings.cpp decides so).
 
-    float32 stays exact unless asked: who serves float32 wants its digits.
+    QUIP_VLLM_ACTIVATIONS, else where the kernels have it, but for float32: who serves that wants its digits.
     """
     wanted = envs.activations()
     if wanted is not None:
@@ -102,6 +102,9 @@ class CpuBackend:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        self.activations = ""  # QUIP_VLLM_ACTIVATIONS when a layer was last prepared: a constant to torch.compile
+
     def refusal(self, spec: LinearSpec) -> str | None:
         problem = cpu_library_problem()
         if problem is not None:
@@ -120,6 +123,7 @@ class CpuBackend:
 
     def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         check(spec, tensors)
+        self.activations = envs.activations() or ""
         prepared = {
             name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in tensors.items()
@@ -142,7 +146,6 @@ class CpuBackend:
         widths = [width for _, width in _rotations(spec)]
         bases = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
-        int8 = int8_activations(spec, x.dtype)
         sv, sizes = tensors["sv"], list(spec.output_sizes)
         unused = 0 if spec.rotate_output or spec.method is not Method.QTIP else -spec.out_features % TILE
         if unused:
@@ -162,7 +165,7 @@ class CpuBackend:
                 sizes,
                 spec.code.value,
                 spec.bits,
-                int8,
+                self.activations,
             )
         else:
             y = torch.ops.quip_vllm.quip_sharp_linear(
@@ -174,7 +177,7 @@ class CpuBackend:
                 widths,
                 sizes,
                 spec.bits,
-                int8,
+                self.activations,
             )
         return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
 

@@ -8,9 +8,9 @@ _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
     "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut8, Tensor? lut_units, "
-    "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, bool int8) -> Tensor",
+    "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, int bits, bool int8) -> Tensor",
+    "int[] output_sizes, int bits, str activations) -> Tensor",
     "qtip_embedding(Tensor ids, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "
@@ -25,12 +25,12 @@ for _schema in _SCHEMAS:
 
 
 @torch.library.register_fake("quip_vllm::qtip_linear")
-def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code, bits, int8):
+def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code, bits, activations):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 
 @torch.library.register_fake("quip_vllm::quip_sharp_linear")
-def _(x, blocks, su, sv, bases, widths, output_sizes, bits, int8):
+def _(x, blocks, su, sv, bases, widths, output_sizes, bits, activations):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

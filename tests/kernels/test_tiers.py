@@ -10,7 +10,7 @@ import pytest
 from numerics import SEARCH_DISTORTION
 
 ROOT = Path(__file__).resolve().parents[2]
-TIERS = ("portable", "avx2", "avx512")
+TIERS = ("portable", "avx2", "avx512", "avx512_vnni", "amx", "amx_emulated")
 
 
 def run(tier, *arguments):
@@ -26,7 +26,7 @@ def runs_here(tier):
 def test_linear_at_every_tier(tier):
     if not runs_here(tier):
         pytest.skip(f"this CPU does not run {tier}")
-    chosen = "test_linear_is_the_dequantized_weight or rows_and_products or nearest or decodable"
+    chosen = "test_linear_is_the_dequantized_weight or rows_and_products or nearest or decodable or test_integers"
     result = run(tier, "-m", "pytest", "-q", "-x", "tests/ops", "-k", chosen)
     assert result.returncode == 0, result.stdout[-3000:]
 
