@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What int8 activations cost in quality: the CPU kernels inside transformers, exact and int8, against dense weights.
+
+Usage: python scripts/bench_activations.py CHECKPOINT ... --text FILE [--windows 4] [--csv CSV]
+
+Each checkpoint's linear layers are run three times in float32: as dense dequantized weights (the reference), by the
+kernels with exact activations, and by the kernels with int8 ones. Perplexity of each, KL divergence and top-1 agreement
+to the reference, over the same windows of 2048 tokens.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from benchmarking import ORIGIN, origin, write_rows
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from quip_vllm.checkpoint.inspection import quantized_layers, read_config
+from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.evaluation.loading import load_model
+from quip_vllm.evaluation.windows import score, windows_of
+from quip_vllm.ops import LinearSpec
+from quip_vllm.ops.cpu import CpuBackend
+
+COLUMNS = ["name", "activations", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "windows"]
+
+
+class KernelLinear(nn.Module):
+    """A quantized linear layer run by the CPU backend, with activations as the environment says when it is made."""
+
+    def __init__(self, spec: LinearSpec, tensors: dict[str, Tensor], bias: Tensor | None):
+        super().__init__()
+        self.backend, self.spec, self.bias = CpuBackend(), spec, bias
+        refusal = self.backend.refusal(spec)
+        if refusal is not None:
+            raise ValueError(refusal)
+        self.tensors = self.backend.prepare(spec, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.backend.linear(self.spec, x, self.tensors)
+        return y if self.bias is None else y + self.bias
+
+
+def with_kernels(folder: Path, activations: str) -> nn.Module:
+    """The checkpoint as a transformers model whose quantized decoder linears run on the kernels."""
+    os.environ["QUIP_VLLM_ACTIVATIONS"] = activations
+    model, config, reader = load_model(str(folder)), read_config(folder), CheckpointReader(folder)
+    for name in quantized_layers(reader, config):
+        bits = config.bits_of(name)
+        if bits is None or config.is_head(name):
+            continue
+        own = [full for full in reader.names() if full.startswith(name + ".") and not full.endswith(".bias")]
+        tensors = {full.removeprefix(name + "."): tensor for full, tensor in reader.read(own).items()}
+        if "lut" in tensors:
+            tensors["lut"] = tensors["lut"][None]
+        k, n = tensors["su"].shape[0], tensors["sv"].shape[0]
+        spec = LinearSpec(config.method, config.code, bits, k, (n,), config.hadamard_block)
+        parent, _, leaf = name.rpartition(".")
+        bias = model.get_submodule(name).bias
+        setattr(model.get_submodule(parent), leaf, KernelLinear(spec, tensors, bias))
+    return model
+
+
+def main() -> int:
+    """Writes the table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/activations.csv"))
+    args = parser.parse_args()
+    rows = []
+    for folder in args.checkpoints:
+        windows = windows_of(args.text, AutoTokenizer.from_pretrained(folder), 2048, args.windows)
+        kinds = ("exact", "int8")
+        models = [with_kernels(folder, kind) for kind in kinds]
+        for kind, figures in zip(kinds, score(models, windows, load_model(str(folder))), strict=True):
+            row = {"name": folder.name, "activations": kind, **figures, "windows": windows.shape[0]}
+            rows.append(row | origin(torch.get_num_threads()))
+            print({key: row[key] for key in COLUMNS}, flush=True)
+        write_rows(args.csv, [*COLUMNS, *ORIGIN], rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
