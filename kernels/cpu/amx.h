@@ -17,6 +17,7 @@ constexpr int kTiles = 8, kTileRows = 16, kTileBytes = 64;
 thread_local uint8_t emulated_tiles[kTiles][kTileRows][kTileBytes];
 
 struct TileUnit {};
+inline void finish_stores(const void*) {}
 
 inline void tile_load(int t, const void* from, int64_t stride) {
   for (int r = 0; r < kTileRows; ++r) std::memcpy(emulated_tiles[t][r], static_cast<const char*>(from) + r * stride, kTileBytes);
@@ -41,6 +42,9 @@ inline void tile_multiply(int c, int a, int b) {
 
 #else
 
+// GCC's tile instructions do not tell the compiler what memory they read: what is to be read must be there first.
+inline void finish_stores(const void* of) { asm volatile("" ::"r"(of) : "memory"); }
+
 // Claims the tile registers of this thread for as long as it lives: all eight of full size.
 struct TileUnit {
   TileUnit() {
@@ -50,6 +54,7 @@ struct TileUnit {
       uint8_t rows[16] = {};
     } config;
     for (int t = 0; t < kTiles; ++t) config.bytes[t] = kTileBytes, config.rows[t] = kTileRows;
+    finish_stores(&config);
     _tile_loadconfig(&config);
   }
   ~TileUnit() { _tile_release(); }
@@ -67,6 +72,8 @@ inline void multiply_tiles(const __m512i* panel, int64_t depth, int64_t quads, c
                            __m512i (*sums)[2]) {
   constexpr int64_t kSums = 2 * kTileBytes;
   const int64_t stride = 4 * x_stride;
+  finish_stores(panel);
+  finish_stores(sums);
   for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
     const bool two = rows - r > kTileRows;
     const int32_t *upper = x + r * x_stride, *lower = upper + kTileRows * x_stride;
