@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -221,6 +222,15 @@ Code code_of(const std::string& name) {
   return Code::kLut;
 }
 
+// Whether HYB's table in bytes is symmetric: rows 128..255 exchange the components of rows 0..127, the rest negates 1.
+bool symmetric_table(const uint8_t* lut8) {
+  const uint8_t *x = lut8, *y = lut8 + 512;
+  if (std::memcmp(x + 128, y, 128) || std::memcmp(y + 128, x, 128) || std::memcmp(x + 256, x, 256)) return false;
+  for (int i = 0; i < 256; ++i)
+    if (y[i + 256] != uint8_t(-y[i])) return false;
+  return true;
+}
+
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
                    std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
                    std::string code_name, int64_t bits, std::string activations) {
@@ -253,8 +263,9 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
   }
   const int16_t* words = packed.const_data_ptr<int16_t>();
   return run(x, layer, activations, [&](int64_t i, int64_t start, int64_t size) {
+    const uint8_t* bytes = table8 ? table8 + 1024 * i : nullptr;
     return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),
-                  size, k, table8 ? table8 + 1024 * i : nullptr, units ? units[i] : 1.0f};
+                  size, k, bytes, units ? units[i] : 1.0f, bytes && symmetric_table(bytes)};
   });
 }
 

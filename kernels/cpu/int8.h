@@ -8,7 +8,7 @@
 // With AMX (amx.h), many rows of bytes are multiplied tile by tile, and x is simply x[row][quad].
 //
 //   few rows    each vector is multiplied as it is decoded
-//   many rows   kPanel8 columns of 32 rows of the weight are decoded to a panel that stays in cache, then multiplied with
+//   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache, then multiplied with
 //               groups of up to kGroup rows of x, whose 32-bit quads lie side by side: x[group][quad][row]
 #pragma once
 #if defined(__AVX512VNNI__)
@@ -27,11 +27,11 @@
 namespace quip {
 namespace {
 
-constexpr int kFew = 4;       // rows multiplied while decoding,
+constexpr int kFew = 4;          // rows multiplied while decoding,
 constexpr int kFewLattice = 16;  // and by E8P at 2 bits, which leaves registers for so many sums
-constexpr int kGroup = 12;    // rows of x multiplied together: 2 x 12 sums in registers
+constexpr int kGroup = 12;       // rows of x multiplied together: 2 x 12 sums in registers
 constexpr int kRowsBlock = 192;  // rows of x whose sums are kept while a panel is multiplied
-constexpr int kVector = 64;
+constexpr int kVector = 64;      // bytes of a register
 
 // What a format leaves unsaid has the value of most formats.
 template <class Format>
@@ -74,7 +74,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     if (w.blocks) {
       if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
     } else if (w.code == Code::kHyb) {
-      symmetric_table(w.lut8) ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
+      w.lut_symmetric ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
     } else if (m <= kFew) {
       f(static_cast<OneMad8<bits>*>(nullptr));
     } else {
@@ -118,7 +118,7 @@ inline int64_t int8_bytes(const Weight& w, int64_t m) {
   return bytes;
 }
 
-// Sixteen columns as int32 to the quads of a row, `step` quads apart.
+// Columns of one row of x as int8 to its quads, which lie `step` apart.
 template <class Format>
 inline void store_quads(const int8_t* q, int64_t columns, int32_t* out, int64_t step) {
   if constexpr (repeat_of<Format>() == 4) {

@@ -177,13 +177,5 @@ struct Hyb8 {
   }
 };
 
-inline bool symmetric_table(const uint8_t* lut8) {
-  const uint8_t *x = lut8, *y = lut8 + 512;
-  if (std::memcmp(x + 128, y, 128) || std::memcmp(y + 128, x, 128) || std::memcmp(x + 256, x, 256)) return false;
-  for (int i = 0; i < 256; ++i)
-    if (y[i + 256] != uint8_t(-y[i])) return false;
-  return true;
-}
-
 }  // namespace
 }  // namespace quip

@@ -31,6 +31,7 @@ struct Weight {
   int64_t n, k;
   const uint8_t* lut8 = nullptr;  // HYB with int8 activations: [2, 512], component by component: value / lut_unit + 128
   float lut_unit = 1;
+  bool lut_symmetric = false;  // told by its first 128 rows (int8_trellis.h)
 };
 
 // An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then
