@@ -176,7 +176,8 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   const char* in = static_cast<const char*>(x.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
-  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), arranged(x, int8 ? ops.int8_bytes(weights[0], m) / 4 : 0), scales(x, m * (1 + chunks));
+  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
+  Memory arranged(x, int8 ? ops.int8_bytes(weights[0], m) / 4 : 0);
   int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
   int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
 
@@ -232,8 +233,9 @@ bool symmetric_table(const uint8_t* lut8) {
 }
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
-                   std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
-                   std::string code_name, int64_t bits, std::string activations) {
+                   std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases,
+                   std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code_name, int64_t bits,
+                   std::string activations) {
   const Code code = code_of(code_name);
   STD_TORCH_CHECK(bits >= 1 && bits <= (code == Code::kHyb ? 4 : 8), "bits is ", bits, ": ", code_name, " has 1 to ",
                   code == Code::kHyb ? 4 : 8);
@@ -284,8 +286,9 @@ std::vector<const uint8_t*> lattice_blocks(const Tensor& blocks, const std::vect
   return found;
 }
 
-Tensor quip_sharp_linear(const Tensor& x, const Tensor& blocks, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
-                         std::vector<int64_t> widths, std::vector<int64_t> output_sizes, int64_t bits, std::string activations) {
+Tensor quip_sharp_linear(const Tensor& x, const Tensor& blocks, const Tensor& su, const Tensor& sv,
+                         std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
+                         int64_t bits, std::string activations) {
   const int64_t k = su.numel();
   Linear layer(su, sv, bases, widths, output_sizes, k);
   const std::vector<const uint8_t*> bytes = lattice_blocks(blocks, output_sizes, k, bits);

@@ -7,6 +7,7 @@ from numerics import FLOAT32_LINEAR, INT8_ROUNDING
 from random_layers import random_layer
 
 from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.trellis_codes import default_lut
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
 from quip_vllm.ops.reference import decode
@@ -48,6 +49,16 @@ def expected(spec, tensors, x):
     parts = (rounded(rotated) @ decode(spec, tensors).double().T).split(spec.output_sizes, dim=-1)
     y = torch.cat([hadamard(part.contiguous(), spec.hadamard_block) for part in parts], dim=-1)
     return y * tensors["sv"].double()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_the_quantizers_own_table_takes_the_short_way_to_the_same_integers(bits, m):
+    spec = LinearSpec(Method.QTIP, Code.HYB, bits, 272, (48, 16), 16)
+    tensors = random_layer(spec)
+    tensors["lut"] = default_lut(Code.HYB)[None].repeat(2, 1, 1)
+    x = torch.randn(m, 272)
+    assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
 
 
 def relative(a, b):
