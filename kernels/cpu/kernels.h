@@ -64,7 +64,9 @@ struct Kernels {
   int16_t (*nearest)(const float* x);
 };
 
-int64_t viterbi_bytes(int step_bits, int vector_dim);
+constexpr int64_t viterbi_bytes(int step_bits, int vector_dim) {
+  return 2 * sizeof(float) * kCosts + int64_t(kSequence / vector_dim) * (kStates >> step_bits);
+}
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();  // the rest exist where kernels/build.py builds them: on x86-64
