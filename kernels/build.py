@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = [
         compiler,
         "-std=c++20",
-        *(["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS[sanitizer]] if sanitizer else ["-O3"]),
+        *(["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitizer]] if sanitizer else ["-O3"]),
         "-fPIC",
         "-Wall",
         "-Wextra",
