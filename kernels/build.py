@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles kernels/cpu into quip_vllm/lib: one object a tier, one for the bindings. Run with the venv's Python.
 
-Usage: python kernels/build.py
+Usage: python kernels/build.py [--sanitize address|thread]
+
+With --sanitize, quip_vllm/lib stays as it is. build/address gets an instrumented library, and build/address and
+build/thread the programs of tests/kernels/panels.cpp. `make sanitize` runs them.
 """
 
+import argparse
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "kernels" / "cpu"
 LIBRARY = ROOT / "quip_vllm" / "lib" / "libquip_vllm_cpu.so"
+PROGRAM = ROOT / "tests" / "kernels" / "panels.cpp"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni"]
 X86_TIERS = {
@@ -27,25 +33,35 @@ X86_TIERS = {
     "amx_emulated": [*VNNI, "-DQUIP_AMX_EMULATED"],
 }
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Builds what is older than its sources; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", choices=SANITIZERS, help="an instrumented build, in build/")
+    sanitizer = parser.parse_args(arguments).sanitize
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         print(f"compiler {compiler} is not on the PATH: install g++ (apt-get install g++) or set CXX", file=sys.stderr)
         return 2
-    newest = max(path.stat().st_mtime for path in [*SOURCE.iterdir(), Path(__file__)])
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest:
-        print(f"{LIBRARY.relative_to(ROOT)} is up to date")
+    objects = ROOT / "build" / (sanitizer or "cpu")
+    library = objects / LIBRARY.name if sanitizer else LIBRARY
+    program = objects / PROGRAM.stem
+    last = program if sanitizer else library
+    sources = [*SOURCE.iterdir(), Path(__file__), *([PROGRAM] if sanitizer else [])]
+    if last.exists() and last.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        print(f"{last.relative_to(ROOT)} is up to date")
         return 0
-    objects = ROOT / "build" / "cpu"
     objects.mkdir(parents=True, exist_ok=True)
-    LIBRARY.parent.mkdir(exist_ok=True)
+    library.parent.mkdir(exist_ok=True)
     flags = [
         compiler,
         "-std=c++20",
-        "-O3",
+        *(["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitizer]] if sanitizer else ["-O3"]),
         "-fPIC",
         "-Wall",
         "-Wextra",
@@ -57,23 +73,31 @@ def main() -> int:
     torch_root = Path(torch.__file__).parent
     include = ["-isystem", str(torch_root / "include"), f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     tiers = {"portable": [], **(X86_TIERS if platform.machine() in ("x86_64", "AMD64") else {})}
-    jobs = [
-        [*flags, *tier_flags, f"-DQUIP_TIER={tier}", "-c", str(SOURCE / "tier.cpp"), "-o", str(objects / f"{tier}.o")]
+    jobs = {
+        tier: [*flags, *tier_flags, f"-DQUIP_TIER={tier}", str(SOURCE / "tier.cpp")]
         for tier, tier_flags in tiers.items()
-    ]
-    jobs.append([*flags, *include, "-c", str(SOURCE / "bindings.cpp"), "-o", str(objects / "bindings.o")])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda command: subprocess.run(command).returncode, jobs))
-    if any(codes):
-        return 1
-    fresh = LIBRARY.with_suffix(".tmp")
+    }
     # portable.o stays first: of an inline function that several objects hold, the linker keeps the first.
-    link = [compiler, "-shared", *(command[-1] for command in jobs), "-o", str(fresh), f"-L{torch_root / 'lib'}"]
-    link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    if subprocess.run(link).returncode:
-        return 1
-    fresh.replace(LIBRARY)
-    print(f"built {LIBRARY.relative_to(ROOT)} ({LIBRARY.stat().st_size // 1024} KiB): {', '.join(tiers)}")
+    links: dict[Path, list[str]] = {}
+    if sanitizer != "thread":  # under Python libgomp is not instrumented: its barriers would be reported as races
+        jobs["bindings"] = [*flags, *include, str(SOURCE / "bindings.cpp")]
+        torch_libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        links[library] = ["-shared", *(f"{name}.o" for name in jobs), *torch_libraries]
+    if sanitizer:
+        for name, macro in ((PROGRAM.stem + "_planted", ["-DQUIP_PLANTED"]), (PROGRAM.stem, [])):
+            jobs[name] = [*flags, *macro, f"-I{SOURCE}", str(PROGRAM)]
+            links[objects / name] = [*(f"{tier}.o" for tier in tiers), f"{name}.o", "-pthread"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [[*command, "-c", "-o", f"{name}.o"] for name, command in jobs.items()]
+        if any(pool.map(lambda command: subprocess.run(command, cwd=objects).returncode, commands)):
+            return 1
+    for target, parts in links.items():
+        fresh = target.with_suffix(".tmp")
+        command = [compiler, *SANITIZERS.get(sanitizer, []), *parts, "-o", str(fresh)]
+        if subprocess.run(command, cwd=objects).returncode:
+            return 1
+        fresh.replace(target)
+        print(f"built {target.relative_to(ROOT)} ({target.stat().st_size // 1024} KiB): {', '.join(tiers)}")
     return 0
 
 

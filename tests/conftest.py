@@ -3,12 +3,29 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import tiny_models
 
 if importlib.util.find_spec("transformers") is None:
     collect_ignore = ["quantizer", "evaluation", "test_cli.py"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-library", type=Path, help="test this build of the CPU library")
+    parser.addoption("--sanitize", action="store_true", help="build and run tests/kernels/test_sanitizers.py (minutes)")
+
+
+def pytest_configure(config):
+    library = config.getoption("--cpu-library")
+    if library is not None:
+        from quip_vllm.ops import extension
+
+        extension.CPU_LIBRARY = library.resolve()
+        problem = extension.cpu_library_problem()
+        if problem is not None:
+            raise pytest.UsageError(f"--cpu-library is {library}: {problem}")
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,6 @@
 
 namespace quip {
 
-int64_t viterbi_bytes(int step_bits, int vector_dim) {
-  return 2 * sizeof(float) * kCosts + int64_t(kSequence / vector_dim) * (kStates >> step_bits);
-}
-
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -88,10 +84,18 @@ const Kernels& kernels() {
   return chosen;
 }
 
+// Where a tensor lies. Compiled loops count on a multiple of the item's size, which torch.frombuffer does not give.
+const void* address(const Tensor& t, size_t item, const char* name) {
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % item == 0, name, " lies at an address that is no multiple of ", item,
+                  " bytes, the size of its items: give a clone of it");
+  return data;
+}
+
 const float* floats(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, name, " has ", t.numel(),
                   " elements: the op wants a contiguous float32 tensor of ", count);
-  return t.const_data_ptr<float>();
+  return static_cast<const float*>(address(t, sizeof(float), name));
 }
 
 // The fused layer around its weight: rotations, signs, sizes.
@@ -104,15 +108,19 @@ struct Linear {
   Linear(const Tensor& su_, const Tensor& sv_, const std::vector<Tensor>& bases, const std::vector<int64_t>& widths,
          std::vector<int64_t> sizes, int64_t k_)
       : output_sizes(std::move(sizes)), k(k_) {
-    for (int64_t size : output_sizes) n += size;
+    for (int64_t size : output_sizes) {
+      STD_TORCH_CHECK(size > 0 && size <= sv_.numel(), "a projection has ", size, " outputs and sv ", sv_.numel(),
+                      ": sv has one for each output of each projection");
+      n += size;
+    }
     su = floats(su_, k, "su"), sv = floats(sv_, n, "sv");
-    STD_TORCH_CHECK(bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
+    STD_TORCH_CHECK(n > 0 && bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
                     "bases and widths have ", bases.size(), " and ", widths.size(),
                     " entries: give one for the input and one for each of the ", output_sizes.size(), " projections");
     for (size_t i = 0; i < bases.size(); ++i) {
       const int64_t q = bases[i].size(0), p = widths[i], length = i ? output_sizes[i - 1] : k;
-      STD_TORCH_CHECK(p > 0 && (p & (p - 1)) == 0 && length > 0 && length % (q * p) == 0, "a rotation of ", q, " x ", p,
-                      " does not divide the length ", length, ": widths are powers of two whose product with the base does");
+      const bool divides = q > 0 && p > 0 && (p & (p - 1)) == 0 && length > 0 && length % q == 0 && length / q % p == 0;
+      STD_TORCH_CHECK(divides, "a rotation of ", q, " x ", p, " does not divide the length ", length, ": widths are powers of two whose product with the base does");
       rotations.push_back({floats(bases[i], q * q, "base"), q, p});
       scratch = std::max(scratch, q * p);
     }
@@ -173,7 +181,7 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   STD_TORCH_CHECK(takes || activations != "int8", "int8 activations are not there for this format at tier ", ops.name,
                   ": use exact ones");
   const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
-  const char* in = static_cast<const char*>(x.const_data_ptr());
+  const char* in = static_cast<const char*>(address(x, item, "x"));
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
   Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
@@ -263,7 +271,7 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
     table8 = lut8->const_data_ptr<uint8_t>();
     units = floats(*lut_units, projections, "lut_units");
   }
-  const int16_t* words = packed.const_data_ptr<int16_t>();
+  const int16_t* words = static_cast<const int16_t*>(address(packed, sizeof(int16_t), "packed"));
   return run(x, layer, activations, [&](int64_t i, int64_t start, int64_t size) {
     const uint8_t* bytes = table8 ? table8 + 1024 * i : nullptr;
     return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),

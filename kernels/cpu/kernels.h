@@ -67,7 +67,9 @@ struct Kernels {
   void (*decode_row)(const Weight& w, int64_t row, float* out);
 };
 
-int64_t viterbi_bytes(int step_bits, int vector_dim);
+constexpr int64_t viterbi_bytes(int step_bits, int vector_dim) {
+  return 2 * sizeof(float) * kCosts + int64_t(kSequence / vector_dim) * (kStates >> step_bits);
+}
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();  // the rest exist where kernels/build.py builds them: on x86-64

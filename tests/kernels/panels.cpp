@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the kernels of a tier over std::thread, as bindings.cpp does with parallel_for, and compares with one thread bit
+// for bit. kernels/build.py --sanitize builds it; tests/kernels/test_sanitizers.py runs it.
+//
+// Usage: panels TIER                                   exit 0, or 1 where bits differ
+//        panels_planted TIER read|misaligned|race      an error on purpose, which the sanitizer must report
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace quip;
+
+namespace {
+
+const Kernels* kernels_of(const std::string& tier) {
+#if defined(__x86_64__)
+  for (const Kernels* kernels : {avx2_kernels(), avx512_kernels(), avx512_vnni_kernels()})
+    if (tier == kernels->name) return kernels;
+#endif
+  return tier == "portable" ? portable_kernels() : nullptr;
+}
+
+template <class F>
+void parallel(int threads, int64_t count, F f) {
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t)
+    pool.emplace_back([=] {
+      for (int64_t i = t; i < count; i += threads) f(i);
+    });
+  for (std::thread& thread : pool) thread.join();
+}
+
+std::mt19937 generator(1);
+
+template <class T>
+std::vector<T> random_bits(int64_t count) {
+  std::vector<T> values(count);
+  for (T& value : values) value = T(generator());
+  return values;
+}
+
+std::vector<float> random_floats(int64_t count) {
+  std::vector<float> values(count);
+  std::normal_distribution<float> normal;
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+// A random weight with memory of exactly its size.
+struct Layer {
+  std::vector<int16_t> packed;
+  std::vector<uint8_t> blocks, lut8;
+  std::vector<float> lut, x, su, sv, base;
+  Weight weight;
+
+  Layer(bool lattice, Code code, int bits, int64_t n, int64_t k, int64_t m)
+      : packed(random_bits<int16_t>(lattice ? 0 : n / kTile * k * bits)),
+        blocks(random_bits<uint8_t>(lattice ? (n + kTile - 1) / kTile * ((k + 31) / 32) * 64 * bits : 0)),
+        lut8(random_bits<uint8_t>(1024)),
+        lut(random_floats(code == Code::kLut ? kStates : 1024)),
+        x(random_floats(m * k)),
+        su(random_floats(k)),
+        sv(random_floats(n)),
+        base(random_floats(k / 8 * (k / 8))),
+        weight{lattice ? nullptr : packed.data(), lattice ? blocks.data() : nullptr, lut.data(), code, bits, n, k, lut8.data()} {}
+};
+
+// The three loops of `run` in bindings.cpp.
+std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int64_t m, int threads) {
+  const Weight& w = layer.weight;
+  const int64_t stride = (w.k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8, rows = int8 ? 2 * kTile : kTile;
+  const Rotation in{layer.base.data(), w.k / 8, 8}, out{layer.base.data(), 1, w.n & -w.n};
+  std::vector<float> rotated(m * stride), product(m * w.n), y(m * w.n), scales(m);
+  std::vector<int32_t> totals(m * chunks), arranged(int8 ? ops.int8_bytes(w, m) / 4 : 0);
+  int8_t* x8 = reinterpret_cast<int8_t*>(arranged.data());
+  parallel(threads, m, [&](int64_t r) {
+    std::vector<float> scratch(w.k);
+    float* row = rotated.data() + r * stride;
+    ops.rotate_in(layer.x.data() + r * w.k, Type::kFloat, layer.su.data(), w.k, in, row, scratch.data());
+    if (int8) ops.int8_quantize(w, row, r, m, x8, &scales[r], &totals[r * chunks]);
+  });
+  parallel(threads, (w.n + rows - 1) / rows, [&](int64_t j) {
+    if (int8)
+      ops.int8_panel(w, j * rows, x8, scales.data(), totals.data(), m, product.data(), w.n);
+    else
+      ops.panel(w, j * rows, rotated.data(), stride, m, product.data(), w.n);
+  });
+  parallel(threads, m, [&](int64_t r) {
+    std::vector<float> scratch(w.n);
+    ops.rotate_out(product.data() + r * w.n, w.n, out, layer.sv.data(), Type::kFloat, y.data() + r * w.n, scratch.data());
+  });
+  return y;
+}
+
+std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& targets, const std::vector<float>& values, int dim,
+                            int threads) {
+  const int64_t steps = kSequence / dim, count = int64_t(targets.size()) / kSequence;
+  std::vector<int32_t> states(count * steps);
+  parallel(threads, count, [&](int64_t i) {
+    std::vector<float> work(viterbi_bytes(2 * dim, dim) / sizeof(float) + 16);
+    ops.viterbi(targets.data() + i * kSequence, values.data(), 2 * dim, dim, states.data() + i * steps, work.data());
+  });
+  return states;
+}
+
+std::vector<int16_t> nearest(const Kernels& ops, const std::vector<float>& points, int threads) {
+  std::vector<int16_t> codes(points.size() / 8);
+  parallel(threads, int64_t(codes.size()), [&](int64_t i) { codes[i] = ops.nearest(points.data() + 8 * i); });
+  return codes;
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+#ifdef QUIP_PLANTED
+int plant(const Kernels& ops, const std::string& error) {
+  Layer layer(false, Code::kOneMad, 2, 32, 64, 1);
+  std::vector<float> y(33);
+  if (error == "read") {  // the last tile is one word short
+    const std::vector<int16_t> cut(layer.packed.begin(), layer.packed.end() - 1);
+    layer.weight.packed = cut.data();
+    ops.panel(layer.weight, 16, layer.x.data(), 64, 1, y.data(), 32);
+  } else if (error == "misaligned") {
+    float* odd = reinterpret_cast<float*>(reinterpret_cast<char*>(y.data()) + 1);
+    ops.panel(layer.weight, 0, layer.x.data(), 64, 1, odd, 32);
+  } else if (error == "race") {  // two threads write one panel
+    parallel(2, 2, [&](int64_t) { ops.panel(layer.weight, 0, layer.x.data(), 64, 1, y.data(), 32); });
+  }
+  return 0;
+}
+#else
+int compare(const Kernels& ops) {
+  int different = 0;
+  const auto check = [&](bool equal, const char* what, int code, int bits, int64_t m, bool int8) {
+    if (!equal) std::printf("%s differs: code %d, %d bits, %ld rows, int8 %d\n", what, code, bits, long(m), int8);
+    different += !equal;
+  };
+  for (int kind = -1; kind < 4; ++kind) {  // -1: the lattice
+    const Code code = kind < 0 ? Code::kLut : Code(kind);
+    for (int bits = kind < 0 ? 2 : 1; bits <= (kind < 0 || code == Code::kHyb ? 4 : 8); ++bits)
+      for (const int64_t m : {1, 5, 29})
+        for (const bool int8 : {false, true}) {
+          const Layer layer(kind < 0, code, bits, kind < 0 ? 76 : 80, 272, m);
+          if (int8 && !(ops.int8_takes && ops.int8_takes(layer.weight))) continue;
+          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", kind, bits, m, int8);
+        }
+  }
+  for (const int dim : {1, 2}) {
+    const std::vector<float> targets = random_floats(2 * kSequence), values = random_floats(dim * kStates);
+    check(same(encode(ops, targets, values, dim, 1), encode(ops, targets, values, dim, 2)), "viterbi", dim, 2, 2, false);
+  }
+  const std::vector<float> points = random_floats(8 * 64);
+  check(same(nearest(ops, points, 1), nearest(ops, points, 4)), "nearest", -1, 2, 64, false);
+  return different ? 1 : 0;
+}
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Kernels* ops = argc > 1 ? kernels_of(argv[1]) : nullptr;
+  if (!ops) return std::fprintf(stderr, "tier %s: give one of those in kernels/build.py\n", argc > 1 ? argv[1] : "missing"), 2;
+#ifdef QUIP_PLANTED
+  return argc > 2 ? plant(*ops, argv[2]) : 2;
+#else
+  return compare(*ops);
+#endif
+}

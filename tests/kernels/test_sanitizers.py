@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make sanitize`: the CPU library under the address, undefined-behaviour and thread sanitizers.
+
+The op tests run against an instrumented library. The thread sanitizer would report the barriers of libgomp, which is
+not instrumented, as races: for it panels.cpp runs the same kernels over std::thread.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quip_vllm.ops import cpu_tier
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+TIERS = ("portable", "avx2", "avx512", "avx512_vnni")
+SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_outside", "only_the_packed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def builds(request):
+    if not request.config.getoption("--sanitize"):
+        pytest.skip("builds and runs for minutes: make sanitize")
+    for sanitizer in ("address", "thread"):
+        subprocess.run([sys.executable, "kernels/build.py", "--sanitize", sanitizer], cwd=ROOT, check=True)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request):
+    if request.param not in TIERS[: TIERS.index(cpu_tier()) + 1]:
+        pytest.skip(f"this CPU does not run {request.param}")
+    return request.param
+
+
+def run(*command, **environment):
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def run_python(*arguments, **environment):
+    """Python with the runtimes of the sanitizers; they look for C++ exceptions at start, hence libstdc++."""
+    compiler = os.environ.get("CXX", "g++")
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    found = [run(compiler, f"-print-file-name={name}").stdout.strip() for name in names]
+    environment |= {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    return run(sys.executable, *arguments, **environment)
+
+
+def test_op_tests_are_clean(tier):
+    library = BUILD / "address" / "libquip_vllm_cpu.so"
+    chosen = " and ".join(f"not {name}" for name in SLOW)
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", chosen)
+    result = run_python(*arguments, "--cpu-library", str(library), QUIP_VLLM_CPU_TIER=tier)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_threads_give_the_same_bits_and_no_report(sanitizer, tier):
+    result = run(str(BUILD / sanitizer / "panels"), tier)
+    assert result.returncode == 0, result.stdout + result.stderr[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "error", "report"),
+    [
+        ("address", "read", "ERROR: AddressSanitizer"),
+        ("address", "misaligned", "misaligned address"),
+        ("thread", "race", "data race"),
+    ],
+)
+def test_a_planted_error_is_caught(sanitizer, error, report, tier):
+    result = run(str(BUILD / sanitizer / "panels_planted"), tier, error)
+    assert result.returncode != 0
+    assert report in result.stderr
+
+
+def test_the_address_sanitizer_is_alive_in_python():
+    write = "ctypes.CDLL(None).memset(ctypes.c_void_p(t.data_ptr()), 0, 65)"
+    result = run_python("-c", f"import ctypes, torch; t = torch.zeros(16); {write}")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr

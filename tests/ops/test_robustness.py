@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad values, odd memory, wrong sizes, threads and processes: an error or the right result, for every format."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from random_layers import FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, cpu_tier, extension
+from quip_vllm.ops.cpu import CpuBackend, _takes_int8, int8_activations
+
+CPU = CpuBackend()
+CASES = [(*format, activations) for format in FORMATS for activations in ("exact", "int8")]
+K, SIZES = 80, (48, 16)
+ROWS = (3, 21)  # fewer and more than are multiplied while decoding
+
+
+def case_id(case):
+    method, code, bits, activations = case
+    return f"{method.value}-{code.value if code else 'e8p'}-{bits}-{activations}"
+
+
+@pytest.fixture(params=CASES, ids=case_id)
+def layer(request, monkeypatch):
+    """(spec, prepared tensors) of a format, with its activations chosen."""
+    method, code, bits, activations = request.param
+    if activations == "int8" and not _takes_int8(code, bits):
+        pytest.skip(f"tier {cpu_tier()} has no int8 activations for this format")
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", activations)
+    spec = LinearSpec(method, code, bits, K, SIZES)
+    assert CPU.refusal(spec) is None
+    return spec, CPU.prepare(spec, random_layer(spec))
+
+
+def rows(m, k=K):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+
+
+def shifted(tensor):
+    """The same values one item into a larger buffer."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].copy_(tensor.flatten()).view(tensor.shape)
+
+
+def between_items(tensor):
+    """The same values one byte into a larger buffer."""
+    buffer = bytearray(1) + tensor.numpy().tobytes()
+    return torch.frombuffer(buffer, dtype=tensor.dtype, offset=1).view(tensor.shape)
+
+
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_value_spoils_its_row_only(layer, m, bad):
+    spec, tensors = layer
+    x = rows(m)
+    clean = CPU.linear(spec, x, tensors)
+    assert clean.isfinite().all()
+    x[1, 7] = bad
+    y = CPU.linear(spec, x, tensors)
+    others = [r for r in range(m) if r != 1]
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("m", ROWS)
+def test_zeros_give_zeros(layer, m):
+    spec, tensors = layer
+    x = rows(m)
+    clean = CPU.linear(spec, x, tensors)
+    x[1] = 0
+    y = CPU.linear(spec, x, tensors)
+    assert not y[1].any()
+    assert torch.equal(y[2:], clean[2:])
+    assert not CPU.linear(spec, torch.zeros(m, K), tensors).any()
+
+
+def test_no_rows_give_no_rows(layer):
+    spec, tensors = layer
+    assert CPU.linear(spec, torch.empty(0, K), tensors).shape == (0, sum(SIZES))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_memory_of_x_does_not_matter(layer, dtype):
+    spec, tensors = layer
+    x = rows(5).to(dtype)
+    y = CPU.linear(spec, x, tensors)
+    for same in (x.T.contiguous().T, x.repeat_interleave(2, 1)[:, ::2], shifted(x), torch.cat([x, x], 1)[:, K:]):
+        assert torch.equal(same, x)
+        assert torch.equal(CPU.linear(spec, same, tensors), y)
+
+
+def test_memory_of_the_weight_does_not_matter(layer):
+    spec, tensors = layer
+    moved = {name: shifted(tensor) for name, tensor in tensors.items()}
+    assert all(tensor.is_contiguous() and tensor.storage_offset() == 1 for tensor in moved.values())
+    assert torch.equal(CPU.linear(spec, rows(5), moved), CPU.linear(spec, rows(5), tensors))
+
+
+def test_an_address_between_items_is_refused(layer):
+    spec, tensors = layer
+    with pytest.raises(RuntimeError, match="x lies at an address .* give a clone"):
+        CPU.linear(spec, between_items(rows(5)), tensors)
+    for name in {"packed", "su", "sv"} & set(tensors):
+        with pytest.raises(RuntimeError, match=f"{name} lies at an address .* give a clone"):
+            CPU.linear(spec, rows(5), {**tensors, name: between_items(tensors[name])})
+
+
+def test_truncated_tensors_are_refused(layer):
+    spec, tensors = layer
+    used = set(tensors) - (set() if int8_activations(spec, torch.float32) else {"lut8", "lut_units"})
+    for name in used:
+        cut = {**tensors, name: tensors[name].flatten()[:-1]}
+        with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|rotation|outputs"):
+            CPU.linear(spec, rows(5), cut)
+
+
+@pytest.mark.parametrize("m", [1, 21])
+def test_threads_do_not_change_bits(layer, m):
+    spec, tensors = layer
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = CPU.linear(spec, rows(m), tensors)
+        torch.set_num_threads(2)
+        assert torch.equal(CPU.linear(spec, rows(m), tensors), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def digests():
+    """A digest of the result of each format, for bfloat16 activations."""
+    found = []
+    for method, code in ((Method.QUIP_SHARP, None), (Method.QTIP, Code.ONE_MAD), (Method.QTIP, Code.HYB)):
+        spec = LinearSpec(method, code, 2, 576, (192, 64))
+        assert CPU.refusal(spec) is None
+        y = CPU.linear(spec, rows(21, 576).bfloat16(), CPU.prepare(spec, random_layer(spec)))
+        found.append(hashlib.sha256(y.float().numpy().tobytes()).hexdigest())
+    return found
+
+
+def test_two_processes_at_once_give_the_same_bits(request):
+    program = (
+        "import sys; sys.path[:0] = ['tests', 'tests/ops']; from pathlib import Path; "
+        "from quip_vllm.ops import extension; extension.CPU_LIBRARY = Path(sys.argv[1]); "
+        "import test_robustness; print(test_robustness.digests())"
+    )
+    command = [sys.executable, "-c", program, str(extension.CPU_LIBRARY)]
+    processes = [
+        subprocess.Popen(command, cwd=request.config.rootpath, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    results = [process.communicate()[0].strip() for process in processes]
+    assert results == [str(digests())] * 2
+
+
+@pytest.mark.parametrize(("sizes", "order"), [([], 1), ([16], 0), ([1 << 62] * 4, 1)])
+def test_absurd_sizes_are_refused(sizes, order):
+    """No projections, a rotation of order 0, sizes whose sum overflows."""
+    CPU.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 16, (16,)))  # loads the library
+    widths = [16] * (len(sizes) + 1)
+    matrices = [torch.ones(order, order)] * len(widths)
+    sv = torch.ones(16 if len(sizes) == 1 else 0)
+    packed = torch.zeros(len(sv) * 2, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match="projection|rotation"):
+        torch.ops.quip_vllm.qtip_linear(
+            torch.ones(1, 16), packed, torch.ones(16), sv, None, None, None, matrices, widths, sizes, "1mad", 2, True
+        )

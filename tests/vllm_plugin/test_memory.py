@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer of vLLM holds once it is loaded: its packed weight and at most a tenth more."""
+
+import pytest
+import torch
+from random_layers import FORMAT_IDS, FORMATS
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.dispatch import LinearSpec
+
+SIZE = 2048
+
+
+def held(layer):
+    """Address -> bytes of every storage behind the layer's parameters and buffers."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_a_loaded_layer_holds_its_packed_weight(
+    set_rank, quant_config, random_tensors, load, monkeypatch, method, code, bits
+):
+    problem = CpuBackend().refusal(LinearSpec(method, code, bits, SIZE, (SIZE,)))
+    if problem is not None:
+        pytest.skip(problem)
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    layers = []
+    for seed in range(2):
+        config = quant_config(bits, code)
+        layer = ReplicatedLinear(
+            SIZE, SIZE, bias=False, quant_config=config, prefix=f"m.{seed}", params_dtype=torch.bfloat16
+        )
+        load(layer, random_tensors(bits, code, SIZE, SIZE, seed))
+        layer.quant_method.process_weights_after_loading(layer)
+        layers.append(held(layer))
+    packed = SIZE * SIZE * bits // 8
+    first, second = layers
+    own = sum(size for address, size in second.items() if address not in first)  # the values of LUT are all layers'
+    assert packed <= own <= 1.1 * packed
+    assert sum(first.values()) <= own + 65536 * 4
