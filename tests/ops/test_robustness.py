@@ -165,5 +165,5 @@ def test_absurd_sizes_are_refused(sizes, order):
     packed = torch.zeros(len(sv) * 2, dtype=torch.int16)
     with pytest.raises(RuntimeError, match="projection|rotation"):
         torch.ops.quip_vllm.qtip_linear(
-            torch.ones(1, 16), packed, torch.ones(16), sv, None, None, None, matrices, widths, sizes, "1mad", 2, True
+            torch.ones(1, 16), packed, torch.ones(16), sv, None, None, None, matrices, widths, sizes, "1mad", 2, "int8"
         )
