@@ -4,7 +4,8 @@
 Usage: python scripts/bench_quality.py MODEL --calibration FILE --text FILE --work DIR [--csv CSV] [--only NAME ...]
 
 Each row of CONFIGURATIONS is quantized into DIR/NAME with `quip-vllm quantize` unless that folder is finished already;
-then all are measured side by side on the same windows. Rows are written to the CSV with commit and machine.
+then all are measured side by side on the same windows. Their rows take the place of those of the same names in the
+CSV, with commit and machine; other rows stay.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -22,24 +24,18 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
 
+METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
+METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
+ROTATIONS = {"b64": "64", "b128": "128", "bmax": "1024"}
 CONFIGURATIONS = {
-    "qs2": ["--method", "quip_sharp", "--bits", "2"],
-    "qs3": ["--method", "quip_sharp", "--bits", "3"],
-    "qs4": ["--method", "quip_sharp", "--bits", "4"],
-    "qt2": ["--method", "qtip", "--bits", "2", "--code", "1mad"],
-    "qt3": ["--method", "qtip", "--bits", "3", "--code", "1mad"],
-    "qt4": ["--method", "qtip", "--bits", "4", "--code", "1mad"],
-    "qh2": ["--method", "qtip", "--bits", "2", "--code", "hyb"],
-    "qh3": ["--method", "qtip", "--bits", "3", "--code", "hyb"],
-    "qh4": ["--method", "qtip", "--bits", "4", "--code", "hyb"],
-    "qs2d0": ["--method", "quip_sharp", "--bits", "2", "--drift-correction", "0"],
-    "qs2b64": ["--method", "quip_sharp", "--bits", "2", "--hadamard-block", "64"],
-    "qs2b128": ["--method", "quip_sharp", "--bits", "2", "--hadamard-block", "128"],
-    "qs2bmax": ["--method", "quip_sharp", "--bits", "2", "--hadamard-block", "1024"],
-    "qt2b64": ["--method", "qtip", "--bits", "2", "--code", "1mad", "--hadamard-block", "64"],
-    "qt2b128": ["--method", "qtip", "--bits", "2", "--code", "1mad", "--hadamard-block", "128"],
-    "qt2bmax": ["--method", "qtip", "--bits", "2", "--code", "1mad", "--hadamard-block", "1024"],
+    f"{name}{bits}": [*method, "--bits", str(bits)] for name, method in METHODS.items() for bits in (2, 3, 4)
 }
+CONFIGURATIONS |= {
+    f"{name}2{short}": [*CONFIGURATIONS[f"{name}2"], "--hadamard-block", block]
+    for name in METHODS
+    for short, block in ROTATIONS.items()
+}
+CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in CONFIGURATIONS.items()}
 COLUMNS = ["name", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "bits_per_weight", "bytes"]
 COLUMNS += ["mean_proxy_loss", "arguments", "windows", "commit", "machine"]
 
@@ -53,7 +49,7 @@ def main() -> int:
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/quality.csv"))
-    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), choices=list(CONFIGURATIONS))
+    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=list(CONFIGURATIONS))
     args = parser.parse_args()
     sequences = ["--calibration", args.calibration, "--sequences", "64", "--sequence-length", "1024"]
     for name in args.only:
@@ -67,19 +63,24 @@ def main() -> int:
     models = [load_model(str(args.work / name)) for name in args.only]
     figures = score(models, windows, load_model(args.model))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    rows: dict[str, dict[str, Any]] = {}
+    if args.csv.exists():
+        with open(args.csv, newline="") as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+    for name, row in zip(args.only, figures, strict=True):
+        report = json.loads((args.work / name / "quantization_report.json").read_text())
+        losses = [layer["proxy_loss"] for layer in report["layers"]]
+        totals = inspect(args.work / name)["totals"]
+        row = {key: round(value, 5) for key, value in row.items()}
+        row |= {key: totals[key] for key in ("bits_per_weight", "bytes")}
+        row |= {"name": name, "arguments": " ".join(CONFIGURATIONS[name]), "windows": windows.shape[0]}
+        row |= {"mean_proxy_loss": round(sum(losses) / len(losses), 6), "commit": commit}
+        rows[name] = {**row, "machine": f"{platform.machine()} CPU"}
+        print({key: row[key] for key in COLUMNS[:7]}, flush=True)
     with open(args.csv, "w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        for name, row in zip(args.only, figures, strict=True):
-            report = json.loads((args.work / name / "quantization_report.json").read_text())
-            losses = [layer["proxy_loss"] for layer in report["layers"]]
-            totals = inspect(args.work / name)["totals"]
-            row = {key: round(value, 5) for key, value in row.items()}
-            row |= {key: totals[key] for key in ("bits_per_weight", "bytes")}
-            row |= {"name": name, "arguments": " ".join(CONFIGURATIONS[name]), "windows": windows.shape[0]}
-            row |= {"mean_proxy_loss": round(sum(losses) / len(losses), 6), "commit": commit}
-            table.writerow({**row, "machine": f"{platform.machine()} CPU"})
-            print({key: row[key] for key in COLUMNS[:7]}, flush=True)
+        table.writerows(rows[name] for name in CONFIGURATIONS if name in rows)
     return 0
 
 
