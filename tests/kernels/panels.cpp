@@ -119,24 +119,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-#ifdef QUIP_PLANTED
-int plant(const Kernels& ops, const std::string& error) {
-  Layer layer(false, Code::kOneMad, 2, 32, 64, 1);
-  std::vector<float> y(33);
-  if (error == "read") {  // the last tile is one word short
-    const std::vector<int16_t> cut(layer.packed.begin(), layer.packed.end() - 1);
-    layer.weight.packed = cut.data();
-    ops.panel(layer.weight, 16, layer.x.data(), 64, 1, y.data(), 32);
-  } else if (error == "misaligned") {
-    float* odd = reinterpret_cast<float*>(reinterpret_cast<char*>(y.data()) + 1);
-    ops.panel(layer.weight, 0, layer.x.data(), 64, 1, odd, 32);
-  } else if (error == "race") {  // two threads write one panel
-    parallel(2, 2, [&](int64_t) { ops.panel(layer.weight, 0, layer.x.data(), 64, 1, y.data(), 32); });
-  }
-  return 0;
-}
-#else
-int compare(const Kernels& ops) {
+[[maybe_unused]] int compare(const Kernels& ops) {
   int different = 0;
   const auto check = [&](bool equal, const char* what, int code, int bits, int64_t m, bool int8) {
     if (!equal) std::printf("%s differs: code %d, %d bits, %ld rows, int8 %d\n", what, code, bits, long(m), int8);
@@ -159,6 +142,23 @@ int compare(const Kernels& ops) {
   const std::vector<float> points = random_floats(8 * 64);
   check(same(nearest(ops, points, 1), nearest(ops, points, 4)), "nearest", -1, 2, 64, false);
   return different ? 1 : 0;
+}
+
+#ifdef QUIP_PLANTED
+int plant(const Kernels& ops, const std::string& error) {
+  Layer layer(false, Code::kOneMad, 2, 32, 64, 1);
+  std::vector<float> y(33);
+  if (error == "read") {  // the last tile is one word short
+    const std::vector<int16_t> cut(layer.packed.begin(), layer.packed.end() - 1);
+    layer.weight.packed = cut.data();
+    ops.panel(layer.weight, 16, layer.x.data(), 64, 1, y.data(), 32);
+  } else if (error == "misaligned") {
+    float* odd = reinterpret_cast<float*>(reinterpret_cast<char*>(y.data()) + 1);
+    ops.panel(layer.weight, 0, layer.x.data(), 64, 1, odd, 32);
+  } else if (error == "race") {  // two threads write one panel
+    parallel(2, 2, [&](int64_t) { ops.panel(layer.weight, 0, layer.x.data(), 64, 1, y.data(), 32); });
+  }
+  return 0;
 }
 #endif
 
