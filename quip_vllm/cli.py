@@ -53,7 +53,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
     parser.add_argument("--method", required=True, choices=[method.value for method in Method])
     parser.add_argument("--bits", required=True, type=int, help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4)")
-    parser.add_argument("--code", choices=[code.value for code in Code], help="trellis code of qtip (default 1mad)")
+    parser.add_argument(
+        "--code",
+        choices=[code.value for code in Code],
+        help="trellis code of qtip (default: hyb up to 2 bits, 1mad above)",
+    )
     parser.add_argument(
         "--calibration",
         default="self",
@@ -96,7 +100,7 @@ def _quantize(args: argparse.Namespace) -> int:
     method = Method(args.method)
     if args.code and method is not Method.QTIP:
         raise ValueError(f"--code is {args.code} for {method.value}: only qtip has trellis codes; leave it away")
-    code = args.code or default_code(method)
+    code = args.code or default_code(method, args.bits)
     written_by_itself = args.calibration == "self"
     settings = Settings(
         model=args.model,

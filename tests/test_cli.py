@@ -92,10 +92,12 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         return {"layers": [{"proxy_loss": 0.1}]}
 
     monkeypatch.setattr(pipeline, "quantize", recording)
-    for flags in (["--method", "qtip"], ["--method", "quip_sharp", "--calibration", "x"]):
-        assert main(["quantize", "m", str(tmp_path / "o"), "--bits", "2", *flags]) == 0
-    own, other = seen
-    assert (own.code.value, own.calibration, own.sequences, own.sequence_length) == ("1mad", "self", 64, 256)
+    qtip = ["--method", "qtip", "--bits"]
+    for flags in ([*qtip, "2"], ["--method", "quip_sharp", "--bits", "2", "--calibration", "x"], [*qtip, "3"]):
+        assert main(["quantize", "m", str(tmp_path / "o"), *flags]) == 0
+    own, other, three = seen
+    assert (own.code.value, own.calibration, own.sequences, own.sequence_length) == ("hyb", "self", 64, 256)
+    assert three.code.value == "1mad"
     assert own.lm_head is None
     assert (other.code, other.sequences, other.sequence_length, other.hadamard_block) == (None, 256, 2048, None)
 
