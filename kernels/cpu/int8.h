@@ -7,7 +7,7 @@
 //
 // With AMX (amx.h), many rows of bytes are multiplied tile by tile, and x is simply x[row][quad].
 //
-//   few rows    each vector is multiplied as it is decoded
+//   few rows    each vector is multiplied as it is decoded (up to kFew, for which the sums and the decoding have registers)
 //   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache, then multiplied with
 //               groups of up to kGroup rows of x, whose 32-bit quads lie side by side: x[group][quad][row]
 #pragma once
@@ -27,8 +27,6 @@
 namespace quip {
 namespace {
 
-constexpr int kFew = 4;          // rows multiplied while decoding,
-constexpr int kFewLattice = 16;  // and by E8P at 2 bits, which leaves registers for so many sums
 constexpr int kGroup = 12;       // rows of x multiplied together: 2 x 12 sums in registers
 constexpr int kRowsBlock = 192;  // rows of x whose sums are kept while a panel is multiplied
 constexpr int kVector = 64;      // bytes of a register
@@ -59,13 +57,6 @@ inline void with_bits(int bits, F f) {
   }
 }
 
-// Up to how many rows are multiplied while decoding.
-inline int few_of(const Weight& w) { return w.blocks && w.bits == 2 ? kFewLattice : kFew; }
-template <class Format>
-constexpr int few_of() {
-  return std::is_same_v<Format, Lattice8<2>> ? kFewLattice : is_wide<Format>() ? 0 : kFew;
-}
-
 // Calls f(type of the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
@@ -75,12 +66,19 @@ inline void with_format(const Weight& w, int64_t m, F f) {
       if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
     } else if (w.code == Code::kHyb) {
       w.lut_symmetric ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
-    } else if (m <= kFew) {
+    } else if (m <= OneMad8<bits>::kFew) {
       f(static_cast<OneMad8<bits>*>(nullptr));
     } else {
       f(static_cast<OneMad16<bits>*>(nullptr));
     }
   });
+}
+
+// Up to how many rows are multiplied while decoding.
+inline int few_of(const Weight& w) {
+  int few = 0;
+  with_format(w, 1, [&](auto* format) { few = std::remove_pointer_t<decltype(format)>::kFew; });
+  return few;
 }
 
 inline bool int8_takes(const Weight& w) {
@@ -241,7 +239,7 @@ void few_rows_of(const Format& format, int64_t m, const uint8_t* block, int64_t 
                  int rows) {
   [&]<int... i>(std::integer_sequence<int, i...>) {
     ((m == i + 1 ? few_rows<Format, i + 1>(format, block, k, x, out, row0, rows) : void()), ...);
-  }(std::make_integer_sequence<int, few_of<Format>()>{});
+  }(std::make_integer_sequence<int, Format::kFew>{});
 }
 
 // sums[r][0..1] += quads of the panel (two blocks of 16 rows, kDepth quads apart) times M rows of x.
@@ -333,7 +331,7 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
     const int64_t block_bytes = (w.k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
     const uint8_t* first = (w.blocks ? w.blocks : reinterpret_cast<const uint8_t*>(w.packed)) + row0 / kTile * block_bytes;
     const uint8_t* blocks[2] = {first, first + (count > 1 ? block_bytes : 0)};
-    if (m <= few_of<Format>()) {
+    if (m <= Format::kFew) {
       for (int b = 0; b < count; ++b)
         few_rows_of(format, m, blocks[b], w.k, x, out, row0 + b * kTile, std::min(kTile, rows - b * kTile));
       return;

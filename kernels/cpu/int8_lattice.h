@@ -10,7 +10,8 @@
 //     4 (+-|v| +- 1/4) = (d<<2 | 2) ^ 1 ^ (shift down ? 2 : 0) ^ (negative ? 0xFC : 0)
 //
 // The parity of the signs, the sign bit of a component and the parity fix of component 7 (odd number of 3/2) are all sums
-// modulo 2 of stored bits, so GF2P8AFFINEQB, a matrix product over GF(2) in each byte, computes each term in one step.
+// modulo 2 of stored bits, so GF2P8AFFINEQB, a matrix product over GF(2) in each byte, computes each in one step. d<<2
+// comes from a shift: on Zen 4 it runs beside the multiplications, which the matrix product does not.
 #pragma once
 #include <immintrin.h>
 
@@ -35,7 +36,7 @@ struct BitMatrix {
 struct LatticeTables8 {
   alignas(64) uint8_t fields[2][256] = {};   // e8p: components 0..3 and 4..7, two bits each
   alignas(64) uint8_t nibbles[4][256] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
-  long long field[8] = {}, sign[8] = {}, odd = 0, nibble[2] = {};
+  long long sign[8] = {}, odd = 0, nibble[2] = {};
 
   constexpr LatticeTables8() {
     for (int r = 0; r < 256; ++r)
@@ -44,16 +45,11 @@ struct LatticeTables8 {
         nibbles[i / 2][r] |= uint8_t((int(2 * kLattice.e81b[r][i]) & 15) << (4 * (i % 2)));
       }
     for (int i = 0; i < 8; ++i) {
-      BitMatrix f, s;
-      f.rows[2] = uint8_t(1 << (2 * (i % 4)));
-      f.rows[3] = uint8_t(2 << (2 * (i % 4)));
+      BitMatrix s;
       const int bit = LatticeTables::kSignBit[i];
       s.rows[1] = 0xFF;
-      for (int b = 2; b < 8; ++b) {
-        s.rows[b] = bit == 0 ? 0xFE : uint8_t(1 << bit);  // bit 0 is flipped by the parity of all
-        if (i == 7) f.rows[b] ^= 0x55;
-      }
-      field[i] = f.word(), sign[i] = s.word();
+      for (int b = 2; b < 8; ++b) s.rows[b] = bit == 0 ? 0xFE : uint8_t(1 << bit);  // bit 0 is flipped by the parity of all
+      sign[i] = s.word();
     }
     BitMatrix o;
     for (int b = 2; b < 8; ++b) o.rows[b] = 0x55;
@@ -84,13 +80,14 @@ inline void emit_e8p(const uint8_t* block, Emit emit) {
   const __m512i index = _mm512_loadu_si512(block), signs = _mm512_loadu_si512(block + 64);
   __m512i fields[2];
   look_up_bytes<2>(index, kLattice8.fields, fields);
+  const __m512i odd = _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(fields[0], fields[1]), _mm512_set1_epi64(kLattice8.odd), 0);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    __m512i magnitude = _mm512_gf2p8affine_epi64_epi8(fields[i / 4], _mm512_set1_epi64(kLattice8.field[i]), 0x83);
-    __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(kLattice8.sign[i]), 0);
-    if (i == 7)
-      sign = _mm512_xor_si512(sign, _mm512_gf2p8affine_epi64_epi8(fields[0], _mm512_set1_epi64(kLattice8.odd), 0));
-    emit(i, _mm512_xor_si512(magnitude, sign));
+    __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(kLattice8.sign[i]), 0x83);
+    if (i == 7) sign = _mm512_xor_si512(sign, odd);
+    const __m512i field = fields[i / 4];
+    const __m512i d = i % 4 == 0 ? _mm512_slli_epi16(field, 2) : _mm512_srli_epi16(field, 2 * (i % 4) - 2);
+    emit(i, _mm512_ternarylogic_epi32(d, _mm512_set1_epi8(12), sign, 0x6A));  // (d & 12) ^ sign
   }
 }
 
@@ -107,7 +104,7 @@ inline void emit_e81b(const uint8_t* block, Emit emit) {
 template <int bits>
 struct Lattice8 {
   static constexpr int kColumns = 32, kQuads = 8, kStages = bits == 2 ? 1 : 2;
-  static constexpr int kBytes = 64 * bits;
+  static constexpr int kBytes = 64 * bits, kFew = bits == 2 ? 16 : 4;
   static constexpr float kUnits[2] = {kE8pUnit, bits == 3 ? kE81bUnit / 2.04f : kE8pUnit / 3.45f};
   explicit Lattice8(const Weight&) {}
   float unit(int stage) const { return kUnits[stage]; }

@@ -77,7 +77,8 @@ constexpr int kOneMadMean = 510;
 // For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
 template <int bits>
 struct OneMad8 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 16, kStages = 1, kBytes = 32 * bits, kRepeat = 4, kOffset = kOneMadMean;
+  static constexpr int kColumns = 16, kQuads = 16, kStages = 1, kBytes = 32 * bits, kFew = 4;
+  static constexpr int kRepeat = 4, kOffset = kOneMadMean;
   explicit OneMad8(const Weight&) {}
   float unit(int) const { return kOneMadUnit; }
   template <class Emit>
@@ -89,7 +90,7 @@ struct OneMad8 : OneMadStates<bits> {
 // For many rows: the sums themselves, two columns of int16 a lane, multiplied by vpdpwssd.
 template <int bits>
 struct OneMad16 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 8, kStages = 1, kBytes = 32 * bits;
+  static constexpr int kColumns = 16, kQuads = 8, kStages = 1, kBytes = 32 * bits, kFew = 0;
   explicit OneMad16(const Weight&) {}
   float unit(int) const { return kOneMadUnit; }
   template <class Emit>
@@ -111,7 +112,7 @@ struct OneMad16 : OneMadStates<bits> {
 // formats/trellis_codes.py makes it, is told by 128 rows: bit 13 exchanges the components, bit 14 negates component 1.
 template <int bits, bool symmetric>
 struct Hyb8 {
-  static constexpr int kColumns = 16, kQuads = 4, kStages = 1, kBytes = 32 * bits;
+  static constexpr int kColumns = 16, kQuads = 4, kStages = 1, kBytes = 32 * bits, kFew = symmetric ? 16 : 4;
   static constexpr int kWords = (6 * bits + 15) / 16 + 1, kParts = symmetric ? 2 : 8;
   __m512i word[kWords];      // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
   __m512i split;             // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
