@@ -188,14 +188,13 @@ struct Output {
 
 // Adds the sums of one chunk to 16 outputs of row r; the last chunk applies the scale.
 template <class Format>
-inline void finish(const Format& format, const __m512i* stages, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
+inline void finish(const Format& format, __m512i sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
   const __m512i offset = _mm512_set1_epi32(offset_of<Format>() * out.totals[r * out.chunks + chunk]);
   const __mmask16 valid = __mmask16((1u << rows) - 1);
   float* y = out.y + r * out.stride + row0;
   __m512 value = chunk ? _mm512_maskz_loadu_ps(valid, y) : _mm512_setzero_ps();
-  for (int s = 0; s < Format::kStages; ++s)
-    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(stages[s], offset))),
-                            _mm512_set1_ps(format.unit(s)), value);
+  value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(sum, offset))), _mm512_set1_ps(format.unit()),
+                          value);
   if (chunk + 1 == out.chunks) value = _mm512_mul_ps(value, _mm512_set1_ps(out.scales[r]));
   _mm512_mask_storeu_ps(y, valid, value);
 }
@@ -204,7 +203,7 @@ template <class Format, int M>
 void few_rows(const Format& format, const uint8_t* block, int64_t k, const int32_t* x, const Output& out, int64_t row0, int rows) {
   constexpr int kSplit = M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide the latency of a multiplication
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-    constexpr int kSums = Format::kStages * M * kSplit;
+    constexpr int kSums = M * kSplit;
     __m512i sum[kSums];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_si512();
@@ -212,23 +211,19 @@ void few_rows(const Format& format, const uint8_t* block, int64_t k, const int32
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
-      format.decode(block + u * Format::kBytes, [&](int stage, int quad, __m512i weights) {
+      format.decode(block + u * Format::kBytes, [&](int quad, __m512i weights) {
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
-          __m512i& part = sum[(stage * M + r) * kSplit + quad % kSplit];
+          __m512i& part = sum[r * kSplit + quad % kSplit];
           part = multiply_add<Format>(part, weights, quads[quad * M + r]);
         }
       });
     }
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
-      __m512i total[Format::kStages];
-#pragma GCC unroll 2
-      for (int s = 0; s < Format::kStages; ++s) {
-        total[s] = sum[(s * M + r) * kSplit];
+      __m512i total = sum[r * kSplit];
 #pragma GCC unroll 16
-        for (int i = 1; i < kSplit; ++i) total[s] = _mm512_add_epi32(total[s], sum[(s * M + r) * kSplit + i]);
-      }
+      for (int i = 1; i < kSplit; ++i) total = _mm512_add_epi32(total, sum[r * kSplit + i]);
       finish(format, total, out, r, chunk, row0, rows);
     }
   }
@@ -272,8 +267,8 @@ template <class Format>
 void many_rows(const Format& format, const uint8_t* const* blocks, int count, int64_t k, const int32_t* x, int64_t m,
                int64_t group, const Output& out, int64_t row0, int rows) {
   constexpr int64_t kDepth = 128, kUnits = kDepth / Format::kQuads;
-  alignas(64) __m512i panel[Format::kStages][2][kDepth];
-  alignas(64) __m512i sums[Format::kStages][kRowsBlock][2];
+  alignas(64) __m512i panel[2][kDepth];
+  alignas(64) __m512i sums[kRowsBlock][2];
   const int64_t row_quads = padded(k) / Format::kColumns * Format::kQuads;
   const int64_t block_rows = kRowsBlock / group * group;
 #if defined(QUIP_AMX)
@@ -282,8 +277,7 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
   for (int64_t m0 = 0; m0 < m; m0 += block_rows) {
     const int64_t m1 = std::min(m, m0 + block_rows);
     for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-      for (auto& stage : sums)
-        for (int64_t r = 0; r < m1 - m0; ++r) stage[r][0] = stage[r][1] = _mm512_setzero_si512();
+      for (int64_t r = 0; r < m1 - m0; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
       const int64_t begin = chunk * kChunk8 / Format::kColumns;
       const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
       for (int64_t u0 = begin; u0 < end; u0 += kUnits) {
@@ -291,29 +285,24 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
         for (int b = 0; b < count; ++b)
           for (int64_t u = 0; u < units; ++u)
             format.decode(blocks[b] + (u0 + u) * Format::kBytes,
-                          [&](int stage, int quad, __m512i v) { panel[stage][b][u * Format::kQuads + quad] = v; });
+                          [&](int quad, __m512i v) { panel[b][u * Format::kQuads + quad] = v; });
 #if defined(QUIP_AMX)
         if constexpr (is_tiled<Format>()) {
           const int64_t quads = units * Format::kQuads, whole = (quads + 15) / 16 * 16;
-          for (int s = 0; s < Format::kStages; ++s) {
-            for (int b = 0; b < 2; ++b) std::fill(panel[s][b] + quads, panel[s][b] + whole, _mm512_setzero_si512());
-            multiply_tiles(panel[s][0], kDepth, whole, x + m0 * row_quads + u0 * Format::kQuads, row_quads, m1 - m0, sums[s]);
-          }
+          for (int b = 0; b < 2; ++b) std::fill(panel[b] + quads, panel[b] + whole, _mm512_setzero_si512());
+          multiply_tiles(panel[0], kDepth, whole, x + m0 * row_quads + u0 * Format::kQuads, row_quads, m1 - m0, sums);
           continue;
         }
 #endif
         for (int64_t r = m0; r < m1; r += group) {
           const int64_t in_group = std::min(group, m - r);
           const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;
-          for (int s = 0; s < Format::kStages; ++s)
-            multiply_group<Format>(int(in_group), panel[s][0], kDepth, units * Format::kQuads, quads, sums[s] + (r - m0));
+          multiply_group<Format>(int(in_group), panel[0], kDepth, units * Format::kQuads, quads, sums + (r - m0));
         }
       }
       for (int64_t r = m0; r < m1; ++r)
         for (int b = 0; b < count; ++b) {
-          __m512i stages[Format::kStages];
-          for (int s = 0; s < Format::kStages; ++s) stages[s] = sums[s][r - m0][b];
-          finish(format, stages, out, r, chunk, row0 + b * kTile, std::min(kTile, rows - b * kTile));
+          finish(format, sums[r - m0][b], out, r, chunk, row0 + b * kTile, std::min(kTile, rows - b * kTile));
         }
     }
   }

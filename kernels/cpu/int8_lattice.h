@@ -15,12 +15,15 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
 #include "lattice.h"
 
 namespace quip {
 namespace {
 
-constexpr float kE8pUnit = 0.25f, kE81bUnit = 0.5f;
 constexpr int kOffset8 = 128;  // decoded bytes are value + 128, unsigned, as vpdpbusd wants its first operand
 
 // The matrix whose output bit i is the parity of the input bits in rows[i].
@@ -36,7 +39,6 @@ struct BitMatrix {
 struct LatticeTables8 {
   alignas(64) uint8_t fields[2][256] = {};   // e8p: components 0..3 and 4..7, two bits each
   alignas(64) uint8_t nibbles[4][256] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
-  long long sign[8] = {}, odd = 0, nibble[2] = {};
 
   constexpr LatticeTables8() {
     for (int r = 0; r < 256; ++r)
@@ -44,24 +46,30 @@ struct LatticeTables8 {
         fields[i / 4][r] |= uint8_t(int(kLattice.absolute[i][r] - 0.5f) << (2 * (i % 4)));
         nibbles[i / 2][r] |= uint8_t((int(2 * kLattice.e81b[r][i]) & 15) << (4 * (i % 2)));
       }
-    for (int i = 0; i < 8; ++i) {
-      BitMatrix s;
-      const int bit = LatticeTables::kSignBit[i];
-      s.rows[1] = 0xFF;
-      for (int b = 2; b < 8; ++b) s.rows[b] = bit == 0 ? 0xFE : uint8_t(1 << bit);  // bit 0 is flipped by the parity of all
-      sign[i] = s.word();
-    }
-    BitMatrix o;
-    for (int b = 2; b < 8; ++b) o.rows[b] = 0x55;
-    odd = o.word();
-    for (int half = 0; half < 2; ++half) {
-      BitMatrix n;
-      for (int b = 0; b < 8; ++b) n.rows[b] = uint8_t(1 << (4 * half + std::min(b, 3)));
-      nibble[half] = n.word();
-    }
   }
 };
 constexpr LatticeTables8 kLattice8;
+
+// What stored signs add to 4 v << low, or, where low is -1, to the four bits 4 v >> 1.
+template <int low>
+struct SignMatrices {
+  long long sign[8] = {}, odd = 0;
+  constexpr SignMatrices() {
+    constexpr int top = low < 0 ? 4 : 8;
+    BitMatrix o;
+    for (int b = 2 + low; b < top; ++b) o.rows[b] = 0x55;
+    odd = o.word();
+    for (int i = 0; i < 8; ++i) {
+      BitMatrix s;
+      const int bit = LatticeTables::kSignBit[i];
+      s.rows[1 + low] = 0xFF;
+      for (int b = 2 + low; b < top; ++b) s.rows[b] = bit == 0 ? 0xFE : uint8_t(1 << bit);  // parity flips bit 0
+      sign[i] = s.word();
+    }
+  }
+};
+template <int low>
+constexpr SignMatrices<low> kSigns;
 
 template <int kTables>
 inline void look_up_bytes(__m512i index, const uint8_t (*tables)[256], __m512i* out) {
@@ -74,46 +82,72 @@ inline void look_up_bytes(__m512i index, const uint8_t (*tables)[256], __m512i* 
   }
 }
 
-// emit(quad, bytes): see int8.h.
-template <class Emit>
-inline void emit_e8p(const uint8_t* block, Emit emit) {
-  const __m512i index = _mm512_loadu_si512(block), signs = _mm512_loadu_si512(block + 64);
-  __m512i fields[2];
-  look_up_bytes<2>(index, kLattice8.fields, fields);
-  const __m512i odd = _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(fields[0], fields[1]), _mm512_set1_epi64(kLattice8.odd), 0);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(kLattice8.sign[i]), 0x83);
-    if (i == 7) sign = _mm512_xor_si512(sign, odd);
-    const __m512i field = fields[i / 4];
-    const __m512i d = i % 4 == 0 ? _mm512_slli_epi16(field, 2) : _mm512_srli_epi16(field, 2 * (i % 4) - 2);
-    emit(i, _mm512_ternarylogic_epi32(d, _mm512_set1_epi8(12), sign, 0x6A));  // (d & 12) ^ sign
+template <int bits>
+inline __m512i shift_left(__m512i v) {
+  if constexpr (bits >= 0) return _mm512_slli_epi16(v, bits);
+  return _mm512_srli_epi16(v, -bits);
+}
+
+// 64 E8P codes: component i of all is (4 v << low) ^ flip, or the four bits 4 v >> 1 where low is -1.
+template <int low, int flip>
+struct E8pCodes {
+  __m512i fields[2], signs, odd;
+  explicit E8pCodes(const uint8_t* codes) : signs(_mm512_loadu_si512(codes + 64)) {
+    look_up_bytes<2>(_mm512_loadu_si512(codes), kLattice8.fields, fields);
+    odd = _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(fields[0], fields[1]), _mm512_set1_epi64(kSigns<low>.odd), 0);
   }
-}
+  template <int i>
+  __m512i component() const {
+    constexpr int constant = (low < 0 ? 3 >> -low : 3 << low) ^ flip, place = low < 0 ? 12 >> -low : 12 << low;
+    __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(kSigns<low>.sign[i]), constant);
+    if constexpr (i == 7) sign = _mm512_xor_si512(sign, odd);
+    const __m512i d = shift_left<2 + low - 2 * (i % 4)>(fields[i / 4]);
+    return _mm512_ternarylogic_epi32(d, _mm512_set1_epi8(place), sign, 0x6A);  // (d & place) ^ sign
+  }
+};
 
-template <class Emit>
-inline void emit_e81b(const uint8_t* block, Emit emit) {
+// 64 E81B codes: component i of all is the four bits of 2 v.
+struct E81bCodes {
   __m512i nibbles[4];
-  look_up_bytes<4>(_mm512_loadu_si512(block), kLattice8.nibbles, nibbles);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    emit(i, _mm512_gf2p8affine_epi64_epi8(nibbles[i / 2], _mm512_set1_epi64(kLattice8.nibble[i % 2]), 0x80));
-}
+  explicit E81bCodes(const uint8_t* codes) { look_up_bytes<4>(_mm512_loadu_si512(codes), kLattice8.nibbles, nibbles); }
+  template <int i>
+  __m512i component() const {
+    return _mm512_and_si512(shift_left<-4 * (i % 2)>(nibbles[i / 2]), _mm512_set1_epi8(15));
+  }
+};
 
-// The lattice at 2, 3 or 4 bits. Stage 1 is summed apart from stage 0 and joined in floats.
+// The lattice at 2, 3 or 4 bits. The second stage is rounded to 1/32, the unit in which both are added.
 template <int bits>
 struct Lattice8 {
-  static constexpr int kColumns = 32, kQuads = 8, kStages = bits == 2 ? 1 : 2;
-  static constexpr int kBytes = 64 * bits, kFew = bits == 2 ? 16 : 4;
-  static constexpr float kUnits[2] = {kE8pUnit, bits == 3 ? kE81bUnit / 2.04f : kE8pUnit / 3.45f};
-  explicit Lattice8(const Weight&) {}
-  float unit(int stage) const { return kUnits[stage]; }
+  static constexpr int kColumns = 32, kQuads = 8, kBytes = 64 * bits, kFew = 16;
+  __m512i rest;  // second stage: 32 v / its scale + 128 by the four bits of 2 v (E81B) or 4 v >> 1 (E8P)
+  explicit Lattice8(const Weight&) {
+    alignas(64) uint8_t table[64];
+    for (int i = 0; i < 64; ++i) {
+      const int number = (i & 15) - (i & 8 ? 16 : 0);
+      table[i] = uint8_t(kOffset8 + int(std::lround(bits == 3 ? 16 * number / 2.04 : (16 * number + 8) / 3.45)));
+    }
+    rest = _mm512_load_si512(table);
+  }
+  float unit() const { return bits == 2 ? 1 / 4.0f : 1 / 32.0f; }
 
+  // emit(quad, bytes): see int8.h.
   template <class Emit>
   void decode(const uint8_t* block, Emit emit) const {
-    emit_e8p(block, [&](int quad, __m512i d) { emit(0, quad, d); });
-    if constexpr (bits == 3) emit_e81b(block + 128, [&](int quad, __m512i d) { emit(1, quad, d); });
-    if constexpr (bits == 4) emit_e8p(block + 128, [&](int quad, __m512i d) { emit(1, quad, d); });
+    using First = E8pCodes<bits == 2 ? 0 : 3, bits == 2 ? kOffset8 : 0>;
+    using Second = std::conditional_t<bits == 3, E81bCodes, E8pCodes<-1, 0>>;
+    const auto each = [&]<int... i>(std::integer_sequence<int, i...>, auto component) {
+      (emit(i, component(std::integral_constant<int, i>{})), ...);
+    };
+    const First first(block);
+    if constexpr (bits == 2) {
+      each(std::make_integer_sequence<int, 8>{}, [&]<int i>(std::integral_constant<int, i>) { return first.template component<i>(); });
+    } else {
+      const Second second(block + 128);
+      each(std::make_integer_sequence<int, 8>{}, [&]<int i>(std::integral_constant<int, i>) {
+        return _mm512_add_epi8(first.template component<i>(), _mm512_shuffle_epi8(rest, second.template component<i>()));
+      });
+    }
   }
   static int place(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }
   static __m512i in_row_order(__m512i lanes) { return lanes; }

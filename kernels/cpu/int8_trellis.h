@@ -77,22 +77,22 @@ constexpr int kOneMadMean = 510;
 // For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
 template <int bits>
 struct OneMad8 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 16, kStages = 1, kBytes = 32 * bits, kFew = 4;
+  static constexpr int kColumns = 16, kQuads = 16, kBytes = 32 * bits, kFew = 4;
   static constexpr int kRepeat = 4, kOffset = kOneMadMean;
   explicit OneMad8(const Weight&) {}
-  float unit(int) const { return kOneMadUnit; }
+  float unit() const { return kOneMadUnit; }
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
-    this->products(tile, [&](int cc, int C, int c, __m512i y) { emit(0, 8 * C + 2 * cc + c, y); });
+    this->products(tile, [&](int cc, int C, int c, __m512i y) { emit(8 * C + 2 * cc + c, y); });
   }
 };
 
 // For many rows: the sums themselves, two columns of int16 a lane, multiplied by vpdpwssd.
 template <int bits>
 struct OneMad16 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 8, kStages = 1, kBytes = 32 * bits, kFew = 0;
+  static constexpr int kColumns = 16, kQuads = 8, kBytes = 32 * bits, kFew = 0;
   explicit OneMad16(const Weight&) {}
-  float unit(int) const { return kOneMadUnit; }
+  float unit() const { return kOneMadUnit; }
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
     const __m512i mean = _mm512_set1_epi32(-kOneMadMean), ones = _mm512_set1_epi8(1);
@@ -102,7 +102,7 @@ struct OneMad16 : OneMadStates<bits> {
       if (c == 0)
         even = sum;
       else
-        emit(0, 4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(sum, 16)));
+        emit(4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(sum, 16)));
     });
   }
 };
@@ -112,7 +112,7 @@ struct OneMad16 : OneMadStates<bits> {
 // formats/trellis_codes.py makes it, is told by 128 rows: bit 13 exchanges the components, bit 14 negates component 1.
 template <int bits, bool symmetric>
 struct Hyb8 {
-  static constexpr int kColumns = 16, kQuads = 4, kStages = 1, kBytes = 32 * bits, kFew = symmetric ? 16 : 4;
+  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kFew = symmetric ? 16 : 4;
   static constexpr int kWords = (6 * bits + 15) / 16 + 1, kParts = symmetric ? 2 : 8;
   __m512i word[kWords];      // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
   __m512i split;             // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
@@ -126,7 +126,7 @@ struct Hyb8 {
     for (int c = 0; c < 2; ++c)
       for (int i = 0; i < kParts; ++i) table[c][i] = _mm512_loadu_si512(w.lut8 + 512 * c + 64 * i);
   }
-  float unit(int) const { return unit_; }
+  float unit() const { return unit_; }
 
   template <int shift>
   static __m512i window(const __m512i* words) {
@@ -165,8 +165,8 @@ struct Hyb8 {
               bit14, _mm512_mask_blend_epi8(bit13, look_up(c, 0, index), look_up(c, 2, index)),
               _mm512_mask_blend_epi8(bit13, look_up(c, 4, index), look_up(c, 6, index)));
       }
-      emit(0, 2 * C, negate(bit15, value[0]));
-      emit(0, 2 * C + 1, value[1]);
+      emit(2 * C, negate(bit15, value[0]));
+      emit(2 * C + 1, value[1]);
     };
     column(0, window<0>(words), window<2 * bits>(words));
     column(1, window<4 * bits>(words), window<6 * bits>(words));

@@ -19,7 +19,8 @@ namespace {
 
 const Kernels* kernels_of(const std::string& tier) {
 #if defined(__x86_64__)
-  for (const Kernels* kernels : {avx2_kernels(), avx512_kernels(), avx512_vnni_kernels()})
+  for (const Kernels* kernels :
+       {avx2_kernels(), avx512_kernels(), avx512_vnni_kernels(), amx_kernels(), amx_emulated_kernels()})
     if (tier == kernels->name) return kernels;
 #endif
   return tier == "portable" ? portable_kernels() : nullptr;

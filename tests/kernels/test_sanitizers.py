@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from quip_vllm.ops import cpu_tier
+from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-TIERS = ("portable", "avx2", "avx512", "avx512_vnni")
 SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_outside", "only_the_packed")
 
 
@@ -30,7 +28,7 @@ def builds(request):
 
 @pytest.fixture(params=TIERS)
 def tier(request):
-    if request.param not in TIERS[: TIERS.index(cpu_tier()) + 1]:
+    if not runs_here(request.param):
         pytest.skip(f"this CPU does not run {request.param}")
     return request.param
 

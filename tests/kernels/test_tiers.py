@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 from numerics import SEARCH_DISTORTION
+from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
-TIERS = ("portable", "avx2", "avx512", "avx512_vnni", "amx", "amx_emulated")
 
 
 def run(tier, *arguments):
     environment = {**os.environ, "QUIP_VLLM_CPU_TIER": tier}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def runs_here(tier):
-    return run(tier, "-c", "from quip_vllm import ops; print(ops.cpu_tier())").stdout.strip() == tier
 
 
 @pytest.mark.parametrize("tier", TIERS)

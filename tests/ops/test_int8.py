@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Int8 activations: the integer kernels against the same rounding in float64, for every format that has them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, INT8_ROUNDING
@@ -45,8 +47,12 @@ def expected(spec, tensors, x):
         lut = tensors["lut"].float()
         unit = lut.abs().amax((1, 2), keepdim=True) / 127
         tensors["lut"] = (lut / unit).round() * unit
+    weight = decode(spec, tensors).double()
+    if spec.method is Method.QUIP_SHARP and spec.bits > 2:
+        first = decode(replace(spec, bits=2), {"codes": tensors["codes"]}).double()
+        weight = first + ((weight - first) * 32).round() / 32
     rotated = hadamard(x.float() * tensors["su"].float(), spec.hadamard_block, transpose=True)
-    parts = (rounded(rotated) @ decode(spec, tensors).double().T).split(spec.output_sizes, dim=-1)
+    parts = (rounded(rotated) @ weight.T).split(spec.output_sizes, dim=-1)
     y = torch.cat([hadamard(part.contiguous(), spec.hadamard_block) for part in parts], dim=-1)
     return y * tensors["sv"].double()
 
