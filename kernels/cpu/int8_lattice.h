@@ -15,9 +15,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include <cmath>
 #include <type_traits>
-#include <utility>
 
 #include "lattice.h"
 
@@ -82,11 +80,7 @@ inline void look_up_bytes(__m512i index, const uint8_t (*tables)[256], __m512i* 
   }
 }
 
-template <int bits>
-inline __m512i shift_left(__m512i v) {
-  if constexpr (bits >= 0) return _mm512_slli_epi16(v, bits);
-  return _mm512_srli_epi16(v, -bits);
-}
+inline __m512i shift_left(__m512i v, int bits) { return bits >= 0 ? _mm512_slli_epi16(v, bits) : _mm512_srli_epi16(v, -bits); }
 
 // 64 E8P codes: component i of all is (4 v << low) ^ flip, or the four bits 4 v >> 1 where low is -1.
 template <int low, int flip>
@@ -96,12 +90,11 @@ struct E8pCodes {
     look_up_bytes<2>(_mm512_loadu_si512(codes), kLattice8.fields, fields);
     odd = _mm512_gf2p8affine_epi64_epi8(_mm512_xor_si512(fields[0], fields[1]), _mm512_set1_epi64(kSigns<low>.odd), 0);
   }
-  template <int i>
-  __m512i component() const {
+  __m512i component(int i) const {
     constexpr int constant = (low < 0 ? 3 >> -low : 3 << low) ^ flip, place = low < 0 ? 12 >> -low : 12 << low;
     __m512i sign = _mm512_gf2p8affine_epi64_epi8(signs, _mm512_set1_epi64(kSigns<low>.sign[i]), constant);
-    if constexpr (i == 7) sign = _mm512_xor_si512(sign, odd);
-    const __m512i d = shift_left<2 + low - 2 * (i % 4)>(fields[i / 4]);
+    if (i == 7) sign = _mm512_xor_si512(sign, odd);
+    const __m512i d = shift_left(fields[i / 4], 2 + low - 2 * (i % 4));
     return _mm512_ternarylogic_epi32(d, _mm512_set1_epi8(place), sign, 0x6A);  // (d & place) ^ sign
   }
 };
@@ -110,25 +103,28 @@ struct E8pCodes {
 struct E81bCodes {
   __m512i nibbles[4];
   explicit E81bCodes(const uint8_t* codes) { look_up_bytes<4>(_mm512_loadu_si512(codes), kLattice8.nibbles, nibbles); }
-  template <int i>
-  __m512i component() const {
-    return _mm512_and_si512(shift_left<-4 * (i % 2)>(nibbles[i / 2]), _mm512_set1_epi8(15));
+  __m512i component(int i) const { return _mm512_and_si512(shift_left(nibbles[i / 2], -4 * (i % 2)), _mm512_set1_epi8(15)); }
+};
+
+// Second stage: 32 v / its scale + 128, rounded, by the four bits of 2 v (3 bits, E81B) or 4 v >> 1 (4 bits, E8P).
+template <int bits>
+struct Rest8 {
+  alignas(64) uint8_t bytes[64] = {};
+  constexpr Rest8() {
+    for (int i = 0; i < 64; ++i) {
+      const int number = (i & 15) - (i & 8 ? 16 : 0);
+      bytes[i] = uint8_t(kOffset8 + 0.5 + (bits == 3 ? 16 * number / 2.04 : (16 * number + 8) / 3.45));
+    }
   }
 };
+template <int bits>
+constexpr Rest8<bits> kRest;
 
 // The lattice at 2, 3 or 4 bits. The second stage is rounded to 1/32, the unit in which both are added.
 template <int bits>
 struct Lattice8 {
   static constexpr int kColumns = 32, kQuads = 8, kBytes = 64 * bits, kFew = 16;
-  __m512i rest;  // second stage: 32 v / its scale + 128 by the four bits of 2 v (E81B) or 4 v >> 1 (E8P)
-  explicit Lattice8(const Weight&) {
-    alignas(64) uint8_t table[64];
-    for (int i = 0; i < 64; ++i) {
-      const int number = (i & 15) - (i & 8 ? 16 : 0);
-      table[i] = uint8_t(kOffset8 + int(std::lround(bits == 3 ? 16 * number / 2.04 : (16 * number + 8) / 3.45)));
-    }
-    rest = _mm512_load_si512(table);
-  }
+  explicit Lattice8(const Weight&) {}
   float unit() const { return bits == 2 ? 1 / 4.0f : 1 / 32.0f; }
 
   // emit(quad, bytes): see int8.h.
@@ -136,17 +132,15 @@ struct Lattice8 {
   void decode(const uint8_t* block, Emit emit) const {
     using First = E8pCodes<bits == 2 ? 0 : 3, bits == 2 ? kOffset8 : 0>;
     using Second = std::conditional_t<bits == 3, E81bCodes, E8pCodes<-1, 0>>;
-    const auto each = [&]<int... i>(std::integer_sequence<int, i...>, auto component) {
-      (emit(i, component(std::integral_constant<int, i>{})), ...);
-    };
     const First first(block);
     if constexpr (bits == 2) {
-      each(std::make_integer_sequence<int, 8>{}, [&]<int i>(std::integral_constant<int, i>) { return first.template component<i>(); });
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) emit(i, first.component(i));
     } else {
       const Second second(block + 128);
-      each(std::make_integer_sequence<int, 8>{}, [&]<int i>(std::integral_constant<int, i>) {
-        return _mm512_add_epi8(first.template component<i>(), _mm512_shuffle_epi8(rest, second.template component<i>()));
-      });
+      const __m512i rest = _mm512_load_si512(kRest<bits>.bytes);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) emit(i, _mm512_add_epi8(first.component(i), _mm512_shuffle_epi8(rest, second.component(i))));
     }
   }
   static int place(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }

@@ -28,22 +28,30 @@ struct TileBytes {
   }
 };
 
-// An index vector for TileBytes::pick; stream(b) is the stream byte wanted in byte b of the vector.
-template <int bits, class F>
-inline __m512i byte_index(F stream) {
-  alignas(64) uint8_t index[64];
-  for (int b = 0; b < 64; ++b) index[b] = uint8_t(stream(b) % (32 * bits) ^ 1);
-  return _mm512_load_si512(index);
-}
+// Index vectors for TileBytes::pick: byte b of vector v picks the stream byte stream(v, b).
+template <int bits, int vectors>
+struct StreamBytes {
+  alignas(64) uint8_t index[vectors][64] = {};
+  template <class F>
+  constexpr explicit StreamBytes(F stream) {
+    for (int v = 0; v < vectors; ++v)
+      for (int b = 0; b < 64; ++b) index[v][b] = uint8_t(stream(v, b) % (32 * bits) ^ 1);
+  }
+};
+// Of 1MAD: qword rrr of vector cc = the 64 bits from position (rrr, cc, 0), most significant byte last.
+template <int bits>
+constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; }};
+// Of HYB: word (rrr, cc) of vector d = the 16 bits from position (rrr, cc, 0), d words later.
+template <int bits>
+constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
 // 1MAD: the value is (b0 + b1 + b2 + b3 - 510) / 147.8 of the four bytes of y = a x + b.
 template <int bits>
 struct OneMadStates {
-  __m512i run[4];      // for pick: qword rrr = the 64 bits from position (rrr, cc, 0), most significant byte last
-  __m512i window[4];   // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
+  __m512i run[4];     // kRuns
+  __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
   OneMadStates() {
-    for (int cc = 0; cc < 4; ++cc)
-      run[cc] = byte_index<bits>([&](int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; });
+    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
       const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
       const auto bytes = [](int offset) { return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8; };
@@ -114,14 +122,13 @@ template <int bits, bool symmetric>
 struct Hyb8 {
   static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kFew = symmetric ? 16 : 4;
   static constexpr int kWords = (6 * bits + 15) / 16 + 1, kParts = symmetric ? 2 : 8;
-  __m512i word[kWords];      // for pick: word (rrr, cc) = the stream's 16 bits from position (rrr, cc, 0), d words later
+  __m512i word[kWords];      // kWindows
   __m512i split;             // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
   __m512i table[2][kParts];  // [component][64 rows]
   float unit_;
 
   explicit Hyb8(const Weight& w) : unit_(w.lut_unit) {
-    for (int d = 0; d < kWords; ++d)
-      word[d] = byte_index<bits>([&](int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; });
+    for (int d = 0; d < kWords; ++d) word[d] = _mm512_load_si512(kWindows<bits>.index[d]);
     split = _mm512_set1_epi64(0x3828180836261606ll);
     for (int c = 0; c < 2; ++c)
       for (int i = 0; i < kParts; ++i) table[c][i] = _mm512_loadu_si512(w.lut8 + 512 * c + 64 * i);
