@@ -11,11 +11,9 @@
 //
 // The parity of the signs, the sign bit of a component and the parity fix of component 7 (odd number of 3/2) are all sums
 // modulo 2 of stored bits, so GF2P8AFFINEQB, a matrix product over GF(2) in each byte, computes each in one step. d<<2
-// comes from a shift: on Zen 4 it runs beside the multiplications, which the matrix product does not.
+// comes from a shift.
 #pragma once
 #include <immintrin.h>
-
-#include <type_traits>
 
 #include "lattice.h"
 
@@ -37,8 +35,14 @@ struct BitMatrix {
 struct LatticeTables8 {
   alignas(64) uint8_t fields[2][256] = {};   // e8p: components 0..3 and 4..7, two bits each
   alignas(64) uint8_t nibbles[4][256] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
+  long long nibble[2] = {};                  // the matrices that extend the sign of the low and the high four bits
 
   constexpr LatticeTables8() {
+    for (int half = 0; half < 2; ++half) {
+      BitMatrix n;
+      for (int b = 0; b < 8; ++b) n.rows[b] = uint8_t(1 << (4 * half + std::min(b, 3)));
+      nibble[half] = n.word();
+    }
     for (int r = 0; r < 256; ++r)
       for (int i = 0; i < 8; ++i) {
         fields[i / 4][r] |= uint8_t(int(kLattice.absolute[i][r] - 0.5f) << (2 * (i % 4)));
@@ -99,48 +103,51 @@ struct E8pCodes {
   }
 };
 
-// 64 E81B codes: component i of all is the four bits of 2 v.
+// 64 E81B codes: component i of all is 2 v.
 struct E81bCodes {
   __m512i nibbles[4];
   explicit E81bCodes(const uint8_t* codes) { look_up_bytes<4>(_mm512_loadu_si512(codes), kLattice8.nibbles, nibbles); }
-  __m512i component(int i) const { return _mm512_and_si512(shift_left(nibbles[i / 2], -4 * (i % 2)), _mm512_set1_epi8(15)); }
-};
-
-// Second stage: 32 v / its scale + 128, rounded, by the four bits of 2 v (3 bits, E81B) or 4 v >> 1 (4 bits, E8P).
-template <int bits>
-struct Rest8 {
-  alignas(64) uint8_t bytes[64] = {};
-  constexpr Rest8() {
-    for (int i = 0; i < 64; ++i) {
-      const int number = (i & 15) - (i & 8 ? 16 : 0);
-      bytes[i] = uint8_t(kOffset8 + 0.5 + (bits == 3 ? 16 * number / 2.04 : (16 * number + 8) / 3.45));
-    }
+  __m512i component(int i) const {
+    return _mm512_gf2p8affine_epi64_epi8(nibbles[i / 2], _mm512_set1_epi64(kLattice8.nibble[i % 2]), 0);
   }
 };
-template <int bits>
-constexpr Rest8<bits> kRest;
 
-// The lattice at 2, 3 or 4 bits. The second stage is rounded to 1/32, the unit in which both are added.
+// 7 * 4 v + 128 by the four bits 4 v >> 1.
+struct Sevenfold {
+  alignas(64) uint8_t bytes[64] = {};
+  constexpr Sevenfold() {
+    for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(kOffset8 + 7 * (2 * ((i & 15) - (i & 8 ? 16 : 0)) + 1));
+  }
+};
+constexpr Sevenfold kSevenfold;
+
+// The lattice at 2, 3 or 4 bits. So that both stages add up to one byte, the second is divided by 2 instead of 2.04 at 3
+// bits, where a weight is (4 v + 2 w) / 4, and by 3.5 instead of 3.45 at 4, where it is (7 * 4 v + 2 * 4 w) / 28.
 template <int bits>
 struct Lattice8 {
   static constexpr int kColumns = 32, kQuads = 8, kBytes = 64 * bits, kFew = 16;
   explicit Lattice8(const Weight&) {}
-  float unit() const { return bits == 2 ? 1 / 4.0f : 1 / 32.0f; }
+  float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }
 
   // emit(quad, bytes): see int8.h.
   template <class Emit>
   void decode(const uint8_t* block, Emit emit) const {
-    using First = E8pCodes<bits == 2 ? 0 : 3, bits == 2 ? kOffset8 : 0>;
-    using Second = std::conditional_t<bits == 3, E81bCodes, E8pCodes<-1, 0>>;
-    const First first(block);
     if constexpr (bits == 2) {
+      const E8pCodes<0, kOffset8> codes(block);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) emit(i, first.component(i));
+      for (int i = 0; i < 8; ++i) emit(i, codes.component(i));
+    } else if constexpr (bits == 3) {
+      const E8pCodes<0, kOffset8> first(block);
+      const E81bCodes second(block + 128);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) emit(i, _mm512_add_epi8(first.component(i), second.component(i)));
     } else {
-      const Second second(block + 128);
-      const __m512i rest = _mm512_load_si512(kRest<bits>.bytes);
+      const E8pCodes<-1, 0> first(block);
+      const E8pCodes<1, 0> second(block + 128);
+      const __m512i sevenfold = _mm512_load_si512(kSevenfold.bytes);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) emit(i, _mm512_add_epi8(first.component(i), _mm512_shuffle_epi8(rest, second.component(i))));
+      for (int i = 0; i < 8; ++i)
+        emit(i, _mm512_add_epi8(_mm512_shuffle_epi8(sevenfold, first.component(i)), second.component(i)));
     }
   }
   static int place(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }

