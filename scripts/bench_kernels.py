@@ -7,9 +7,9 @@ Usage: python scripts/bench_kernels.py [--csv docs/benchmarks/cpu_kernels.csv] [
 Shapes are n x k. Copies of a layer, --working-set MiB in all, are called in turn, so that weights come from memory as
 they do when a model is served. The bound of one row is the larger time of two: the layer's tensors read at the measured
 memory bandwidth, and its weights decoded at the measured decoding speed. The latter is the speed of one row on a layer
-of 1024 x 1024 that stays in the cache; it includes the rotations and one multiplication a weight, as there is no op
-that decodes alone. For more rows no share is given. `dense` is torch's own bf16 linear layer of the same shape.
-QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
+of 16384 x 2048, which stays in a last-level cache of 32 MiB; it includes the rotations and one multiplication a weight,
+as there is no op that decodes alone. For more rows no share is given. `dense` is torch's own bf16 linear layer of the
+same shape. QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 from quip_vllm.ops import LinearSpec, cpu_tier, select_backend
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "576x576", "1536x576"]
-CACHED = 1024
+CACHED = (16384, 2048)
 COLUMNS = ["format", "n", "k", "rows", "microseconds", "gweights_per_s", "tmac_per_s", "bound_gweights_per_s"]
 COLUMNS += ["share_of_bound", "over_dense", "bytes", "memory_gb_per_s", "tier", *ORIGIN]
 MIB = 1 << 20
@@ -85,8 +85,9 @@ def memory_bandwidth() -> float:
 
 def decoding_speed(name: str) -> float:
     """Weights a second of one row on a layer that stays in the cache."""
-    layers, _ = quantized_layers(name, CACHED, CACHED, 0)
-    return CACHED * CACHED / measure(layers, CACHED, [1])[1]
+    n, k = CACHED
+    layers, _ = quantized_layers(name, n, k, 0)
+    return n * k / measure(layers, k, [1])[1]
 
 
 def quantized_layers(name: str, n: int, k: int, working_set: int) -> tuple[list[Layer], int]:
