@@ -14,6 +14,7 @@ if importlib.util.find_spec("transformers") is None:
 
 def pytest_addoption(parser):
     parser.addoption("--cpu-library", type=Path, help="test this build of the CPU library")
+    parser.addoption("--cuda-library", type=Path, help="test this build of the emulated CUDA library")
     parser.addoption("--sanitize", action="store_true", help="build and run tests/kernels/test_sanitizers.py (minutes)")
 
 

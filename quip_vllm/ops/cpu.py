@@ -10,30 +10,14 @@ from quip_vllm import envs
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import state_values
-from quip_vllm.ops.dispatch import LinearSpec
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
-from quip_vllm.ops.tensors import check, layout
-from quip_vllm.transforms.hadamard import block_size, factor
-from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
-
-
-@cache
-def _base(order: int, transpose: bool) -> Tensor:
-    """H_q (transposed for the input side) as float32, one copy for all layers."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float32)  # vLLM loads models under another default dtype
-    matrix = hadamard_matrix(order).float()
-    return (matrix.T if transpose else matrix).contiguous()
+from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
 
 
 @cache
 def _lut_values() -> Tensor:
     return state_values(Code.LUT).flatten().contiguous()
-
-
-def _rotation(n: int, block: int | None) -> tuple[int, int]:
-    """(q, p): the row is rotated in runs of q*p."""
-    return factor(n) if block is None else (1, block_size(n, block))
 
 
 def lattice_blocks(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
@@ -88,12 +72,6 @@ def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and _takes_int8(spec.code, spec.bits)
 
 
-def _rotations(spec: LinearSpec) -> list[tuple[int, int]]:
-    """(q, p) of the input and of each output. Raises ValueError for a size that has none."""
-    outputs = [_rotation(n, spec.hadamard_block) if spec.rotate_output else (1, 1) for n in spec.output_sizes]
-    return [_rotation(spec.in_features, spec.hadamard_block), *outputs]
-
-
 class CpuBackend:
     """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call.
 
@@ -111,7 +89,7 @@ class CpuBackend:
             return problem
         try:
             layout(spec)
-            _rotations(spec)
+            rotations(spec)
         except ValueError as error:
             return str(error)
         if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
@@ -136,14 +114,14 @@ class CpuBackend:
             prepared["lut8"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:
             prepared["lut"] = _lut_values()
-        for i, (order, _) in enumerate(_rotations(spec)):
-            prepared[f"base{i}"] = _base(order, transpose=i == 0)
+        for i, (order, _) in enumerate(rotations(spec)):
+            prepared[f"base{i}"] = rotation_base(order, transpose=i == 0)
         if not spec.rotate_output:
-            prepared["inverse_base"] = _base(_rotations(spec)[0][0], transpose=False)
+            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=False)
         return prepared
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        widths = [width for _, width in _rotations(spec)]
+        widths = [width for _, width in rotations(spec)]
         bases = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
         sv, sizes = tensors["sv"], list(spec.output_sizes)
@@ -183,7 +161,7 @@ class CpuBackend:
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1).contiguous()
-        rotation = (tensors["inverse_base"], _rotations(spec)[0][1])
+        rotation = (tensors["inverse_base"], rotations(spec)[0][1])
         signs = (tensors["su"], tensors["sv"])
         if spec.method is Method.QTIP:
             assert spec.code is not None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs a quantized linear layer: one description, one protocol, one ordered table a device."""
+"""Which backend runs a quantized linear layer: one protocol, one ordered table a device."""
 
 import logging
-from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -11,35 +10,9 @@ from torch import Tensor
 
 from quip_vllm import envs
 from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """A quantized linear layer, or several that read the same activation through one shared ``su``.
-
-    Attributes:
-        method, code, bits: the format (code is None for quip_sharp).
-        in_features: k, the length of a row of x.
-        output_sizes: n of each fused projection, in order; each has an output rotation of its own.
-        hadamard_block: None for full width, else the largest block of the blockwise rotation.
-        rotate_output: False for an output head or an embedding, whose rows are looked up one by one: U_n is the
-            identity. n may then be any number; qtip stores whole tiles, with unused rows in the last.
-    """
-
-    method: Method
-    code: Code | None
-    bits: int
-    in_features: int
-    output_sizes: tuple[int, ...]
-    hadamard_block: int | None = None
-    rotate_output: bool = True
-
-    @property
-    def out_features(self) -> int:
-        """n, over all fused projections."""
-        return sum(self.output_sizes)
 
 
 class Backend(Protocol):
@@ -71,9 +44,13 @@ class Backend(Protocol):
 def backends(device_type: str) -> tuple[Backend, ...]:
     """Backends for a device in order of preference. The reference is last and only runs when asked for by name."""
     from quip_vllm.ops.cpu import CpuBackend
+    from quip_vllm.ops.cuda import CudaBackend
     from quip_vllm.ops.reference import ReferenceBackend
 
-    table: dict[str, tuple[Backend, ...]] = {"cpu": (CpuBackend(), ReferenceBackend())}
+    table: dict[str, tuple[Backend, ...]] = {
+        "cpu": (CpuBackend(), ReferenceBackend()),
+        "cuda": (CudaBackend(), ReferenceBackend()),
+    }
     return table.get(device_type, (ReferenceBackend(),))
 
 

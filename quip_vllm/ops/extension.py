@@ -9,15 +9,26 @@ import torch
 from quip_vllm.ops import library  # noqa: F401  # the schemas must exist before their implementations load
 
 CPU_LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libquip_vllm_cpu.so"
+CUDA_LIBRARY = CPU_LIBRARY.with_name("libquip_vllm_cuda.so")
 
 
 @cache
 def cpu_library_problem() -> str | None:
     """Loads the CPU library once. Returns None when it is loaded, else one sentence with the remedy."""
-    if not CPU_LIBRARY.exists():
-        return f"the compiled library {CPU_LIBRARY} is not there: run `make build` (needs g++)"
+    return _load(CPU_LIBRARY, "g++")
+
+
+@cache
+def cuda_library_problem() -> str | None:
+    """Loads the CUDA library once. Returns None when it is loaded, else one sentence with the remedy."""
+    return _load(CUDA_LIBRARY, "nvcc")
+
+
+def _load(path: Path, compiler: str) -> str | None:
+    if not path.exists():
+        return f"the compiled library {path} is not there: run `make build` (needs {compiler})"
     try:
-        torch.ops.load_library(str(CPU_LIBRARY))
+        torch.ops.load_library(str(path))
     except OSError as error:
         return f"the compiled library does not load ({error}): delete it and run `make build` with this torch"
     return None

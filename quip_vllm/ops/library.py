@@ -15,6 +15,9 @@ _SCHEMAS = (
     "int bits, ScalarType dtype) -> Tensor",
     "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "
     "ScalarType dtype) -> Tensor",
+    "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
+    "int[] output_sizes, str code, int bits, int[] shape) -> Tensor",
+    "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth) -> int",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
     "e8p_nearest(Tensor x) -> Tensor",
     "cpu_tier() -> str",
@@ -31,6 +34,11 @@ def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code
 
 @torch.library.register_fake("quip_vllm::quip_sharp_linear")
 def _(x, blocks, su, sv, bases, widths, output_sizes, bits, activations):
+    return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::cuda_linear")
+def _(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, shape):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from quip_vllm.formats import e8p_residual, trellis_codes
 from quip_vllm.formats.methods import Method
 from quip_vllm.formats.tile import TILE
-from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import check
 from quip_vllm.transforms.hadamard import hadamard
 from quip_vllm.transforms.incoherence import unrotate_weight

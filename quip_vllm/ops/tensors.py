@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names, shapes and dtypes of a fused linear layer's tensors, checked in one place for every backend."""
+"""Names, shapes and dtypes of a fused linear layer's tensors, checked in one place for every backend; its rotations."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -7,7 +9,9 @@ from torch import Tensor
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import HYB_LUT_BITS
-from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.transforms.hadamard import block_size, factor
+from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
 
 Layout = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,3 +63,23 @@ def check(spec: LinearSpec, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{name} holds a NaN or an infinity: the checkpoint is damaged; fetch or quantize it again"
             )
+
+
+def rotations(spec: LinearSpec) -> list[tuple[int, int]]:
+    """(q, p) of the input and of each output. Raises ValueError for a size that has none."""
+    outputs = [_rotation(n, spec.hadamard_block) if spec.rotate_output else (1, 1) for n in spec.output_sizes]
+    return [_rotation(spec.in_features, spec.hadamard_block), *outputs]
+
+
+def _rotation(n: int, block: int | None) -> tuple[int, int]:
+    """(q, p): the row is rotated in runs of q*p."""
+    return factor(n) if block is None else (1, block_size(n, block))
+
+
+@cache
+def rotation_base(order: int, transpose: bool) -> Tensor:
+    """H_q (transposed for the input side), float32 [q, q] on the CPU; cached and shared: do not write to it."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float32)  # vLLM loads models under another default dtype
+    matrix = hadamard_matrix(order).float()
+    return (matrix.T if transpose else matrix).contiguous()

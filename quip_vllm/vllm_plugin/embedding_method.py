@@ -11,7 +11,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from quip_vllm.checkpoint.config import CheckpointConfig, Head
 from quip_vllm.formats.methods import Method
 from quip_vllm.formats.tile import TILE
-from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import layout
 from quip_vllm.vllm_plugin.linear_method import install, weights_are_dummies
 

@@ -11,7 +11,8 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.ops.dispatch import Backend, LinearSpec, select_backend
+from quip_vllm.ops.dispatch import Backend, select_backend
+from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import layout
 from quip_vllm.vllm_plugin.parameters import (
     InputParameter,

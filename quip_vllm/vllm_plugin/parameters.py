@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
 from quip_vllm.formats.methods import Code, Method
-from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import layout
 from quip_vllm.transforms.hadamard import block_size
 

@@ -8,8 +8,9 @@ from random_layers import FORMAT_IDS, FORMATS, random_layer
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
-from quip_vllm.ops.cpu import CpuBackend, _base, _lut_values
+from quip_vllm.ops.cpu import CpuBackend, _lut_values
 from quip_vllm.ops.reference import ReferenceBackend
+from quip_vllm.ops.tensors import rotation_base
 
 CPU = CpuBackend()
 SHAPES = [  # k, output sizes, block
@@ -162,7 +163,7 @@ def test_refusals_say_why(spec, words):
 @pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.LUT)])
 def test_prepare_does_not_depend_on_the_default_dtype(method, code):
     """vLLM builds its layers with the model's dtype as torch's default."""
-    _base.cache_clear()
+    rotation_base.cache_clear()
     _lut_values.cache_clear()
     spec = LinearSpec(method, code, 2, 64, (32,))
     tensors = random_layer(spec)

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from quip_vllm.checkpoint.config import Head
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops.cpu import CpuBackend
-from quip_vllm.ops.dispatch import LinearSpec
 from quip_vllm.ops.reference import dequantize
+from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
 FORMATS = [(None, 2), (None, 3), (None, 4), (Code.ONE_MAD, 4), (Code.HYB, 2), (Code.LUT, 1)]

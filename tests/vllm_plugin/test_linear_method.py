@@ -17,8 +17,8 @@ from vllm.model_executor.layers.linear import (
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops.cpu import CpuBackend
-from quip_vllm.ops.dispatch import LinearSpec
 from quip_vllm.ops.reference import dequantize
+from quip_vllm.ops.spec import LinearSpec
 
 FORMATS = [(None, 2), (None, 3), (None, 4), (Code.ONE_MAD, 2), (Code.THREE_INST, 3), (Code.HYB, 4), (Code.LUT, 1)]
 K, N = 64, 128

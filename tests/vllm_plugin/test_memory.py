@@ -7,7 +7,7 @@ from random_layers import FORMAT_IDS, FORMATS
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from quip_vllm.ops.cpu import CpuBackend
-from quip_vllm.ops.dispatch import LinearSpec
+from quip_vllm.ops.spec import LinearSpec
 
 SIZE = 2048
 

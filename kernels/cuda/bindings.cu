@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The torch op over the three launches: checks and memory. The only file here with torch headers (stable ABI).
+//
+// nvcc registers it for CUDA tensors. A C++ compiler, with the emulator, registers the same op for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "decode_gemm.h"
+#include "kernels.h"
+
+#if defined(__CUDACC__)
+// Of libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there, too.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#define QUIP_DEVICE CUDA
+#else
+#define QUIP_DEVICE CPU
+#endif
+
+namespace quip {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+device::Stream current_stream([[maybe_unused]] const Tensor& x) {
+#if defined(__CUDACC__)
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && !aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream),
+                  "torch has no CUDA stream here: install a CUDA build of torch");
+  return static_cast<device::Stream>(stream);
+#else
+  return {};
+#endif
+}
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat;
+    case ScalarType::Half: return Type::kHalf;
+    case ScalarType::BFloat16: return Type::kBfloat;
+    default: STD_TORCH_CHECK(false, "x has an unsupported dtype: give float32, float16 or bfloat16");
+  }
+  return Type::kFloat;
+}
+
+const void* data_of(const Tensor& t, const Tensor& x, ScalarType type, int64_t count, const char* name, const char* type_name) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name, " has ", t.numel(),
+                  " elements: the op wants a contiguous ", type_name, " tensor of ", count);
+  STD_TORCH_CHECK(t.device() == x.device(), name, " and x are on different devices: move one");
+  const void* data = t.const_data_ptr();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " does not begin at a multiple of 16 bytes: give a clone");
+  return data;
+}
+const float* floats(const Tensor& t, const Tensor& x, int64_t count, const char* name) {
+  return static_cast<const float*>(data_of(t, x, ScalarType::Float, count, name, "float32"));
+}
+
+// What a code takes and gives.
+struct CodeInfo {
+  GemmEntry (*entry)(int bits);
+  XOrder order;
+  float unit, offset;
+  int64_t table_words;  // int32 a projection (HYB) or in all
+  int first_bits, last_bits;
+};
+
+CodeInfo info_of(const std::string& code, int64_t bits) {
+  if (code == "1mad") return {one_mad_entry, XOrder::kTrellis, 1 / 147.800537109375f, 1024 + 510, 0, 1, 8};
+  if (code == "1mad_int8") return {one_mad_bytes_entry, XOrder::kBytes, 1 / 147.800537109375f, 510, 0, 1, 8};
+  if (code == "3inst") return {three_inst_entry, XOrder::kTrellis, 1, 0, 0, 1, 8};
+  if (code == "hyb") return {hyb_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
+  if (code == "hyb_large") return {hyb_large_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
+  if (code == "lut") return {lut_entry, XOrder::kTrellis, 1, 0, 32768, 1, 8};
+  STD_TORCH_CHECK(code == "e8p" || code == "e8p_large", "code is ", code,
+                  ": it must be one of 1mad, 1mad_int8, 3inst, hyb, hyb_large, lut, e8p, e8p_large");
+  const float second = bits == 3 ? 36.25f / 2.04f : bits == 4 ? 36.0f / 3.45f : 0;
+  return {code == "e8p" ? lattice_entry : lattice_large_entry, XOrder::kLattice, 1, 36 + second, 3 * 256 + 4, 2, 4};
+}
+
+GemmEntry entry_of(const std::string& code, int64_t bits) {
+  const CodeInfo info = info_of(code, bits);
+  STD_TORCH_CHECK(bits >= info.first_bits && bits <= info.last_bits, "bits is ", bits, ": ", code, " has ", info.first_bits,
+                  " to ", info.last_bits);
+  return info.entry(int(bits));
+}
+
+struct Memory {
+  Tensor tensor;
+  float* floats;
+  Memory(const Tensor& like, int64_t count)
+      : tensor(torch::stable::new_empty(like, {std::max<int64_t>(count, 1)}, ScalarType::Float)),
+        floats(tensor.mutable_data_ptr<float>()) {}
+};
+
+Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor& x) {
+  const int64_t q = base.size(0);
+  const bool divides = q > 0 && p > 0 && (p & (p - 1)) == 0 && length > 0 && length % q == 0 && length / q % p == 0;
+  STD_TORCH_CHECK(divides, "a rotation of ", q, " x ", p, " does not divide the length ", length,
+                  ": widths are powers of two whose product with the base does");
+  return {floats(base, x, q * q, "base"), int(q), int(p)};
+}
+
+// Floats of shared memory that a row of `count` elements takes, and whether they fit.
+int work_of(const Rotation& r, int64_t count, bool out_of_place) { return int(r.q > 1 && out_of_place ? 2 * count : count); }
+bool fits(int work) { return (work + kLanes) * int(sizeof(float)) <= kSharedLimit; }
+
+// x [m][k] -> [m][n]; shape: chunks of a split, then warps along n and depth for 1, up to 8, up to 16 and more rows.
+Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
+                   std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code,
+                   int64_t bits, std::vector<int64_t> shape) {
+  const GemmEntry entry = entry_of(code, bits);
+  const CodeInfo info = info_of(code, bits);
+  const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(), " dimensions and ", x.numel(),
+                  " elements: the op wants a contiguous [m, ", k, "]");
+  STD_TORCH_CHECK(parts >= 1 && parts <= kMaxSegments && bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
+                  "bases and widths have ", bases.size(), " and ", widths.size(), " entries: give one for the input and one for ",
+                  "each of the ", parts, " projections, of which there are at most ", kMaxSegments);
+  int64_t n = 0;
+  for (int64_t size : output_sizes) {
+    STD_TORCH_CHECK(size > 0 && size <= (1 << 24), "a projection has ", size, " outputs: give a positive number");
+    n += size;
+  }
+  const int64_t m = x.size(0), tiles = (n + kTile - 1) / kTile, chunks = (k + kChunk - 1) / kChunk;
+  Tensor y = torch::stable::new_empty(x, {m, n});
+  if (m == 0) return y;
+  const int64_t spare = kWarpsK * kDeep;  // chunks that the last stage may copy beyond the end
+  const Type type = type_of(x);
+  const int64_t item = type == Type::kFloat ? 4 : 2;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % item == 0, "x lies at an address that is no multiple of ",
+                  item, " bytes: give a clone of it");
+  STD_TORCH_CHECK(shape.size() == 8 && shape[0] > 0, "shape has ", shape.size(), " entries: it comes from cuda_shapes.choose");
+  const int turn = m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : 3;
+  const int64_t warps_n = shape[1 + 2 * turn], depth = turn == 3 ? 1 : shape[2 + 2 * turn];
+  STD_TORCH_CHECK(warps_n == 1 || warps_n == 2 || warps_n == 4 || (warps_n == 8 && turn < 3), "shape has ", warps_n,
+                  " warps: they are 1, 2, 4 or, up to 16 rows, 8");
+  const int rows_block = int(std::min<int64_t>(m, kRowBlock));
+
+  Gemm g{};
+  g.packed = static_cast<const uint32_t*>(
+      data_of(packed, x, ScalarType::Int, (tiles * chunks + spare) * kLanes * bits, "packed", "int32"));
+  if (info.table_words) {
+    STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
+    const int64_t tables = info.table_words == 512 ? parts : 1;
+    g.table = data_of(*table, x, ScalarType::Int, tables * info.table_words, "table", "int32");
+    g.table_stride = info.table_words == 512 ? 4 * info.table_words : 0;
+  }
+  g.m = int(m), g.tiles = int(tiles), g.chunks = int(chunks);
+  g.split_chunks = int(std::min<int64_t>(shape[0], chunks)), g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
+  g.warps_n = int(warps_n), g.depth = int(depth);
+  if (info.table_words == 512) {
+    int64_t tile = 0;
+    for (int64_t size : output_sizes) {
+      STD_TORCH_CHECK(size % kTile == 0, "a projection of ", size, " outputs: a multiple of 16 is wanted");
+      g.segment[g.segments++] = {0, int(tile), int(tile + size / kTile)};
+      tile += size / kTile;
+    }
+  } else {
+    g.segment[g.segments++] = {0, 0, int(tiles)};
+  }
+
+  RotateIn in{};
+  in.x = x.const_data_ptr(), in.type = type, in.su = floats(su, x, k, "su");
+  in.rotation = rotation_of(bases[0], widths[0], k, x);
+  in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
+  in.work = work_of(in.rotation, k, true);
+  RotateOut out{};
+  out.sv = floats(sv, x, n, "sv");
+  out.splits = g.splits, out.m = int(m), out.stride = int(tiles * kTile), out.split_stride = m * tiles * kTile;
+  out.integers = info.order == XOrder::kBytes, out.unit = info.unit, out.offset = info.offset;
+  out.y = y.mutable_data_ptr(), out.type = type, out.n = int(n);
+  int start = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int size = int(output_sizes[i]);
+    out.part[i] = {rotation_of(bases[i + 1], widths[i + 1], size, x), start, size, start};
+    out.work = std::max(out.work, size);
+    start += size;
+  }
+  out.segments = int(parts);
+
+  Memory arranged(x, (m * chunks + spare * rows_block) * row_bytes(info.order) / 4), partial(x, g.splits * out.split_stride);
+  Memory scales(x, 2 * m), in_scratch(x, fits(in.work) ? 0 : m * in.work);
+  Memory out_scratch(x, fits(out.work) ? 0 : m * parts * out.work);
+  in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out, g.partial = partial.floats, out.partial = partial.floats;
+  in.scales = scales.floats, in.totals = scales.floats + m, out.scales = in.scales, out.totals = in.totals;
+  in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
+
+  const device::Stream stream = current_stream(x);
+  std::string problem = rotate_in(in, stream);
+  if (problem.empty()) problem = entry.run(g, stream);
+  if (problem.empty()) problem = rotate_out(out, stream);
+  STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
+  return y;
+}
+
+// Bytes of shared memory of a thread block of decode_gemm.
+int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
+  return entry_of(code, bits).shared(int(rows), int(warps_n), int(depth));
+}
+
+}  // namespace
+}  // namespace quip
+
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) { m.impl("cuda_linear", TORCH_BOX(&quip::cuda_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) { m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes)); }

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fused kernel: packed weights are decoded to tensor-core fragments in registers and multiplied, for 1 to 64 rows of x.
+//
+//   thread block   warps_n x kWarpsK warps: warp (i, j) has the tiles 2 i, 2 i + 1 of the block and the chunks of its split
+//                  with number = j modulo kWarpsK; grid: (blocks of outputs, splits of k, row blocks)
+//   stage          kWarpsK * depth chunks: each warp's own packed words, and x for all
+//   pipeline       stages_of buffers, filled by asynchronous copies; one barrier a stage
+//
+//   shared memory  tables | stage 0 | stage 1 | ..        stage: words [warp][chunk][tile] | x [chunk][row]
+//
+// The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows. No atomics.
+#pragma once
+#include "device.h"
+#include "kernels.h"
+
+namespace quip {
+
+template <class Code>
+constexpr int chunk_bytes() {
+  return Code::bits * kLanes * 4;
+}
+
+// Of the pipeline: one is used, the others are on their way. The largest table, or 64 rows of x, leave room for two.
+template <class Code>
+HOST_DEVICE constexpr int stages_of(int column_tiles) {
+  return column_tiles > 2 || Code::kTableBytes > 100 * 1024 ? 2 : 3;
+}
+
+template <class Code>
+HOST_DEVICE int stage_bytes(int rows, int warps_n, int depth) {
+  return kWarpsK * depth * (warps_n * kRowTiles * chunk_bytes<Code>() + rows * row_bytes(Code::kOrder));
+}
+
+template <class Code>
+inline int shared_bytes(int rows, int warps_n, int depth) {
+  const int pipeline = stages_of<Code>(column_tiles_of(rows)) * stage_bytes<Code>(rows, warps_n, depth);
+  const int exchange = warps_n * kLanes * kRowTiles * 4 * column_tiles_of(rows) * 4;
+  return Code::kTableBytes + (pipeline > exchange ? pipeline : exchange);
+}
+
+template <class Code, int kColumnTiles>
+constexpr int max_threads() {
+  return kColumnTiles > 2 ? 256 : 512;  // 256 leave a thread the registers for 64 or 128 sums
+}
+
+// Copies to shared memory, a stage at a time, what the block's warps need: to has the stage's words, then its x.
+template <class Code, int kDepth>
+struct Loader {
+  static constexpr int kUnits = chunk_bytes<Code>() / 16;  // copies of 16 bytes for a tile's chunk
+  static constexpr int kCopies = (kRowTiles * kUnits + kLanes - 1) / kLanes;  // a lane's, for both tiles
+  const uint32_t* from[kCopies];  // this lane's parts of this warp's next chunk
+  const unsigned char* x;         // this thread's part of the next stage
+  int to, x_to, x_units;          // bytes in a stage, 16-byte units of x in a chunk
+
+  DEVICE Loader(const Gemm& g, int tile0, int end_tile, const unsigned char* x_, int rows, int begin) {
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int unit = i * kLanes + lane, tile = min(tile0 + unit / kUnits, end_tile - 1);  // beyond the last the last again
+      from[i] = g.packed + (int64_t(tile) * g.chunks + begin + warp / g.warps_n) * (chunk_bytes<Code>() / 4) + unit % kUnits * 4;
+    }
+    to = warp * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * lane;
+    x_units = rows * (row_bytes(Code::kOrder) / 16);
+    x = x_ + (int64_t(begin) * x_units + threadIdx.x) * 16;
+    x_to = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * threadIdx.x;
+  }
+
+  // The next stage, whole: what lies behind a split's last chunk is copied, not used (packed and x are longer for that).
+  DEVICE void load(unsigned char* stage) {
+#pragma unroll
+    for (int j = 0; j < kDepth; ++j) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if ((i + 1) * kLanes > kRowTiles * kUnits && i * kLanes + int(threadIdx.x % kLanes) >= kRowTiles * kUnits) break;
+        device::copy_async(stage + to + (j * kRowTiles * kUnits + i * kLanes) * 16,
+                           from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) from[i] += kDepth * kWarpsK * (chunk_bytes<Code>() / 4);
+    const int units = kWarpsK * kDepth * x_units, threads = blockDim.x;
+    for (int at = 0; at < units; at += threads)
+      if (at + int(threadIdx.x) < units) device::copy_async(stage + x_to + 16 * at, x + 16 * at);
+    x += 16 * units;
+  }
+};
+
+template <class Code, int kColumnTiles>
+struct Sums {
+  typename Code::Sum of[Code::kSums][kRowTiles][kColumnTiles][4];
+};
+
+// Adds a chunk: 16 rows of x from x_rows, of both row tiles.
+template <class Code, int half, int kColumnTiles>
+DEVICE void multiply_half(const Code& code, const uint32_t (&words)[kRowTiles][Code::bits], const unsigned char* x,
+                          const int (&x_row)[kColumnTiles], int column_tiles, Sums<Code, kColumnTiles>& sums) {
+  uint32_t a[kRowTiles][Code::kSums][2 * Code::kVectors][4];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) code.template decode<half>(words[r], a[r]);
+#pragma unroll
+  for (int c = 0; c < kColumnTiles; ++c) {
+    if (c > 0 && c >= column_tiles) continue;
+#pragma unroll
+    for (int v = 0; v < Code::kVectors; ++v) {
+      constexpr int kFirst = half * Code::kVectors;
+      const int block = kFirst + v;
+      const auto b = device::load16(x + (x_row[c] ^ (block % 2 * kBlock)) + block / 2 * 2 * kBlock);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int s = 0; s < Code::kSums; ++s) {
+          device::multiply_add(sums.of[s][r][c], a[r][s][2 * v], b.x, b.y);
+          device::multiply_add(sums.of[s][r][c], a[r][s][2 * v + 1], b.z, b.w);
+        }
+      }
+    }
+  }
+}
+
+// The sums of the warps that share outputs, added in order, to partial.
+template <class Code, int kColumnTiles>
+DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kColumnTiles>& sums, int tile0, int end_tile,
+                       int row0, int rows) {
+  using Sum = typename Code::Sum;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warp_k = warp / g.warps_n;
+  Sum* exchange = reinterpret_cast<Sum*>(memory) + warp % g.warps_n * kLanes + lane;
+  const int step = g.warps_n * kLanes;
+  for (int turn = kWarpsK - 1; turn >= 0; --turn) {
+    if (warp_k == turn) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            Sum value = sums.of[0][r][c][i];
+            if constexpr (Code::kSums > 1) value += Code::kSecond * sums.of[Code::kSums - 1][r][c][i];
+            Sum& slot = exchange[((r * kColumnTiles + c) * 4 + i) * step];
+            if (turn + 1 < kWarpsK) value += slot;
+            if (turn) {
+              slot = value;
+              continue;
+            }
+            const int row = 8 * c + lane % 4 * 2 + i % 2, tile = tile0 + r;
+            if (row >= rows || tile >= end_tile) continue;
+            Sum* out = reinterpret_cast<Sum*>(g.partial) + (int64_t(blockIdx.y) * g.m + row0 + row) * (kTile * g.tiles);
+            out[tile * kTile + lane / 4 + i / 2 * 8] = value;
+          }
+        }
+      }
+    }
+    device::sync_block();
+  }
+}
+
+template <class Code, int kColumnTiles, int kDepth>
+KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
+  SHARED(memory);
+  constexpr int kStages = stages_of<Code>(kColumnTiles);
+  const int lane = threadIdx.x % kLanes, warp = device::warp_index(), warp_k = warp / g.warps_n;
+  int s = 0;
+  while (s + 1 < g.segments && int(blockIdx.x) >= g.segment[s + 1].first_block) ++s;
+  const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
+  Code::fill(memory, table);
+  const Code code(memory, table);
+
+  const int end_tile = g.segment[s].end_tile;
+  const int tile0 = g.segment[s].first_tile +
+                    ((int(blockIdx.x) - g.segment[s].first_block) * g.warps_n + warp - warp_k * g.warps_n) * kRowTiles;
+  const int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0);
+  const int split = g.split_chunks, begin = min(int(blockIdx.y) * split, g.chunks);
+  const int chunks = min(split, g.chunks - begin), stages = (chunks + kWarpsK * kDepth - 1) / (kWarpsK * kDepth);
+  Loader<Code, kDepth> loader(g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin);
+  const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
+  unsigned char* const ring = memory + Code::kTableBytes;
+  unsigned char* const ring_end = ring + kStages * size;
+
+  // Where this lane reads in a stage: its words, and its 16 bytes of block 0 of x; rows beyond the last are the last.
+  const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>() + lane * Code::bits * 4;
+  const int x_at = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
+  const int x_step = kWarpsK * rows * row_bytes(Code::kOrder), column_tiles = (rows + 7) / 8;
+  int x_row[kColumnTiles];
+#pragma unroll
+  for (int c = 0; c < kColumnTiles; ++c) {
+    const int row = min(8 * c + lane / 4, rows - 1);
+    x_row[c] = row * row_bytes(Code::kOrder) + row % 2 * kBlock + lane % 4 * 16;
+  }
+  Sums<Code, kColumnTiles> sums = {};
+
+  int left = chunks;  // to load
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (left > 0) loader.load(ring + i * size);
+    left -= kWarpsK * kDepth;
+    device::copy_commit();
+  }
+  const unsigned char* stage = ring;
+  unsigned char* fill = ring + (kStages - 1) * size;
+  for (int i = 0, todo = chunks - warp_k; i < stages; ++i, todo -= kWarpsK * kDepth) {
+    device::copy_wait<kStages - 2>();
+    device::sync_block();
+    if (left > 0) loader.load(fill);
+    left -= kWarpsK * kDepth;
+    device::copy_commit();
+    const unsigned char* packed = stage + packed_at;
+    const unsigned char* x = stage + x_at;
+#pragma unroll 2
+    for (int j = 0; j < kDepth; ++j) {
+      if (kWarpsK * j >= todo) break;  // behind the last chunk
+      uint32_t words[kRowTiles][Code::bits];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) device::load_words(packed + r * chunk_bytes<Code>(), words[r]);
+      multiply_half<Code, 0>(code, words, x, x_row, column_tiles, sums);
+      multiply_half<Code, 1>(code, words, x, x_row, column_tiles, sums);
+      packed += kRowTiles * chunk_bytes<Code>();
+      x += x_step;
+    }
+    stage = stage + size == ring_end ? ring : stage + size;
+    fill = fill + size == ring_end ? ring : fill + size;
+  }
+  device::copy_wait<0>();
+  device::sync_block();
+  store_sums<Code>(g, ring, sums, tile0, end_tile, row0, rows);
+}
+
+// Chunks that a warp takes in a stage, where there is a choice: deep spares barriers, shallow spares shared memory.
+constexpr int kDeep = 4, kShallow = 2;
+
+template <class Code, int kColumnTiles, int kDepth>
+std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
+  const int rows = g.m < kRowBlock ? g.m : kRowBlock;
+  const dim3 grid(blocks, g.splits, (g.m + kRowBlock - 1) / kRowBlock);
+  return LAUNCH((decode_gemm_kernel<Code, kColumnTiles, kDepth>), grid, g.warps_n * kWarpsK * kLanes,
+                shared_bytes<Code>(rows, g.warps_n, kDepth), stream, g);
+}
+
+// Few: the code's kernels for up to 16 rows; Many: for more.
+template <class Few, class Many>
+std::string run_gemm(Gemm g, device::Stream stream) {
+  int blocks = 0;
+  for (int s = 0; s < g.segments; ++s) {
+    g.segment[s].first_block = blocks;
+    blocks += (g.segment[s].end_tile - g.segment[s].first_tile + kRowTiles * g.warps_n - 1) / (kRowTiles * g.warps_n);
+  }
+  const int column_tiles = column_tiles_of(g.m);
+  constexpr bool kChoice = Few::bits <= 4;
+  const int depth = column_tiles == 8 || !kChoice ? 1 : g.depth == kDeep ? kDeep : kShallow;
+  if (g.depth != depth) return "depth " + std::to_string(g.depth) + " is not compiled for this many bits and rows";
+  if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
+  if constexpr (kChoice) {
+    if (depth == kDeep) return (column_tiles == 1 ? launch_gemm<Few, 1, kDeep> : launch_gemm<Few, 2, kDeep>)(g, blocks, stream);
+  }
+  constexpr int kLeast = kChoice ? kShallow : 1;
+  return (column_tiles == 1 ? launch_gemm<Few, 1, kLeast> : launch_gemm<Few, 2, kLeast>)(g, blocks, stream);
+}
+
+template <class Few, class Many>
+int gemm_shared_bytes(int rows, int warps_n, int depth) {
+  return column_tiles_of(rows) <= 2 ? shared_bytes<Few>(rows, warps_n, depth) : shared_bytes<Many>(rows, warps_n, depth);
+}
+
+// What a code's .cu defines: its kernels, by bits.
+struct GemmEntry {
+  std::string (*run)(Gemm, device::Stream);
+  int (*shared)(int rows, int warps_n, int depth);
+};
+template <template <int> class Few, template <int> class Many, int first, int last>
+GemmEntry gemm_entry(int bits) {
+  if constexpr (first <= last) {
+    if (bits == first) return {run_gemm<Few<first>, Many<first>>, gemm_shared_bytes<Few<first>, Many<first>>};
+    return gemm_entry<Few, Many, first + 1, last>(bits);
+  }
+  return {};
+}
+GemmEntry one_mad_entry(int bits);
+GemmEntry one_mad_bytes_entry(int bits);
+GemmEntry three_inst_entry(int bits);
+GemmEntry hyb_entry(int bits);
+GemmEntry hyb_large_entry(int bits);
+GemmEntry lut_entry(int bits);
+GemmEntry lattice_entry(int bits);
+GemmEntry lattice_large_entry(int bits);
+
+}  // namespace quip

@@ -1,0 +1,7 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "code_1mad.h"
+#include "decode_gemm.h"
+
+namespace quip {
+GemmEntry one_mad_entry(int bits) { return gemm_entry<OneMad, OneMad, 1, 8>(bits); }
+}  // namespace quip

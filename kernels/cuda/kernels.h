@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the bindings call: the launches of a linear layer, in raw pointers. Each returns an empty string or an error. The one
+// between the rotations, a code and bit width, is in decode_gemm.h.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "device.h"
+#include "layout.h"
+
+namespace quip {
+
+enum class Type : int { kFloat, kHalf, kBfloat };
+
+// One rotation: rows are transformed in runs of q * p elements, H_q kron S_p; base is H_q, float [q][q] (null for q = 1).
+struct Rotation {
+  const float* base;
+  int q, p;
+};
+
+// x [m][k] -> activations of decode_gemm, their scale and their sum, a row each.
+struct RotateIn {
+  const void* x;
+  Type type;
+  const float* su;  // [k]
+  Rotation rotation;
+  int m, k, chunks;
+  XOrder order;
+  unsigned char* out;  // layout.h
+  float* scales;       // [m]: rotated x = scale * out
+  float* totals;       // [m]: sum of out, as float, or as the bits of an int32 for int8
+  float* scratch;      // [m][work] where shared memory is too small, else null
+  int work;            // floats a row: k, twice that if q > 1
+};
+
+// A projection's tiles: those of a thread block belong to one.
+struct Segment {
+  int first_block, first_tile, end_tile;
+};
+
+// partial[split][m][16 * tiles] = packed times x over the split's chunks.
+struct Gemm {
+  const uint32_t* packed;  // layout.h
+  const unsigned char* x;
+  const void* table;     // of the code: [segments] for HYB, one for LUT and lattice, else null
+  int64_t table_stride;  // bytes from a projection's table to the next
+  float* partial;        // the bits of int32 for int8 activations
+  int m, tiles, chunks;
+  int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
+  int warps_n;       // warps side by side along the outputs: a thread block has warps_n * kWarpsK
+  int depth;    // chunks that a warp takes in a stage of the pipeline: 2 or 4 for up to 16 rows and 4 bits, else 1
+  int segments;
+  Segment segment[kMaxSegments];
+};
+
+// y [m][n] = sv * H(unit * (sum of the splits - offset * total)) * scale, for each projection.
+struct RotateOut {
+  const float* partial;
+  int splits, m, stride;  // floats from a row of partial to the next
+  int64_t split_stride;
+  bool integers;
+  float unit, offset;
+  const float *scales, *totals;
+  const float* sv;  // [n]
+  void* y;
+  Type type;
+  int n, segments;
+  struct Part {
+    Rotation rotation;
+    int start, size;
+    int column;  // in partial
+  } part[kMaxSegments];
+  float* scratch;  // [m][segments][work] where shared memory is too small, else null
+  int work;
+};
+
+std::string rotate_in(const RotateIn& r, device::Stream stream);
+std::string rotate_out(const RotateOut& r, device::Stream stream);
+
+// Column tiles of 8 rows of x that a kernel is compiled for.
+constexpr int column_tiles_of(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 8; }
+
+// Shared memory above which rotations work in global memory: what every supported GPU lends a block.
+constexpr int kSharedLimit = 99 * 1024;
+
+}  // namespace quip

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// How weights and activations lie in memory, for kernels, host code and tests. quip_vllm/ops/cuda_layout.py writes it.
+//
+// The weight is cut in tiles of 16 rows and in chunks of 64 columns, padded with zero bits to whole ones.
+//
+//   packed[tile][chunk][lane 0..31][word 0..bits-1]   uint32: 16 rows x 64 columns are 32 * bits words
+//
+// In mma.m16n8k16 the weight is operand A: lane 4 g + t holds rows g and g + 8. A chunk is two halves of 32 columns. Of a
+// trellis half, a lane's words hold 8 * bits bits of each of its two 16 x 16 tiles, of a lattice half the codes of columns
+// 8 t .. 8 t + 7 in row g and in row g + 8: trellis_stream.h and code_e8p.h draw the bits.
+//
+// Rotated activations are what operand B reads: a row of a chunk has blocks of 64 bytes (a half is one in fp16, two in
+// int8), a block 16 bytes for each t = 0..3, which are the B registers of two multiplications. Rows come in blocks of 64.
+//
+//   x[row block][chunk][row][block ^ (row & 1)][t][16 bytes]     the exclusive or keeps shared memory free of conflicts
+//
+//   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column 16 mul + 8 reg + 2 t + 0, 1
+//                      lattice, fp16   16 bytes = columns 8 t .. 8 t + 7
+//                      trellis, int8   block = tile; 16 bytes = c 0, 1; register 0, 1; column 8 reg + 2 t + c four times
+#pragma once
+#include <cstdint>
+
+namespace quip {
+
+constexpr int kTile = 16;       // rows of a tile
+constexpr int kChunk = 64;      // columns of a chunk
+constexpr int kLanes = 32;
+constexpr int kRowBlock = 64;   // rows of x that a thread block multiplies
+constexpr int kRowTiles = 2;    // tiles that a warp decodes side by side
+constexpr int kWarpsK = 2;      // warps that share an output and take every other chunk
+constexpr int kBlock = 64;      // bytes of a block of x
+constexpr int kMaxSegments = 16;
+
+enum class XOrder : int { kTrellis, kLattice, kBytes };
+
+// Bytes of a row of x in a chunk.
+constexpr int row_bytes(XOrder order) { return order == XOrder::kBytes ? 4 * kBlock : 2 * kBlock; }
+
+}  // namespace quip

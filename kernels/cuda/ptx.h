@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// The machine under nvcc (device.h says what it is). All inline PTX of the project is here, one instruction a function.
+// tests/kernels/test_wrappers.py compares each with the emulator and with NumPy.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <string>
+
+#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ inline
+#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace quip {
+namespace device {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// The thread's warp in its block, in a register that the compiler knows to be the same for all its lanes.
+DEVICE int warp_index() { return __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0); }
+
+// v of lane `from` (modulo 32); every lane of the warp calls it.
+DEVICE uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(kAllLanes, v, from); }
+DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(kAllLanes, v, mask); }
+
+// Bytes of b:a (byte 0 = the lowest of a), chosen by the four nibbles of the selector.
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+// The upper 32 bits of high:low shifted left by 0..31.
+DEVICE uint32_t funnel_left(uint32_t high, uint32_t low, int shift) { return __funnelshift_l(low, high, shift); }
+
+// base + the four bytes of v.
+DEVICE uint32_t sum_bytes(uint32_t v, uint32_t base) { return __dp4a(v, 0x01010101u, base); }
+
+// Two fp16 sums, each rounded once.
+DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+DEVICE uint16_t to_half(float v) {
+  uint16_t d;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(v));
+  return d;
+}
+DEVICE float from_half(uint16_t v) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(v));
+  return d;
+}
+DEVICE uint16_t to_bfloat(float v) {
+  uint16_t d;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(v));
+  return d;
+}
+DEVICE float from_bfloat(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
+DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// The nearest integer, halves to even.
+DEVICE int to_int(float v) { return __float2int_rn(v); }
+
+// d += a b for the m16n8k16 fragments of fp16 a (four registers) and b (two), sums in fp32.
+DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same for the m16n8k32 fragments of uint8 a and int8 b, sums modulo 2^32.
+DEVICE void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Starts to copy 16 bytes, both ends aligned to 16, past L1; they are there for this thread after copy_wait.
+DEVICE void copy_async(void* to, const void* from) {
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+// Ends a group of copies.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of this thread's groups are under way.
+template <int pending>
+DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+struct Uint4 {
+  uint32_t x, y, z, w;
+};
+// 16 bytes from an address aligned to 16.
+DEVICE Uint4 load16(const void* from) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {v.x, v.y, v.z, v.w};
+}
+
+// count words, with the widest loads that their number allows; `from` is aligned to as much of 16 bytes.
+template <int count>
+DEVICE void load_words(const void* from, uint32_t (&words)[count]) {
+  constexpr int kWide = count % 4 == 0 ? 4 : count % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < count; i += kWide) {
+    const uint32_t* at = static_cast<const uint32_t*>(from) + i;
+    if constexpr (kWide == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(at);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    } else if constexpr (kWide == 2) {
+      const uint2 v = *reinterpret_cast<const uint2*>(at);
+      words[i] = v.x, words[i + 1] = v.y;
+    } else {
+      words[i] = *at;
+    }
+  }
+}
+
+using Stream = cudaStream_t;
+
+template <class Kernel, class... Args>
+std::string launch(Kernel kernel, dim3 grid, int block, int shared_bytes, Stream stream, Args... args) {
+  if (shared_bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? std::string() : std::string(cudaGetErrorString(error));
+}
+#define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  quip::device::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+}  // namespace device
+}  // namespace quip

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rotations around decode_gemm: a thread block a row (and projection), its elements in shared memory as floats.
+//
+//   rotate_in    x * su, S_p within runs, H_q^T across, then fp16 times a power of two, or int8 of 127ths of the largest
+//   rotate_out   sum of the splits, less the code's offset, S_p, H_q, times sv
+//
+// A row too long for shared memory is worked on in global memory, by the same code.
+#include "device.h"
+#include "kernels.h"
+
+namespace quip {
+namespace {
+
+constexpr int kThreads = 512;
+
+// Butterflies of `radix` elements, `span` apart.
+template <int radix>
+DEVICE void butterflies(float* v, int count, int span) {
+  for (int i = threadIdx.x; i < count / radix; i += blockDim.x) {
+    float* first = v + (i / span) * span * radix + i % span;
+    float e[radix];
+#pragma unroll
+    for (int j = 0; j < radix; ++j) e[j] = first[j * span];
+#pragma unroll
+    for (int half = 1; half < radix; half *= 2) {
+#pragma unroll
+      for (int j = 0; j < radix; ++j) {
+        if (j & half) continue;
+        const float a = e[j], b = e[j | half];
+        e[j] = a + b, e[j | half] = a - b;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < radix; ++j) first[j * span] = e[j];
+  }
+  device::sync_block();
+}
+
+// S_p within each run of p elements, not normalised.
+DEVICE void walsh(float* v, int count, int p) {
+  int span = 1;
+  for (; span * 8 <= p; span *= 8) butterflies<8>(v, count, span);
+  if (span * 4 <= p) butterflies<4>(v, count, span), span *= 4;
+  if (span * 2 <= p) butterflies<2>(v, count, span);
+}
+
+// Element i of H_q across runs of p elements of v.
+DEVICE float mix(const float* v, const Rotation& r, int i) {
+  if (r.q == 1) return v[i];
+  const int size = r.q * r.p, run = i / size, a = i % size / r.p, b = i % r.p;
+  const float* row = r.base + a * r.q;
+  const float* column = v + run * size + b;
+  float sum = 0;
+  for (int j = 0; j < r.q; ++j) sum += row[j] * column[j * r.p];
+  return sum;
+}
+
+DEVICE float read(const void* from, Type type, int64_t i) {
+  if (type == Type::kFloat) return static_cast<const float*>(from)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
+  return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
+}
+DEVICE void write(void* to, Type type, int64_t i, float v) {
+  if (type == Type::kFloat)
+    static_cast<float*>(to)[i] = v;
+  else
+    static_cast<uint16_t*>(to)[i] = type == Type::kHalf ? device::to_half(v) : device::to_bfloat(v);
+}
+
+// f(all threads' values), in an order that does not depend on anything; memory: 32 floats.
+template <class F>
+DEVICE float reduce(float v, float* memory, F f) {
+  for (int step = kLanes / 2; step; step /= 2) v = f(v, device::shuffle_xor(v, step));
+  device::sync_block();
+  if (threadIdx.x % kLanes == 0) memory[threadIdx.x / kLanes] = v;
+  device::sync_block();
+  v = memory[0];
+  for (int warp = 1; warp < int(blockDim.x) / kLanes; ++warp) v = f(v, memory[warp]);
+  return v;
+}
+
+// The column that 16-byte unit `unit` of a row's chunk has at place `i` (layout.h); int8 places are four bytes wide.
+DEVICE int column_of(XOrder order, int unit, int i) {
+  const int t = unit % 4, block = unit / 4;
+  switch (order) {
+    case XOrder::kTrellis: return 32 * block + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * t + i % 2;
+    case XOrder::kLattice: return 32 * block + 8 * t + i;
+    default: return 16 * block + 8 * (i % 2) + 2 * t + i / 2;
+  }
+}
+
+KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
+  SHARED(memory);
+  float* reduction = reinterpret_cast<float*>(memory);
+  const int row = blockIdx.x, k = r.k;
+  float* v = r.scratch ? r.scratch + int64_t(row) * r.work : reduction + kLanes;
+  for (int i = threadIdx.x; i < k; i += blockDim.x) v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];
+  device::sync_block();
+  walsh(v, k, r.rotation.p);
+  if (r.rotation.q > 1) {
+    for (int i = threadIdx.x; i < k; i += blockDim.x) v[k + i] = mix(v, r.rotation, i);
+    v += k;
+    device::sync_block();
+  }
+  // A NaN is above infinity as an integer, and makes the whole row's result one.
+  float largest = 0;
+  for (int i = threadIdx.x; i < k; i += blockDim.x) {
+    const uint32_t magnitude = device::bits_of(v[i]) & 0x7FFFFFFFu;
+    if (magnitude > device::bits_of(largest)) largest = device::float_of(magnitude);
+  }
+  largest = reduce(largest, reduction,
+                   [](float a, float b) { return device::bits_of(a) > device::bits_of(b) ? a : b; });
+  const uint32_t exponent = device::bits_of(largest) >> 23;
+  const bool finite = exponent < 255, zero = largest < 1e-30f, bytes = r.order == XOrder::kBytes;
+  const float scale = bytes ? largest / 127.0f : device::float_of((exponent < 9 ? 1 : exponent - 8) << 23);
+  const float inverse = !finite || zero ? 0.0f : bytes ? 127.0f / largest : 1.0f / scale;
+
+  const int units = row_bytes(r.order) / 16, row0 = row / kRowBlock * kRowBlock, rows = min(kRowBlock, r.m - row0);
+  unsigned char* out = r.out + int64_t(row0) * r.chunks * row_bytes(r.order);
+  float total = 0;  // of at most 32768 integers below 128, or of numbers below 512: exact, or rounded as sums are
+  for (int u = threadIdx.x; u < r.chunks * units; u += blockDim.x) {
+    const int chunk = u / units, unit = u % units, block = unit / 4 ^ (row & 1);
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int j = 0; j < (bytes ? 1 : 2); ++j) {
+        const int c = chunk * kChunk + column_of(r.order, unit, bytes ? i : 2 * i + j);
+        // Zero times a NaN is no number: select.
+        const float value = c < k && inverse != 0 ? v[c] * inverse : 0;
+        if (bytes) {
+          const int q = device::to_int(value);
+          word = uint32_t(q & 0xFF) * 0x01010101u;
+          total += float(q);
+        } else {
+          const uint16_t half = device::to_half(value);
+          word |= uint32_t(half) << (16 * j);
+          total += device::from_half(half);
+        }
+      }
+      words[i] = word;
+    }
+    const int64_t at = (int64_t(chunk) * rows + row - row0) * row_bytes(r.order) + block * kBlock + unit % 4 * 16;
+    uint32_t* to = reinterpret_cast<uint32_t*>(out + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = words[i];
+  }
+  total = reduce(total, reduction, [](float a, float b) { return a + b; });
+  if (threadIdx.x == 0) {
+    const float norm = 1.0f / sqrtf(float(r.rotation.q) * float(r.rotation.p));
+    r.scales[row] = finite ? (zero ? 0.0f : scale * norm) : device::float_of(0x7FC00000u);
+    r.totals[row] = bytes ? device::float_of(uint32_t(int32_t(total))) : total;
+  }
+}
+
+KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
+  SHARED(memory);
+  const int s = blockIdx.x, row = blockIdx.y;
+  const RotateOut::Part& part = r.part[s];
+  float* v = r.scratch ? r.scratch + (int64_t(row) * r.segments + s) * r.work : reinterpret_cast<float*>(memory);
+  const float* from = r.partial + int64_t(row) * r.stride + part.column;
+  const float offset = r.offset * r.totals[row];
+  const uint32_t whole = uint32_t(int(r.offset)) * device::bits_of(r.totals[row]);
+  for (int i = threadIdx.x; i < part.size; i += blockDim.x) {
+    if (r.integers) {  // modulo 2^32: the result without the offset is below 2^31
+      uint32_t sum = 0;
+      for (int j = 0; j < r.splits; ++j) sum += device::bits_of(from[j * r.split_stride + i]);
+      v[i] = float(int32_t(sum - whole));
+    } else {
+      float sum = from[i];
+      for (int j = 1; j < r.splits; ++j) sum += from[j * r.split_stride + i];
+      v[i] = sum - offset;
+    }
+  }
+  device::sync_block();
+  walsh(v, part.size, part.rotation.p);
+  const float scale = r.unit * r.scales[row] / sqrtf(float(part.rotation.q) * float(part.rotation.p));
+  for (int i = threadIdx.x; i < part.size; i += blockDim.x)
+    write(r.y, r.type, int64_t(row) * r.n + part.start + i, mix(v, part.rotation, i) * (scale * r.sv[part.start + i]));
+}
+
+}  // namespace
+
+std::string rotate_in(const RotateIn& r, device::Stream stream) {
+  const int bytes = (kLanes + (r.scratch ? 0 : r.work)) * int(sizeof(float));
+  return LAUNCH(rotate_in_kernel, dim3(r.m), kThreads, bytes, stream, r);
+}
+
+std::string rotate_out(const RotateOut& r, device::Stream stream) {
+  const int bytes = r.scratch ? 16 : r.work * int(sizeof(float));
+  return LAUNCH(rotate_out_kernel, dim3(r.segments, r.m), kThreads, bytes, stream, r);
+}
+
+}  // namespace quip

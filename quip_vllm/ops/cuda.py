@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: one call of the compiled op per linear layer (sources in kernels/cuda)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quip_vllm import envs
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.tile import TILE
+from quip_vllm.ops import cuda_layout, cuda_shapes
+from quip_vllm.ops.extension import cuda_library_problem
+from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
+
+INSTRUCTIONS = {"1mad": 4.5, "1mad_int8": 3.0, "3inst": 5.3, "hyb": 3.0, "lut": 3.5, "e8p": 2.2}
+"""Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
+
+
+class CudaBackend:
+    """The fused kernels for NVIDIA GPUs from compute capability 8.0. Activations are fp16, or int8 with code 1mad.
+
+    QUIP_VLLM_ACTIVATIONS=int8 rounds them where the code has it; fp16 is the default.
+    """
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self.plans: dict[
+            str, tuple[str, list[int]]
+        ] = {}  # a layer's key -> code of the op, shape: constants to torch.compile
+
+    def refusal(self, spec: LinearSpec) -> str | None:
+        problem = cuda_library_problem()
+        if problem is not None:
+            return problem
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            major, minor = torch.cuda.get_device_capability()
+            return f"this GPU has compute capability {major}.{minor}: the kernels need 8.0"
+        try:
+            layout(spec)
+            rotations(spec)
+        except ValueError as error:
+            return str(error)
+        if len(spec.output_sizes) > 16:
+            return f"{len(spec.output_sizes)} fused projections: the kernels take 16"
+        if envs.activations() == "int8" and spec.code is not Code.ONE_MAD:
+            return "QUIP_VLLM_ACTIVATIONS is int8, which on a GPU only code 1mad has: unset it"
+        return None
+
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        check(spec, tensors)
+        device = tensors["sv"].device
+        gpu = _gpu(device)
+        code = _code(spec, gpu)
+        self.plans[_key(spec)] = code, cuda_shapes.choose(_problem(spec, code), gpu)
+        prepared = {"packed": cuda_layout.packed_words(spec, tensors), "su": tensors["su"].float().contiguous()}
+        prepared["sv"] = torch.nn.functional.pad(tensors["sv"].float(), (0, sum(_sizes(spec)) - spec.out_features))
+        table = cuda_layout.table(spec, tensors)
+        if table is not None:
+            prepared["table"] = table.to(device)
+        for i, (order, _) in enumerate(rotations(spec)):
+            prepared[f"base{i}"] = rotation_base(order, transpose=i == 0).to(device)
+        return prepared
+
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        widths = [width for _, width in rotations(spec)]
+        code, shape = self.plans[_key(spec)]
+        y = torch.ops.quip_vllm.cuda_linear(
+            x.reshape(-1, spec.in_features).contiguous(),
+            tensors["packed"],
+            tensors.get("table"),
+            tensors["su"],
+            tensors["sv"],
+            [tensors[f"base{i}"] for i in range(len(widths))],
+            widths,
+            _sizes(spec),
+            code,
+            spec.bits,
+            shape,
+        )
+        return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
+
+    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError(
+            "rows of a quantized embedding are not looked up on a GPU: quantize without --lm-head"
+        )
+
+
+def _sizes(spec: LinearSpec) -> list[int]:
+    """The outputs of the op: an output head of a trellis has whole tiles."""
+    if spec.rotate_output or spec.method is not Method.QTIP:
+        return list(spec.output_sizes)
+    return [spec.out_features + -spec.out_features % TILE]
+
+
+def _key(spec: LinearSpec) -> str:
+    code = spec.code.value if spec.code else spec.method.value
+    return f"{code} {spec.bits} {spec.in_features} {spec.output_sizes} {spec.hadamard_block} {spec.rotate_output}"
+
+
+def _gpu(device: torch.device) -> cuda_shapes.Gpu:
+    if device.type != "cuda":  # the emulator
+        return cuda_shapes.Gpu(4, 99 * 1024, 100 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    return cuda_shapes.Gpu(
+        found.multi_processor_count, found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
+    )
+
+
+def _code(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
+    """The op's name of the code: which kernels of it run here."""
+    if spec.code is Code.ONE_MAD and envs.activations() == "int8":
+        return "1mad_int8"
+    code = spec.code.value if spec.code else "e8p"
+    if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
+        return f"{code}_large"
+    return code
+
+
+def _shared(code: str, bits: int) -> Callable[[int, int, int], int]:
+    return lambda rows, warps_n, depth: torch.ops.quip_vllm.cuda_shared_bytes(code, bits, rows, warps_n, depth)
+
+
+def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
+    tables = 3 if spec.bits == 3 else 2
+    table_words = {"hyb": 512 * 16, "hyb_large": 1024 * 32, "e8p": tables * 256 * 16, "e8p_large": tables * 256 * 32}
+    return cuda_shapes.Problem(
+        spec.out_features,
+        spec.in_features,
+        spec.bits,
+        INSTRUCTIONS[code.removesuffix("_large")],
+        table_words.get(code, 0),
+        _shared(code, spec.bits),
+    )

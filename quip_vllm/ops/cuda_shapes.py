@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which thread blocks multiply a layer: candidates, a reason for each refusal, and a model of their cost.
+
+Chosen once, when a layer is loaded, for one, up to 8, up to 16 and more rows. All cut k alike, so an output's sum has
+one order whatever the number of rows. Nothing is timed, so it is safe while a CUDA graph is captured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quip_vllm.formats.tile import TILE
+from quip_vllm.ops.cuda_layout import CHUNK, SPARE_CHUNKS
+
+WARPS_K, ROW_TILES, WARPS_PER_SM, SCHEDULERS = 2, 2, 48, 4
+ROWS = (1, 8, 16, 64)
+"""Rows of x up to which each of a layer's four shapes is used; more are cut in blocks of 64."""
+
+START_CYCLES = 2500
+"""Of a thread block: the first copies, the last exchange, and its share of the launch (an estimate)."""
+CHUNK_CYCLES = 300
+"""Least time of a chunk of one warp, when nothing else hides the latencies of decoding it (an estimate)."""
+SPLIT_CYCLES = 400
+"""What each further part of k adds to the output rotation (an estimate)."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice depends on: multiprocessors, shared memory of a block and of a multiprocessor, in bytes."""
+
+    multiprocessors: int
+    shared_block: int
+    shared_multiprocessor: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer on a GPU.
+
+    Attributes:
+        n, k, bits: outputs (of all fused projections), inputs, code bits per weight.
+        instructions: per weight, of the code's main loop (docs/benchmarks/cuda_static.md).
+        shared: bytes of shared memory of (rows, warps_n, depth).
+        table_words: of the table that a block copies before it starts.
+    """
+
+    n: int
+    k: int
+    bits: int
+    instructions: float
+    table_words: int
+    shared: Callable[[int, int, int], int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A thread block: warps along the outputs, chunks that a warp takes in a stage, chunks of a part of k."""
+
+    warps_n: int
+    depth: int
+    split_chunks: int
+
+
+def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str | None:
+    """Why a candidate cannot run, or None."""
+    if (candidate.depth > 1) == (rows > 16 or problem.bits > 4):
+        return "more than 16 rows or 4 bits are compiled with depth 1, others with 2 and 4"
+    if rows > 16 and candidate.warps_n > 4:
+        return "more than 16 rows take the registers of 8 warps at most"
+    shared = problem.shared(rows, candidate.warps_n, candidate.depth)
+    if shared > gpu.shared_block:
+        return f"{shared} bytes of shared memory: a block has {gpu.shared_block}"
+    return None
+
+
+def cycles(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> float:
+    """The model: waves of thread blocks, each as long as its instructions take to issue or a warp's chunks to pass."""
+    tiles, chunks = -(-problem.n // TILE), -(-problem.k // CHUNK)
+    splits = -(-chunks // candidate.split_chunks)
+    warps = candidate.warps_n * WARPS_K
+    blocks = -(-tiles // (ROW_TILES * candidate.warps_n)) * splits
+    shared = problem.shared(rows, candidate.warps_n, candidate.depth) + 1024
+    resident = max(1, min(gpu.shared_multiprocessor // shared, WARPS_PER_SM // warps))
+    resident = min(resident, -(-blocks // gpu.multiprocessors))
+    waves = -(-blocks // (gpu.multiprocessors * resident))
+    steps = -(-candidate.split_chunks // WARPS_K)
+    stage = 70 / candidate.depth  # instructions beside the decoding, by chunk
+    issue = steps * resident * warps * (2 * CHUNK * problem.instructions + stage) / SCHEDULERS
+    table = 4 * problem.table_words / (32 * SCHEDULERS) * resident
+    return waves * (START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)) + splits * SPLIT_CYCLES
+
+
+def candidates(problem: Problem) -> list[Candidate]:
+    """Every shape there is; a part of k is a multiple of what a stage takes, or all."""
+    chunks = -(-problem.k // CHUNK)
+    parts = sorted({-(-chunks // (splits * SPARE_CHUNKS)) * SPARE_CHUNKS for splits in range(1, 33)})
+    return [Candidate(warps, depth, part) for warps in (8, 4, 2, 1) for depth in (4, 2, 1) for part in parts]
+
+
+def choose(problem: Problem, gpu: Gpu) -> list[int]:
+    """The `shape` of the op: chunks of a part of k, then warps and depth for each of ROWS (more rows: depth is 1).
+
+    Raises:
+        ValueError: no candidate fits the GPU.
+    """
+    every, shape = candidates(problem), []
+    for rows in ROWS:
+        refused = {c: refusal(c, problem, gpu, rows) for c in every}
+        fitting = [c for c in every if refused[c] is None and (not shape or c.split_chunks == shape[0])]
+        if not fitting:
+            reasons = "; ".join(sorted({reason for reason in refused.values() if reason}))
+            raise ValueError(f"no thread block multiplies {rows} rows by {problem.n} x {problem.k} here: {reasons}")
+        best = min(fitting, key=lambda c: cycles(c, problem, gpu, rows))
+        shape += [best.warps_n, best.depth] if shape else [best.split_chunks, best.warps_n, best.depth]
+    return shape[:-1]

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, run by the emulator, against the dequantized weight: every format, odd sizes, every dtype."""
+
+import itertools
+
+import pytest
+import torch
+from numerics import HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
+from random_layers import FORMAT_IDS, FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
+from quip_vllm.ops.reference import decode
+from quip_vllm.ops.tensors import rotations
+from quip_vllm.transforms.hadamard import hadamard
+
+OPS = torch.ops.quip_vllm
+SHAPES = [  # k, output sizes, block
+    (16, (16,), None),
+    (272, (48, 16), 16),
+    (640, (352,), 64),
+    (1152, (96, 32, 32), None),  # 36 * 32
+]
+ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130)
+MORE = {"hyb": "hyb_large", "e8p": "e8p_large"}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def rows(m, k):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+
+
+def arguments(cuda, spec, tensors, x, shape=None, code=None):
+    """Those of the op, with other thread blocks or another variant of the code."""
+    prepared = cuda.prepare(spec, tensors)
+    planned_code, planned = next(plan for plan in reversed(cuda.plans.values()))
+    count = len(spec.output_sizes) + 1
+    widths = [p for _, p in rotations(spec)]
+    bases = [prepared[f"base{i}"] for i in range(count)]
+    packed, table, signs = prepared["packed"], prepared.get("table"), (prepared["su"], prepared["sv"])
+    sizes = list(spec.output_sizes)
+    return [x, packed, table, *signs, bases, widths, sizes, code or planned_code, spec.bits, shape or planned]
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+def test_linear_is_the_dequantized_weight(cuda, method, code, bits, k, sizes, block):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors = random_layer(spec)
+    prepared = cuda.prepare(spec, tensors)
+    everything = rows(max(ROWS), k)
+    weight = dequantize(spec, tensors).double()
+    y = cuda.linear(spec, everything, prepared)
+    assert relative(y, everything.double() @ weight.T) < HALF_ACTIVATIONS
+    for m in ROWS:  # the bits of a row depend neither on how many there are nor on which
+        assert torch.equal(cuda.linear(spec, everything[:m].contiguous(), prepared), y[:m])
+    assert torch.equal(cuda.linear(spec, everything[-3:].contiguous(), prepared), y[-3:])
+
+
+@pytest.mark.parametrize("k", [8, 24, 40, 104])
+@pytest.mark.parametrize("n", [1, 12, 36])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(cuda, n, k, bits):
+    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n, 4))
+    tensors = random_layer(spec)
+    x = rows(5, k)
+    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_half_precision_rounds_like_torch(cuda, method, code, bits, dtype):
+    spec = LinearSpec(method, code, bits, 576, (192, 64))
+    tensors = random_layer(spec)
+    x = rows(3, 576).to(dtype)
+    weight = dequantize(spec, tensors)
+    exact = x.double() @ weight.double().T
+    torch_error = relative(x @ weight.to(dtype).T, exact)
+    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    assert y.dtype is dtype
+    assert relative(y, exact) < SAME_DTYPE_FACTOR * torch_error
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+def test_int8_activations_are_the_rounded_ones(cuda, monkeypatch, bits, k, sizes, block):
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, bits, k, sizes, block)
+    tensors = random_layer(spec)
+    prepared = cuda.prepare(spec, tensors)
+    x = rows(20, k)
+    rotated = hadamard(x * tensors["su"].float(), block, transpose=True)
+    unit = rotated.abs().amax(1, keepdim=True).double() / 127
+    products = (rotated / unit.float()).round().double() * unit @ decode(spec, tensors).double().T
+    parts = [hadamard(part.contiguous(), block) for part in products.split(sizes, dim=-1)]
+    y = cuda.linear(spec, x, prepared)
+    assert relative(y, torch.cat(parts, dim=-1) * tensors["sv"].double()) < INT8_ROUNDING
+    for m in (1, 9, 17):
+        assert torch.equal(cuda.linear(spec, x[:m].contiguous(), prepared), y[:m])
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS[::2], ids=FORMAT_IDS[::2])
+def test_every_thread_block_gives_the_same_result(cuda, method, code, bits):
+    spec = LinearSpec(method, code, bits, 1216, (112, 48))  # 19 chunks: odd in every split
+    tensors = random_layer(spec)
+    spec_code = code.value if code else "e8p"
+    wanted = {}
+    depths = (2, 4) if bits <= 4 else (1,)
+    for name, warps, depth in itertools.product((spec_code, MORE.get(spec_code)), (1, 2, 4, 8), depths):
+        if name is None or OPS.cuda_shared_bytes(name, bits, 12, warps, depth) > 227 * 1024:
+            continue
+        for split, m in itertools.product((8, 16, 24), (1, 5, 12, 20)):
+            shape = [split, *[warps, depth] * 3, min(warps, 4)]
+            y = OPS.cuda_linear(*arguments(cuda, spec, tensors, rows(m, 1216), shape, name))
+            assert torch.equal(y, wanted.setdefault((split, m), y))
+    y = torch.cat([wanted[split, 20] for split in (8, 16, 24)])
+    assert relative(y, (rows(20, 1216).double() @ dequantize(spec, tensors).double().T).repeat(3, 1)) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS[::3], ids=FORMAT_IDS[::3])
+def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, method, code, bits, order):
+    spec = LinearSpec(method, code, bits, 656, (80, 48), 16)
+    tensors = random_layer(spec)
+    prepared = cuda.prepare(spec, tensors)
+    usual = [cuda.linear(spec, rows(m, 656), prepared) for m in (3, 12, 70)]
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+    for y in usual:
+        assert torch.equal(cuda.linear(spec, rows(len(y), 656), prepared), y)
+
+
+def test_a_head_without_output_rotation(cuda):
+    for method, code, n in ((Method.QUIP_SHARP, None, 37), (Method.QTIP, Code.THREE_INST, 37)):
+        spec = LinearSpec(method, code, 4, 80, (n,), rotate_output=False)
+        tensors = random_layer(spec)
+        x = rows(3, 80)
+        y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+        assert y.shape == (3, n)
+        assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 28 * 512), (52 * 512, 64)])
+def test_rows_too_long_for_shared_memory(cuda, n, k):
+    spec = LinearSpec(Method.QUIP_SHARP, None, 2, k, (n,))
+    tensors = random_layer(spec)
+    x = rows(2, k)
+    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_a_bad_value_spoils_its_row_only(cuda, monkeypatch, bad, activations):
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", activations)
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 80, (48, 16))
+    prepared = cuda.prepare(spec, random_layer(spec))
+    x = rows(9, 80)
+    clean = cuda.linear(spec, x, prepared)
+    x[4, 7] = bad
+    y = cuda.linear(spec, x, prepared)
+    assert not y[4].isfinite().any()
+    keep = [i for i in range(9) if i != 4]
+    assert torch.equal(y[keep], clean[keep])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e30])
+def test_activations_of_any_size(cuda, scale):
+    spec = LinearSpec(Method.QUIP_SHARP, None, 2, 80, (48,))
+    tensors = random_layer(spec)
+    x = rows(2, 80) * scale
+    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    if scale < 1e-35:
+        assert not y.any()
+    else:
+        assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 64), (2, 3, 64), (64,)])
+def test_leading_dimensions(cuda, shape):
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32, 16))
+    tensors = random_layer(spec)
+    x = torch.randn(shape)
+    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    assert y.shape == (*shape[:-1], 48)
+
+
+def hyb_arguments(cuda):
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
+    return arguments(cuda, spec, random_layer(spec), torch.randn(3, 64))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.randn(3, 65), "contiguous"),
+        (0, torch.randn(3, 64, dtype=torch.float64), "dtype"),
+        (1, torch.zeros(7, dtype=torch.int32), "packed"),
+        (2, None, "table"),
+        (2, torch.zeros(3, dtype=torch.int32), "table"),
+        (3, torch.zeros(64, dtype=torch.float16), "su"),
+        (4, torch.zeros(47), "sv"),
+        (5, [torch.ones(1, 1)], "bases"),
+        (6, [64, 32, 12], "rotation"),
+        (6, [64, 64, 16], "rotation"),
+        (7, [32, 8], "multiple of 16"),
+        (8, "4mad", "4mad"),
+        (9, 5, "bits"),
+        (9, 0, "bits"),
+        (10, [8, 3, 2, 3, 2, 3, 2, 1], "warps"),
+        (10, [8, 1, 1, 1, 1, 1, 1, 1], "depth"),
+        (10, [8], "shape"),
+    ],
+)
+def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
+    given = hyb_arguments(cuda)
+    given[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.cuda_linear(*given)
+
+
+def test_opcheck(cuda):
+    torch.library.opcheck(OPS.cuda_linear.default, hyb_arguments(cuda))
+
+
+def test_fake_cuda_tensors_and_tracing(cuda):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    given = hyb_arguments(cuda)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def on_gpu(t):
+            return torch.empty(t.shape, dtype=t.dtype, device="cuda")
+
+        fake = [on_gpu(a) if isinstance(a, torch.Tensor) else a for a in given]
+        fake[5] = [on_gpu(t) for t in given[5]]
+        fake[0] = fake[0].to(torch.bfloat16)
+        y = OPS.cuda_linear(*fake)
+    assert y.device.type == "cuda" and y.dtype is torch.bfloat16 and y.shape == (3, 48)
+    graph = make_fx(lambda x: OPS.cuda_linear(x, *given[1:]) + 1, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        given[0]
+    )
+    assert "cuda_linear" in graph.code
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_compiles_as_one_graph(cuda, method):
+    spec = LinearSpec(method, Code.HYB if method is Method.QTIP else None, 2, 64, (32, 16))
+    prepared = cuda.prepare(spec, random_layer(spec))
+    compiled = torch.compile(lambda x: cuda.linear(spec, x * 2, prepared) + 1, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 64)
+    assert torch.equal(compiled(x), cuda.linear(spec, x * 2, prepared) + 1)
+
+
+GPUS = {
+    "A100": cuda_shapes.Gpu(108, 163 * 1024, 164 * 1024),
+    "RTX 4090": cuda_shapes.Gpu(128, 99 * 1024, 100 * 1024),
+}
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 8192), (16, 64), (28672, 8192), (5120, 13824)])
+def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, method, code, bits, n, k):
+    from quip_vllm.ops.cuda import _code, _problem
+
+    spec = LinearSpec(method, code, bits, k, (n,))
+    name = _code(spec, GPUS[gpu])
+    if bits == 2:
+        assert name.endswith("_large") == (gpu == "A100" and (code is Code.HYB or code is None))
+    problem = _problem(spec, name)
+    split, *blocks = cuda_shapes.choose(problem, GPUS[gpu])
+    assert split % cuda_layout.SPARE_CHUNKS == 0
+    for m, warps, depth in zip(cuda_shapes.ROWS, blocks[::2], [*blocks[1::2], 1], strict=True):
+        assert problem.shared(m, warps, depth) <= GPUS[gpu].shared_block
+    if n * k >= 1 << 24:  # enough work for every multiprocessor
+        count = -(-n // (32 * blocks[0])) * -(-k // (64 * split))
+        assert count >= 0.7 * GPUS[gpu].multiprocessors
+
+
+def test_a_candidate_is_refused_with_a_reason():
+    problem = cuda_shapes.Problem(4096, 4096, 2, 4.0, 0, lambda rows, warps, depth: 1000 * rows * warps * depth)
+    gpu = GPUS["A100"]
+    deep, wide = cuda_shapes.Candidate(4, 4, 8), cuda_shapes.Candidate(8, 1, 8)
+    assert "depth 1" in cuda_shapes.refusal(deep, problem, gpu, 64)
+    assert "registers" in cuda_shapes.refusal(wide, problem, gpu, 64)
+    assert "shared memory" in cuda_shapes.refusal(deep, problem, gpu, 16)
+    assert cuda_shapes.refusal(deep, problem, gpu, 8) is None
+    with pytest.raises(ValueError, match="shared memory"):
+        cuda_shapes.choose(problem, cuda_shapes.Gpu(108, 100, 100))
