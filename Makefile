@@ -61,7 +61,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 sanitize: venv
-	$(BIN)/python -m pytest -q --sanitize tests/kernels/test_sanitizers.py
+	$(BIN)/python -m pytest -q --sanitize tests/kernels
 
 ifeq ($(SERVER),)
 loadtest: venv

@@ -9,8 +9,8 @@ Usage: python kernels/build.py [cpu|cuda|emulator ...] [--sanitize address|threa
     emulator   kernels/cuda on the CPU, for tests: build/emulator/libquip_vllm_cuda.so
 
 With --sanitize, quip_vllm/lib stays as it is: build/address gets an instrumented CPU library, build/address and
-build/thread the programs of tests/kernels/panels.cpp, and build/emulator_address the instrumented emulator. `make
-sanitize` runs them.
+build/thread the programs of tests/kernels/panels.cpp, build/emulator_address and build/emulator_thread that of
+gemm_check.cpp. `make sanitize` runs them.
 """
 
 import argparse
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 LIBRARIES = ROOT / "quip_vllm" / "lib"
 PROGRAM = ROOT / "tests" / "kernels" / "panels.cpp"
+GEMM_PROGRAM = PROGRAM.with_name("gemm_check.cpp")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2", "-mgfni"]
 X86_TIERS = {
@@ -138,15 +139,18 @@ def _cuda(compiler: str, sanitizer: str | None) -> Build:
 
 def _emulator(compiler: str, sanitizer: str | None) -> Build:
     source, folder = KERNELS / "cuda", ROOT / "build" / f"emulator{'_' + sanitizer if sanitizer else ''}"
-    flags = [compiler, *_flags(sanitizer, "-O2"), "-Wno-unknown-pragmas"]
-    objects = {
-        path.stem: [*flags, *(TORCH_INCLUDE if path.stem == "bindings" else []), "-xc++", str(path)]
-        for path in sorted(source.glob("*.cu"))
-    }
-    objects["runtime"] = [*flags, str(KERNELS / "emulator" / "runtime.cpp")]
-    link = [compiler, *SANITIZERS.get(sanitizer or "", []), "-shared", *(f"{name}.o" for name in objects)]
-    links = {folder / "libquip_vllm_cuda.so": [*link, "-Wl,--no-as-needed", *TORCH_LIBRARIES]}
-    return Build(folder, [*source.iterdir(), *(KERNELS / "emulator").iterdir()], objects, links)
+    flags = [compiler, *_flags(sanitizer, "-O2"), "-Wno-unknown-pragmas", f"-I{source}", "-xc++"]
+    runtime = [compiler, *_flags(None if sanitizer == "thread" else sanitizer, "-O2")]  # it tells TSan of its fibers
+    objects = {path.stem: [*flags, str(path)] for path in sorted(source.glob("*.cu")) if path.stem != "bindings"}
+    objects["runtime"] = [*runtime, str(KERNELS / "emulator" / "runtime.cpp")]
+    sources = [*source.iterdir(), *(KERNELS / "emulator").iterdir()]
+    if sanitizer:
+        objects[GEMM_PROGRAM.stem] = [*flags, str(GEMM_PROGRAM)]
+        link = [compiler, *SANITIZERS[sanitizer], *(f"{name}.o" for name in objects)]
+        return Build(folder, [*sources, GEMM_PROGRAM], objects, {folder / GEMM_PROGRAM.stem: link})
+    objects["bindings"] = [*flags, *TORCH_INCLUDE, str(source / "bindings.cu")]
+    link = [compiler, "-shared", *(f"{name}.o" for name in objects), "-Wl,--no-as-needed", *TORCH_LIBRARIES]
+    return Build(folder, sources, objects, {folder / "libquip_vllm_cuda.so": link})
 
 
 def _flags(sanitizer: str | None, optimize: str = "-O3") -> list[str]:

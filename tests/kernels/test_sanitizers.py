@@ -15,6 +15,7 @@ from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
+OTHERS = ("--ignore=tests/ops/test_cuda.py", "--ignore=tests/ops/test_triton.py")
 SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_outside", "only_the_packed")
 
 
@@ -49,7 +50,7 @@ def run_python(*arguments, **environment):
 def test_op_tests_are_clean(tier):
     library = BUILD / "address" / "libquip_vllm_cpu.so"
     chosen = " and ".join(f"not {name}" for name in SLOW)
-    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", "-k", chosen)
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops", *OTHERS, "-k", chosen)
     result = run_python(*arguments, "--cpu-library", str(library), QUIP_VLLM_CPU_TIER=tier)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     assert " passed" in result.stdout

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers.
+// Prints a checksum a case, or the emulator's sentence.
+//
+//   gemm_check CODE BITS ...      CODE: 1mad, 1mad_int8, 3inst, hyb, hyb_large, lut, e8p, e8p_large
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "decode_gemm.h"
+#include "kernels.h"
+
+namespace {
+
+using namespace quip;
+
+constexpr int kN = 80, kK = 720;  // 5 tiles and 12 chunks, the last one not whole
+
+struct Known {
+  const char* name;
+  GemmEntry (*entry)(int);
+  XOrder order;
+  int table_words;
+};
+const Known kCodes[] = {
+    {"1mad", one_mad_entry, XOrder::kTrellis, 1},      {"1mad_int8", one_mad_bytes_entry, XOrder::kBytes, 1},
+    {"3inst", three_inst_entry, XOrder::kTrellis, 1},  {"hyb", hyb_entry, XOrder::kTrellis, 512},
+    {"hyb_large", hyb_large_entry, XOrder::kTrellis, 512}, {"lut", lut_entry, XOrder::kTrellis, 32768},
+    {"e8p", lattice_entry, XOrder::kLattice, 772},     {"e8p_large", lattice_large_entry, XOrder::kLattice, 772},
+};
+
+std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk, spare = kWarpsK * kDeep;
+  std::vector<uint32_t> packed((tiles * chunks + spare) * kLanes * bits), table(code.table_words);
+  for (auto& word : packed) word = random();
+  for (auto& word : table) word = random() & 0x3BFF3BFF;  // halves below one
+  std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(5 * 5), y(m * kN);
+  for (auto& v : x) v = normal(random);
+  // 45 is no order of a Hadamard matrix; any matrix shows the races of one.
+  for (auto& v : base) v = random() % 2 ? 1.0f : -1.0f;
+  std::vector<unsigned char> arranged(int64_t(m * chunks + spare * std::min(m, kRowBlock)) * row_bytes(code.order) + 16);
+  unsigned char* aligned = arranged.data() + (16 - reinterpret_cast<uintptr_t>(arranged.data()) % 16);
+
+  Gemm g{};
+  g.packed = packed.data(), g.x = aligned, g.table = table.data();
+  g.m = m, g.tiles = tiles, g.chunks = chunks, g.splits = 2, g.split_chunks = 8, g.warps_n = warps_n, g.depth = depth;
+  g.segments = 1, g.segment[0] = {0, 0, tiles};
+  std::vector<float> partial(g.splits * m * kN), scales(m), totals(m);
+  g.partial = partial.data();
+  const RotateIn in{x.data(), Type::kFloat, su.data(), {base.data(), 5, 16}, m, kK, chunks, code.order, aligned, scales.data(),
+                    totals.data(), nullptr, 2 * kK};
+  RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, 1, 510, scales.data(),
+                totals.data(), sv.data(), y.data(), Type::kFloat, kN, 1, {}, nullptr, kN};
+  out.part[0] = {{base.data(), 5, 16}, 0, kN, 0};
+  std::string problem = rotate_in(in, {});
+  if (problem.empty()) problem = code.entry(bits).run(g, {});
+  if (problem.empty()) problem = rotate_out(out, {});
+  if (!problem.empty()) return problem;
+  uint64_t hash = 14695981039346656037ull;
+  for (float v : y) {
+    uint32_t word;
+    std::memcpy(&word, &v, sizeof word);
+    hash = (hash ^ word) * 1099511628211ull;
+  }
+  return std::to_string(hash);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  for (int i = 1; i + 1 < count; i += 2) {
+    for (const Known& code : kCodes) {
+      if (std::strcmp(code.name, words[i])) continue;
+      const int bits = std::atoi(words[i + 1]), depth = bits > 4 ? 1 : 2;
+      for (int m : {2, 9, 17}) {
+        const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth);
+        std::printf("%s %d, %d rows: %s\n", code.name, bits, m, answer.c_str());
+      }
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make sanitize`: the emulated CUDA kernels under the address, undefined-behaviour and thread sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+ALL = [f"{code} {bits}" for code in ("1mad", "1mad_int8", "3inst", "lut") for bits in range(1, 9)]
+ALL += [f"{code} {bits}" for code in ("hyb", "hyb_large") for bits in range(1, 5)]
+ALL += [f"{code} {bits}" for code in ("e8p", "e8p_large") for bits in (2, 3, 4)]
+RACES = ("1mad 2 1mad_int8 1", "hyb 4", "e8p 3", "e8p_large 2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def builds(request):
+    if not request.config.getoption("--sanitize"):
+        pytest.skip("builds and runs for minutes: make sanitize")
+    for sanitizer in ("address", "thread"):
+        subprocess.run([sys.executable, "kernels/build.py", "emulator", "--sanitize", sanitizer], cwd=ROOT, check=True)
+
+
+def run(program, cases, order):
+    environment = {**os.environ, "QUIP_VLLM_EMULATOR": order, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    return subprocess.run([str(program), *cases.split()], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("order", ["deferred", "eager,reverse"])
+def test_no_address_is_wrong(order):
+    result = run(BUILD / "emulator_address" / "gemm_check", " ".join(ALL), order)
+    assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
+    answers = [line.split(": ", 1)[1] for line in result.stdout.splitlines()]
+    assert len(answers) == 3 * len(ALL) and all(answer.isdigit() for answer in answers)
+
+
+@pytest.mark.parametrize("order", ["deferred", "eager"])
+@pytest.mark.parametrize("cases", RACES)
+def test_no_race(cases, order):
+    result = run(BUILD / "emulator_thread" / "gemm_check", cases, order)
+    assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
+
+
+def test_a_missing_barrier_is_a_race(tmp_path):
+    for part in ("cuda", "emulator"):
+        shutil.copytree(ROOT / "kernels" / part, tmp_path / part)
+    source = tmp_path / "cuda" / "decode_gemm.h"
+    text, barrier = source.read_text(), "copy_wait<kStages - 2>();\n    device::sync_block();"
+    assert text.count(barrier) == 1
+    source.write_text(text.replace(barrier, "copy_wait<kStages - 2>();"))
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-xc++"]
+    compiler, fresh = os.environ.get("CXX", "g++"), tmp_path / "gemm_1mad.o"
+    subprocess.run([compiler, *flags, "-c", str(tmp_path / "cuda" / "gemm_1mad.cu"), "-o", str(fresh)], check=True)
+    others = [str(path) for path in (BUILD / "emulator_thread").glob("*.o") if path.stem != "gemm_1mad"]
+    program = tmp_path / "gemm_check"
+    subprocess.run([compiler, "-fsanitize=thread", *others, str(fresh), "-o", str(program)], check=True)
+    result = run(program, "1mad 2", "deferred")
+    assert result.returncode != 0
+    assert "data race" in result.stderr and "decode_gemm.h" in result.stderr
