@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of more than one folder: tiny models, made once a session."""
+"""Fixtures of more than one folder, made once a session: tiny models, and the CUDA kernels on the CPU."""
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+
+ROOT = Path(__file__).resolve().parents[1]
 
 if importlib.util.find_spec("transformers") is None:
     collect_ignore = ["quantizer", "evaluation", "test_cli.py"]
@@ -27,6 +31,22 @@ def pytest_configure(config):
         problem = extension.cpu_library_problem()
         if problem is not None:
             raise pytest.UsageError(f"--cpu-library is {library}: {problem}")
+
+
+@pytest.fixture(scope="session")
+def cuda(request):
+    """A CudaBackend over the emulated library (--cuda-library names another build of it)."""
+    from quip_vllm.ops import extension
+    from quip_vllm.ops.cuda import CudaBackend
+
+    library = request.config.getoption("--cuda-library")
+    if library is None:
+        subprocess.run([sys.executable, "kernels/build.py", "emulator"], cwd=ROOT, check=True)
+        library = ROOT / "build" / "emulator" / "libquip_vllm_cuda.so"
+    extension.CUDA_LIBRARY = library.resolve()
+    extension.cuda_library_problem.cache_clear()
+    assert extension.cuda_library_problem() is None
+    return CudaBackend()
 
 
 @pytest.fixture(scope="session")

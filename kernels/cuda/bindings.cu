@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The torch op over the three launches: checks and memory. The only file here with torch headers (stable ABI).
+// The torch ops over the launches: checks and memory. The only file here with torch headers (stable ABI).
 //
-// nvcc registers it for CUDA tensors. A C++ compiler, with the emulator, registers the same op for CPU tensors.
+// nvcc registers them for CUDA tensors. A C++ compiler, with the emulator, registers the same ops for CPU tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -199,6 +199,42 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   return y;
 }
 
+// ids [m] -> rows of the dequantized weight, [m][k] in `dtype`; base and width are of the input rotation's inverse.
+Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
+                      const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
+  const GemmEntry entry = entry_of(code, bits);
+  const CodeInfo info = info_of(code, bits);
+  STD_TORCH_CHECK(entry.rows != nullptr, "code is ", code, ": rows are decoded to fp16; name 1mad");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(), "ids has ", ids.dim(),
+                  " dimensions: a contiguous int64 vector is wanted");
+  const int64_t k = su.numel(), rows = sv.numel(), m = ids.numel(), tiles = (rows + kTile - 1) / kTile;
+  const int64_t chunks = (k + kChunk - 1) / kChunk;
+  Tensor y = torch::stable::new_empty(su, {m, k}, dtype);
+  if (m == 0) return y;
+  DecodeRows d{};
+  d.ids = ids.const_data_ptr<int64_t>();
+  d.packed = static_cast<const uint32_t*>(
+      data_of(packed, ids, ScalarType::Int, (tiles * chunks + kWarpsK * kDeep) * kLanes * bits, "packed", "int32"));
+  if (info.table_words) {
+    STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
+    d.table = data_of(*table, ids, ScalarType::Int, info.table_words, "table", "int32");
+  }
+  d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset;
+  RotateOut out{};
+  out.part[0] = {rotation_of(base, width, k, ids), 0, int(k), 0}, out.segments = 1, out.work = int(k);
+  Memory decoded(su, m * k), scales(su, 2 * m), scratch(su, fits(out.work) ? 0 : m * k);
+  d.out = decoded.floats, d.scales = scales.floats;
+  out.partial = decoded.floats, out.splits = 1, out.m = int(m), out.stride = int(k), out.unit = info.unit;
+  // The offset is off already: a total is multiplied by zero.
+  out.scales = scales.floats, out.totals = scales.floats, out.sv = floats(su, ids, k, "su"), out.y = y.mutable_data_ptr();
+  out.type = type_of(y), out.n = int(k), out.scratch = fits(out.work) ? nullptr : scratch.floats;
+  const device::Stream stream = current_stream(ids);
+  std::string problem = entry.rows(d, stream);
+  if (problem.empty()) problem = rotate_out(out, stream);
+  STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
+  return y;
+}
+
 // Bytes of shared memory of a thread block of decode_gemm.
 int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
   return entry_of(code, bits).shared(int(rows), int(warps_n), int(depth));
@@ -207,5 +243,8 @@ int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t 
 }  // namespace
 }  // namespace quip
 
-STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) { m.impl("cuda_linear", TORCH_BOX(&quip::cuda_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) {
+  m.impl("cuda_linear", TORCH_BOX(&quip::cuda_linear));
+  m.impl("cuda_embedding", TORCH_BOX(&quip::cuda_embedding));
+}
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) { m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes)); }

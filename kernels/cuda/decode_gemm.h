@@ -10,6 +10,7 @@
 //
 // The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows. No atomics.
 #pragma once
+#include "decode_rows.h"
 #include "device.h"
 #include "kernels.h"
 
@@ -263,11 +264,16 @@ int gemm_shared_bytes(int rows, int warps_n, int depth) {
 struct GemmEntry {
   std::string (*run)(Gemm, device::Stream);
   int (*shared)(int rows, int warps_n, int depth);
+  std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers
 };
 template <template <int> class Few, template <int> class Many, int first, int last>
 GemmEntry gemm_entry(int bits) {
   if constexpr (first <= last) {
-    if (bits == first) return {run_gemm<Few<first>, Many<first>>, gemm_shared_bytes<Few<first>, Many<first>>};
+    if (bits == first) {
+      GemmEntry entry{run_gemm<Few<first>, Many<first>>, gemm_shared_bytes<Few<first>, Many<first>>, nullptr};
+      if constexpr (Many<first>::kOrder != XOrder::kBytes) entry.rows = run_rows<Many<first>>;
+      return entry;
+    }
     return gemm_entry<Few, Many, first + 1, last>(bits);
   }
   return {};

@@ -74,6 +74,19 @@ struct RotateOut {
   int work;
 };
 
+// Rows ids[0..m) of the weight, decoded, float [m][k], less the code's offset; an id that is not there makes the scale a NaN.
+struct DecodeRows {
+  const int64_t* ids;
+  const uint32_t* packed;  // layout.h
+  const void* table;
+  const float* sv;  // [rows]
+  int64_t rows;
+  int m, k, chunks;
+  float offset;
+  float* out;
+  float* scales;  // [m]: sv of the row
+};
+
 std::string rotate_in(const RotateIn& r, device::Stream stream);
 std::string rotate_out(const RotateOut& r, device::Stream stream);
 

@@ -62,6 +62,8 @@ class CudaBackend:
             prepared["table"] = table.to(device)
         for i, (order, _) in enumerate(rotations(spec)):
             prepared[f"base{i}"] = rotation_base(order, transpose=i == 0).to(device)
+        if not spec.rotate_output:
+            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=False).to(device)
         return prepared
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -83,9 +85,20 @@ class CudaBackend:
         return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError(
-            "rows of a quantized embedding are not looked up on a GPU: quantize without --lm-head"
+        code, _ = self.plans[_key(spec)]
+        rows = torch.ops.quip_vllm.cuda_embedding(
+            ids.reshape(-1).contiguous(),
+            tensors["packed"],
+            tensors.get("table"),
+            tensors["su"],
+            tensors["sv"],
+            tensors["inverse_base"],
+            rotations(spec)[0][1],
+            code.removesuffix("_int8"),
+            spec.bits,
+            dtype,
         )
+        return rows.reshape(*ids.shape, spec.in_features)
 
 
 def _sizes(spec: LinearSpec) -> list[int]:

@@ -36,7 +36,8 @@ class Backend(Protocol):
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Rows of the dequantized weight: int64 ids [...] in 0..n-1 -> [..., k] in ``dtype``.
 
-        spec.rotate_output is False. An id outside of the table raises IndexError or RuntimeError.
+        spec.rotate_output is False. An id outside of the table raises IndexError or RuntimeError, or, on a GPU, gives
+        a row of NaN.
         """
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from numerics import HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
 from random_layers import FORMAT_IDS, FORMATS, random_layer
 
 from quip_vllm.formats.methods import Code, Method
@@ -143,6 +143,21 @@ def test_a_head_without_output_rotation(cuda):
         assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("k", [80, 576])
+def test_rows_of_an_embedding(cuda, method, code, bits, k):
+    spec = LinearSpec(method, code, bits, k, (45,), rotate_output=False)
+    tensors = random_layer(spec)
+    prepared = cuda.prepare(spec, tensors)
+    ids = torch.tensor([[0, 44, 7], [15, 16, 31]])
+    found = cuda.embedding(spec, ids, prepared, torch.float32)
+    assert relative(found, dequantize(spec, tensors)[ids]) < FLOAT32_LINEAR
+    assert torch.equal(cuda.embedding(spec, ids, prepared, torch.bfloat16), found.bfloat16())
+    assert cuda.embedding(spec, ids[:0], prepared, torch.float16).shape == (0, 3, k)
+    outside = cuda.embedding(spec, torch.tensor([-1, 7, 48]), prepared, torch.float32)
+    assert outside[::2].isnan().all() and torch.equal(outside[1], found[0, 2])
+
+
 @pytest.mark.parametrize(("n", "k"), [(16, 28 * 512), (52 * 512, 64)])
 def test_rows_too_long_for_shared_memory(cuda, n, k):
     spec = LinearSpec(Method.QUIP_SHARP, None, 2, k, (n,))
@@ -224,6 +239,11 @@ def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
 
 def test_opcheck(cuda):
     torch.library.opcheck(OPS.cuda_linear.default, hyb_arguments(cuda))
+    spec = LinearSpec(Method.QUIP_SHARP, None, 2, 64, (40,), rotate_output=False)
+    t = cuda.prepare(spec, random_layer(spec))
+    signs = (t["su"], t["sv"], t["inverse_base"])
+    given = (torch.tensor([3, 39]), t["packed"], t["table"], *signs, 64, "e8p", 2, torch.bfloat16)
+    torch.library.opcheck(OPS.cuda_embedding.default, given)
 
 
 def test_fake_cuda_tensors_and_tracing(cuda):
