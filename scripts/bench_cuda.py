@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused linear layers on a GPU, beside cuBLAS in fp16 and the time to read the packed weights.
+
+Usage: python scripts/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 16 ...] [--csv FILE]
+           [--backends cuda triton]
+
+A row a format, size (outputs x inputs), number of rows and backend: median time of a call within a CUDA graph, after
+the cache of the GPU was overwritten; torch's fp16 matmul of the same shape, measured likewise in the same run; and the
+bound, packed bytes over the bandwidth of a device-to-device copy measured here. Ratios are to those two. Needs a GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_signs, write_rows
+from torch import Tensor
+from tqdm import tqdm
+
+from quip_vllm.ops import LinearSpec
+from quip_vllm.ops.dispatch import Backend, backends
+
+COLUMNS = ["backend", "format", "n", "k", "rows", "microseconds", "cublas_fp16_microseconds", "over_cublas"]
+COLUMNS += ["packed_bytes", "bound_microseconds", "share_of_bandwidth", "copy_gb_s", "gpu", "torch", *ORIGIN]
+SIZES = ["4096x4096", "14336x4096", "4096x14336", "1024x8192"]
+
+
+def main() -> int:
+    """Measures and writes the CSV; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=COMMON, metavar="FORMAT")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxK")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--csv", type=Path, default=Path("build/cuda_kernels.csv"))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_cuda: torch sees no GPU: run it on a machine with one, with torch's CUDA build", file=sys.stderr)
+        return 2
+    shared = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy_speed() / 1e9}
+    shared |= origin("GPU")
+    found = []
+    for row in tqdm(list(_cases(args)), unit="layer"):
+        found += _measure(*row, args.rows, shared["copy_gb_s"])
+        write_rows(args.csv, COLUMNS, [{**entry, **shared} for entry in found])
+    return 0
+
+
+def _cases(args: argparse.Namespace) -> Iterator[tuple[Backend, str, int, int]]:
+    chosen = [backend for backend in backends("cuda") if backend.name in args.backends]
+    for backend in chosen:
+        for name in args.formats:
+            for size in args.sizes:
+                n, k = map(int, size.split("x"))
+                yield backend, name, n, k
+
+
+def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_gb_s: float) -> list[dict[str, Any]]:
+    spec = LinearSpec(*FORMATS[name], k, (n,))
+    if backend.refusal(spec) is not None:
+        print(f"{backend.name} does not run {name}: {backend.refusal(spec)}", file=sys.stderr)
+        return []
+    generator = torch.Generator().manual_seed(0)
+    layer = random_layer(spec, random_signs(k, generator), generator)
+    prepared = backend.prepare(spec, {key: tensor.cuda() for key, tensor in layer.items()})
+    dense = torch.randn(n, k, device="cuda", dtype=torch.float16)
+    packed = n * k * spec.bits // 8
+    found = []
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        ours = seconds(lambda x=x: backend.linear(spec, x, prepared))
+        cublas = seconds(lambda x=x: x @ dense.T)
+        bound = packed / (copy_gb_s * 1e9)
+        row = {"backend": backend.name, "format": name, "n": n, "k": k, "rows": m, "packed_bytes": packed}
+        row |= {"microseconds": ours * 1e6, "cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
+        found.append({**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours})
+    return found
+
+
+def seconds(call: Callable[[], Tensor], repeats: int = 30) -> float:
+    """Median time of a call in a CUDA graph; between calls 256 MiB are written, more than any GPU's cache holds."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def copy_speed() -> float:
+    """Bytes a second that a copy on the device reads and writes together."""
+    source = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

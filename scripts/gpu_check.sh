@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that only a GPU can show, in one command, with a report to send back.
+#
+#   scripts/gpu_check.sh [--without-gpu] [STEP ...]
+#
+# Steps, all by default:
+#   machine     GPU, driver, compiler, commit, what the doctor says
+#   build       the CUDA library, from these sources
+#   results     tests/ops/test_device.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile
+#   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
+#   bench       scripts/bench_cuda.py: beside cuBLAS fp16 and the memory's bandwidth
+#   serve       SmolLM2-135M quantized here, served by vLLM, compared with the dequantized model
+#
+# The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
+# exit status is 1 if one failed. --without-gpu runs what needs no GPU (machine) and lists the rest as skipped.
+# Needs `make venv BACKEND=cuda`; compute-sanitizer comes with the CUDA toolkit.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+report=build/gpu_report
+steps=()
+gpu=yes
+for word in "$@"; do
+  case "$word" in
+    --without-gpu) gpu=no ;;
+    machine | build | results | sanitizer | bench | serve) steps+=("$word") ;;
+    *) echo "gpu_check: $word is no step: machine, build, results, sanitizer, bench, serve" >&2; exit 2 ;;
+  esac
+done
+[ ${#steps[@]} -gt 0 ] || steps=(machine build results sanitizer bench serve)
+if [ ! -x "$python" ]; then
+  echo "gpu_check: $python is not there: run make venv BACKEND=cuda" >&2
+  exit 2
+fi
+if [ $gpu = yes ] && ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "gpu_check: torch sees no GPU: run it where there is one, with make venv BACKEND=cuda, or give --without-gpu" >&2
+  exit 2
+fi
+rm -rf $report
+mkdir -p $report
+
+machine() {
+  git log -1 --format='commit %H %cI'
+  git status --short
+  uname -a
+  nvidia-smi || echo "no nvidia-smi"
+  nvcc --version || echo "no nvcc"
+  $python -m quip_vllm.cli doctor
+}
+build() { $python kernels/build.py cuda; }
+results() { $python -m pytest -q tests/ops/test_device.py --durations 10; }
+sanitizer() {
+  local status=0
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_device.py \
+      -k 'cuda and (rounds_like_torch and bfloat16 or embedding)' || status=1
+  done
+  return $status
+}
+bench() { $python scripts/bench_cuda.py --csv $report/cuda_kernels.csv; }
+serve() {
+  $python scripts/smollm2_checkpoint.py $report/model &&
+    $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
+    $python scripts/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
+    $python scripts/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
+  local status=$?
+  rm -rf $report/model $report/quantized
+  return $status
+}
+
+failed=0
+for step in "${steps[@]}"; do
+  if [ $gpu = no ] && [ "$step" != machine ]; then
+    echo "$step: skipped, no GPU" | tee -a $report/summary.txt
+    continue
+  fi
+  begin=$SECONDS
+  if "$step" > "$report/$step.log" 2>&1; then outcome=passed; else outcome=FAILED failed=1; fi
+  echo "$step: $outcome in $((SECONDS - begin)) s" | tee -a $report/summary.txt
+done
+tar -czf build/gpu_report.tar.gz -C build gpu_report
+echo "the report is build/gpu_report.tar.gz: please attach it to an issue"
+exit $failed

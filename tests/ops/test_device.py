@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU, for the scripts/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, torch.compile."""
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
+from random_layers import FORMAT_IDS, FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops.dispatch import backends
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
+BACKENDS = [backend for backend in backends("cuda") if backend.name != "reference"]
+SHAPES = [(272, (48, 16), 16), (1152, (96, 32, 32), None), (4096, (4096,), None), (14336, (1024,), None)]
+ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130)
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda backend: backend.name)
+def backend(request):
+    problem = request.param.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (64,)))
+    if problem is not None:
+        pytest.skip(problem)
+    return request.param
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def layer(backend, method, code, bits, k, sizes, block=None):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors = {name: tensor.cuda() for name, tensor in random_layer(spec).items()}
+    assert backend.refusal(spec) is None
+    return spec, tensors, backend.prepare(spec, tensors)
+
+
+def rows(m, k):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).cuda()
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+def test_linear_is_the_dequantized_weight_whatever_the_batch(backend, method, code, bits, k, sizes, block):
+    spec, tensors, prepared = layer(backend, method, code, bits, k, sizes, block)
+    x = rows(max(ROWS), k)
+    weight = dequantize(spec, tensors).double()
+    y = backend.linear(spec, x, prepared)
+    assert relative(y, x.double() @ weight.T) < HALF_ACTIVATIONS
+    for m in ROWS:
+        assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared), y[:m])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_half_precision_rounds_like_torch(backend, method, code, bits, dtype):
+    spec, tensors, prepared = layer(backend, method, code, bits, 576, (192, 64))
+    x = rows(3, 576).to(dtype)
+    weight = dequantize(spec, tensors)
+    exact = x.double() @ weight.double().T
+    assert relative(backend.linear(spec, x, prepared), exact) < SAME_DTYPE_FACTOR * relative(
+        x @ weight.to(dtype).T, exact
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_int8_activations_are_near_the_exact_ones(backend, monkeypatch, bits):
+    if backend.name != "cuda":
+        pytest.skip("int8 activations are of the CUDA backend")
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
+    spec, tensors, prepared = layer(backend, Method.QTIP, Code.ONE_MAD, bits, 1152, (96, 32))
+    x = rows(20, 1152)
+    y = backend.linear(spec, x, prepared)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < 10 * INT8_ROUNDING
+    assert torch.equal(backend.linear(spec, x[:1], prepared), y[:1])
+
+
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)])
+def test_a_thousand_runs_give_the_same_bits_on_any_stream(backend, method, code):
+    spec, _, prepared = layer(backend, method, code, 2, 4096, (4096,))
+    x = rows(5, 4096).half()
+    y = backend.linear(spec, x, prepared)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        others = [backend.linear(spec, x, prepared) for _ in range(500)]
+    torch.cuda.synchronize()
+    others += [backend.linear(spec, x, prepared) for _ in range(500)]
+    assert all(torch.equal(other, y) for other in others)
+
+
+@pytest.mark.parametrize("m", [1, 12, 100])
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)])
+def test_a_cuda_graph_repeats_it(backend, method, code, m):
+    spec, _, prepared = layer(backend, method, code, 2, 1152, (96, 32))
+    x, given = rows(m, 1152).half(), rows(m + 1000, 1152)[:m].half()
+    backend.linear(spec, x, prepared)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.linear(spec, x, prepared)
+    x.copy_(given)
+    graph.replay()
+    assert torch.equal(y, backend.linear(spec, given, prepared))
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_compiles_as_one_graph(backend, method):
+    spec, _, prepared = layer(backend, method, Code.HYB if method is Method.QTIP else None, 2, 576, (192, 64))
+    compiled = torch.compile(lambda x: backend.linear(spec, x * 2, prepared) + 1, fullgraph=True)
+    x = rows(3, 576).bfloat16()
+    assert relative(compiled(x), backend.linear(spec, x * 2, prepared) + 1) < 1e-2
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_rows_of_an_embedding(backend, method, code, bits):
+    spec = LinearSpec(method, code, bits, 576, (45,), rotate_output=False)
+    tensors = {name: tensor.cuda() for name, tensor in random_layer(spec).items()}
+    found = backend.embedding(
+        spec, torch.tensor([0, 44, 7], device="cuda"), backend.prepare(spec, tensors), torch.float32
+    )
+    assert relative(found, dequantize(spec, tensors)[[0, 44, 7]]) < FLOAT32_LINEAR
+
+
+def test_a_bad_value_spoils_its_row_only(backend):
+    spec, _, prepared = layer(backend, Method.QUIP_SHARP, None, 2, 576, (192,))
+    x = rows(9, 576).half()
+    clean = backend.linear(spec, x, prepared)
+    x[4, 7] = float("nan")
+    y = backend.linear(spec, x, prepared)
+    assert y[4].isnan().all() and torch.equal(y[5:], clean[5:]) and torch.equal(y[:4], clean[:4])

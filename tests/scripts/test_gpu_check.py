@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/gpu_check.sh and bench_cuda.py, as far as they go without a GPU."""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import bench_cuda
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+HAS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="gpu_check.sh runs .venv/bin/python")
+
+
+def run(*words):
+    return subprocess.run(["scripts/gpu_check.sh", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@HAS_VENV
+def test_reports_what_needs_no_gpu():
+    result = run("--without-gpu")
+    assert result.returncode == 0, result.stderr
+    assert "machine: passed" in result.stdout and "bench: skipped, no GPU" in result.stdout
+    with tarfile.open(ROOT / "build" / "gpu_report.tar.gz") as report:
+        log = report.extractfile("gpu_report/machine.log").read().decode()
+        assert "gpu_report/summary.txt" in report.getnames()
+    assert "commit " in log and "which backend serves what" in log
+
+
+@HAS_VENV
+@WITHOUT_GPU
+def test_no_gpu_is_said_in_one_sentence():
+    result = run("results")
+    assert result.returncode == 2 and "torch sees no GPU" in result.stderr
+
+
+def test_an_unknown_step_is_named():
+    result = run("speed")
+    assert result.returncode == 2 and "speed is no step" in result.stderr
+
+
+def test_every_file_and_option_that_it_names_exists():
+    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    for word in {word.strip("'\"`;:,.") for word in text.split()}:
+        if word.startswith(("scripts/", "tests/", "kernels/")):
+            assert (ROOT / word).exists(), word
+
+
+@WITHOUT_GPU
+def test_the_benchmark_wants_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_cuda"])
+    assert bench_cuda.main() == 2
+    assert "no GPU" in capsys.readouterr().err
