@@ -9,12 +9,12 @@ import os
 
 
 def backend() -> str | None:
-    """QUIP_VLLM_BACKEND: run this backend and no other (cpu, reference); unset: the first that can."""
+    """QUIP_VLLM_BACKEND: run this backend and no other (cpu, cuda, triton, reference); unset: the first that can."""
     return os.environ.get("QUIP_VLLM_BACKEND") or None
 
 
 def activations() -> str | None:
-    """QUIP_VLLM_ACTIVATIONS: exact or int8 on the CPU; unset: int8 for 16-bit activations where the kernels have it."""
+    """QUIP_VLLM_ACTIVATIONS: exact or int8; unset: on a CPU int8 for 16-bit activations where the kernels have it."""
     wanted = os.environ.get("QUIP_VLLM_ACTIVATIONS") or None
     if wanted not in (None, "exact", "int8"):
         raise ValueError(f"QUIP_VLLM_ACTIVATIONS is {wanted!r}: give exact or int8, or unset it")

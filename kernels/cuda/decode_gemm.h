@@ -10,6 +10,8 @@
 //
 // The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows. No atomics.
 #pragma once
+#include <utility>
+
 #include "decode_rows.h"
 #include "device.h"
 #include "kernels.h"
@@ -266,17 +268,19 @@ struct GemmEntry {
   int (*shared)(int rows, int warps_n, int depth);
   std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers
 };
+template <class Few, class Many>
+GemmEntry entry_for() {
+  GemmEntry entry{run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr};
+  if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>;
+  return entry;
+}
 template <template <int> class Few, template <int> class Many, int first, int last>
 GemmEntry gemm_entry(int bits) {
-  if constexpr (first <= last) {
-    if (bits == first) {
-      GemmEntry entry{run_gemm<Few<first>, Many<first>>, gemm_shared_bytes<Few<first>, Many<first>>, nullptr};
-      if constexpr (Many<first>::kOrder != XOrder::kBytes) entry.rows = run_rows<Many<first>>;
-      return entry;
-    }
-    return gemm_entry<Few, Many, first + 1, last>(bits);
-  }
-  return {};
+  GemmEntry found{};
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((bits == first + i ? void(found = entry_for<Few<first + i>, Many<first + i>>()) : void()), ...);
+  }(std::make_integer_sequence<int, last - first + 1>{});
+  return found;
 }
 GemmEntry one_mad_entry(int bits);
 GemmEntry one_mad_bytes_entry(int bits);
