@@ -89,3 +89,10 @@ LEAST_SQUARES = 1e-4
 HALF_ACTIVATIONS = 4e-4
 """Relative error (Frobenius norm) of a linear layer whose rotated activations are rounded to fp16, in float32 otherwise:
 2^-12 / sqrt(3) a rounding gives 1.4e-4 to 2.2e-4; a wrong fragment gives 1e-1 and more."""
+
+FLOAT32_PRODUCTS = 5e-7
+"""Error of a sum of products by tensor cores, each sum rounded once to float32, relative to the sum of their absolute
+values: 1e-8 to 5e-8 is seen over up to 1,104 products; one wrong weight among them gives 1e-4 or more."""
+
+ROUNDED_ONCE = {"torch.float32": 2.0**-24, "torch.float16": 2.0**-11, "torch.bfloat16": 2.0**-8}
+"""Relative error of rounding a number to the nearest of a dtype: half a unit of its last bit."""

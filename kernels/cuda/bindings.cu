@@ -103,6 +103,7 @@ Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor
   const bool divides = q > 0 && p > 0 && (p & (p - 1)) == 0 && length > 0 && length % q == 0 && length / q % p == 0;
   STD_TORCH_CHECK(divides, "a rotation of ", q, " x ", p, " does not divide the length ", length,
                   ": widths are powers of two whose product with the base does");
+  STD_TORCH_CHECK(q == 1 || q % 4 == 0, "a base of order ", q, ": Hadamard matrices have order 1 or a multiple of 4 here");
   return {floats(base, x, q * q, "base"), int(q), int(p)};
 }
 

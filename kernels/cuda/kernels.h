@@ -12,7 +12,8 @@ namespace quip {
 
 enum class Type : int { kFloat, kHalf, kBfloat };
 
-// One rotation: rows are transformed in runs of q * p elements, H_q kron S_p; base is H_q, float [q][q] (null for q = 1).
+// One rotation: rows are transformed in runs of q * p elements, H_q kron S_p; base is the transpose of H_q, float [q][q].
+// q is 1 or a multiple of 4, as of every Hadamard matrix.
 struct Rotation {
   const float* base;
   int q, p;

@@ -59,11 +59,11 @@ class CudaBackend:
         prepared["sv"] = torch.nn.functional.pad(tensors["sv"].float(), (0, sum(_sizes(spec)) - spec.out_features))
         table = cuda_layout.table(spec, tensors)
         if table is not None:
-            prepared["table"] = table.to(device)
+            prepared["table"] = table
         for i, (order, _) in enumerate(rotations(spec)):
-            prepared[f"base{i}"] = rotation_base(order, transpose=i == 0).to(device)
+            prepared[f"base{i}"] = rotation_base(order, transpose=i > 0, device=device)  # transposed once more
         if not spec.rotate_output:
-            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=False).to(device)
+            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=True, device=device)
         return prepared
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -19,6 +19,9 @@ LANES = 32
 SPARE_CHUNKS = 8
 """Chunks behind the last, which the kernel's last stage may copy and does not use."""
 
+TILES_AT_A_TIME = 256
+"""Rows of tiles that are packed together: packing takes 20 times the memory of what it packs."""
+
 
 def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     """The weight's codes for the kernels.
@@ -30,14 +33,22 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     Returns:
         int32 [(tiles * chunks + SPARE_CHUNKS) * 32 * bits]: tiles of 16 rows, chunks of 64 columns.
     """
-    words = _lattice_words(spec, tensors) if spec.method is Method.QUIP_SHARP else _trellis_words(spec, tensors)
-    spare = words.new_zeros(SPARE_CHUNKS * LANES * spec.bits)
-    return torch.cat([_to_int32(words).flatten(), _to_int32(spare)])
+    tiles, lattice = -(-spec.out_features // TILE), spec.method is Method.QUIP_SHARP
+    codes = {name: tensors[name] for name in ("codes", "residual_codes", "packed") if name in tensors}
+    parts = []
+    for tile in range(0, tiles, TILES_AT_A_TIME):
+        begin, end = tile, min(tile + TILES_AT_A_TIME, tiles)
+        if lattice:
+            begin, end = begin * TILE, end * TILE
+        part = {name: rows[begin:end] for name, rows in codes.items()}
+        words = _lattice_words(spec.bits, part) if lattice else _trellis_words(spec, part["packed"])
+        parts.append(_to_int32(words).flatten())
+    return torch.cat([*parts, parts[0].new_zeros(SPARE_CHUNKS * LANES * spec.bits)])
 
 
-def _trellis_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
+def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     """int64 [tiles, chunks, 32, bits] (kernels/cuda/trellis_stream.h)."""
-    bits, packed = spec.bits, tensors["packed"]
+    bits = spec.bits
     assert spec.code is not None
     words = packed.view(packed.shape[0], -1, 16 * bits).to(torch.int64) & 0xFFFF
     step = bits * vector_dim(spec.code)
@@ -55,7 +66,7 @@ def _trellis_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def _lattice_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
+def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
     """int64 [tiles, chunks, 32, bits] (kernels/cuda/code_e8p.h)."""
 
     def by_lane(codes: Tensor, mask: int) -> Tensor:
@@ -73,21 +84,37 @@ def _lattice_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
         return [rotated(pairs[..., half, 1] << 16 | pairs[..., half, 0]) for half in range(2)]
 
     parts = stage(tensors["codes"])
-    if spec.bits == 3:
+    if bits == 3:
         rest = by_lane(tensors["residual_codes"], 0xFF).flatten(-2)
         parts.append(rotated(sum(rest[..., i] << (8 * i) for i in range(4))))
-    if spec.bits == 4:
+    if bits == 4:
         parts += stage(tensors["residual_codes"])
     return torch.stack(parts, dim=-1)
 
 
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
-    """The code's table, int32, or None: HYB's rows a projection, LUT's numbers two a word, or the lattice's tables."""
+    """The code's table, int32, or None: HYB's rows a projection, LUT's numbers two a word, or the lattice's tables.
+
+    The last two are one copy a device, shared by all layers: do not write to them.
+    """
     if spec.code is Code.HYB:
         return tensors["lut"].half().contiguous().view(torch.int32).flatten()
+    device = tensors["sv"].device
     if spec.code is Code.LUT:
-        return state_values(Code.LUT).half().flatten().view(torch.int32)
-    return lattice_tables() if spec.code is None else None
+        return _lut_table(device)
+    return _lattice_tables(device) if spec.code is None else None
+
+
+@cache
+@torch.inference_mode(False)
+def _lut_table(device: torch.device) -> Tensor:
+    return state_values(Code.LUT).half().flatten().view(torch.int32).to(device)
+
+
+@cache
+@torch.inference_mode(False)
+def _lattice_tables(device: torch.device) -> Tensor:
+    return lattice_tables().to(device)
 
 
 @cache

@@ -77,9 +77,9 @@ def _rotation(n: int, block: int | None) -> tuple[int, int]:
 
 
 @cache
-def rotation_base(order: int, transpose: bool) -> Tensor:
-    """H_q (transposed for the input side), float32 [q, q] on the CPU; cached and shared: do not write to it."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float32)  # vLLM loads models under another default dtype
-    matrix = hadamard_matrix(order).float()
-    return (matrix.T if transpose else matrix).contiguous()
+@torch.inference_mode(False)
+def rotation_base(order: int, transpose: bool, device: torch.device | None = None) -> Tensor:
+    """H_q or its transpose, float32 [q, q] on a device, or the CPU; one copy for all layers: do not write to it."""
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")  # vLLM has other defaults while it loads a model
+    matrix = one if order == 1 else hadamard_matrix(order).float()
+    return (matrix.T if transpose else matrix).contiguous().to(device or "cpu")

@@ -17,7 +17,7 @@ namespace {
 
 using namespace quip;
 
-constexpr int kN = 80, kK = 720;  // 5 tiles and 12 chunks, the last one not whole
+constexpr int kN = 80, kK = 688;  // 20 * 4 and 172 * 4: 5 tiles, and 11 chunks of which the last is not whole
 
 struct Known {
   const char* name;
@@ -39,9 +39,8 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
   std::vector<uint32_t> packed((tiles * chunks + spare) * kLanes * bits), table(code.table_words);
   for (auto& word : packed) word = random();
   for (auto& word : table) word = random() & 0x3BFF3BFF;  // halves below one
-  std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(5 * 5), y(m * kN);
+  std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(172 * 172), y(m * kN);
   for (auto& v : x) v = normal(random);
-  // 45 is no order of a Hadamard matrix; any matrix shows the races of one.
   for (auto& v : base) v = random() % 2 ? 1.0f : -1.0f;
   std::vector<unsigned char> arranged(int64_t(m * chunks + spare * std::min(m, kRowBlock)) * row_bytes(code.order) + 16);
   unsigned char* aligned = arranged.data() + (16 - reinterpret_cast<uintptr_t>(arranged.data()) % 16);
@@ -52,11 +51,11 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
   g.segments = 1, g.segment[0] = {0, 0, tiles};
   std::vector<float> partial(g.splits * m * kN), scales(m), totals(m);
   g.partial = partial.data();
-  const RotateIn in{x.data(), Type::kFloat, su.data(), {base.data(), 5, 16}, m, kK, chunks, code.order, aligned, scales.data(),
+  const RotateIn in{x.data(), Type::kFloat, su.data(), {base.data(), 172, 4}, m, kK, chunks, code.order, aligned, scales.data(),
                     totals.data(), nullptr, 2 * kK};
   RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, 1, 510, scales.data(),
                 totals.data(), sv.data(), y.data(), Type::kFloat, kN, 1, {}, nullptr, kN};
-  out.part[0] = {{base.data(), 5, 16}, 0, kN, 0};
+  out.part[0] = {{base.data(), 20, 4}, 0, kN, 0};
   std::string problem = rotate_in(in, {});
   if (problem.empty()) problem = code.entry(bits).run(g, {});
   if (problem.empty()) problem = rotate_out(out, {});

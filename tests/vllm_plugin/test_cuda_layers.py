@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's layers on the CUDA backend, whose kernels an emulator runs: loaded, repacked, multiplied, compiled, split."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from numerics import SAME_DTYPE_FACTOR
+from random_layers import FORMAT_IDS, FORMATS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from quip_vllm.checkpoint.config import Head
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import cuda as cuda_module
+from quip_vllm.ops import cuda_layout, dispatch, tensors
+from quip_vllm.ops.reference import dequantize
+from quip_vllm.ops.spec import LinearSpec
+
+K = 576
+HALVES = [torch.float16, torch.bfloat16]
+SIZES = [(2048, [2048, 512, 512]), (1536, [1536, 256, 256]), (4864, [896])]
+"""Fused q, k and v of Llama 3.2 1B and Qwen2.5 1.5B, down of Qwen2.5 0.5B: small layers, where padding weighs most."""
+
+SHARED = 4 * (32768 + 76 * 76 + 28 * 28)
+"""Bytes that layers may share: the values of LUT and the Hadamard matrices of these sizes."""
+
+HEAD_FORMATS = [(None, 2), (None, 4), (Code.ONE_MAD, 4), (Code.HYB, 2), (Code.LUT, 3)]
+
+
+@pytest.fixture(autouse=True)
+def cuda_only(reference_backend, cuda, monkeypatch):
+    """The CUDA backend is the only one there is, and takes CPU tensors."""
+    monkeypatch.delenv("QUIP_VLLM_BACKEND")
+    monkeypatch.setattr(dispatch, "backends", lambda device_type: (cuda,))
+
+
+@pytest.fixture
+def set_rank(set_rank, monkeypatch):
+    """As in conftest.py, for embeddings, too."""
+
+    def everywhere(rank, size):
+        set_rank(rank, size)
+        monkeypatch.setattr(vllm_embedding, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(vllm_embedding, "get_tensor_model_parallel_world_size", lambda: size)
+        monkeypatch.setattr(vllm_embedding, "tensor_model_parallel_all_reduce", lambda x: x)
+
+    everywhere(0, 1)
+    return everywhere
+
+
+def build(kind, config, *sizes, prefix="m.layer", dtype=torch.float16, **kwargs):
+    return kind(*sizes, quant_config=config, prefix=prefix, params_dtype=dtype, **{"bias": False, **kwargs})
+
+
+def finish(layer):
+    """What vLLM's loader does behind a checkpoint: under the model's dtype."""
+    with set_default_torch_dtype(layer.params_dtype):
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def apply(layer, x, bias=None):
+    return layer.quant_method.apply(layer, x, bias)
+
+
+def dense(found, bits, code, block=None, rotate_output=True):
+    """The weight, float32 [n, k], of one projection on disk."""
+    method = Method.QUIP_SHARP if code is None else Method.QTIP
+    spec = LinearSpec(method, code, bits, len(found["su"]), (len(found["sv"]),), block, rotate_output)
+    return dequantize(spec, found | ({"lut": found["lut"][None]} if "lut" in found else {}))
+
+
+def rows(m, dtype=torch.float16, k=K):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
+def assert_rounds_like_torch(y, x, weight, bias=0.0):
+    """y has x's dtype and not much more error than torch with the dequantized weight in that dtype."""
+    assert y.dtype is x.dtype
+    assert_near(y, x.double() @ weight.double().T + bias, x @ weight.to(x.dtype).T + bias)
+
+
+def assert_near(found, exact, torchs):
+    def error(y):
+        return float((y.double() - exact).norm() / exact.norm())
+
+    assert found.shape == exact.shape
+    assert error(found) < SAME_DTYPE_FACTOR * error(torchs)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_every_format(set_rank, quant_config, random_tensors, load, method, code, bits, dtype):
+    found = random_tensors(bits, code, 192, K)
+    layer = build(ReplicatedLinear, quant_config(bits, code), K, 192, dtype=dtype, bias=True)
+    load(layer, found)
+    layer.bias.data.copy_(torch.randn(192))
+    finish(layer)
+    for m in (1, 5, 20):
+        y, _ = layer(rows(m, dtype))
+        assert_rounds_like_torch(y, rows(m, dtype), dense(found, bits, code), layer.bias.data)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 3, 3)), (None, (3, 4, 2)), (Code.ONE_MAD, (2, 6, 2))])
+def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, load, code, rates, dtype):
+    config = quant_config(2, code, overrides={f"{s}_proj": bits for s, bits in zip("qkv", rates, strict=True)})
+    layer = build(QKVParallelLinear, config, K, 64, 9, 3, prefix="qkv_proj", dtype=dtype, bias=True)
+    disk = [random_tensors(b, code, n, K, seed=n) for b, n in zip(rates, (576, 192, 192), strict=True)]
+    for shard, found in zip("qkv", disk, strict=True):
+        load(layer, found, shard)
+    layer.bias.data.copy_(torch.randn(960))
+    weight = torch.cat([dense(found, bits, code) for found, bits in zip(disk, rates, strict=True)])
+    y, _ = finish(layer)(rows(6, dtype).view(2, 3, K))
+    assert_rounds_like_torch(y.flatten(0, 1), rows(6, dtype), weight, layer.bias.data)
+    assert len(layer.quip_segments) == len([b for i, b in enumerate(rates) if i == 0 or rates[i - 1] != b])
+
+
+@pytest.mark.parametrize("code", [None, Code.HYB, Code.LUT])
+def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, load, code):
+    disk = [random_tensors(3, code, 128, K, seed=seed) for seed in range(2)]
+    weights = [dense(found, 3, code, block=64) for found in disk]
+    for rank in range(2):
+        set_rank(rank, 2)
+        config = quant_config(3, code, hadamard_block=64)
+        layer = build(MergedColumnParallelLinear, config, K, [128, 128], prefix="gate_up_proj")
+        for shard, found in enumerate(disk):
+            load(layer, found, shard)
+        assert_rounds_like_torch(apply(finish(layer), rows(4)), rows(4), torch.cat([w.chunk(2)[rank] for w in weights]))
+
+
+@pytest.mark.parametrize(("code", "bits"), [(None, 4), (Code.THREE_INST, 2), (Code.HYB, 3)])
+def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, load, code, bits):
+    found, y = random_tensors(bits, code, 192, K), 0
+    for rank in range(3):  # 192 inputs each
+        set_rank(rank, 3)
+        layer = build(RowParallelLinear, quant_config(bits, code, hadamard_block=64), K, 192, dtype=torch.bfloat16)
+        load(layer, found)
+        y = y + apply(finish(layer), rows(4, torch.bfloat16).chunk(3, dim=1)[rank]).float()
+    assert_rounds_like_torch(y.bfloat16(), rows(4, torch.bfloat16), dense(found, bits, code, block=64))
+
+
+def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load):
+    disk = {s: random_tensors(2, Code.ONE_MAD, n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
+    weights = {s: dense(found, 2, Code.ONE_MAD, block=32) for s, found in disk.items()}
+    for rank in range(4):
+        set_rank(rank, 4)
+        layer = build(QKVParallelLinear, quant_config(hadamard_block=32), K, 32, 8, 2, prefix="qkv_proj")
+        for shard, found in disk.items():
+            load(layer, found, shard)
+        k, v = weights["k"].chunk(2)[rank // 2], weights["v"].chunk(2)[rank // 2]
+        weight = torch.cat([weights["q"].chunk(4)[rank], k, v])
+        assert_rounds_like_torch(apply(finish(layer), rows(3)), rows(3), weight)
+
+
+def vocabulary(random_tensors, bits, code, count):
+    """A head's tensors on disk: whole tiles of codes, and everything else for ``count`` tokens."""
+    found = random_tensors(bits, code, count + -count % 16, K)
+    return {name: t[:count] if name in ("sv", "codes", "residual_codes") else t for name, t in found.items()}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_language_model_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
+    found = vocabulary(random_tensors, bits, code, 201)
+    weight, logits = dense(found, bits, code, rotate_output=False), []
+    for rank in range(size):
+        set_rank(rank, size)
+        config = quant_config(2, code, head=Head("lm_head", bits, tied=False))
+        layer = build(ParallelLMHead, config, 201, K, prefix="lm_head", dtype=dtype)
+        load(layer, found)
+        logits.append(apply(finish(layer), rows(3, dtype)))
+    logits = torch.cat(logits, dim=1)
+    assert not logits[:, 201:].any()
+    assert_rounds_like_torch(logits[:, :201], rows(3, dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
+    found, ids = vocabulary(random_tensors, bits, code, 201), torch.tensor([[0, 63], [128, 200]])
+    weight, embedded, logits = dense(found, bits, code, rotate_output=False), 0, []
+    for rank in range(size):
+        set_rank(rank, size)
+        config = quant_config(2, code, head=Head("embed_tokens", bits, tied=True))
+        layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
+        load(layer, found)
+        embedded = embedded + finish(layer)(ids)
+        logits.append(apply(layer, rows(3, dtype)))
+    assert embedded.dtype is dtype
+    assert_near(embedded, weight[ids].double(), weight[ids].to(dtype))
+    assert_rounds_like_torch(torch.cat(logits, dim=1)[:, :201], rows(3, dtype), weight)
+
+
+@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 4)), (Code.LUT, (2, 2)), (None, (3, 3))])
+def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, random_tensors, load, code, rates):
+    config = quant_config(2, code, overrides={"gate_proj": rates[0], "up_proj": rates[1]})
+    layer = build(MergedColumnParallelLinear, config, K, [192, 192], prefix="gate_up_proj", bias=True)
+    for shard, bits in enumerate(rates):
+        load(layer, random_tensors(bits, code, 192, K, seed=shard), shard)
+    layer.bias.data.copy_(torch.randn(384))
+    compiled = torch.compile(finish(layer), fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        first = rows(3)
+        torch._dynamo.mark_dynamic(first, 0)
+        assert torch.equal(compiled(first)[0], layer(rows(3))[0])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for m in (2, 17, 70):
+                assert torch.equal(compiled(rows(m))[0], layer(rows(m))[0])
+
+
+def test_head_compiles_to_one_graph(set_rank, quant_config, random_tensors, load):
+    config = quant_config(2, Code.ONE_MAD, head=Head("lm_head", 4, tied=False))
+    layer = build(ParallelLMHead, config, 201, K, prefix="lm_head")
+    load(layer, vocabulary(random_tensors, 4, Code.ONE_MAD, 201))
+    finish(layer)
+    compiled = torch.compile(lambda x: apply(layer, x * 2)[:, :201], fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(rows(3)), apply(layer, rows(3) * 2)[:, :201])
+
+
+def held(layer):
+    """Address -> bytes of every storage behind the layer's parameters and buffers."""
+    storages = [t.untyped_storage() for t in (*layer.parameters(), *layer.buffers())]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize(("k", "sizes"), SIZES, ids=str)
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_a_loaded_layer_holds_its_packed_weight(
+    set_rank, quant_config, random_tensors, load, method, code, bits, k, sizes
+):
+    packed, layers = sum(sizes) * k * bits // 8, []
+    for seed in range(2):  # both alive, so that no address is used twice
+        layer = build(MergedColumnParallelLinear, quant_config(bits, code), k, sizes, prefix=f"m.{seed}")
+        for shard, n in enumerate(sizes):
+            load(layer, random_tensors(bits, code, n, k, seed=10 * seed + shard), shard)
+        layers.append(finish(layer))
+    first, second = map(held, layers)
+    own = sum(size for address, size in second.items() if address not in first)
+    assert packed <= own <= 1.1 * packed
+    assert sum(second.values()) - own <= SHARED
+
+
+class Indexing(TorchFunctionMode):
+    """t[...] by operators: Python's own asks a CPU build of torch for a GPU, even of a fake tensor."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        found, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        if ... in index:
+            at, count = index.index(...), found.ndim - sum(i is not None for i in index) + 1
+            index = (*index[:at], *[slice(None)] * count, *index[at + 1 :])
+        dim = 0
+        for item in index:
+            if isinstance(item, int):
+                found = found.select(dim, item)
+                continue
+            if item is None:
+                found = found.unsqueeze(dim)
+            elif item != slice(None):
+                found = torch.ops.aten.slice(found, dim, item.start, item.stop, item.step or 1)
+            dim += 1
+        return found
+
+
+def on_gpu(found):
+    return torch.empty(found.shape, dtype=found.dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_fake_tensors_on_a_gpu_stay_there(set_rank, quant_config, random_tensors, load, dtype):
+    config = quant_config(2, None, overrides={"up_proj": 3})
+    layer = build(MergedColumnParallelLinear, config, K, [192, 64], prefix="gate_up_proj", dtype=dtype)
+    for shard, (bits, n) in enumerate(((2, 192), (3, 64))):
+        load(layer, random_tensors(bits, None, n, K), shard)
+    finish(layer)
+    with FakeTensorMode(), Indexing():
+        parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
+        gpu_layer = SimpleNamespace(quip_segments=layer.quip_segments, **parameters)
+        x = torch.empty(2, 5, K, dtype=dtype, device="cuda")
+        y = layer.quant_method.apply(gpu_layer, x, torch.empty(256, dtype=dtype, device="cuda"))
+    assert y.device.type == "cuda" and y.dtype is dtype and y.shape == (2, 5, 256)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, load, dtype):
+    config = quant_config(2, Code.HYB, head=Head("embed_tokens", 3, tied=True))
+    layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
+    load(layer, vocabulary(random_tensors, 3, Code.HYB, 201))
+    finish(layer)
+    with FakeTensorMode(), Indexing():
+        parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
+        gpu_layer = SimpleNamespace(quip_segments=layer.quip_segments, quip_dtype=dtype, **parameters)
+        embedded = layer.quant_method.embedding(gpu_layer, torch.empty(2, 5, dtype=torch.int64, device="cuda"))
+        logits = layer.quant_method.apply(gpu_layer, embedded)
+    assert embedded.device.type == logits.device.type == "cuda" and embedded.dtype is logits.dtype is dtype
+    assert embedded.shape == (2, 5, K) and logits.shape == (2, 5, 256)
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, method, code, bits):
+    spec = LinearSpec(method, code, bits, K, (192,))
+    found = random_tensors(bits, code, 192, K)
+    found |= {"lut": found["lut"][None]} if "lut" in found else {}
+    real = cuda.prepare(spec, found)
+    gpu = cuda_module._gpu(torch.device("cpu"))
+    monkeypatch.setattr(cuda_module, "check", lambda spec, tensors: None)  # it reads values
+    monkeypatch.setattr(cuda_module, "_gpu", lambda device: gpu)
+    # Constants are made on the CPU, outside of the fake world, and moved.
+    table = cuda_layout.table(spec, found)
+    monkeypatch.setattr(cuda_layout, "table", lambda spec, found: None if table is None else on_gpu(table))
+    tensors.rotation_base.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), Indexing():
+        fake = cuda.prepare(spec, {name: on_gpu(tensor) for name, tensor in found.items()})
+    tensors.rotation_base.cache_clear()
+    assert {n: (t.shape, t.dtype) for n, t in fake.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
+    assert {t.device.type for t in fake.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize(("code", "bits"), [(None, 3), (Code.HYB, 2), (Code.LUT, 2), (Code.ONE_MAD, 3)])
+def test_constants_do_not_depend_on_defaults(cuda, random_tensors, code, bits):
+    """A model may be loaded under its own dtype, and another device than the CPU may be the default."""
+    method = Method.QUIP_SHARP if code is None else Method.QTIP
+    spec = LinearSpec(method, code, bits, K, (192,))
+    found = random_tensors(bits, code, 192, K)
+    found |= {"lut": found["lut"][None]} if "lut" in found else {}
+    usual = cuda.prepare(spec, found)
+    caches = (tensors.rotation_base, cuda_layout.lattice_tables, cuda_layout._lattice_tables, cuda_layout._lut_table)
+    for function in caches:
+        function.cache_clear()
+    with set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
+        other = cuda.prepare(spec, found)
+    for function in caches:
+        function.cache_clear()
+    for name, tensor in usual.items():
+        assert other[name].dtype is tensor.dtype and torch.equal(other[name], tensor), name
