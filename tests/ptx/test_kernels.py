@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of kernels/cuda as nvcc compiles them, run in the PTX interpreter against the reference.
+
+Each kernel for each code and bit width multiplies a small layer; the rotations are compared with the transforms, and
+the three launches together with the emulator. The last part plants mistakes, which the comparisons have to find.
+"""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, FLOAT32_PRODUCTS, FLOAT32_TRANSFORM, ROUNDED_ONCE
+from ptx import quip_kernels as kernels
+from ptx.interpreter import Program, PtxError
+from ptx.quip_kernels import EVERY, KINDS, Layer, Output, Rotation, ThreadBlock
+
+from quip_vllm.ops.tensors import rotation_base, rotations
+from quip_vllm.transforms.hadamard import factor, hadamard
+
+LONG, SPLIT = 1104, 16
+"""Inputs of 18 chunks and chunks of a split: up to depth 2, a split has more stages than the pipeline has buffers."""
+
+
+def small(name: str, bits: int, k: int = 176) -> Layer:
+    """3 tiles and 3 chunks, so that some warps lack one; HYB has two tables, the lattice outputs to pad."""
+    if name.startswith("hyb"):
+        return kernels.layer(name, bits, (48, 16), k)
+    return kernels.layer(name, bits, (44,) if name.startswith("e8p") else (48,), k)
+
+
+def product(name, made, block, program=None, **how):
+    """Runs a kernel and compares every split's sums with the reference. Returns the sums and the report."""
+    kind, k = kernels.variant(name, block.m), made.spec.in_features
+    x = kernels.activations(kind, block.m, k)
+    arranged = kernels.spare(kernels.arrange(x, kind.order), block.m, kind.order)
+    partial, report = kernels.multiply(name, made, arranged, block, program, **how)
+    step = block.split_chunks * kernels.CHUNK or k
+    assert len(partial) == -(-k // step)
+    for start, got in zip(range(0, k, step), partial, strict=True):
+        part = slice(start, start + step)
+        compare(x[:, part].astype(np.float64), made.weight[:, part], got[:, : made.spec.out_features])
+    return partial, report
+
+
+def compare(x, weight, got):
+    want = x @ weight.T
+    if got.dtype == np.int32:
+        assert np.array_equal(got, want.astype(np.int64).astype(np.int32))
+    else:
+        assert (np.abs(got - want) <= FLOAT32_PRODUCTS * (np.abs(x) @ np.abs(weight).T)).all()
+
+
+# The matrix product.
+
+
+def compiled(name, bits):
+    """The kernels of a code: rows and depth."""
+    few = [(1, 2), (5, 4), (12, 2), (12, 4)] if bits <= 4 else [(1, 1), (5, 1), (12, 1)]
+    return few if name.endswith("_large") else [*few, (20, 1)]
+
+
+CASES = [(name, bits, m, depth) for name, bits in EVERY for m, depth in compiled(name, bits)]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "m", "depth"), CASES, ids=[f"{n}-{b}bits-{m}rows-depth{d}" for n, b, m, d in CASES]
+)
+def test_product(name, bits, m, depth):
+    product(name, small(name, bits), ThreadBlock(m, 2 if m in (5, 20) else 1, depth))
+
+
+def depth_of(bits, m):
+    return 2 if bits <= 4 and m <= 16 else 1
+
+
+@pytest.mark.parametrize("m", [3, 12, 70])
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, bits in EVERY if bits in (3, 7)])
+def test_product_of_many_chunks_and_rows(name, bits, m):
+    product(name, small(name, bits, LONG), ThreadBlock(m, 2, depth_of(bits, m), SPLIT))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_product_of_many_chunks_four_at_a_time(name):
+    product(name, small(name, 4, 2 * LONG), ThreadBlock(4, 4, 4, 2 * SPLIT))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "m"), [("1mad", 2, 20), ("1mad_int8", 5, 12), ("hyb_large", 3, 5), ("e8p", 4, 5), ("lut", 8, 5)]
+)
+def test_product_in_any_order(name, bits, m):
+    made, block = small(name, bits, LONG), ThreadBlock(m, 2, depth_of(bits, m), SPLIT)
+    usual, _ = product(name, made, block)
+    for order, eager in [("together", True), *itertools.product(("forward", "backward"), (False, True))]:
+        got, _ = product(name, made, block, order=order, eager=eager)
+        assert np.array_equal(got.view(np.int32), usual.view(np.int32))
+
+
+# What it costs.
+
+
+def passes(site):
+    """Times as many passes through shared memory as without bank conflicts."""
+    return site.wavefronts / (site.wavefronts - site.conflicts)
+
+
+@pytest.mark.parametrize(("name", "bits", "m"), [*((n, b, 5) for n, b in EVERY), *((n, 2, 20) for n in KINDS)])
+def test_costs_of_memory(name, bits, m):
+    made = kernels.layer(name, bits, (64,), 512)
+    depth = 4 if bits <= 4 and m <= 16 else 1
+    _, report = product(name, made, ThreadBlock(m, 2, depth), measure=True)
+    copies = report.select("cp.async.cg.shared.global")
+    assert copies
+    for site in copies:  # whole sectors, and no conflicts where they arrive; bytes are counted at both ends
+        assert site.sectors * 32 * 2 == site.lane_bytes
+        assert not site.conflicts
+    table = kernels.variant(name, m).table_bytes(bits) and not kernels.variant(name, m).is_large
+    for site in [*report.select("ld.shared"), *report.select("st.shared")]:
+        look_up = bool(re.match(r"ld\.shared\.[ub]32", site.opcode))
+        assert passes(site) <= (2 if table and look_up else 1) or is_half_of_8_bits(site, bits), site
+
+
+def is_half_of_8_bits(site, bits):
+    """A lane's 32 bytes of words, read in two halves: lanes are 32 bytes apart, and the fifth meets the first."""
+    return bits == 8 and site.opcode.startswith("ld.shared.v4") and passes(site) <= 2
+
+
+def test_look_ups_are_where_they_are_thought_to_be():
+    """The 16-copy tables do have conflicts, and only there: so the test above tells look-ups from other loads."""
+    for name in ("hyb", "e8p"):
+        made = kernels.layer(name, 2, (64,), 512)
+        _, report = product(name, made, ThreadBlock(5, 2, 4), measure=True)
+        slow = [site for site in report.select("ld.shared") if site.conflicts]
+        assert slow and all(re.match(r"ld\.shared\.[ub]32", site.opcode) for site in slow)
+
+
+# The rotations.
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(64, None), (2048, None), (192, None), (280, None), (176, 16), (144, 8)]
+
+
+def rotation(size, block, transpose):
+    q, p = factor(size) if block is None else (1, min(block, size & -size))
+    return Rotation(q, p, rotation_base(q, transpose=not transpose))  # the kernels take the transpose
+
+
+def read_back(out, m, k, order):
+    """Elements [m, k] of activations, once it is checked that padding is 0 and spare chunks are untouched."""
+    dtype = np.int8 if order == "bytes" else np.float16
+    used = kernels.arranged_bytes(m, k, order)
+    values = out.view(dtype)[kernels.arranged_index(m, k, order) // np.dtype(dtype).itemsize]
+    assert np.array_equal(kernels.arrange(values, order), out[:used])
+    assert (out[used:] == 0x7F).all()
+    return values.astype(np.float64)
+
+
+def check_rotated(out, scales, totals, want, order, norm):
+    """Activations, scales and sums against the rotated rows, float64."""
+    values = read_back(out, *want.shape, order)
+    exact = FLOAT32_TRANSFORM * np.sqrt((want**2).mean(1, keepdims=True))
+    if order == "bytes":
+        assert (np.abs(values).max(1) == 127).all()
+        assert (np.abs(values * scales[:, None] - want) <= scales[:, None] / 2 + exact).all()
+        assert np.array_equal(totals.view(np.int32), values.sum(1).astype(np.int32))
+        return
+    largest = np.abs(values).max(1)
+    assert ((largest >= 256) & (largest <= 512)).all()
+    powers = scales / norm
+    assert np.array_equal(powers, 2.0 ** np.rint(np.log2(powers)))
+    rounding = ROUNDED_ONCE["torch.float16"] * np.abs(want)
+    assert (np.abs(values * scales[:, None] - want) <= rounding + exact).all()
+    assert (np.abs(totals - values.sum(1)) <= FLOAT32_PRODUCTS * np.abs(values).sum(1)).all()
+
+
+def rotate_in_and_check(x, su, k, block, order, **how):
+    run = rotation(k, block, transpose=True)
+    out, scales, totals, report = kernels.rotate_in(x, su, run, order, **how)
+    want = hadamard(x.double() * su.double(), block, transpose=True).numpy()
+    check_rotated(out, scales, totals, want, order, np.float32(1) / np.sqrt(np.float32(run.q * run.p)))
+    return out, report
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ["trellis", "lattice", "bytes"])
+@pytest.mark.parametrize(("k", "block"), SIZES, ids=str)
+def test_rotate_in(k, block, order, dtype):
+    generator = torch.Generator().manual_seed(k)
+    x, su = torch.randn(3, k, generator=generator).to(dtype), torch.randn(k, generator=generator).half()
+    usual, _ = rotate_in_and_check(x, su, k, block, order)
+    again, _ = rotate_in_and_check(x, su, k, block, order, in_memory=True)
+    assert np.array_equal(usual, again)
+
+
+@pytest.mark.parametrize("order", ["trellis", "lattice", "bytes"])
+def test_rotate_in_of_more_rows_than_a_block(order):
+    generator = torch.Generator().manual_seed(1)
+    rotate_in_and_check(torch.randn(67, 144, generator=generator), torch.ones(144), 144, 16, order)
+
+
+@pytest.mark.parametrize("order", ["trellis", "lattice", "bytes"])
+def test_rotate_in_of_rows_without_a_scale(order):
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(2))
+    x[1], x[2, 5], x[3, 7] = 0, float("nan"), float("-inf")
+    run = rotation(128, None, transpose=True)
+    out, scales, totals, _ = kernels.rotate_in(x, torch.ones(128), run, order)
+    values = read_back(out, 4, 128, order)
+    assert values[0].any() and not values[1:].any()
+    assert not totals[1:].any()
+    assert scales[1] == 0 and np.isnan(scales[2:]).all()
+
+
+def sums_of(m, size, integers, generator):
+    """Partial sums of 3 splits, what they are without offset, totals: integers pass 2^32 on their way."""
+    if not integers:
+        partial = generator.standard_normal((3, m, size)).astype(np.float32) * 100
+        return partial, partial.astype(np.float64).sum(0), generator.standard_normal(m).astype(np.float32) * 10
+    partial = generator.integers(-(2**31), 2**31, (3, m, size)).astype(np.int32)
+    exact = generator.integers(-(2**28), 2**28, (m, size))
+    totals = generator.integers(-4000, 4000, m).astype(np.int32)
+    partial[2] = (exact + 510 * totals[:, None] - partial[:2].astype(np.int64).sum(0)).astype(np.int32)
+    return partial, exact.astype(np.float64), totals
+
+
+OUTPUTS = [((64,), None), ((96, 48, 64), None), ((80, 48), 16), ((44, 20), None)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("integers", [False, True], ids=["floats", "integers"])
+@pytest.mark.parametrize(("sizes", "block"), OUTPUTS, ids=str)
+@pytest.mark.parametrize("in_memory", [False, True], ids=["shared", "memory"])
+def test_rotate_out(sizes, block, integers, dtype, in_memory):
+    random, m, n = np.random.default_rng(sum(sizes)), 3, sum(sizes)
+    partial, exact, totals = sums_of(m, -(-n // 16) * 16, integers, random)
+    sv, scales = torch.from_numpy(random.standard_normal(n)), random.random(m).astype(np.float32)
+    unit, offset = (2.0**-20, 510.0) if integers else (0.5, 36.0)
+    runs = tuple(rotation(size, block, transpose=False) for size in sizes)
+    out = Output(runs, sizes, sv, dtype, unit, offset)
+    y, _ = kernels.rotate_out(partial, scales, totals.view(np.float32), out, in_memory)
+    sums = torch.from_numpy(exact if integers else exact - offset * totals[:, None].astype(np.float64))[:, :n]
+    rotated = torch.cat([hadamard(part.contiguous(), block) for part in sums.split(sizes, dim=1)], dim=1)
+    want = rotated * sv.float().double() * unit * torch.from_numpy(scales)[:, None].double()
+    rounding = ROUNDED_ONCE[str(dtype)] * want.abs()
+    rms = (rotated**2).mean(1, keepdim=True).sqrt() * want.abs() / rotated.abs()
+    assert ((y.double() - want).abs() <= rounding + FLOAT32_TRANSFORM * rms).all()
+
+
+# The three launches, and the op that the emulator runs.
+
+
+def chain(name, made, x, block):
+    """The layer's output by the three kernels."""
+    spec = made.spec
+    first, *others = [
+        Rotation(q, p, rotation_base(q, transpose=i > 0)) for i, (q, p) in enumerate(rotations(made.spec))
+    ]
+    arranged, scales, totals, _ = kernels.rotate_in(x, made.tensors["su"], first, KINDS[name].order)
+    partial, _ = kernels.multiply(name, made, arranged, block)
+    unit = 1 / kernels.ONE_MAD_UNIT if name.startswith("1mad") else 1.0
+    sv, offset = made.tensors["sv"], kernels.offset_of(name, made.bits)
+    y, _ = kernels.rotate_out(
+        partial, scales, totals, Output(tuple(others), spec.output_sizes, sv, x.dtype, unit, offset)
+    )
+    return y
+
+
+def emulated(name, made, x, block):
+    """The same by the op of the emulated library."""
+    table = None if made.table is None else torch.from_numpy(made.table)
+    given = rotations(made.spec)
+    bases = [rotation_base(q, transpose=i > 0) for i, (q, _) in enumerate(given)]
+    shape = [block.split_chunks, *[block.warps_n, block.depth] * 3, block.warps_n]
+    signs = [made.tensors[sign].float() for sign in ("su", "sv")]
+    widths, sizes = [p for _, p in given], list(made.spec.output_sizes)
+    packed = torch.from_numpy(made.packed)
+    return torch.ops.quip_vllm.cuda_linear(x, packed, table, *signs, bases, widths, sizes, name, made.bits, shape)
+
+
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, bits in EVERY if bits in (2, 3)])
+def test_the_emulator_gives_the_same_output(cuda, name, bits, block):
+    made, x = kernels.layer(name, bits, (48, 16), 192, block), torch.randn(5, 192)
+    cut = ThreadBlock(5, 1, 2, 4)
+    got, want = chain(name, made, x, cut), emulated(name, made, x, cut)
+    if name.startswith("e8p") and bits > 2:
+        # nvcc adds the second stage by a fused multiply-add, which rounds once; the emulator rounds twice.
+        assert (got - want).norm() <= FLOAT32_LINEAR * want.norm()
+    else:
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("name", "bits"), EVERY)
+def test_shared_memory_is_what_the_host_code_computes(cuda, name, bits):
+    for m, depth in compiled(name, bits):
+        for warps in (1, 2, 4):
+            ours = kernels.shared_bytes(kernels.variant(name, m), bits, m, warps, depth)
+            assert torch.ops.quip_vllm.cuda_shared_bytes(name, bits, m, warps, depth) == ours
+
+
+# Planted mistakes.
+
+ONE = "namespace quip {{ template __global__ void decode_gemm_kernel<{}<{}>, 1, {}>(const Gemm); }}"
+
+
+def mutant(slug, name, bits, edits):
+    """One kernel of a code from an edited copy of the sources."""
+    template = {"1mad": "OneMad", "e8p": "Lattice", "hyb": "Hyb", "1mad_int8": "OneMadBytes"}[name]
+    header = {"1mad_int8": "1mad"}.get(name, name)
+    source = f'#include "code_{header}.h"\n#include "decode_gemm.h"\n' + ONE.format(template, bits, depth_of(bits, 5))
+    return Program(kernels.kernel_ptx(slug, source, edits))
+
+
+MISTAKES = {
+    "a fragment's registers swapped": (
+        ("1mad", 2),
+        "ptx.h",
+        "f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}",
+        "f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}",
+    ),
+    "b fragment's registers swapped": (("1mad", 2), "decode_gemm.h", "[2 * v], b.x, b.y", "[2 * v], b.y, b.x"),
+    "packed words copied from one unit further": (
+        ("1mad", 2),
+        "decode_gemm.h",
+        "+ unit % kUnits * 4;",
+        "+ unit % kUnits * 4 + 4;",
+    ),
+    "packed words read from one lane further": (
+        ("1mad", 2),
+        "decode_gemm.h",
+        "chunk_bytes<Code>() + lane * Code::bits * 4;",
+        "chunk_bytes<Code>() + (lane + 1) * Code::bits * 4;",
+    ),
+    "x read without the exclusive or": (("1mad", 2), "decode_gemm.h", "+ row % 2 * kBlock + lane", "+ lane"),
+    "one copy too many left under way": (("1mad", 2), "decode_gemm.h", "wait<kStages - 2>", "wait<kStages - 1>"),
+    "the chunk behind the last multiplied": (("1mad", 2), "decode_gemm.h", "(kWarpsK * j >= todo)", "(false)"),
+    "two halves of a word swapped": (("1mad", 2), "trellis_stream.h", "? 0x7632 : 0x5410", "? 0x7632 : 0x1054"),
+    "a window from a byte too low": (("1mad", 2), "trellis_stream.h", "0x4410 : 0x4421", "0x4410 : 0x4410"),
+    "the odd byte of another tile": (("1mad", 3), "trellis_stream.h", "0x3725 : 0x1705", "0x3725 : 0x1715"),
+    "bytes of the next lane at 1 bit": (("1mad", 1), "trellis_stream.h", "0x3726 : 0x1504", "0x2736 : 0x1504"),
+    "rows of the lattice swapped": (("e8p", 2), "code_e8p.h", "a[0][row + 2] = two(nibbles);", "a[0][row ^ 1] = 0;"),
+    "the sign of HYB on the second weight": (("hyb", 2), "code_hyb.h", "row ^ (h & 0x8000u)", "row ^ (h << 16 >> 31)"),
+    "bytes of int8 in the other order": (("1mad_int8", 2), "code_1mad.h", "2 * tile + i % 2][i / 2]", "2*tile][i / 2]"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_source_is_found(mistake):
+    (name, bits), file, old, new = MISTAKES[mistake]
+    program = mutant("mutant_" + mistake.replace(" ", "_").replace("'", ""), name, bits, {file: (old, new)})
+    with pytest.raises((AssertionError, PtxError)):
+        product(name, small(name, bits, LONG), ThreadBlock(5, 1, depth_of(bits, 5), SPLIT), program)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_each_barrier_is_needed(which):
+    kind = KINDS["1mad"]
+    text = kernels.one_kernel(kernels.kernel_ptx(kind.file), kind.kernel(2, 1, 2))
+    barriers = list(re.finditer(r"\bbar\.sync\s+0;", text))
+    assert len(barriers) == 3  # of the pipeline, before the exchange, in it
+    program = Program(text[: barriers[which].start()] + text[barriers[which].end() :])
+    made, block = small("1mad", 2, LONG), ThreadBlock(5, 1, 2, SPLIT)
+    assert any(
+        fails(lambda order=order: product("1mad", made, block, program, order=order))
+        for order in ("forward", "backward")
+    )
+
+
+def fails(run):
+    """Whether a comparison fails, or the interpreter."""
+    try:
+        run()
+    except (AssertionError, PtxError):
+        return True
+    return False
