@@ -87,7 +87,7 @@ LEAST_SQUARES = 1e-4
 """Absolute and relative error of a small least-squares solution whose Hessian was rounded to float32 once."""
 
 HALF_ACTIVATIONS = 4e-4
-"""Relative error (Frobenius norm) of a linear layer whose rotated activations are rounded to fp16, in float32 otherwise:
+"""Relative error (Frobenius norm) of a linear layer whose rotated activations are rounded to fp16, float32 otherwise:
 2^-12 / sqrt(3) a rounding gives 1.4e-4 to 2.2e-4; a wrong fragment gives 1e-1 and more."""
 
 FLOAT32_PRODUCTS = 5e-7

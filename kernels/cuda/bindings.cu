@@ -73,7 +73,7 @@ struct CodeInfo {
 CodeInfo info_of(const std::string& code, int64_t bits) {
   if (code == "1mad") return {one_mad_entry, XOrder::kTrellis, 1 / 147.800537109375f, 1024 + 510, 0, 1, 8};
   if (code == "1mad_int8") return {one_mad_bytes_entry, XOrder::kBytes, 1 / 147.800537109375f, 510, 0, 1, 8};
-  if (code == "3inst") return {three_inst_entry, XOrder::kTrellis, 1, 0, 0, 1, 8};
+  if (code == "3inst") return {three_inst_entry, XOrder::kTrellis, 1, 0, 4, 1, 8};
   if (code == "hyb") return {hyb_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
   if (code == "hyb_large") return {hyb_large_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
   if (code == "lut") return {lut_entry, XOrder::kTrellis, 1, 0, 32768, 1, 8};
@@ -139,8 +139,8 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   STD_TORCH_CHECK(shape.size() == 8 && shape[0] > 0, "shape has ", shape.size(), " entries: it comes from cuda_shapes.choose");
   const int turn = m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : 3;
   const int64_t warps_n = shape[1 + 2 * turn], depth = turn == 3 ? 1 : shape[2 + 2 * turn];
-  STD_TORCH_CHECK(warps_n == 1 || warps_n == 2 || warps_n == 4 || (warps_n == 8 && turn < 3), "shape has ", warps_n,
-                  " warps: they are 1, 2, 4 or, up to 16 rows, 8");
+  STD_TORCH_CHECK(warps_n == 1 || warps_n == 2 || warps_n == 4 || (warps_n == 8 && turn < 3 && code != "lut"),
+                  "shape has ", warps_n, " warps: they are 1, 2, 4 or, up to 16 rows and not with code lut, 8");
   const int rows_block = int(std::min<int64_t>(m, kRowBlock));
 
   Gemm g{};

@@ -15,6 +15,7 @@ struct OneMad {
   static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = 0;
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;
+  static constexpr bool kGathers = false;
   using Sum = float;
 
   DEVICE OneMad(const unsigned char*, const void*) {}
@@ -38,6 +39,7 @@ struct OneMadBytes {
   static constexpr int bits = bits_, kVectors = 2, kSums = 1, kTableBytes = 0;
   static constexpr XOrder kOrder = XOrder::kBytes;
   static constexpr float kSecond = 0;
+  static constexpr bool kGathers = false;
   using Sum = int32_t;
 
   DEVICE OneMadBytes(const unsigned char*, const void*) {}

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // 3INST (QTIP, arXiv 2406.11235, section 3.1.1): a weight is the sum of the two fp16 halves of a masked multiply-add.
+//
+// The second mask comes from memory: an instruction takes one constant only, and the compiler would spend two.
 #pragma once
 #include "trellis_stream.h"
 
@@ -10,13 +12,17 @@ struct ThreeInst {
   static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = 0;
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;
+  static constexpr bool kGathers = false;
   using Sum = float;
 
-  DEVICE ThreeInst(const unsigned char*, const void*) {}
+  uint32_t flips;  // 0x3B603B60
+
+  // table: uint32 [4], the first is it.
+  DEVICE ThreeInst(const unsigned char*, const void* table) : flips(*static_cast<const uint32_t*>(table)) {}
   DEVICE static void fill(unsigned char*, const void*) {}
 
-  DEVICE static uint32_t halves(uint32_t state) {
-    return ((state * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ 0x3B603B60u;
+  DEVICE uint32_t halves(uint32_t state) const {
+    return ((state * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ flips;
   }
 
   template <int half>

@@ -12,6 +12,7 @@ struct HybTable {
   static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = kRows * kCopies * 4;
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;
+  static constexpr bool kGathers = false;
   using Sum = float;
   const unsigned char* table;  // + 4 * kCopies * row: this lane's copy
 

@@ -10,6 +10,7 @@ struct Lut {
   static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = 0;
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;
+  static constexpr bool kGathers = true;
   using Sum = float;
   const uint16_t* values;
 

@@ -43,7 +43,7 @@ inline int shared_bytes(int rows, int warps_n, int depth) {
 
 template <class Code, int kColumnTiles>
 constexpr int max_threads() {
-  return kColumnTiles > 2 ? 256 : 512;  // 256 leave a thread the registers for 64 or 128 sums
+  return kColumnTiles > 2 || Code::kGathers ? 256 : 512;  // 256 leave a thread registers for more sums, or more loads
 }
 
 // Copies to shared memory, a stage at a time, what the block's warps need: to has the stage's words, then its x.
@@ -70,21 +70,27 @@ struct Loader {
 
   // The next stage, whole: what lies behind a split's last chunk is copied, not used (packed and x are longer for that).
   DEVICE void load(unsigned char* stage) {
+    const int units = kWarpsK * kDepth * x_units, threads = blockDim.x;
+    unsigned char* words = stage + to;
+    unsigned char* rows = stage + x_to;
 #pragma unroll
     for (int j = 0; j < kDepth; ++j) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if ((i + 1) * kLanes > kRowTiles * kUnits && i * kLanes + int(threadIdx.x % kLanes) >= kRowTiles * kUnits) break;
-        device::copy_async(stage + to + (j * kRowTiles * kUnits + i * kLanes) * 16,
-                           from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
+        device::copy_async(words + (j * kRowTiles * kUnits + i * kLanes) * 16, from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
       }
     }
+    if (int(threadIdx.x) < units) device::copy_async(rows, x);
+    const unsigned char* from_x = x;
+#pragma unroll 1
+    for (int more = units - threads; more > 0; more -= threads) {  // for one row a block has threads enough
+      rows += 16 * threads, from_x += 16 * threads;
+      if (int(threadIdx.x) < more) device::copy_async(rows, from_x);
+    }
+    x += 16 * units;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) from[i] += kDepth * kWarpsK * (chunk_bytes<Code>() / 4);
-    const int units = kWarpsK * kDepth * x_units, threads = blockDim.x;
-    for (int at = 0; at < units; at += threads)
-      if (at + int(threadIdx.x) < units) device::copy_async(stage + x_to + 16 * at, x + 16 * at);
-    x += 16 * units;
   }
 };
 
@@ -176,7 +182,6 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
   Loader<Code, kDepth> loader(g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin);
   const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
   unsigned char* const ring = memory + Code::kTableBytes;
-  unsigned char* const ring_end = ring + kStages * size;
 
   // Where this lane reads in a stage: its words, and its 16 bytes of block 0 of x; rows beyond the last are the last.
   const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>() + lane * Code::bits * 4;
@@ -197,29 +202,31 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
     left -= kWarpsK * kDepth;
     device::copy_commit();
   }
-  const unsigned char* stage = ring;
-  unsigned char* fill = ring + (kStages - 1) * size;
+  const auto multiply = [&](const unsigned char* packed, const unsigned char* rows_of_x) {
+    uint32_t words[kRowTiles][Code::bits];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) device::load_words(packed + r * chunk_bytes<Code>(), words[r]);
+    multiply_half<Code, 0>(code, words, rows_of_x, x_row, column_tiles, sums);
+    multiply_half<Code, 1>(code, words, rows_of_x, x_row, column_tiles, sums);
+  };
+  int use = 0, fill = (kStages - 1) * size;  // where in the ring; the stage that was used last is filled next
   for (int i = 0, todo = chunks - warp_k; i < stages; ++i, todo -= kWarpsK * kDepth) {
     device::copy_wait<kStages - 2>();
     device::sync_block();
-    if (left > 0) loader.load(fill);
+    if (left > 0) loader.load(ring + fill);
     left -= kWarpsK * kDepth;
     device::copy_commit();
-    const unsigned char* packed = stage + packed_at;
-    const unsigned char* x = stage + x_at;
-#pragma unroll 2
-    for (int j = 0; j < kDepth; ++j) {
-      if (kWarpsK * j >= todo) break;  // behind the last chunk
-      uint32_t words[kRowTiles][Code::bits];
+    const unsigned char* packed = ring + use + packed_at;
+    const unsigned char* x = ring + use + x_at;
+    if (todo > kWarpsK * (kDepth - 1)) {
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) device::load_words(packed + r * chunk_bytes<Code>(), words[r]);
-      multiply_half<Code, 0>(code, words, x, x_row, column_tiles, sums);
-      multiply_half<Code, 1>(code, words, x, x_row, column_tiles, sums);
-      packed += kRowTiles * chunk_bytes<Code>();
-      x += x_step;
+      for (int j = 0; j < kDepth; ++j) multiply(packed + j * kRowTiles * chunk_bytes<Code>(), x + j * x_step);
+    } else {  // the last stage, if it is not whole
+#pragma unroll 1
+      for (; todo > 0; todo -= kWarpsK, packed += kRowTiles * chunk_bytes<Code>(), x += x_step) multiply(packed, x);
     }
-    stage = stage + size == ring_end ? ring : stage + size;
-    fill = fill + size == ring_end ? ring : fill + size;
+    fill = use;
+    use = use + size < kStages * size ? use + size : 0;
   }
   device::copy_wait<0>();
   device::sync_block();

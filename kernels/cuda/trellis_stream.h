@@ -35,7 +35,7 @@ struct TrellisStream {
         pair[bits / 2] = next;
       } else {
         pair[bits / 2] = device::permute_bytes(words[bits - 1], next, half ? 0x3725 : 0x1705);
-        pair[bits / 2 + 1] = next << 8;
+        pair[bits / 2 + 1] = next;  // of which the second byte is meant
       }
     }
   }
@@ -43,7 +43,9 @@ struct TrellisStream {
   // 32 bits of the stream of tile 2 half + tile, from bit 16 * p.
   template <int tile, int p>
   DEVICE uint32_t word() const {
-    return device::permute_bytes(pair[p + 1], pair[p], tile ? 0x7632 : 0x5410);
+    constexpr bool kSecondByte = bits % 2 && bits > 1 && p == bits / 2;
+    constexpr int kSelector = kSecondByte ? (tile ? 0x7622 : 0x5400) : (tile ? 0x7632 : 0x5410);
+    return device::permute_bytes(pair[p + 1], pair[p], kSelector);
   }
 
   // The 16 bits from bit `start` > 0, in the low half of the result; what the high half holds is not said.

@@ -145,5 +145,6 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         spec.bits,
         INSTRUCTIONS[code.removesuffix("_large")],
         table_words.get(code, 0),
+        spec.code is Code.LUT,
         _shared(code, spec.bits),
     )

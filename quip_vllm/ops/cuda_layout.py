@@ -19,6 +19,9 @@ LANES = 32
 SPARE_CHUNKS = 8
 """Chunks behind the last, which the kernel's last stage may copy and does not use."""
 
+THREE_INST_FLIPS = 0x3B603B60
+"""What 3INST's masked product is exclusive-ored with (formats/trellis_codes.py)."""
+
 TILES_AT_A_TIME = 256
 """Rows of tiles that are packed together: packing takes 20 times the memory of what it packs."""
 
@@ -93,15 +96,18 @@ def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
-    """The code's table, int32, or None: HYB's rows a projection, LUT's numbers two a word, or the lattice's tables.
+    """The code's table, int32, or None.
 
-    The last two are one copy a device, shared by all layers: do not write to them.
+    HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST: its constant, four times.
+    LUT's and the lattice's are one copy a device, shared by all layers: do not write to them.
     """
     if spec.code is Code.HYB:
         return tensors["lut"].half().contiguous().view(torch.int32).flatten()
     device = tensors["sv"].device
     if spec.code is Code.LUT:
         return _lut_table(device)
+    if spec.code is Code.THREE_INST:
+        return torch.full((4,), THREE_INST_FLIPS, dtype=torch.int32, device=device)
     return _lattice_tables(device) if spec.code is None else None
 
 

@@ -41,6 +41,7 @@ class Problem:
         instructions: per weight, of the code's main loop (docs/benchmarks/cuda_static.md).
         shared: bytes of shared memory of (rows, warps_n, depth).
         table_words: of the table that a block copies before it starts.
+        gathers: whether weights are gathered from memory (code lut).
     """
 
     n: int
@@ -48,6 +49,7 @@ class Problem:
     bits: int
     instructions: float
     table_words: int
+    gathers: bool
     shared: Callable[[int, int, int], int]
 
 
@@ -64,8 +66,8 @@ def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str 
     """Why a candidate cannot run, or None."""
     if (candidate.depth > 1) == (rows > 16 or problem.bits > 4):
         return "more than 16 rows or 4 bits are compiled with depth 1, others with 2 and 4"
-    if rows > 16 and candidate.warps_n > 4:
-        return "more than 16 rows take the registers of 8 warps at most"
+    if candidate.warps_n > 4 and (rows > 16 or problem.gathers):
+        return "more than 16 rows, or code lut, take the registers of 8 warps at most"
     shared = problem.shared(rows, candidate.warps_n, candidate.depth)
     if shared > gpu.shared_block:
         return f"{shared} bytes of shared memory: a block has {gpu.shared_block}"

@@ -27,7 +27,7 @@ struct Known {
 };
 const Known kCodes[] = {
     {"1mad", one_mad_entry, XOrder::kTrellis, 1},      {"1mad_int8", one_mad_bytes_entry, XOrder::kBytes, 1},
-    {"3inst", three_inst_entry, XOrder::kTrellis, 1},  {"hyb", hyb_entry, XOrder::kTrellis, 512},
+    {"3inst", three_inst_entry, XOrder::kTrellis, 4},  {"hyb", hyb_entry, XOrder::kTrellis, 512},
     {"hyb_large", hyb_large_entry, XOrder::kTrellis, 512}, {"lut", lut_entry, XOrder::kTrellis, 32768},
     {"e8p", lattice_entry, XOrder::kLattice, 772},     {"e8p_large", lattice_large_entry, XOrder::kLattice, 772},
 };
