@@ -65,7 +65,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 sanitize: venv
-	$(BIN)/python -m pytest -q --sanitize tests/kernels
+	$(BIN)/python -m pytest -q --sanitize tests/kernels/test_sanitizers.py tests/kernels/test_cuda_sanitizers.py
 
 ifeq ($(SERVER),)
 loadtest: venv

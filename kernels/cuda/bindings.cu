@@ -31,7 +31,8 @@ using torch::stable::Tensor;
 device::Stream current_stream([[maybe_unused]] const Tensor& x) {
 #if defined(__CUDACC__)
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && !aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream),
+  const auto current = aoti_torch_get_current_cuda_stream;
+  STD_TORCH_CHECK(current != nullptr && !current(x.get_device_index(), &stream),
                   "torch has no CUDA stream here: install a CUDA build of torch");
   return static_cast<device::Stream>(stream);
 #else
@@ -118,11 +119,11 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   const GemmEntry entry = entry_of(code, bits);
   const CodeInfo info = info_of(code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(), " dimensions and ", x.numel(),
-                  " elements: the op wants a contiguous [m, ", k, "]");
-  STD_TORCH_CHECK(parts >= 1 && parts <= kMaxSegments && bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
-                  "bases and widths have ", bases.size(), " and ", widths.size(), " entries: give one for the input and one for ",
-                  "each of the ", parts, " projections, of which there are at most ", kMaxSegments);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(),
+                  " dimensions and ", x.numel(), " elements: the op wants a contiguous [m, ", k, "]");
+  STD_TORCH_CHECK(parts >= 1 && parts <= kMaxSegments && int64_t(bases.size()) == parts + 1 && widths.size() == bases.size(),
+                  "bases and widths have ", bases.size(), " and ", widths.size(),
+                  " entries: give one for the input and one for each of the ", parts, " projections, of which there are at most ", kMaxSegments);
   int64_t n = 0;
   for (int64_t size : output_sizes) {
     STD_TORCH_CHECK(size > 0 && size <= (1 << 24), "a projection has ", size, " outputs: give a positive number");
@@ -188,7 +189,8 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   Memory arranged(x, (m * chunks + spare * rows_block) * row_bytes(info.order) / 4), partial(x, g.splits * out.split_stride);
   Memory scales(x, 2 * m), in_scratch(x, fits(in.work) ? 0 : m * in.work);
   Memory out_scratch(x, fits(out.work) ? 0 : m * parts * out.work);
-  in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out, g.partial = partial.floats, out.partial = partial.floats;
+  in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
+  g.partial = partial.floats, out.partial = partial.floats;
   in.scales = scales.floats, in.totals = scales.floats + m, out.scales = in.scales, out.totals = in.totals;
   in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
 
@@ -248,4 +250,6 @@ STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) {
   m.impl("cuda_linear", TORCH_BOX(&quip::cuda_linear));
   m.impl("cuda_embedding", TORCH_BOX(&quip::cuda_embedding));
 }
-STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) { m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes)); }
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
+  m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes));
+}

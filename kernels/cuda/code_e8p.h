@@ -3,9 +3,9 @@
 //
 // Nibble j of a row of the first table is 2 v, rounded down to even, plus 8, of component 2 j (j < 4) or 2 (j - 4) + 1. A row
 // of the second has, for a byte of signs, 14 in the nibbles to negate, and in all of them 1 where a quarter is added. Their
-// exclusive or n gives v -+ 1/4 = n / 2 + 1/4 - 4. Put above the lowest four bits of the mantissa of 32, which hold
-// 1/4, a nibble is the number 32 + n / 2 + 1/4: four operations and three shifts make eight weights of a code, and 36 too much comes
-// off the result. E81B, the second stage at 3 bits, is one table of nibbles 2 v + 8; there 36 1/4 are too much.
+// exclusive or n gives v -+ 1/4 = n / 2 + 1/4 - 4. Put above the lowest four bits of the mantissa of 32, which hold 1/4, a
+// nibble is the number 32 + n / 2 + 1/4: four operations and three shifts make eight weights of a code, and 36 too much
+// comes off the result. E81B, the second stage at 3 bits, is one table of nibbles 2 v + 8; there 36 1/4 are too much.
 //
 // The tables have 16 copies side by side, so that two lanes at most meet in a bank, or 32, where a block may have 96 KB for
 // them: no conflicts. Words are stored rotated left by 7: the byte at bits 7..14 is, where it stands, multiplied by 128, the

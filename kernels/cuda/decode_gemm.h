@@ -60,7 +60,8 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int unit = i * kLanes + lane, tile = min(tile0 + unit / kUnits, end_tile - 1);  // beyond the last the last again
-      from[i] = g.packed + (int64_t(tile) * g.chunks + begin + warp / g.warps_n) * (chunk_bytes<Code>() / 4) + unit % kUnits * 4;
+      const int64_t chunk = int64_t(tile) * g.chunks + begin + warp / g.warps_n;
+      from[i] = g.packed + chunk * (chunk_bytes<Code>() / 4) + unit % kUnits * 4;
     }
     to = warp * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * lane;
     x_units = rows * (row_bytes(Code::kOrder) / 16);
@@ -78,7 +79,8 @@ struct Loader {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
         if ((i + 1) * kLanes > kRowTiles * kUnits && i * kLanes + int(threadIdx.x % kLanes) >= kRowTiles * kUnits) break;
-        device::copy_async(words + (j * kRowTiles * kUnits + i * kLanes) * 16, from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
+        device::copy_async(words + (j * kRowTiles * kUnits + i * kLanes) * 16,
+                           from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
       }
     }
     if (int(threadIdx.x) < units) device::copy_async(rows, x);
@@ -253,9 +255,9 @@ std::string run_gemm(Gemm g, device::Stream stream) {
     blocks += (g.segment[s].end_tile - g.segment[s].first_tile + kRowTiles * g.warps_n - 1) / (kRowTiles * g.warps_n);
   }
   const int column_tiles = column_tiles_of(g.m);
-  constexpr bool kChoice = Few::bits <= 4;
+  constexpr bool kChoice = Few::bits <= 4 && !Few::kGathers;  // registers for more chunks at a time
   const int depth = column_tiles == 8 || !kChoice ? 1 : g.depth == kDeep ? kDeep : kShallow;
-  if (g.depth != depth) return "depth " + std::to_string(g.depth) + " is not compiled for this many bits and rows";
+  if (g.depth != depth) return "depth " + std::to_string(g.depth) + " is not compiled for this code, bits and rows";
   if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
   if constexpr (kChoice) {
     if (depth == kDeep) return (column_tiles == 1 ? launch_gemm<Few, 1, kDeep> : launch_gemm<Few, 2, kDeep>)(g, blocks, stream);

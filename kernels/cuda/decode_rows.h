@@ -23,7 +23,8 @@ DEVICE void store_half(const Code& code, const uint32_t (&words)[Code::bits], co
   if (int(threadIdx.x) % kLanes / 4 != row % 8) return;
 #pragma unroll
   for (int place = 0; place < 8; ++place) {
-    const int mul = place / 4, high = place / 2 % 2, i = place % 2, column = chunk * kChunk + 32 * half + register_column(Code::kOrder, mul, high, i);
+    const int mul = place / 4, high = place / 2 % 2, i = place % 2;
+    const int column = chunk * kChunk + 32 * half + register_column(Code::kOrder, mul, high, i);
     if (column >= d.k) continue;
     float value = -d.offset;
 #pragma unroll

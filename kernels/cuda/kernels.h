@@ -49,7 +49,7 @@ struct Gemm {
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
   int warps_n;       // warps side by side along the outputs: a thread block has warps_n * kWarpsK
-  int depth;    // chunks that a warp takes in a stage of the pipeline: 2 or 4 for up to 16 rows and 4 bits, else 1
+  int depth;    // chunks that a warp takes in a stage: 2 or 4 for up to 16 rows and 4 bits, else, and for LUT, 1
   int segments;
   Segment segment[kMaxSegments];
 };

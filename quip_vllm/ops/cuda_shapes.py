@@ -64,8 +64,8 @@ class Candidate:
 
 def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str | None:
     """Why a candidate cannot run, or None."""
-    if (candidate.depth > 1) == (rows > 16 or problem.bits > 4):
-        return "more than 16 rows or 4 bits are compiled with depth 1, others with 2 and 4"
+    if (candidate.depth > 1) == (rows > 16 or problem.bits > 4 or problem.gathers):
+        return "more than 16 rows or 4 bits, and code lut, are compiled with depth 1, others with 2 and 4"
     if candidate.warps_n > 4 and (rows > 16 or problem.gathers):
         return "more than 16 rows, or code lut, take the registers of 8 warps at most"
     shared = problem.shared(rows, candidate.warps_n, candidate.depth)

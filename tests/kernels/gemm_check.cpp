@@ -75,7 +75,7 @@ int main(int count, char** words) {
   for (int i = 1; i + 1 < count; i += 2) {
     for (const Known& code : kCodes) {
       if (std::strcmp(code.name, words[i])) continue;
-      const int bits = std::atoi(words[i + 1]), depth = bits > 4 ? 1 : 2;
+      const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(code.name, "lut") ? 1 : 2;
       for (int m : {2, 9, 17}) {
         const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth);
         std::printf("%s %d, %d rows: %s\n", code.name, bits, m, answer.c_str());

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels in Triton's interpreter, against the dequantized weight: every format, odd sizes, every dtype.
+
+The interpreter is chosen when triton is imported, so this file runs itself once more in a process of its own, which runs
+alone, with the guards below around every buffer:  TRITON_INTERPRET=1 pytest tests/ops/test_triton.py
+"""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR
+from random_layers import FORMAT_IDS, FORMATS, random_layer
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, dequantize, select_backend
+from quip_vllm.ops.dispatch import backends
+from quip_vllm.ops.triton import backend as module
+from quip_vllm.ops.triton.backend import TritonBackend
+from quip_vllm.transforms.hadamard import hadamard
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ONLY_INTERPRETED = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+GUARD = 512
+"""Bytes before and behind every buffer: all ones, which is no number in any floating type."""
+
+ONE_MAD = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 48, (32,))
+CODES = [(Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)]
+
+
+class Guarded:
+    """torch for the launches: what is allocated lies between guards, and holds no number until it is written."""
+
+    def __init__(self) -> None:
+        self.rooms: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *shape, dtype=torch.float32, device="cpu"):
+        shape = shape[0] if shape and isinstance(shape[0], (tuple, torch.Size)) else shape
+        count = math.prod(shape) * dtype.itemsize
+        room = torch.full((2 * GUARD + count,), 0xFF, dtype=torch.uint8)
+        inside = room[GUARD : GUARD + count]
+        self.rooms.append((room, inside))
+        return inside.view(dtype).view(shape)
+
+    def zeros(self, *shape, **options):
+        return self.empty(*shape, **options).zero_()
+
+    def copy(self, tensor, shift=0):
+        """A guarded copy; shift: bytes by which its address is odd."""
+        room = torch.full((2 * GUARD + tensor.nbytes,), 0xFF, dtype=torch.uint8)
+        inside = room[GUARD + shift : GUARD + shift + tensor.nbytes]
+        self.rooms.append((room, inside))
+        return inside.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def check(self):
+        for room, inside in self.rooms:
+            before = inside.storage_offset()
+            assert (room[:before] == 0xFF).all(), "written before a buffer"
+            assert (room[before + len(inside) :] == 0xFF).all(), "written behind a buffer"
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    from quip_vllm.ops.triton import launch
+
+    guarded = Guarded()
+    monkeypatch.setattr(launch, "torch", guarded)
+    yield guarded
+    guarded.check()
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def rows(m, k, dtype=torch.float32):
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
+def run(spec, tensors, x, guarded, split_chunks=None):
+    """Of the linear layer; split_chunks: chunks of a part of k, other than those that were chosen."""
+    backend = TritonBackend()
+    assert backend.refusal(spec) is None
+    prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
+    if split_chunks:
+        backend.plans[spec][1] = split_chunks
+    return backend.linear(spec, guarded.copy(x, shift=x.element_size()), prepared)
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(
+    ("k", "sizes", "block", "m"),
+    [(48, (16,), 16, 3), (80, (48, 16), None, 1)],  # 20 * 4, 12 * 4
+    ids=str,
+)
+def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block, m, guarded):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors = random_layer(spec)
+    x = rows(m, k)
+    y = run(spec, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
+@pytest.mark.parametrize(
+    ("k", "sizes", "block", "m", "split_chunks"),
+    [(576, (96, 32, 32), None, 1, 4), (272, (80, 48), 16, 17, 2), (16, (96,), None, 65, 1)],
+    ids=str,
+)
+def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_chunks, guarded):
+    spec = LinearSpec(method, code, 3, k, sizes, block)
+    tensors = random_layer(spec)
+    x = rows(m, k)
+    y = run(spec, tensors, x, guarded, split_chunks)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("k", [8, 24, 40])
+@pytest.mark.parametrize("n", [1, 2, 12, 36])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits, guarded):
+    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n,))
+    tensors = random_layer(spec)
+    x = rows(3, k)
+    y = run(spec, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
+def test_an_output_head_of_any_size_and_its_rows(method, code, guarded):
+    spec = LinearSpec(method, code, 2, 80, (17,), None, rotate_output=False)
+    tensors = random_layer(spec)
+    x = rows(2, 80)
+    weight = dequantize(spec, tensors)
+    assert relative(run(spec, tensors, x, guarded), x.double() @ weight.double().T) < HALF_ACTIVATIONS
+    backend = TritonBackend()
+    prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
+    ids = torch.tensor([[0, 16, 9]])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = backend.embedding(spec, guarded.copy(ids), prepared, dtype)
+        assert found.dtype is dtype and found.shape == (1, 3, 80)
+        limit = FLOAT32_LINEAR if dtype is torch.float32 else 2 * relative(weight[ids].to(dtype), weight[ids])
+        assert relative(found, weight[ids]) < limit
+    with pytest.raises(IndexError):
+        backend.embedding(spec, torch.tensor([17]), prepared, torch.float32)
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
+def test_half_precision_rounds_like_torch(method, code, dtype, guarded):
+    spec = LinearSpec(method, code, 2, 576, (48,))
+    tensors = random_layer(spec)
+    x = rows(3, 576, dtype)
+    weight = dequantize(spec, tensors)
+    exact = x.double() @ weight.double().T
+    y = run(spec, tensors, x, guarded)
+    assert y.dtype is dtype
+    assert relative(y, exact) < SAME_DTYPE_FACTOR * relative(x @ weight.to(dtype).T, exact)
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_large_and_small_rows(scale, guarded):
+    tensors = random_layer(ONE_MAD)
+    x = rows(2, 48) * scale
+    y = run(ONE_MAD, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(ONE_MAD, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf")])
+def test_a_bad_row_spoils_only_itself(bad, guarded):
+    tensors = random_layer(ONE_MAD)
+    x = rows(5, 48)
+    clean = run(ONE_MAD, tensors, x, guarded)
+    x[2, 3], x[4] = bad, 0
+    y = run(ONE_MAD, tensors, x, guarded)
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]]) and (y[4] == 0).all()
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("shape", [(0, 48), (2, 2, 48), (48,)])
+def test_leading_dimensions(shape):
+    tensors, backend = random_layer(ONE_MAD), TritonBackend()
+    x = torch.randn(shape)
+    y = backend.linear(ONE_MAD, x, backend.prepare(ONE_MAD, tensors))
+    assert y.shape == (*shape[:-1], 32)
+    if x.numel():
+        assert relative(y, x.double() @ dequantize(ONE_MAD, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [(1, None), (8, None), (4096, None), (16384, None), (28 * 512, None), (924 * 2, None), (172 * 64, None)]
+    + [(8192, 4096), (16384, 8192), (1200, 16), (40, 2)],
+)
+def test_rotations_of_every_kind(size, block, guarded):
+    """In and out of one row, without a layer between, which an interpreter takes long for."""
+    from quip_vllm.ops.tensors import rotation_base
+    from quip_vllm.ops.tensors import rotations as rotations_of
+    from quip_vllm.ops.triton import launch
+
+    order, width = rotations_of(LinearSpec(Method.QUIP_SHARP, None, 2, size, (size,), block))[0]
+    x, signs = rows(1, size), guarded.copy(rows(2, size)[1])
+    base = guarded.copy(launch.base(rotation_base(order, transpose=True), width))
+    turn = launch._Rotation(size, base, width)
+    out, scales, totals = launch._rotate_in(guarded.copy(x), signs, turn, base, False)
+    expected = hadamard(x.double() * signs, block, transpose=True)
+    assert relative(out[:, :size].double() * scales * turn.norm, expected) < HALF_ACTIVATIONS
+    assert (out[:, size:] == 0).all()
+    assert relative(totals.sum(), out.double().sum()) < FLOAT32_LINEAR or size > 4096  # a small sum of large numbers
+
+    y, base = guarded.empty(1, size), guarded.copy(launch.base(rotation_base(order, transpose=False), width))
+    ones = guarded.copy(torch.ones(1))
+    launch._rotate_out(guarded.copy(x[None]), y, signs, [base], [width], [size], ones, ones[None], 1.0, 0.0)
+    assert relative(y, hadamard(x.double(), block) * signs) < FLOAT32_TRANSFORM
+
+
+@ONLY_INTERPRETED
+def test_fakes_and_schemas():
+    backend = TritonBackend()
+    for spec in (LinearSpec(Method.QTIP, Code.HYB, 1, 32, (16, 16)), LinearSpec(Method.QUIP_SHARP, None, 2, 8, (4,))):
+        prepared, x = backend.prepare(spec, random_layer(spec)), rows(2, spec.in_features)
+        calls = []
+        with torch.no_grad():
+            original, op = torch.ops.quip_vllm.triton_linear, torch.ops.quip_vllm.triton_linear.default
+            try:
+                torch.ops.quip_vllm.triton_linear = lambda *args: calls.append(args) or original(*args)
+                y = backend.linear(spec, x, prepared)
+            finally:
+                torch.ops.quip_vllm.triton_linear = original
+        torch.library.opcheck(op, calls[0], test_utils=("test_schema", "test_faketensor"))
+        compiled = torch.compile(lambda x: backend.linear(spec, x, prepared) * 2, backend="eager", fullgraph=True)  # noqa: B023
+        assert torch.equal(compiled(x), y * 2)
+
+
+def test_the_table_is_without_carry():
+    if INTERPRETED:
+        from quip_vllm.ops.triton.launch import aligned
+
+        for start in range(0, 4096, 512):
+            table = torch.arange(8192, dtype=torch.int32)[start : start + 1024]
+            found = aligned(table, 4096)
+            assert found.data_ptr() % 4096 == 0 and torch.equal(found, table)
+
+
+def test_order_of_backends(monkeypatch):
+    assert [backend.name for backend in backends("cuda")] == ["cuda", "triton", "reference"]
+    if NEEDS_TRITON.args[0]:
+        return
+    from quip_vllm.ops import cuda
+
+    monkeypatch.setattr(cuda, "cuda_library_problem", lambda: "no library for this GPU")
+    assert select_backend(ONE_MAD, "cuda").name == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    why = "cuda: no library for this GPU; triton: this GPU has compute capability 7.5: Triton emits no tensor-core code"
+    with pytest.raises(ValueError, match=why):
+        select_backend(ONE_MAD, "cuda")
+
+
+def test_refusals_say_why(monkeypatch):
+    backend = TritonBackend()
+    if not NEEDS_TRITON.args[0]:
+        assert "multiples of 16" in backend.refusal(LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (24,)))
+        assert "--hadamard-block 2" in backend.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (26,)))
+        monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
+        assert "unset it" in backend.refusal(ONE_MAD)
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert "AMD" in backend.refusal(ONE_MAD)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert backend.refusal(ONE_MAD) == "triton is not installed: run `pip install triton`"
+
+
+def test_triton_is_imported_late():
+    program = "import sys, quip_vllm.ops.dispatch as d; [b.name for b in d.backends('cuda')]; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
