@@ -162,12 +162,14 @@ def instructions(rows: Rows) -> Any:
                 width = sum(row[name] for name in classes)
                 panel.barh(place, width, left=left, color=tint, height=0.7, label=label if place == 0 else None)
                 left += width
-            panel.annotate(f"{left:.2f}", (left, place), (4, 0), textcoords="offset points", va="center")
-            if tiles == 1 and code in LIMITS:
-                panel.plot([LIMITS[code]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5)
+            most = LIMITS.get(code, 0) if tiles == 1 else 0
+            if most:
+                panel.plot([most] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5)
+            panel.annotate(f"{left:.2f}", (max(left, most), place), (5, 0), textcoords="offset points", va="center")
         panel.set_title("one row (ticks: limits)" if tiles == 1 else "16 rows")
         panel.set_xlabel("instructions a weight")
         panel.set_yticks(range(len(CODES)), CODES)
+    panels[0].set_xlim(right=1.1 * panels[0].get_xlim()[1])
     panels[0].invert_yaxis()
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7

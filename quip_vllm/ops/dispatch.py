@@ -47,10 +47,11 @@ def backends(device_type: str) -> tuple[Backend, ...]:
     from quip_vllm.ops.cpu import CpuBackend
     from quip_vllm.ops.cuda import CudaBackend
     from quip_vllm.ops.reference import ReferenceBackend
+    from quip_vllm.ops.triton.backend import TritonBackend
 
     table: dict[str, tuple[Backend, ...]] = {
         "cpu": (CpuBackend(), ReferenceBackend()),
-        "cuda": (CudaBackend(), ReferenceBackend()),
+        "cuda": (CudaBackend(), TritonBackend(), ReferenceBackend()),
     }
     return table.get(device_type, (ReferenceBackend(),))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in Triton's interpreter, against the dequantized weight: every format, odd sizes, every dtype.
 
-The interpreter is chosen when triton is imported, so this file runs itself once more in a process of its own, which runs
-alone, with the guards below around every buffer:  TRITON_INTERPRET=1 pytest tests/ops/test_triton.py
+The interpreter is chosen when triton is imported, so this file runs itself once more, in a process of its own. There,
+guards are around every buffer. By hand:  TRITON_INTERPRET=1 pytest tests/ops/test_triton.py
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ import pytest
 import torch
 from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR
 from random_layers import FORMAT_IDS, FORMATS, random_layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
@@ -123,7 +124,7 @@ def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block, m
 @pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
 @pytest.mark.parametrize(
     ("k", "sizes", "block", "m", "split_chunks"),
-    [(576, (96, 32, 32), None, 1, 4), (272, (80, 48), 16, 17, 2), (16, (96,), None, 65, 1)],
+    [(144, (48, 16, 16), None, 1, 1), (272, (80, 48), 16, 17, 2), (16, (96,), None, 65, 1)],
     ids=str,
 )
 def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_chunks, guarded):
@@ -241,31 +242,41 @@ def test_rotations_of_every_kind(size, block, guarded):
 
 
 @ONLY_INTERPRETED
-def test_fakes_and_schemas():
+@pytest.mark.parametrize(
+    "spec",
+    [LinearSpec(Method.QTIP, Code.HYB, 1, 32, (16, 16)), LinearSpec(Method.QUIP_SHARP, None, 2, 8, (4,), None, False)],
+    ids=["hyb", "e8p"],
+)
+def test_fakes_and_schemas(spec):
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if "triton" in str(op):
+                calls.append((op, args))
+            return op(*args, **(kwargs or {}))
+
     backend = TritonBackend()
-    for spec in (LinearSpec(Method.QTIP, Code.HYB, 1, 32, (16, 16)), LinearSpec(Method.QUIP_SHARP, None, 2, 8, (4,))):
-        prepared, x = backend.prepare(spec, random_layer(spec)), rows(2, spec.in_features)
-        calls = []
-        with torch.no_grad():
-            original, op = torch.ops.quip_vllm.triton_linear, torch.ops.quip_vllm.triton_linear.default
-            try:
-                torch.ops.quip_vllm.triton_linear = lambda *args: calls.append(args) or original(*args)
-                y = backend.linear(spec, x, prepared)
-            finally:
-                torch.ops.quip_vllm.triton_linear = original
-        torch.library.opcheck(op, calls[0], test_utils=("test_schema", "test_faketensor"))
-        compiled = torch.compile(lambda x: backend.linear(spec, x, prepared) * 2, backend="eager", fullgraph=True)  # noqa: B023
-        assert torch.equal(compiled(x), y * 2)
+    prepared, x = backend.prepare(spec, random_layer(spec)), rows(2, spec.in_features)
+    with Record():
+        y = backend.linear(spec, x, prepared)
+        if not spec.rotate_output:
+            backend.embedding(spec, torch.tensor([3, 0]), prepared, torch.bfloat16)
+    assert len(calls) == 1 + (not spec.rotate_output)
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda x: backend.linear(spec, x, prepared) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), y * 2)
 
 
-def test_the_table_is_without_carry():
-    if INTERPRETED:
-        from quip_vllm.ops.triton.launch import aligned
+@ONLY_INTERPRETED
+def test_tables_are_aligned():
+    from quip_vllm.ops.triton.launch import aligned
 
-        for start in range(0, 4096, 512):
-            table = torch.arange(8192, dtype=torch.int32)[start : start + 1024]
-            found = aligned(table, 4096)
-            assert found.data_ptr() % 4096 == 0 and torch.equal(found, table)
+    for start in range(0, 4096, 512):
+        table = torch.arange(8192, dtype=torch.int32)[start : start + 1024]
+        found = aligned(table, 4096)
+        assert found.data_ptr() % 4096 == 0 and torch.equal(found, table)
 
 
 def test_order_of_backends(monkeypatch):
@@ -297,5 +308,7 @@ def test_refusals_say_why(monkeypatch):
 
 
 def test_triton_is_imported_late():
-    program = "import sys, quip_vllm.ops.dispatch as d; [b.name for b in d.backends('cuda')]; assert 'triton' not in sys.modules"
+    program = (
+        "import sys; from quip_vllm.ops.dispatch import backends; backends('cuda'); assert 'triton' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

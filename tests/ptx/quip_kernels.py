@@ -5,6 +5,7 @@ What the launches need is written here once more, in NumPy, from the comments of
 of activations, shared memory, structs. So a kernel, its bindings and this file must agree.
 """
 
+import gc
 import hashlib
 import re
 import subprocess
@@ -140,7 +141,12 @@ def _compile(name: str, files: Mapping[str, str], kept: Path) -> None:
 @lru_cache
 def kernel_program(name: str) -> Program:
     """The interpreter's program of kernels/cuda/`name`.cu."""
-    return Program(kernel_ptx(name))
+    text = kernel_ptx(name)
+    gc.disable()
+    program = Program(text)
+    gc.freeze()  # a million objects that stay: looking through them again and again takes longer than all launches
+    gc.enable()
+    return program
 
 
 def one_kernel(text: str, kernel: str) -> str:

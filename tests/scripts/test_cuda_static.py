@@ -6,6 +6,7 @@ import cuda_static_page
 import gpu_model
 import pytest
 import sass
+import torch
 
 HALF = """        LDS R8, [R1] ;
         HMMA.16816.F32 R4, R8, R12, R4 ;
@@ -200,15 +201,8 @@ def test_the_page_has_the_tables_of_the_csv():
     ).read_text(encoding="utf-8")
 
 
-def test_shared_memory_is_that_of_the_launch():
-    import torch
-
-    pytest.importorskip("quip_vllm.ops")
-    try:
-        size = torch.ops.quip_vllm.cuda_shared_bytes
-        size("1mad", 2, 1, 8, 4)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        pytest.skip("no library has the launches: neither CUDA's nor the emulator's")
+def test_shared_memory_is_that_of_the_launch(cuda):
+    size = torch.ops.quip_vllm.cuda_shared_bytes
     for kernel in (gpu_model.Kernel("1mad", 2, 1, 4), gpu_model.Kernel("e8p_large", 3, 2, 4, 3 * 256 * 128)):
         for warps in kernel.warps_n():
             assert kernel.shared_bytes(warps) == size(kernel.code, kernel.bits, kernel.rows, warps, kernel.depth)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoders, one a code: from a lane's words of a chunk to fp16 weights (the formats: quip_vllm/formats).
+
+A chunk is 16 rows x 64 columns, or four tiles of 16 x 16. Lane 4 g + t of the 32 that hold it has rows g and g + 8, as
+tensor cores want operand A. Each weight of a lane is computed on its own, by [tiles, 32] tensors with shifts that the
+compiler knows; joins, a permutation and a reshape then name their rows and columns. With a tile for each warp all of
+that is bookkeeping: Triton finds that the result has the layout of the dot's operand, and moves nothing. (A tensor of
+shifts, [tiles, 32, 8], reads better, but Triton then spreads its last axis over the threads, and every weight passes
+through shared memory.)
+
+The words are those of the CUDA kernels, for the same reason: each lane finds its windows in its own words and in those
+of the next lane, which are loaded once more, for Triton has no shuffle. Tables are looked up in global memory, by way
+of L1, for no kernel can fill shared memory before a loop and look up in it. A look-up with its 64-bit address costs
+two to three instructions, and LUT has one a weight, HYB half of one, the lattice a quarter of one a stage.
+
+The sum of four bytes is one PTX instruction (dp4a); in Triton's interpreter it is plain arithmetic.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def join4(a, b, c, d):
+    """[...] four times to [..., 2, 2]: index (i, j) is number 2 j + i."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def as_half(bits):
+    """The fp16 number in the low 16 bits of each integer."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def look_up(table, offset):
+    """What lies `offset` bytes, a uint32, behind the beginning of a table that begins at a multiple of its size.
+
+    So there is no carry, and where an index can be masked in place, its address takes an instruction less.
+    """
+    place = table.to(tl.int64) | offset.to(tl.int64)
+    return tl.load(place.to(table.dtype))
+
+
+# ---- the bit stream of a tile (formats/trellis.py)
+#
+# Of each tile a lane owns `bits` bytes B0 B1 .., which begin one step before its first window; the first 16 bits of the
+# next lane follow. Word 2 p + half of the lane holds bytes 2 p, 2 p + 1 of tile 2 half + 1 above those of tile 2 half;
+# with odd bits, the last byte of all four tiles is one word more (kernels/cuda/trellis_stream.h draws it).
+
+
+@triton.jit
+def half_word(word, upper: tl.constexpr):
+    if upper:
+        return word >> 16
+    else:
+        return word & 0xFFFF
+
+
+@triton.jit
+def stream_part(words, following, tile: tl.constexpr, part: tl.constexpr, bits: tl.constexpr):
+    """Bits 16 part .. 16 part + 15 of a tile's stream; what lies behind the lane's last window is not said."""
+    if bits == 1 and part == 0:
+        return (words[0] >> 8 * tile & 0xFF) << 8 | following[0] >> 8 * tile & 0xFF
+    elif bits == 1:
+        return following[1] >> 8 * tile << 8 & 0xFF00
+    elif part < bits // 2:
+        return half_word(words[2 * part + tile // 2], tile % 2)
+    elif bits % 2 == 0:
+        return half_word(following[tile // 2], tile % 2)
+    elif part == bits // 2:
+        return (words[bits - 1] >> 8 * tile & 0xFF) << 8 | half_word(following[tile // 2], tile % 2) >> 8
+    else:
+        return half_word(following[tile // 2], tile % 2) << 8 & 0xFF00
+
+
+@triton.jit
+def window(words, following, tile: tl.constexpr, start: tl.constexpr, bits: tl.constexpr):
+    """16 bits of the stream from bit `start` > 0, in the low half of the result; the upper half is not said."""
+    part: tl.constexpr = (start - 1) // 16
+    high = stream_part(words, following, tile, part, bits)
+    low = stream_part(words, following, tile, part + 1, bits)
+    return (high << 16 | low) >> 16 * (part + 1) - start
+
+
+# ---- what a state stands for (formats/trellis_codes.py)
+
+
+@triton.jit
+def one_mad(state, table):
+    """1024 + the sum of the bytes, exact in fp16: added to the bit pattern of 1024. The offset comes off the result."""
+    y = ((state & 0xFFFF) * 34038481 + 76625530).to(tl.uint32)
+    if PTX:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, 0x01010101, 0x6400;", "=r,r", [y], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        total = 0x6400 + (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
+    return as_half(total)
+
+
+@triton.jit
+def three_inst(state, table):
+    y = ((state & 0xFFFF) * 89226354 + 64248484).to(tl.uint32)
+    halves = y & 0x8FFF8FFF ^ 0x3B603B60
+    return as_half(halves) + as_half(halves >> 16)
+
+
+@triton.jit
+def lut(state, table):
+    """table: fp16 [65536], aligned to 128 KB."""
+    return look_up(table, state << 1 & 0x1FFFE)
+
+
+@triton.jit
+def hyb(state, table):
+    """Two weights, the halves of a uint32. table: uint32 [1024], at 4 KB; the second half negates the first weight.
+
+    Bits of `state` above its 16 do no harm.
+    """
+    h = state * state + state
+    return look_up(table, h >> 4 & 0xFFC)
+
+
+@triton.jit
+def state_value(state, table, CODE: tl.constexpr):
+    if CODE == "1mad":
+        return one_mad(state, table)
+    elif CODE == "3inst":
+        return three_inst(state, table)
+    else:
+        return lut(state, table)
+
+
+# ---- chunks
+
+
+@triton.jit
+def trellis_tile(words, following, table, tile: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr):
+    """The eight weights that each lane has of a tile: fp16 [tiles, 32, c, R, C], in the letters of formats/tile.py."""
+    if CODE == "hyb":
+        w0 = hyb(window(words, following, tile, 2 * bits, bits), table)
+        w1 = hyb(window(words, following, tile, 4 * bits, bits), table)
+        w2 = hyb(window(words, following, tile, 6 * bits, bits), table)
+        w3 = hyb(window(words, following, tile, 8 * bits, bits), table)
+        p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
+        p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
+    else:
+        v0 = state_value(window(words, following, tile, bits, bits), table, CODE)
+        v1 = state_value(window(words, following, tile, 2 * bits, bits), table, CODE)
+        v2 = state_value(window(words, following, tile, 3 * bits, bits), table, CODE)
+        v3 = state_value(window(words, following, tile, 4 * bits, bits), table, CODE)
+        v4 = state_value(window(words, following, tile, 5 * bits, bits), table, CODE)
+        v5 = state_value(window(words, following, tile, 6 * bits, bits), table, CODE)
+        v6 = state_value(window(words, following, tile, 7 * bits, bits), table, CODE)
+        v7 = state_value(window(words, following, tile, 8 * bits, bits), table, CODE)
+        p0, p1, p2, p3 = tl.join(v0, v1), tl.join(v2, v3), tl.join(v4, v5), tl.join(v6, v7)
+    return join4(p0, p1, p2, p3)
+
+
+@triton.jit
+def trellis_chunk(words, following, table, CODE: tl.constexpr, bits: tl.constexpr):
+    """[tiles, 32] words to fp16 [16 tiles, 64]."""
+    t0 = trellis_tile(words, following, table, 0, CODE, bits)
+    t1 = trellis_tile(words, following, table, 1, CODE, bits)
+    t2 = trellis_tile(words, following, table, 2, CODE, bits)
+    t3 = trellis_tile(words, following, table, 3, CODE, bits)
+    v = join4(t0, t1, t2, t3)
+    TILES: tl.constexpr = v.shape[0]
+    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, tile % 2, tile / 2
+    v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
+    return tl.reshape(v, (TILES * 16, 64))
+
+
+@triton.jit
+def e8p_nibbles(pair, table, row: tl.constexpr):
+    """The eight nibbles of a code: byte 2 row + 1 of `pair` chooses the absolute values, byte 2 row the signs.
+
+    Their exclusive or n gives v -+ 1/4 = n / 2 + 1/4 - 4 (kernels/cuda/code_e8p.h); table: uint32 [3 * 256].
+    """
+    if row == 0:
+        return tl.load(table + (pair >> 8 & 255)) ^ tl.load(table + 256 + (pair & 255))
+    return tl.load(table + (pair >> 24)) ^ tl.load(table + 256 + (pair >> 16 & 255))
+
+
+@triton.jit
+def e81b_nibbles(four, table, byte: tl.constexpr):
+    """The eight nibbles of a residual code, 8 bits: 2 v + 8."""
+    if byte == 0:
+        return tl.load(table + 512 + (four & 255))
+    return tl.load(table + 512 + (four >> 8 * byte & 255))
+
+
+@triton.jit
+def nibble_pair(nibbles):
+    """Nibbles 1 and 5, put above the lowest four bits of the mantissa of 32 1/4: fp16 [..., 2], 32 1/4 + n / 2."""
+    both = nibbles & 0x00F000F0 | 0x50085008
+    return tl.join(as_half(both), as_half(both >> 16))
+
+
+@triton.jit
+def lattice_row(nibbles):
+    """Eight nibbles to fp16 [..., i, j, k]: column 4 k + 2 j + i of the code's eight."""
+    return join4(nibble_pair(nibbles << 4), nibble_pair(nibbles), nibble_pair(nibbles >> 4), nibble_pair(nibbles >> 8))
+
+
+@triton.jit
+def lattice_matrix(r0, r1, r2, r3):
+    """Nibbles of rows g and g + 8 of the first half, and of the second: [tiles, 32] to fp16 [16 tiles, 64].
+
+    Columns are in the order of rotation.place, for a code's eight belong to one lane.
+    """
+    v = join4(lattice_row(r0), lattice_row(r1), lattice_row(r2), lattice_row(r3))
+    TILES: tl.constexpr = v.shape[0]
+    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, i, j, k, row, half
+    v = tl.permute(v, (0, 6, 1, 7, 5, 4, 2, 3))
+    return tl.reshape(v, (TILES * 16, 64))
+
+
+@triton.jit
+def e8p_chunk(first, second, table):
+    """Words of the two halves, [row g + 8: absolute, signs | row g: absolute, signs], to [16 tiles, 64]."""
+    return lattice_matrix(
+        e8p_nibbles(first, table, 0),
+        e8p_nibbles(first, table, 1),
+        e8p_nibbles(second, table, 0),
+        e8p_nibbles(second, table, 1),
+    )
+
+
+@triton.jit
+def e81b_chunk(four, table):
+    """The second stage at 3 bits: [half 1, row g + 8 | half 1, row g | half 0, row g + 8 | half 0, row g]."""
+    return lattice_matrix(
+        e81b_nibbles(four, table, 0),
+        e81b_nibbles(four, table, 1),
+        e81b_nibbles(four, table, 2),
+        e81b_nibbles(four, table, 3),
+    )

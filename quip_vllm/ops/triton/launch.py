@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side: how tensors are laid out for the kernels, and the launches of a layer or of rows of an embedding."""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.tile import TILE
+from quip_vllm.formats.trellis_codes import state_values
+from quip_vllm.ops import cuda_layout
+from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.ops.triton import rotation
+from quip_vllm.ops.triton.backend import ROWS
+from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel, decode_rows_kernel
+
+CHUNK, LANES = cuda_layout.CHUNK, cuda_layout.LANES
+MAX_ROWS = 1024
+"""Rows of x at a time, which bounds the memory of the partial sums."""
+
+MIX_A, MIX_B, MIX_WHOLE = 32, 32, 1024
+"""Runs and elements of a program of H_q, and elements where there is nothing to mix."""
+
+OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
+
+PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
+"""By bits: how many words of a lane are neighbours in memory, which one load fetches (decode_gemm.load_words)."""
+
+
+def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """The words of the CUDA kernels, in the order of decode_gemm: int32 [tiles, chunks * 32 * bits]."""
+    tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // CHUNK)
+    words = cuda_layout.packed_words(spec, tensors)[: tiles * chunks * LANES * spec.bits]
+    words = words.view(tiles * chunks, LANES, spec.bits)
+    if spec.method is Method.QUIP_SHARP:  # stored rotated left by 7 for the CUDA kernels
+        words = (words << 25) | (words >> 7 & (1 << 25) - 1)
+    parts = [part.flatten(1) for part in words.split(PARTS[spec.bits], dim=2)]
+    return torch.cat(parts, dim=1).view(tiles, -1).contiguous()
+
+
+def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
+    """What the code's decoder looks up, or None; of HYB, for each projection, the rows, and again with the sign."""
+    device = tensors["sv"].device
+    if spec.code is Code.HYB:
+        rows = tensors["lut"].half().contiguous().view(torch.int32).flatten(1)
+        return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), 1 << 12)
+    if spec.code is Code.LUT:
+        return _lut(device)
+    return cuda_layout.lattice_tables().to(device) if spec.code is None else None
+
+
+@cache
+@torch.inference_mode(False)
+def _lut(device: torch.device) -> Tensor:
+    """One for all layers: it takes 256 KB."""
+    return aligned(state_values(Code.LUT).half().flatten().to(device), 1 << 17)
+
+
+def aligned(table: Tensor, size: int) -> Tensor:
+    """The table, or a copy, at a multiple of `size` bytes, a power of two (codes.look_up)."""
+    if table.data_ptr() % size == 0:
+        return table
+    count, item = table.numel(), table.element_size()
+    room = torch.empty(count + size // item, dtype=table.dtype, device=table.device)
+    start = -room.data_ptr() % size // item
+    return room[start : start + count].copy_(table.flatten())
+
+
+def base(matrix: Tensor, width: int) -> Tensor:
+    """H_q kron S of what the kernels leave of p = `width`: float32, q p / MAX_P squared, or H_q itself up to MAX_P."""
+    sylvester = torch.ones(1, 1)
+    while sylvester.shape[0] * rotation.MAX_P < width:
+        sylvester = torch.cat([torch.cat([sylvester, sylvester], 1), torch.cat([sylvester, -sylvester], 1)])
+    return torch.kron(matrix, sylvester).contiguous()
+
+
+class _Rotation:
+    """A rotation of `size` elements in runs of q * p: its launches' sizes.
+
+    Attributes:
+        q, p: of the kernels.
+        growth, norm: log2 of how much larger than all its inputs an output may be, and what makes it orthonormal.
+        count, blocks, warps: elements of a program of S_p, programs of a row, warps.
+        whole: whether a program has a whole row, and q is 1.
+        runs, mix_p, a, b, parts: of H_q: runs of q p elements, p, what a program has of them, programs of a run.
+    """
+
+    def __init__(self, size: int, matrix: Tensor, width: int) -> None:
+        self.q, self.p = matrix.shape[0], min(width, rotation.MAX_P)
+        self.growth = (self.q * self.p - 1).bit_length()
+        self.norm = 1 / math.sqrt(self.q * self.p)
+        self.count = max(self.p, min(rotation.BLOCK, triton.next_power_of_2(size)))
+        self.blocks = triton.cdiv(size, self.count)
+        self.warps = max(4, min(16, self.count // 512))
+        self.whole = self.q == 1 and self.blocks == 1
+        if self.q == 1:  # nothing is mixed: a row is one run
+            self.runs, self.mix_p, self.a, self.b = 1, size, 1, MIX_WHOLE
+        else:
+            self.runs, self.mix_p, self.a, self.b = size // (self.q * self.p), self.p, MIX_A, MIX_B
+        self.parts = triton.cdiv(self.q, self.a) * triton.cdiv(self.mix_p, self.b)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    table: Tensor | None,
+    blocks: Tensor | None,
+    su: Tensor,
+    sv: Tensor,
+    bases: list[Tensor],
+    widths: list[int],
+    output_sizes: list[int],
+    code: str,
+    bits: int,
+    plan: list[int],
+) -> Tensor:
+    """x [m, k] -> y [m, n] in x's dtype; the other arguments are TritonBackend.prepare's."""
+    y = torch.empty(x.shape[0], sum(output_sizes), dtype=x.dtype, device=x.device)
+    turn = _Rotation(x.shape[1], bases[0], widths[0])
+    for rows, to in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
+        if len(rows):
+            activations, scales, totals = _rotate_in(rows, su, turn, bases[0], code == "e8p")
+            partial = _multiply(activations, packed, table, blocks, output_sizes, code, bits, plan)
+            unit, offset, _ = numbers(code, bits)
+            rest = (bases[1:], widths[1:], output_sizes, scales, totals, turn.norm * unit, offset)
+            _rotate_out(partial, to, sv, *rest)
+    return y
+
+
+def embedding(
+    ids: Tensor,
+    packed: Tensor,
+    table: Tensor | None,
+    su: Tensor,
+    sv: Tensor,
+    base: Tensor,
+    width: int,
+    code: str,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int64 ids [m] -> rows of the dequantized weight [m, k]; base is the inverse rotation's."""
+    m, k = len(ids), su.shape[0]
+    y = torch.empty(m, k, dtype=dtype, device=ids.device)
+    scales = sv[ids]  # which refuses a number that is not in the table
+    if m:
+        tiles, chunks = packed.shape[0], triton.cdiv(k, CHUNK)
+        rows = torch.empty(1, m, chunks * CHUNK, dtype=torch.float32, device=ids.device)
+        unit, offset, second = numbers(code, bits)
+        decode_rows_kernel[m, chunks](
+            ids, *_unsigned(packed, table, code), rows, tiles, chunks, unit, offset,
+            CODE=code, BITS=bits, SECOND=second, num_warps=1, **OPTIONS,
+        )  # fmt: skip
+        _rotate_out(rows, y, su, [base], [width], [k], scales, scales[:, None], 1.0, 0.0)
+    return y
+
+
+def numbers(code: str, bits: int) -> tuple[float, float, float]:
+    """Of what a code's decoder gives: its unit, what to subtract from it before, and the second stage's scale."""
+    if code == "1mad":
+        return 1 / 147.800537109375, 1024.0 + 510.0, 0.0
+    if code != "e8p":
+        return 1.0, 0.0, 0.0
+    second = 1 / RESIDUAL_SCALE[bits] if bits > 2 else 0.0
+    return 1.0, 36.0 + (36.25 if bits == 3 else 36.0) * second, second
+
+
+def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, Tensor]:
+    """Words that Triton shifts without a sign; torch has few operations for them, so they are stored as int32."""
+    words = packed.view(torch.uint32)
+    if table is None:
+        return words, words  # never read
+    if code == "e8p":
+        return words, table.view(torch.uint32)
+    return words, aligned(table, 1 << 17) if code == "lut" else aligned(table, 1 << 12).view(torch.uint32)
+
+
+def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns rotated activations fp16 [m, 64 chunks], scales [m], and their sums in parts [m, programs of a row]."""
+    m, k = x.shape
+    stride = triton.cdiv(k, CHUNK) * CHUNK
+    out = (torch.zeros if k % CHUNK else torch.empty)(m, stride, dtype=torch.float16, device=x.device)
+    floats = {"dtype": torch.float32, "device": x.device}
+    scales, totals = torch.empty(m, **floats), torch.empty(m, 1 if turn.whole else turn.runs * turn.parts, **floats)
+    scratch, largest = scales, scales.view(torch.int32)  # never written
+    if not turn.whole:
+        scratch, largest = torch.empty(m, k, **floats), torch.empty(m, turn.blocks, dtype=torch.int32, device=x.device)
+    options = {"GROWTH": turn.growth, "LATTICE": lattice, **OPTIONS}
+    rotation.walsh_in_kernel[m, turn.blocks](
+        x, su, out, stride, scratch, largest, totals, scales, k,
+        COUNT=turn.count, P=turn.p, WHOLE=turn.whole, num_warps=turn.warps, **options,
+    )  # fmt: skip
+    if not turn.whole:
+        rotation.mix_in_kernel[m, turn.runs, turn.parts](
+            scratch, base, out, stride, largest, turn.blocks, totals, scales, k, turn.q, turn.mix_p,
+            BLOCKS=triton.next_power_of_2(turn.blocks), MIX=turn.q > 1, A=turn.a, B=turn.b, num_warps=4, **options,
+        )  # fmt: skip
+    return out, scales, totals
+
+
+def _multiply(
+    x: Tensor,
+    packed: Tensor,
+    table: Tensor | None,
+    blocks: Tensor | None,
+    output_sizes: list[int],
+    code: str,
+    bits: int,
+    plan: list[int],
+) -> Tensor:
+    """Rotated activations [m, 64 chunks] times the weight: fp32 [splits, m, 16 tiles]."""
+    (warps, split_chunks), m = plan, x.shape[0]
+    tiles, chunks = packed.shape[0], x.shape[1] // CHUNK
+    splits = triton.cdiv(chunks, split_chunks)
+    partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
+    rows = next((size for size in ROWS if m <= size), ROWS[-1])
+    programs = triton.cdiv(tiles, warps) if blocks is None else blocks.shape[0]
+    decode_gemm_kernel[programs, splits, triton.cdiv(m, rows)](
+        *_unsigned(packed, table, code), packed if blocks is None else blocks,
+        x, partial, m, tiles, chunks, split_chunks,
+        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=1 if blocks is None else len(output_sizes),
+        WARPS=warps, BM=rows, UNROLL=2 if rows < 32 else 1, num_warps=warps, **OPTIONS,
+    )  # fmt: skip
+    return partial
+
+
+def _rotate_out(
+    partial: Tensor,
+    y: Tensor,
+    signs: Tensor,
+    bases: list[Tensor],
+    widths: list[int],
+    output_sizes: list[int],
+    scales: Tensor,
+    totals: Tensor,
+    unit: float,
+    offset: float,
+) -> None:
+    """Sums the splits, rotates, scales: one or two launches for neighbouring projections with the same rotation."""
+    (splits, m, stride), n, sums = partial.shape, y.shape[1], totals.shape[1]
+    scratch = y  # never written
+    if any(base.shape[0] > 1 for base in bases):
+        scratch = torch.empty(m, n, dtype=torch.float32, device=y.device)
+    start = first = 0
+    for i, size in enumerate(output_sizes):
+        if i + 1 < len(output_sizes) and (widths[i], bases[i].shape) == (widths[i + 1], bases[i + 1].shape):
+            continue
+        size = sum(output_sizes[first : i + 1])
+        back = _Rotation(size, bases[i], widths[i])
+        scale = unit * back.norm
+        rotation.walsh_out_kernel[m, back.blocks](
+            partial, y, scratch, signs, scales, totals, sums, m, splits, stride, start, size, n, scale, offset,
+            COUNT=back.count, P=back.p, SUMS=triton.next_power_of_2(sums), MIX=back.q > 1,
+            num_warps=back.warps, **OPTIONS,
+        )  # fmt: skip
+        if back.q > 1:
+            rotation.mix_out_kernel[m, back.runs, back.parts](
+                scratch, bases[i], y, signs, scales, start, back.q, back.mix_p, n, scale,
+                A=back.a, B=back.b, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+        start, first = start + size, i + 1

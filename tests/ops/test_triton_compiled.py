@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton compiles the kernels to: machine code as it should be, and PTX for sm_80, run by the PTX interpreter.
+
+scripts/triton_static.py compiles every code, bit rate and target; here are a few.
+"""
+
+import numpy as np
+import pytest
+import torch
+from numerics import HALF_ACTIVATIONS, SAME_DTYPE_FACTOR
+from random_layers import random_layer
+
+pytest.importorskip("triton")
+
+import triton_static
+from ptx.interpreter import Pointer, Program
+from ptx.memory import Buffers
+
+from quip_vllm.formats.methods import Code, Method
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops.triton import launch, rotation
+from quip_vllm.ops.triton.backend import TritonBackend
+
+TABLE_BYTES = {"hyb": 1 << 12, "lut": 1 << 17}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.uint32: "*u32",
+    torch.int64: "*i64",
+}
+BY_VALUE = {int: ("i32", np.int32), float: ("fp32", np.float32)}
+
+
+class Emulated:
+    """A Triton kernel whose launches run in the PTX interpreter. ran: opcodes of all launches."""
+
+    compiled: dict = {}
+
+    def __init__(self, kernel, ran):
+        self.kernel, self.ran = kernel, ran
+
+    def __getitem__(self, grid):
+        return lambda *values, **named: self.launch(grid, values, named)
+
+    def launch(self, grid, values, named):
+        constants = {name: value for name, value in named.items() if name in self.kernel.arg_names}
+        signature = {
+            name: TYPES[value.dtype] if isinstance(value, torch.Tensor) else BY_VALUE[type(value)][0]
+            for name, value in zip(self.kernel.arg_names, values, strict=False)
+        }
+        key = self.kernel.__name__, *signature.values(), *constants.values()
+        if key not in self.compiled:
+            built = triton_static.compile_kernel(self.kernel, signature, constants, 80, named["num_warps"])
+            self.compiled[key] = Program(built.asm["ptx"]), built.metadata.shared
+        program, shared = self.compiled[key]
+        arrays, buffers, arguments = {}, Buffers(), []
+        for name, value in zip(signature, values, strict=True):
+            if not isinstance(value, torch.Tensor):
+                arguments.append(BY_VALUE[type(value)][1](value))
+                continue
+            assert value.is_contiguous()
+            # Buffers that are not used are others over again.
+            array = arrays.setdefault(value.data_ptr(), value.view(torch.uint8).numpy())
+            if name == "table" and constants["CODE"] in TABLE_BYTES:
+                array = padded(array, TABLE_BYTES[constants["CODE"]], buffers)
+            else:
+                buffers.add(array)
+            arguments.append(array)
+        threads = 32 * named["num_warps"]
+        # Behind the arguments Triton passes two pointers to scratch memory.
+        report = program.run(program.kernels[0], grid, threads, [*arguments, None, None], shared, measure=True)
+        self.ran.update(report.counts())
+
+
+def padded(table, size, buffers):
+    """The table in a larger array, at an address that is a multiple of `size`."""
+    room = np.full(table.nbytes + size, 0xA5, np.uint8)
+    start = -buffers.add(room) % size
+    room[start : start + table.nbytes] = table
+    return Pointer(room, start)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Launches in the PTX interpreter; the opcodes that ran."""
+    from collections import Counter
+
+    counts = Counter()
+    for module in (launch, rotation):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Emulated(getattr(module, name), counts))
+    return counts
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+CASES = [  # method, code, bits, k, outputs, block, rows, dtype
+    (Method.QUIP_SHARP, None, 2, 80, (17,), None, 3, torch.float32),
+    (Method.QUIP_SHARP, None, 3, 80, (48,), None, 1, torch.bfloat16),
+    (Method.QUIP_SHARP, None, 4, 72, (80,), 8, 17, torch.float16),
+    (Method.QTIP, Code.ONE_MAD, 1, 144, (96,), None, 1, torch.float16),
+    (Method.QTIP, Code.ONE_MAD, 2, 144, (80,), 16, 9, torch.bfloat16),
+    (Method.QTIP, Code.ONE_MAD, 7, 80, (48, 16), None, 65, torch.float32),
+    (Method.QTIP, Code.THREE_INST, 2, 144, (80,), 16, 3, torch.float16),
+    (Method.QTIP, Code.THREE_INST, 5, 80, (48,), None, 17, torch.bfloat16),
+    (Method.QTIP, Code.HYB, 2, 144, (80, 16), 16, 3, torch.bfloat16),
+    (Method.QTIP, Code.HYB, 3, 80, (48,), None, 9, torch.float16),
+    (Method.QTIP, Code.LUT, 2, 144, (80,), 16, 1, torch.float16),
+    (Method.QTIP, Code.LUT, 6, 80, (48,), None, 33, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("method", "code", "bits", "k", "sizes", "block", "m", "dtype"), CASES, ids=str)
+def test_ptx_is_the_dequantized_weight(method, code, bits, k, sizes, block, m, dtype, ran):
+    spec = LinearSpec(method, code, bits, k, sizes, block, rotate_output=sizes != (17,))
+    tensors, backend = random_layer(spec), TritonBackend()
+    prepared = backend.prepare(spec, tensors)
+    backend.plans[spec][1] = 2  # chunks of a part of k
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+    weight = dequantize(spec, tensors)
+    exact = x.double() @ weight.double().T
+    y = backend.linear(spec, x, prepared)
+    assert y.dtype is dtype
+    limit = max(HALF_ACTIVATIONS, SAME_DTYPE_FACTOR * relative(x @ weight.to(dtype).T, exact))
+    assert relative(y, exact) < limit
+    assert any(name.startswith("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") for name in ran)
+    if m <= 16:
+        assert any(name.startswith("dp4a") for name in ran) == (code is Code.ONE_MAD)
+    if m > 1:
+        assert torch.equal(backend.linear(spec, x[:1], prepared), y[:1]), "a row depends on how many there are"
+    if not spec.rotate_output:
+        ids = torch.tensor([0, 16, 9])
+        rounded = weight[ids].to(dtype)
+        limit = HALF_ACTIVATIONS + SAME_DTYPE_FACTOR * relative(rounded, weight[ids])
+        assert relative(backend.embedding(spec, ids, prepared, dtype), weight[ids]) < limit
+
+
+@pytest.mark.parametrize("target", triton_static.TARGETS)
+def test_machine_code(target):
+    """Tensor cores, no spills, shared memory, instructions a weight."""
+    row = triton_static.figures("hyb", 2, 8, target)
+    assert not list(triton_static.wrong(row))
+    assert row["mma"] == pytest.approx(1 / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(("code", "bits", "rows"), [("1mad", 2, 64), ("e8p", 4, 64), ("3inst", 3, 8), ("lut", 8, 8)])
+def test_machine_code_of_other_codes(code, bits, rows):
+    for target in (80, 90):
+        assert not list(triton_static.wrong(triton_static.figures(code, bits, rows, target)))
+
+
+def test_mistakes_are_named():
+    good = {"code": "lut", "bits": 2, "rows": 8, "target": 80, "instructions": 6.0, "spill_bytes": 0, "shared_bytes": 0}
+    assert not list(triton_static.wrong(good))
+    bad = {**good, "instructions": 0, "spill_bytes": 8, "shared_bytes": 1 << 20, "ratio": 1.7}
+    assert len(list(triton_static.wrong(bad))) == 4
+    assert "| lut | 2 | 6.00 (1.25) |" in triton_static.table([{**good, "ratio": 1.25}])
