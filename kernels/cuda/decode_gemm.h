@@ -83,10 +83,12 @@ struct Loader {
                            from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
       }
     }
-    if (int(threadIdx.x) < units) device::copy_async(rows, x);
     const unsigned char* from_x = x;
+    if (int(threadIdx.x) < units) device::copy_async(rows, from_x);
+    rows += 16 * threads, from_x += 16 * threads;
+    if (int(threadIdx.x) < units - threads) device::copy_async(rows, from_x);
 #pragma unroll 1
-    for (int more = units - threads; more > 0; more -= threads) {  // for one row a block has threads enough
+    for (int more = units - 2 * threads; more > 0; more -= threads) {  // for more than 8 rows
       rows += 16 * threads, from_x += 16 * threads;
       if (int(threadIdx.x) < more) device::copy_async(rows, from_x);
     }
