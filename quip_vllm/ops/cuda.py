@@ -14,7 +14,7 @@ from quip_vllm.ops.extension import cuda_library_problem
 from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
 
-INSTRUCTIONS = {"1mad": 4.5, "1mad_int8": 3.0, "3inst": 5.3, "hyb": 3.0, "lut": 3.5, "e8p": 2.2}
+INSTRUCTIONS = {"1mad": 4.5, "1mad_int8": 3.1, "3inst": 5.5, "hyb": 3.0, "lut": 5.0, "e8p": 2.2}
 """Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
 
 

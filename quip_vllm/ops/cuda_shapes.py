@@ -86,7 +86,7 @@ def cycles(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> float
     waves = -(-blocks // (gpu.multiprocessors * resident))
     steps = -(-candidate.split_chunks // WARPS_K)
     stage = 70 / candidate.depth  # instructions beside the decoding, by chunk
-    issue = steps * resident * warps * (2 * CHUNK * problem.instructions + stage) / SCHEDULERS
+    issue = steps * resident * warps * (CHUNK * problem.instructions + stage) / SCHEDULERS  # 64 weights a lane
     table = 4 * problem.table_words / (32 * SCHEDULERS) * resident
     return waves * (START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)) + splits * SPLIT_CYCLES
 
