@@ -13,7 +13,9 @@ from random_layers import random_layer
 pytest.importorskip("triton")
 
 import triton_static
+from ptx.code import opcode
 from ptx.interpreter import Pointer, Program
+from ptx.machine import WARP
 from ptx.memory import Buffers
 
 from quip_vllm.formats.methods import Code, Method
@@ -31,6 +33,21 @@ TYPES = {
     torch.int64: "*i64",
 }
 BY_VALUE = {int: ("i32", np.int32), float: ("fp32", np.float32)}
+
+
+@opcode("redux")
+def _reduce(code, ins):
+    """redux.sync of whole warps, which only these kernels have: how Triton finds a largest integer."""
+    function = {"max": np.max, "min": np.min}[ins.parts[2]]
+    kind = ins.parts[3]
+    write, read = code.writer(ins.operands[0], kind), code.reader(ins.operands[1], kind)
+
+    def run(m):
+        m.require_warps()
+        values = np.broadcast_to(read(m), m.shape).reshape(-1, WARP)
+        write(m, np.repeat(function(values, axis=1), WARP))
+
+    return run
 
 
 class Emulated:
@@ -106,6 +123,8 @@ CASES = [  # method, code, bits, k, outputs, block, rows, dtype
     (Method.QTIP, Code.ONE_MAD, 2, 144, (80,), 16, 9, torch.bfloat16),
     (Method.QTIP, Code.ONE_MAD, 7, 80, (48, 16), None, 65, torch.float32),
     (Method.QTIP, Code.THREE_INST, 2, 144, (80,), 16, 3, torch.float16),
+    (Method.QTIP, Code.ONE_MAD, 4, 80, (16,), None, 3, torch.bfloat16),
+    (Method.QTIP, Code.THREE_INST, 8, 80, (16,), None, 1, torch.float16),
     (Method.QTIP, Code.THREE_INST, 5, 80, (48,), None, 17, torch.bfloat16),
     (Method.QTIP, Code.HYB, 2, 144, (80, 16), 16, 3, torch.bfloat16),
     (Method.QTIP, Code.HYB, 3, 80, (48,), None, 9, torch.float16),
@@ -147,7 +166,7 @@ def test_machine_code(target):
     assert row["mma"] == pytest.approx(1 / 8, rel=1e-3)
 
 
-@pytest.mark.parametrize(("code", "bits", "rows"), [("1mad", 2, 64), ("e8p", 4, 64), ("3inst", 3, 8), ("lut", 8, 8)])
+@pytest.mark.parametrize(("code", "bits", "rows"), [("1mad", 2, 64), ("e8p", 4, 64), ("3inst", 3, 8), ("lut", 4, 8)])
 def test_machine_code_of_other_codes(code, bits, rows):
     for target in (80, 90):
         assert not list(triton_static.wrong(triton_static.figures(code, bits, rows, target)))
