@@ -72,7 +72,7 @@ def gemm(code: str, bits: int, rows: int, target: int) -> Any:
     """decode_gemm as Triton compiles it: its asm has "ptx" and "cubin", its metadata `shared` and `num_warps`."""
     from quip_vllm.ops.triton.backend import WARPS
     from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel
-    from quip_vllm.ops.triton.launch import numbers
+    from quip_vllm.ops.triton.launch import gemm_options, numbers
 
     warps = WARPS[target // 10]
     element = "fp16" if code == "lut" else "u32"
@@ -80,10 +80,13 @@ def gemm(code: str, bits: int, rows: int, target: int) -> Any:
     scalars = dict.fromkeys(("m", "tiles", "chunks", "split_chunks"), "i32")
     constants = {"CODE": code, "BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": 1}
     constants |= {"WARPS": warps, "BM": rows, "UNROLL": 2 if rows < 32 else 1}
-    return compile_kernel(decode_gemm_kernel, {**pointers, **scalars}, constants, target, warps)
+    options = gemm_options(code, rows, warps)
+    return compile_kernel(decode_gemm_kernel, {**pointers, **scalars}, constants, target, options)
 
 
-def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: int, warps: int) -> Any:
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], target: int, options: dict[str, Any]
+) -> Any:
     """What Triton compiles for sm_<target>; pointers are aligned to 16 bytes, integers unknown."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -93,7 +96,6 @@ def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, 
     whole = {name: signature.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
     source = ASTSource(kernel, whole, constants, aligned)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

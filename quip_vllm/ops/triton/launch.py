@@ -170,6 +170,12 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
     return 1.0, 36.0 + (36.25 if bits == 3 else 36.0) * second, second
 
 
+def gemm_options(code: str, rows: int, warps: int) -> dict[str, Any]:
+    """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups on their way need."""
+    many = code == "lut" or code == "hyb" and rows >= 32
+    return {"num_warps": warps, **OPTIONS, **({"maxnreg": 168} if many else {})}
+
+
 def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, Tensor]:
     """Words that Triton shifts without a sign; torch has few operations for them, so they are stored as int32."""
     words = packed.view(torch.uint32)
@@ -224,7 +230,7 @@ def _multiply(
         *_unsigned(packed, table, code), packed if blocks is None else blocks,
         x, partial, m, tiles, chunks, split_chunks,
         CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=1 if blocks is None else len(output_sizes),
-        WARPS=warps, BM=rows, UNROLL=2 if rows < 32 else 1, num_warps=warps, **OPTIONS,
+        WARPS=warps, BM=rows, UNROLL=2 if rows < 32 else 1, **gemm_options(code, rows, warps),
     )  # fmt: skip
     return partial
 
