@@ -171,7 +171,7 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
 
 
 def gemm_options(code: str, rows: int, warps: int) -> dict[str, Any]:
-    """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups on their way need."""
+    """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups hold."""
     many = code == "lut" or code == "hyb" and rows >= 32
     return {"num_warps": warps, **OPTIONS, **({"maxnreg": 168} if many else {})}
 
