@@ -172,8 +172,9 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
 
 def gemm_options(code: str, rows: int, warps: int) -> dict[str, Any]:
     """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups hold."""
+    registers = 240 if rows >= 32 else 168
     many = code == "lut" or code == "hyb" and rows >= 32
-    return {"num_warps": warps, **OPTIONS, **({"maxnreg": 168} if many else {})}
+    return {"num_warps": warps, **OPTIONS, **({"maxnreg": registers} if many else {})}
 
 
 def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, Tensor]:
