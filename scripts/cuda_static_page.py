@@ -191,15 +191,15 @@ def _share(chosen: Sequence[Row], code: str, gpu: str) -> str:
     return " / ".join(f"{shares(row, code, row['bits'], gpu)[0]:.2f}" for row in found if row)
 
 
-def write_tables(page: Path, text: str) -> None:
-    """Replaces what is between the marks of the page.
+def write_tables(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replaces what is between two marks of the page.
 
     Raises:
         ValueError: it lacks one of them.
     """
     whole = page.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise ValueError(f"{page} needs one line {BEGIN} and one {END}: the tables go between them")
-    before, rest = whole.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{page} needs one line {begin} and one {end}: the tables go between them")
+    before, rest = whole.split(begin)
+    after = rest.split(end)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

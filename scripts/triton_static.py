@@ -16,17 +16,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sass
 from benchmarking import ROOT, write_rows
+from cuda_static_page import find, launched, read, write_tables
+from gpu_model import TARGETS
 from tqdm import tqdm
 
 from quip_vllm.formats.methods import Code, Method, supported_bits
 
-TARGETS = (80, 86, 89, 90, 100, 120)
 ROWS = (8, 64)
 SHARED_LIMIT = 99 * 1024
 RATIO_LIMIT = 1.6
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = args == parser.parse_args(["--check"] if args.check else [])
     if whole and not args.check:
         write_rows(ROOT / "docs" / "benchmarks" / "triton_static.csv", COLUMNS, rows)
-        write_table(ROOT / "docs" / "benchmarks" / "cuda_static.md", table(rows))
+        write_tables(ROOT / "docs" / "benchmarks" / "cuda_static.md", table(rows), BEGIN, END)
     else:
         print(table(rows))
     print("\n".join(problems) or "every check passes", file=sys.stderr)
@@ -150,20 +152,17 @@ def _output(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
+@cache
+def _cuda_rows() -> list[Mapping[str, Any]]:
+    """The CUDA kernels that are launched, from their CSV; empty where there is none."""
+    file = ROOT / "docs" / "benchmarks" / "cuda_static.csv"
+    return launched(row for row in read(file) if row.get("column_tiles") == 1) if file.exists() else []
+
+
 def cuda_instructions(code: str, bits: int, target: int) -> float | None:
     """What the CUDA kernel for one row issues for a weight, from its CSV; None where that has none."""
-    import csv
-
-    from cuda_static_page import code_of, launched, numbers
-
-    file = ROOT / "docs" / "benchmarks" / "cuda_static.csv"
-    if not file.exists():
-        return None
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = [numbers(row) for row in csv.DictReader(lines)]
-    found = [row for row in rows if row.get("column_tiles") == 1 and row["target"] == target and code_of(row) == code]
-    best = launched(row for row in found if row["bits"] == bits)
-    return float(best[0]["instructions"]) if best else None
+    row = find(_cuda_rows(), code, bits, 1, target)
+    return float(row["instructions"]) if row else None
 
 
 def wrong(row: Row) -> Iterable[str]:
@@ -196,14 +195,6 @@ def _cell(row: Row) -> str:
     if "instructions" not in row:
         return ""
     return f"{row['instructions']:.2f}" + (f" ({row['ratio']:.2f})" if "ratio" in row else "")
-
-
-def write_table(page: Path, text: str) -> None:
-    """Puts the table between the page's marks; a page without them stays as it is."""
-    whole = page.read_text(encoding="utf-8")
-    if whole.count(BEGIN) == 1 and whole.count(END) == 1:
-        before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

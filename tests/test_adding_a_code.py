@@ -55,25 +55,14 @@ NEW = {
 
 namespace quip {
 
-template <int bits_>
-struct Toy {
-  static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = 0;
-  static constexpr XOrder kOrder = XOrder::kTrellis;
-  static constexpr float kSecond = 0;
-  static constexpr bool kGathers = false;
-  using Sum = float;
-
+template <int bits>
+struct Toy : TrellisCode<bits> {
   DEVICE Toy(const unsigned char*, const void*) {}
-  DEVICE static void fill(unsigned char*, const void*) {}
 
   template <int half>
   DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
-    const TrellisStream<bits, half> stream(words);
-    unrolled<8>([&](auto index) {
-      constexpr int tile = decltype(index)::value / 4, j = decltype(index)::value % 4;
-      const uint32_t first = stream.template window<tile, bits*(2 * j + 1)>();
-      const uint32_t second = stream.template window<tile, bits*(2 * j + 2)>();
-      a[0][tile][j] = (0x6400 | (first & 255)) | (0x6400 | (second & 255)) << 16;
+    this->template join_pairs<half>(words, a, [](uint32_t first, uint32_t second) {
+      return (0x6400 | (first & 255)) | (0x6400 | (second & 255)) << 16;
     });
   }
 };

@@ -69,6 +69,8 @@ struct CodeInfo {
   float unit, offset;
   int64_t table_words;  // int32 a projection (HYB) or in all
   int first_bits, last_bits;
+
+  bool by_projection() const { return table_words == 512; }
 };
 
 CodeInfo info_of(const std::string& code, int64_t bits) {
@@ -84,11 +86,25 @@ CodeInfo info_of(const std::string& code, int64_t bits) {
   return {code == "e8p" ? lattice_entry : lattice_large_entry, XOrder::kLattice, 1, 36 + second, 3 * 256 + 4, 2, 4};
 }
 
-GemmEntry entry_of(const std::string& code, int64_t bits) {
-  const CodeInfo info = info_of(code, bits);
+GemmEntry entry_of(const CodeInfo& info, const std::string& code, int64_t bits) {
   STD_TORCH_CHECK(bits >= info.first_bits && bits <= info.last_bits, "bits is ", bits, ": ", code, " has ", info.first_bits,
                   " to ", info.last_bits);
   return info.entry(int(bits));
+}
+
+constexpr int64_t kSpare = kWarpsK * kDeep;  // chunks that the last stage may copy beyond the end
+
+const uint32_t* packed_words(const Tensor& packed, const Tensor& x, int64_t tiles, int64_t chunks, int64_t bits) {
+  const int64_t words = (tiles * chunks + kSpare) * kLanes * bits;
+  return static_cast<const uint32_t*>(data_of(packed, x, ScalarType::Int, words, "packed", "int32"));
+}
+
+// The tables of `count` projections, if the code has one.
+const void* table_of(const std::optional<Tensor>& table, const Tensor& x, const CodeInfo& info, const std::string& code,
+                     int64_t count) {
+  if (!info.table_words) return nullptr;
+  STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
+  return data_of(*table, x, ScalarType::Int, count * info.table_words, "table", "int32");
 }
 
 struct Memory {
@@ -108,22 +124,22 @@ Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor
   return {floats(base, x, q * q, "base"), int(q), int(p)};
 }
 
-// Floats of shared memory that a row of `count` elements takes, and whether they fit.
-int work_of(const Rotation& r, int64_t count, bool out_of_place) { return int(r.q > 1 && out_of_place ? 2 * count : count); }
+// Whether the floats that a row takes fit in shared memory.
 bool fits(int work) { return (work + kLanes) * int(sizeof(float)) <= kSharedLimit; }
 
 // x [m][k] -> [m][n]; shape: chunks of a split, then warps along n and depth for 1, up to 8, up to 16 and more rows.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
                    std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code,
                    int64_t bits, std::vector<int64_t> shape) {
-  const GemmEntry entry = entry_of(code, bits);
   const CodeInfo info = info_of(code, bits);
+  const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(),
                   " dimensions and ", x.numel(), " elements: the op wants a contiguous [m, ", k, "]");
   STD_TORCH_CHECK(parts >= 1 && parts <= kMaxSegments && int64_t(bases.size()) == parts + 1 && widths.size() == bases.size(),
                   "bases and widths have ", bases.size(), " and ", widths.size(),
-                  " entries: give one for the input and one for each of the ", parts, " projections, of which there are at most ", kMaxSegments);
+                  " entries: give one for the input and one for each of the ", parts,
+                  " projections, of which there are at most ", kMaxSegments);
   int64_t n = 0;
   for (int64_t size : output_sizes) {
     STD_TORCH_CHECK(size > 0 && size <= (1 << 24), "a projection has ", size, " outputs: give a positive number");
@@ -132,7 +148,6 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   const int64_t m = x.size(0), tiles = (n + kTile - 1) / kTile, chunks = (k + kChunk - 1) / kChunk;
   Tensor y = torch::stable::new_empty(x, {m, n});
   if (m == 0) return y;
-  const int64_t spare = kWarpsK * kDeep;  // chunks that the last stage may copy beyond the end
   const Type type = type_of(x);
   const int64_t item = type == Type::kFloat ? 4 : 2;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % item == 0, "x lies at an address that is no multiple of ",
@@ -145,18 +160,13 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   const int rows_block = int(std::min<int64_t>(m, kRowBlock));
 
   Gemm g{};
-  g.packed = static_cast<const uint32_t*>(
-      data_of(packed, x, ScalarType::Int, (tiles * chunks + spare) * kLanes * bits, "packed", "int32"));
-  if (info.table_words) {
-    STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
-    const int64_t tables = info.table_words == 512 ? parts : 1;
-    g.table = data_of(*table, x, ScalarType::Int, tables * info.table_words, "table", "int32");
-    g.table_stride = info.table_words == 512 ? 4 * info.table_words : 0;
-  }
+  g.packed = packed_words(packed, x, tiles, chunks, bits);
+  g.table = table_of(table, x, info, code, info.by_projection() ? parts : 1);
+  g.table_stride = info.by_projection() ? 4 * info.table_words : 0;
   g.m = int(m), g.tiles = int(tiles), g.chunks = int(chunks);
   g.split_chunks = int(std::min<int64_t>(shape[0], chunks)), g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
   g.warps_n = int(warps_n), g.depth = int(depth);
-  if (info.table_words == 512) {
+  if (info.by_projection()) {
     int64_t tile = 0;
     for (int64_t size : output_sizes) {
       STD_TORCH_CHECK(size % kTile == 0, "a projection of ", size, " outputs: a multiple of 16 is wanted");
@@ -171,7 +181,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   in.x = x.const_data_ptr(), in.type = type, in.su = floats(su, x, k, "su");
   in.rotation = rotation_of(bases[0], widths[0], k, x);
   in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
-  in.work = work_of(in.rotation, k, true);
+  in.work = int(in.rotation.q > 1 ? 2 * k : k);
   RotateOut out{};
   out.sv = floats(sv, x, n, "sv");
   out.splits = g.splits, out.m = int(m), out.stride = int(tiles * kTile), out.split_stride = m * tiles * kTile;
@@ -180,13 +190,13 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   int start = 0;
   for (int64_t i = 0; i < parts; ++i) {
     const int size = int(output_sizes[i]);
-    out.part[i] = {rotation_of(bases[i + 1], widths[i + 1], size, x), start, size, start};
+    out.part[i] = {rotation_of(bases[i + 1], widths[i + 1], size, x), start, size};
     out.work = std::max(out.work, size);
     start += size;
   }
   out.segments = int(parts);
 
-  Memory arranged(x, (m * chunks + spare * rows_block) * row_bytes(info.order) / 4), partial(x, g.splits * out.split_stride);
+  Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4), partial(x, g.splits * out.split_stride);
   Memory scales(x, 2 * m), in_scratch(x, fits(in.work) ? 0 : m * in.work);
   Memory out_scratch(x, fits(out.work) ? 0 : m * parts * out.work);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
@@ -205,8 +215,8 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
 // ids [m] -> rows of the dequantized weight, [m][k] in `dtype`; base and width are of the input rotation's inverse.
 Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
                       const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
-  const GemmEntry entry = entry_of(code, bits);
   const CodeInfo info = info_of(code, bits);
+  const GemmEntry entry = entry_of(info, code, bits);
   STD_TORCH_CHECK(entry.rows != nullptr, "code is ", code, ": rows are decoded to fp16; name 1mad");
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(), "ids has ", ids.dim(),
                   " dimensions: a contiguous int64 vector is wanted");
@@ -216,15 +226,10 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   if (m == 0) return y;
   DecodeRows d{};
   d.ids = ids.const_data_ptr<int64_t>();
-  d.packed = static_cast<const uint32_t*>(
-      data_of(packed, ids, ScalarType::Int, (tiles * chunks + kWarpsK * kDeep) * kLanes * bits, "packed", "int32"));
-  if (info.table_words) {
-    STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
-    d.table = data_of(*table, ids, ScalarType::Int, info.table_words, "table", "int32");
-  }
+  d.packed = packed_words(packed, ids, tiles, chunks, bits), d.table = table_of(table, ids, info, code, 1);
   d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset;
   RotateOut out{};
-  out.part[0] = {rotation_of(base, width, k, ids), 0, int(k), 0}, out.segments = 1, out.work = int(k);
+  out.part[0] = {rotation_of(base, width, k, ids), 0, int(k)}, out.segments = 1, out.work = int(k);
   Memory decoded(su, m * k), scales(su, 2 * m), scratch(su, fits(out.work) ? 0 : m * k);
   d.out = decoded.floats, d.scales = scales.floats;
   out.partial = decoded.floats, out.splits = 1, out.m = int(m), out.stride = int(k), out.unit = info.unit;
@@ -240,7 +245,7 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
 
 // Bytes of shared memory of a thread block of decode_gemm.
 int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
-  return entry_of(code, bits).shared(int(rows), int(warps_n), int(depth));
+  return entry_of(info_of(code, bits), code, bits).shared(int(rows), int(warps_n), int(depth));
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ struct LatticeTables {
   uint32_t number;  // 32 1/4, twice: from memory, for an instruction takes one constant only and the compiler knows them all
 
   // tables: uint32 [3][256] and 0x50085008: absolute values, signs, E81B.
-  DEVICE LatticeTables(const unsigned char* memory, const void* tables) 
+  DEVICE LatticeTables(const unsigned char* memory, const void* tables)
       : table(memory + 4 * (threadIdx.x % kCopies)), number(static_cast<const uint32_t*>(tables)[3 * 256]) {}
   DEVICE static void fill(unsigned char* memory, const void* tables) {
     uint32_t* copies = reinterpret_cast<uint32_t*>(memory);

@@ -7,13 +7,9 @@
 
 namespace quip {
 
-template <int bits_, int kRows, int kCopies>
-struct HybTable {
-  static constexpr int bits = bits_, kVectors = 1, kSums = 1, kTableBytes = kRows * kCopies * 4;
-  static constexpr XOrder kOrder = XOrder::kTrellis;
-  static constexpr float kSecond = 0;
-  static constexpr bool kGathers = false;
-  using Sum = float;
+template <int bits, int kRows, int kCopies>
+struct HybTable : TrellisCode<bits> {
+  static constexpr int kTableBytes = kRows * kCopies * 4;
   const unsigned char* table;  // + 4 * kCopies * row: this lane's copy
 
   // lut: fp16 [512][2], 32 bits a row.

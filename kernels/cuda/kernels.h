@@ -68,8 +68,7 @@ struct RotateOut {
   int n, segments;
   struct Part {
     Rotation rotation;
-    int start, size;
-    int column;  // in partial
+    int start, size;  // in y, and in partial
   } part[kMaxSegments];
   float* scratch;  // [m][segments][work] where shared memory is too small, else null
   int work;

@@ -170,7 +170,7 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   const int s = blockIdx.x, row = blockIdx.y;
   const RotateOut::Part& part = r.part[s];
   float* v = r.scratch ? r.scratch + (int64_t(row) * r.segments + s) * r.work : reinterpret_cast<float*>(memory);
-  const float* from = r.partial + int64_t(row) * r.stride + part.column;
+  const float* from = r.partial + int64_t(row) * r.stride + part.start;
   const float offset = r.offset != 0 ? r.offset * r.totals[row] : 0;
   const uint32_t whole = uint32_t(int(r.offset)) * device::bits_of(r.totals[row]);
   for (int i = threadIdx.x; i < part.size; i += blockDim.x) {

@@ -72,4 +72,30 @@ DEVICE void unrolled(F f) {
   }
 }
 
+// What trellis codes have in common; a code says what differs.
+template <int bits_>
+struct TrellisCode {
+  static constexpr int bits = bits_;
+  static constexpr int kVectors = 1;     // of 16 bytes of x in a half
+  static constexpr int kSums = 1;        // that an output has: stages of the code
+  static constexpr int kTableBytes = 0;  // of shared memory
+  static constexpr XOrder kOrder = XOrder::kTrellis;
+  static constexpr float kSecond = 0;      // scale of the second stage
+  static constexpr bool kGathers = false;  // whether weights come from memory
+  using Sum = float;
+
+  // Fills the table in shared memory; all threads of a block call it.
+  DEVICE static void fill(unsigned char*, const void*) {}
+
+  // The A registers of a half, two fp16 weights each: what join makes of two neighbouring states.
+  template <int half, class F>
+  DEVICE static void join_pairs(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4], F join) {
+    const TrellisStream<bits, half> stream(words);
+    unrolled<8>([&](auto index) {
+      constexpr int tile = decltype(index)::value / 4, j = decltype(index)::value % 4;
+      a[0][tile][j] = join(stream.template window<tile, bits*(2 * j + 1)>(), stream.template window<tile, bits*(2 * j + 2)>());
+    });
+  }
+};
+
 }  // namespace quip

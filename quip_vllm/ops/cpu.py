@@ -12,7 +12,7 @@ from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import state_values
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
+from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
 
 @cache
@@ -87,11 +87,9 @@ class CpuBackend:
         problem = cpu_library_problem()
         if problem is not None:
             return problem
-        try:
-            layout(spec)
-            rotations(spec)
-        except ValueError as error:
-            return str(error)
+        problem = sizes_problem(spec)
+        if problem is not None:
+            return problem
         if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
             return (
                 f"QUIP_VLLM_ACTIVATIONS is int8, which tier {torch.ops.quip_vllm.cpu_tier()} does not have for this "
@@ -114,15 +112,11 @@ class CpuBackend:
             prepared["lut8"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:
             prepared["lut"] = _lut_values()
-        for i, (order, _) in enumerate(rotations(spec)):
-            prepared[f"base{i}"] = rotation_base(order, transpose=i == 0)
-        if not spec.rotate_output:
-            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=False)
-        return prepared
+        return prepared | {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         widths = [width for _, width in rotations(spec)]
-        bases = [tensors[f"base{i}"] for i in range(len(widths))]
+        matrices = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
         sv, sizes = tensors["sv"], list(spec.output_sizes)
         unused = 0 if spec.rotate_output or spec.method is not Method.QTIP else -spec.out_features % TILE
@@ -138,7 +132,7 @@ class CpuBackend:
                 tensors.get("lut"),
                 tensors.get("lut8"),
                 tensors.get("lut_units"),
-                bases,
+                matrices,
                 widths,
                 sizes,
                 spec.code.value,
@@ -151,7 +145,7 @@ class CpuBackend:
                 tensors["blocks"],
                 tensors["su"],
                 sv,
-                bases,
+                matrices,
                 widths,
                 sizes,
                 spec.bits,

@@ -2,6 +2,7 @@
 """The CUDA backend: one call of the compiled op per linear layer (sources in kernels/cuda)."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, cuda_shapes
 from quip_vllm.ops.extension import cuda_library_problem
 from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
+from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
 INSTRUCTIONS = {"1mad": 4.5, "1mad_int8": 3.1, "3inst": 5.5, "hyb": 3.0, "lut": 5.0, "e8p": 2.2}
 """Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
@@ -27,9 +28,8 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self) -> None:
-        self.plans: dict[
-            str, tuple[str, list[int]]
-        ] = {}  # a layer's key -> code of the op, shape: constants to torch.compile
+        # The op's name of the code, and its thread blocks: constants to torch.compile.
+        self.plans: dict[LinearSpec, tuple[str, list[int]]] = {}
 
     def refusal(self, spec: LinearSpec) -> str | None:
         problem = cuda_library_problem()
@@ -38,11 +38,9 @@ class CudaBackend:
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             major, minor = torch.cuda.get_device_capability()
             return f"this GPU has compute capability {major}.{minor}: the kernels need 8.0"
-        try:
-            layout(spec)
-            rotations(spec)
-        except ValueError as error:
-            return str(error)
+        problem = sizes_problem(spec)
+        if problem is not None:
+            return problem
         if len(spec.output_sizes) > 16:
             return f"{len(spec.output_sizes)} fused projections: the kernels take 16"
         if envs.activations() == "int8" and spec.code is not Code.ONE_MAD:
@@ -54,21 +52,19 @@ class CudaBackend:
         device = tensors["sv"].device
         gpu = _gpu(device)
         code = _code(spec, gpu)
-        self.plans[_key(spec)] = code, cuda_shapes.choose(_problem(spec, code), gpu)
+        self.plans[spec] = code, _shape(spec, code, gpu)
         prepared = {"packed": cuda_layout.packed_words(spec, tensors), "su": tensors["su"].float().contiguous()}
         prepared["sv"] = torch.nn.functional.pad(tensors["sv"].float(), (0, sum(_sizes(spec)) - spec.out_features))
         table = cuda_layout.table(spec, tensors)
         if table is not None:
             prepared["table"] = table
-        for i, (order, _) in enumerate(rotations(spec)):
-            prepared[f"base{i}"] = rotation_base(order, transpose=i > 0, device=device)  # transposed once more
-        if not spec.rotate_output:
-            prepared["inverse_base"] = rotation_base(rotations(spec)[0][0], transpose=True, device=device)
+        for name, order, _, transpose in bases(spec):
+            prepared[name] = rotation_base(order, not transpose, device)  # the kernels read the columns of each
         return prepared
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         widths = [width for _, width in rotations(spec)]
-        code, shape = self.plans[_key(spec)]
+        code, shape = self.plans[spec]
         y = torch.ops.quip_vllm.cuda_linear(
             x.reshape(-1, spec.in_features).contiguous(),
             tensors["packed"],
@@ -85,7 +81,7 @@ class CudaBackend:
         return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        code, _ = self.plans[_key(spec)]
+        code, _ = self.plans[spec]
         rows = torch.ops.quip_vllm.cuda_embedding(
             ids.reshape(-1).contiguous(),
             tensors["packed"],
@@ -108,11 +104,6 @@ def _sizes(spec: LinearSpec) -> list[int]:
     return [spec.out_features + -spec.out_features % TILE]
 
 
-def _key(spec: LinearSpec) -> str:
-    code = spec.code.value if spec.code else spec.method.value
-    return f"{code} {spec.bits} {spec.in_features} {spec.output_sizes} {spec.hadamard_block} {spec.rotate_output}"
-
-
 def _gpu(device: torch.device) -> cuda_shapes.Gpu:
     if device.type != "cuda":  # the emulator
         return cuda_shapes.Gpu(4, 99 * 1024, 100 * 1024)
@@ -126,7 +117,7 @@ def _code(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     """The op's name of the code: which kernels of it run here."""
     if spec.code is Code.ONE_MAD and envs.activations() == "int8":
         return "1mad_int8"
-    code = spec.code.value if spec.code else "e8p"
+    code = spec.code_name
     if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
         return f"{code}_large"
     return code
@@ -134,6 +125,12 @@ def _code(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
 
 def _shared(code: str, bits: int) -> Callable[[int, int, int], int]:
     return lambda rows, warps_n, depth: torch.ops.quip_vllm.cuda_shared_bytes(code, bits, rows, warps_n, depth)
+
+
+@cache
+def _shape(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu) -> list[int]:
+    """The choice, made once for all layers of these sizes."""
+    return cuda_shapes.choose(_problem(spec, code), gpu)
 
 
 def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:

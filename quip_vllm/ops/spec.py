@@ -28,6 +28,11 @@ class LinearSpec:
     rotate_output: bool = True
 
     @property
+    def code_name(self) -> str:
+        """The code's name: the lattice has one, too."""
+        return self.code.value if self.code else "e8p"
+
+    @property
     def out_features(self) -> int:
         """n, over all fused projections."""
         return sum(self.output_sizes)

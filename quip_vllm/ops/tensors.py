@@ -76,6 +76,23 @@ def _rotation(n: int, block: int | None) -> tuple[int, int]:
     return factor(n) if block is None else (1, block_size(n, block))
 
 
+def bases(spec: LinearSpec) -> list[tuple[str, int, int, bool]]:
+    """(name, q, p, whether H_q is transposed) of each rotation's matrix among the tensors of ``prepare``."""
+    first, *others = rotations(spec)
+    found = [("base0", *first, True), *((f"base{i}", *one, False) for i, one in enumerate(others, 1))]
+    return found if spec.rotate_output else [*found, ("inverse_base", *first, False)]
+
+
+def sizes_problem(spec: LinearSpec) -> str | None:
+    """Why the format or the rotations have no such sizes, or None."""
+    try:
+        layout(spec)
+        rotations(spec)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @cache
 @torch.inference_mode(False)
 def rotation_base(order: int, transpose: bool, device: torch.device | None = None) -> Tensor:

@@ -55,7 +55,7 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
                     totals.data(), nullptr, 2 * kK};
   RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, 1, 510, scales.data(),
                 totals.data(), sv.data(), y.data(), Type::kFloat, kN, 1, {}, nullptr, kN};
-  out.part[0] = {{base.data(), 20, 4}, 0, kN, 0};
+  out.part[0] = {{base.data(), 20, 4}, 0, kN};
   std::string problem = rotate_in(in, {});
   if (problem.empty()) problem = code.entry(bits).run(g, {});
   if (problem.empty()) problem = rotate_out(out, {});

@@ -2,12 +2,12 @@
 """`make sanitize`: the emulated CUDA kernels under the address, undefined-behaviour and thread sanitizers."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -46,18 +46,9 @@ def test_no_race(cases, order):
 
 
 def test_a_missing_barrier_is_a_race(tmp_path):
-    for part in ("cuda", "emulator"):
-        shutil.copytree(ROOT / "kernels" / part, tmp_path / part)
-    source = tmp_path / "cuda" / "decode_gemm.h"
-    text, barrier = source.read_text(), "copy_wait<kStages - 2>();\n    device::sync_block();"
-    assert text.count(barrier) == 1
-    source.write_text(text.replace(barrier, "copy_wait<kStages - 2>();"))
-    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-xc++"]
-    compiler, fresh = os.environ.get("CXX", "g++"), tmp_path / "gemm_1mad.o"
-    subprocess.run([compiler, *flags, "-c", str(tmp_path / "cuda" / "gemm_1mad.cu"), "-o", str(fresh)], check=True)
-    others = [str(path) for path in (BUILD / "emulator_thread").glob("*.o") if path.stem != "gemm_1mad"]
-    program = tmp_path / "gemm_check"
-    subprocess.run([compiler, "-fsanitize=thread", *others, str(fresh), "-o", str(program)], check=True)
+    barrier = "copy_wait<kStages - 2>();\n    device::sync_block();"
+    change = ("decode_gemm.h", barrier, "copy_wait<kStages - 2>();", "gemm_1mad")
+    program = link(tmp_path, BUILD / "emulator_thread", *change, ["-g1", "-fsanitize=thread"], "gemm_check")
     result = run(program, "1mad 2", "deferred")
     assert result.returncode != 0
     assert "data race" in result.stderr and "decode_gemm.h" in result.stderr

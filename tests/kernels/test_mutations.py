@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes in the CUDA kernels are caught: each mutation of the sources makes a part of tests/ops/test_cuda.py fail."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "kernels"
 RESULTS, ORDERS = "linear_is_the_dequantized_weight and qtip-1mad-2", "order_of_threads and qtip-1mad-1"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
-    "swapped A registers": ("code_1mad.h", "a[0][tile][j] =", "a[0][tile][j ^ 1] =", "gemm_1mad", RESULTS),
+    "swapped A registers": ("trellis_stream.h", "a[0][tile][j] =", "a[0][tile][j ^ 1] =", "gemm_1mad", RESULTS),
     "swapped B registers": ("decode_gemm.h", "[2 * v], b.x, b.y", "[2 * v], b.y, b.x", "gemm_1mad", RESULTS),
     "shifted index": ("decode_gemm.h", "lane * Code::bits * 4;", "(lane ^ 1) * Code::bits * 4;", "gemm_1mad", RESULTS),
     "wrong selector": ("trellis_stream.h", "0x7632 : 0x5410", "0x7632 : 0x5401", "gemm_1mad", RESULTS),
@@ -37,18 +35,6 @@ def objects():
 
 
 def mutated_library(folder, objects, file, old, new, unit):
-    for part in ("cuda", "emulator"):
-        shutil.copytree(KERNELS / part, folder / part)
-    source = folder / "cuda" / file
-    text = source.read_text()
-    assert text.count(old) == 1, f"{file} has changed: say what this mutation is now"
-    source.write_text(text.replace(old, new))
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", "-xc++"]
-    fresh = folder / f"{unit}.o"
-    subprocess.run([compiler, *flags, "-c", str(folder / "cuda" / f"{unit}.cu"), "-o", str(fresh)], check=True)
-    others = [str(path) for path in objects.glob("*.o") if path.stem != unit]
-    library = folder / "libquip_vllm_cuda.so"
     torch_libraries = [
         f"-L{Path(torch.__file__).parent / 'lib'}",
         "-Wl,--no-as-needed",
@@ -56,8 +42,7 @@ def mutated_library(folder, objects, file, old, new, unit):
         "-ltorch_cpu",
         "-lc10",
     ]
-    subprocess.run([compiler, "-shared", *others, str(fresh), *torch_libraries, "-o", str(library)], check=True)
-    return library
+    return link(folder, objects, file, old, new, unit, ["-shared", *torch_libraries], "libquip_vllm_cuda.so")
 
 
 def outcome(library, tests):

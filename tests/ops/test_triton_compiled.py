@@ -13,9 +13,7 @@ from random_layers import random_layer
 pytest.importorskip("triton")
 
 import triton_static
-from ptx.code import opcode
 from ptx.interpreter import Pointer, Program
-from ptx.machine import WARP
 from ptx.memory import Buffers
 
 from quip_vllm.formats.methods import Code, Method
@@ -33,21 +31,6 @@ TYPES = {
     torch.int64: "*i64",
 }
 BY_VALUE = {int: ("i32", np.int32), float: ("fp32", np.float32)}
-
-
-@opcode("redux")
-def _reduce(code, ins):
-    """redux.sync of whole warps, which only these kernels have: how Triton finds a largest integer."""
-    function = {"max": np.max, "min": np.min}[ins.parts[2]]
-    kind = ins.parts[3]
-    write, read = code.writer(ins.operands[0], kind), code.reader(ins.operands[1], kind)
-
-    def run(m):
-        m.require_warps()
-        values = np.broadcast_to(read(m), m.shape).reshape(-1, WARP)
-        write(m, np.repeat(function(values, axis=1), WARP))
-
-    return run
 
 
 class Emulated:

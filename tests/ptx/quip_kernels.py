@@ -445,10 +445,10 @@ def rotate_out(
     scratch = Pointer(np.full((m, count, work), np.nan, np.float32)) if in_memory else None
     starts = np.cumsum([0, *out.sizes])[:-1]
     parts = [
-        Struct(rotation.struct(), np.array([start, size, start], np.int32))
+        Struct(rotation.struct(), np.array([start, size], np.int32))
         for rotation, start, size in zip(out.rotations, starts, out.sizes, strict=True)
     ]
-    parts += [Struct(None, np.zeros(5, np.int32))] * (16 - count)
+    parts += [Struct(None, np.zeros(4, np.int32))] * (16 - count)
     argument = Struct(
         *(Pointer(partial), np.array([splits, m, stride], np.int32), np.int64(m * stride)),
         *(np.bool_(partial.dtype == np.int32), np.float32(out.unit), np.float32(out.offset)),

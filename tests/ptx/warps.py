@@ -105,6 +105,21 @@ def _fragment(rows: int, columns: int, per_register: int, row_blocks: int) -> np
     return ((lane * registers + register) * per_register + column % per_register).reshape(rows, columns)
 
 
+@opcode("redux")
+def _reduce(code: Code, ins: Instruction):
+    """Of whole warps: how Triton finds a largest integer."""
+    function = {"max": np.max, "min": np.min}[ins.parts[2]]
+    kind = ins.parts[3]
+    write, read = code.writer(ins.operands[0], kind), code.reader(ins.operands[1], kind)
+
+    def run(m):
+        m.require_warps()
+        values = np.broadcast_to(read(m), m.shape).reshape(-1, WARP)
+        write(m, np.repeat(function(values, axis=1), WARP))
+
+    return run
+
+
 @opcode("mma")
 def _multiply_matrices(code: Code, ins: Instruction):
     parts = [p for p in ins.parts if p != "satfinite"]

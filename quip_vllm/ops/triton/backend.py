@@ -11,7 +11,7 @@ from quip_vllm.formats.methods import Code
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import check, layout, rotation_base, rotations
+from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
 ROWS = (8, 16, 32, 64)
 """Rows of x that a program multiplies: the least that hold all, else blocks of 64."""
@@ -45,11 +45,9 @@ class TritonBackend:
         if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             major, minor = torch.cuda.get_device_capability()
             return f"this GPU has compute capability {major}.{minor}: Triton emits no tensor-core code below 8.0"
-        try:
-            layout(spec)
-            rotations(spec)
-        except ValueError as error:
-            return str(error)
+        problem = sizes_problem(spec)
+        if problem is not None:
+            return problem
         if envs.activations() == "int8":
             return "QUIP_VLLM_ACTIVATIONS is int8, which the Triton kernels do not have: unset it"
         return None
@@ -71,11 +69,8 @@ class TritonBackend:
             prepared["table"] = table
         if spec.code is Code.HYB and len(spec.output_sizes) > 1:
             prepared["blocks"] = _blocks(spec, warps).to(device)
-        for i, (order, width) in enumerate(rotations(spec)):
-            prepared[f"base{i}"] = launch.base(rotation_base(order, transpose=i == 0), width).to(device)
-        if not spec.rotate_output:
-            order, width = rotations(spec)[0]
-            prepared["inverse_base"] = launch.base(rotation_base(order, transpose=False), width).to(device)
+        for name, order, width, transpose in bases(spec):
+            prepared[name] = launch.base(rotation_base(order, transpose), width).to(device)
         if device.type == "cuda":
             self._compile(spec, prepared, device)
         return prepared
@@ -100,7 +95,7 @@ class TritonBackend:
             [tensors[f"base{i}"] for i in range(len(widths))],
             widths,
             list(spec.output_sizes),
-            spec.code.value if spec.code else "e8p",
+            spec.code_name,
             spec.bits,
             self.plans[spec],
         )
@@ -115,7 +110,7 @@ class TritonBackend:
             tensors["sv"],
             tensors["inverse_base"],
             rotations(spec)[0][1],
-            spec.code.value if spec.code else "e8p",
+            spec.code_name,
             spec.bits,
             dtype,
         )

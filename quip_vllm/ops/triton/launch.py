@@ -51,7 +51,7 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
         return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), 1 << 12)
     if spec.code is Code.LUT:
         return _lut(device)
-    return cuda_layout.lattice_tables().to(device) if spec.code is None else None
+    return cuda_layout.table(spec, tensors) if spec.code is None else None
 
 
 @cache

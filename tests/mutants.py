@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of the CUDA kernels with a mistake on purpose, compiled over the emulator."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def link(folder: Path, objects: Path, file: str, old: str, new: str, unit: str, flags: list[str], target: str) -> Path:
+    """Changes ``old``, which stands once in ``file``, compiles ``unit``.cu again and links it with the other objects.
+
+    Args:
+        folder: an empty one, for the copy.
+        objects: where the unchanged objects are.
+        file, old, new, unit: of kernels/cuda.
+        flags: of the compiler and of the linker.
+        target: what is linked, in ``folder``.
+    """
+    for part in ("cuda", "emulator"):
+        shutil.copytree(KERNELS / part, folder / part)
+    source, fresh = folder / "cuda" / file, folder / f"{unit}.o"
+    text = source.read_text()
+    assert text.count(old) == 1, f"{file} has changed: say what this mutation is now"
+    source.write_text(text.replace(old, new))
+    compile_ = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", *flags, "-xc++", "-c"]
+    subprocess.run([*compile_, str(folder / "cuda" / f"{unit}.cu"), "-o", str(fresh)], check=True)
+    others = [str(path) for path in objects.glob("*.o") if path.stem != unit]
+    subprocess.run([COMPILER, *others, str(fresh), *flags, "-o", str(folder / target)], check=True)
+    return folder / target
