@@ -15,12 +15,11 @@
 #pragma once
 #include <immintrin.h>
 
+#include "lanes_avx512.h"
 #include "lattice.h"
 
 namespace quip {
 namespace {
-
-constexpr int kOffset8 = 128;  // decoded bytes are value + 128, unsigned, as vpdpbusd wants its first operand
 
 // The matrix whose output bit i is the parity of the input bits in rows[i].
 struct BitMatrix {

@@ -113,6 +113,7 @@ struct OneMad16 : OneMadStates<bits> {
         emit(4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(sum, 16)));
     });
   }
+  static int place(int column) { return column; }
 };
 
 // HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, and two registers

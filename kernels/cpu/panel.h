@@ -9,19 +9,40 @@
 namespace quip {
 namespace {
 
-constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together in registers
+constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together
+
+#if defined(__AVX512F__)
+typedef Floats Register;
+constexpr int kTogether = kRowBlock;  // rows of x whose sums are in registers
+#else  // the compiler keeps vectors wider than a register in memory
+#if defined(__AVX2__)
+typedef float Register __attribute__((vector_size(32)));
+#else
+typedef float Register __attribute__((vector_size(16)));
+#endif
+constexpr int kTogether = 1;
+#endif
+constexpr int kRegisters = sizeof(Floats) / sizeof(Register);
 
 // y[r, i] += <W row i, x row r> for i < 4, r < M. Each element is summed in the same order for every M.
 template <int M>
 inline void multiply(const float* w, const float* x, int64_t stride, int columns, float* y, int64_t y_stride) {
-  Floats acc[kRowBlock][M] = {};
-  for (int c = 0; c < columns; c += kLanes)
-    for (int i = 0; i < kRowBlock; ++i) {
-      Floats weights = load<Floats>(w + i * kPanelColumns + c);
-      for (int r = 0; r < M; ++r) acc[i][r] += weights * load<Floats>(x + r * stride + c);
-    }
-  for (int i = 0; i < kRowBlock; ++i)
-    for (int r = 0; r < M; ++r) y[r * y_stride + i] += sum(acc[i][r]);
+  constexpr int kRows = M < kTogether ? M : kTogether;
+  for (int r0 = 0; r0 < M; r0 += kRows) {
+    Register acc[kRowBlock][kRows][kRegisters] = {};
+    for (int c = 0; c < columns; c += kLanes)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRowBlock; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kRegisters; ++v) {
+            const int at = c + v * kLanes / kRegisters;
+            acc[i][r][v] += load<Register>(w + i * kPanelColumns + at) * load<Register>(x + (r0 + r) * stride + at);
+          }
+    for (int i = 0; i < kRowBlock; ++i)
+      for (int r = 0; r < kRows; ++r) y[(r0 + r) * y_stride + i] += sum(load<Floats>(&acc[i][r]));
+  }
 }
 
 inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int rows, int64_t c0, int columns, float* out) {

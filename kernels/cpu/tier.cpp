@@ -15,7 +15,7 @@
 namespace quip {
 
 const Kernels* QUIP_TABLE(QUIP_TIER)() {
-#if defined(__AVX512VNNI__)
+#if defined(QUIP_INT8)
   static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in,  rotate_out, panel,       int8_takes, int8_bytes,
                              int8_quantize,          int8_panel, viterbi,    nearest_e8p, decode_row};
 #else

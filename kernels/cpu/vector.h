@@ -27,11 +27,20 @@ inline void store(T* p, V v) {
 inline Floats splat(float x) { return x - Floats{}; }
 inline Floats to_floats(Words bits) { return (Floats)bits; }
 
+// The upper half of the lanes added to the lower one.
+template <class Half, class V>
+inline Half fold(V v) {
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return halves[0] + halves[1];
+}
+
 // Sum of the lanes in a fixed order.
 inline float sum(Floats v) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  const Four rest = fold<Four>(fold<Eight>(v));
+  return (rest[0] + rest[2]) + (rest[1] + rest[3]);
 }
 
 // A constant vector of f(lane).
