@@ -10,6 +10,7 @@ from quip_vllm import envs
 from quip_vllm.formats.methods import Code
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, library  # noqa: F401  # the schema must exist before its implementation
+from quip_vllm.ops.extension import gpu_problem
 from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
@@ -40,12 +41,7 @@ class TritonBackend:
     def refusal(self, spec: LinearSpec) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: run `pip install triton`"
-        if torch.version.hip is not None:
-            return "this is an AMD GPU, for which the kernels are not proved yet"
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-            major, minor = torch.cuda.get_device_capability()
-            return f"this GPU has compute capability {major}.{minor}: Triton emits no tensor-core code below 8.0"
-        problem = sizes_problem(spec)
+        problem = gpu_problem() or sizes_problem(spec)
         if problem is not None:
             return problem
         if envs.activations() == "int8":
