@@ -21,6 +21,7 @@ from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import backend as module
+from quip_vllm.ops.triton import shapes
 from quip_vllm.ops.triton.backend import TritonBackend
 from quip_vllm.transforms.hadamard import hadamard
 
@@ -92,7 +93,7 @@ def run(spec, tensors, x, guarded, split_chunks=None):
     assert backend.refusal(spec) is None
     prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
     if split_chunks:
-        backend.plans[spec][1] = split_chunks
+        backend.split_chunks[spec] = split_chunks
     return backend.linear(spec, guarded.copy(x, shift=x.element_size()), prepared)
 
 
@@ -132,6 +133,17 @@ def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_
     tensors = random_layer(spec)
     x = rows(m, k)
     y = run(spec, tensors, x, guarded, split_chunks)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("warps", [1, 2, 8])
+def test_projections_with_tables_of_their_own_are_cut_by_any_warps(warps, monkeypatch, guarded):
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 48, (48, 16, 80))
+    monkeypatch.setattr(shapes, "_chosen", {})
+    monkeypatch.setattr(shapes, "WARPS", {8: (warps,)})
+    tensors, x = random_layer(spec), rows(2, 48)
+    y = run(spec, tensors, x, guarded)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 

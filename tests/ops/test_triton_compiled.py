@@ -18,7 +18,7 @@ from ptx.memory import Buffers
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
-from quip_vllm.ops.triton import launch, rotation
+from quip_vllm.ops.triton import launch, rotation, shapes
 from quip_vllm.ops.triton.backend import TritonBackend
 
 TABLE_BYTES = {"hyb": 1 << 12, "lut": 1 << 17}
@@ -122,7 +122,7 @@ def test_ptx_is_the_dequantized_weight(method, code, bits, k, sizes, block, m, d
     spec = LinearSpec(method, code, bits, k, sizes, block, rotate_output=sizes != (17,))
     tensors, backend = random_layer(spec), TritonBackend()
     prepared = backend.prepare(spec, tensors)
-    backend.plans[spec][1] = 2  # chunks of a part of k
+    backend.split_chunks[spec] = 2
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
     weight = dequantize(spec, tensors)
     exact = x.double() @ weight.double().T
@@ -140,6 +140,17 @@ def test_ptx_is_the_dequantized_weight(method, code, bits, k, sizes, block, m, d
         rounded = weight[ids].to(dtype)
         limit = HALF_ACTIVATIONS + SAME_DTYPE_FACTOR * relative(rounded, weight[ids])
         assert relative(backend.embedding(spec, ids, prepared, dtype), weight[ids]) < limit
+
+
+def test_every_shape_gives_the_same_bits(ran, monkeypatch):
+    """So a clock may choose between them."""
+    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 144, (80, 16))
+    backend, x = TritonBackend(), torch.randn(9, 144, generator=torch.Generator().manual_seed(0))
+    prepared = backend.prepare(spec, random_layer(spec))
+    y = backend.linear(spec, x, prepared)
+    for shape in {shape for rows in shapes.ROWS for shape in shapes.candidates(rows, (1, *shapes.WARPS[8]))}:
+        monkeypatch.setattr(shapes, "shape", lambda layer, m, shape=shape: shape)
+        assert torch.equal(backend.linear(spec, x, prepared), y), shape
 
 
 @pytest.mark.parametrize("target", triton_static.TARGETS)
