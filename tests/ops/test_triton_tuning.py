@@ -152,10 +152,11 @@ def test_candidates_fit_the_registers_and_multiply_alike(major, warps):
 
 
 def test_parts_of_k_do_not_depend_on_the_choice(tuned):
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 4096, (16,))
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 4096, (272,))
     device = torch.device("cpu")
     usual = shapes.split_chunks(spec, device)
-    assert usual == 8
+    assert usual == 11  # of 64 chunks: 17 tiles are 5 programs of the table's 4 warps, which leave 6 parts
     tuned(1)
     prepared(spec)
+    assert {shape.warps for shape in shapes._chosen.values()} == {2}
     assert shapes.split_chunks(spec, device) == usual
