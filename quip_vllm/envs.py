@@ -19,3 +19,11 @@ def activations() -> str | None:
     if wanted not in (None, "exact", "int8"):
         raise ValueError(f"QUIP_VLLM_ACTIVATIONS is {wanted!r}: give exact or int8, or unset it")
     return wanted
+
+
+def triton_tune() -> bool:
+    """QUIP_VLLM_TRITON_TUNE: 1 takes the fastest shapes of the Triton kernels, timed at load; unset or 0: a table's."""
+    wanted = os.environ.get("QUIP_VLLM_TRITON_TUNE") or "0"
+    if wanted not in ("0", "1"):
+        raise ValueError(f"QUIP_VLLM_TRITON_TUNE is {wanted!r}: give 1 or 0, or unset it")
+    return wanted == "1"

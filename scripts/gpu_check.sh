@@ -7,10 +7,10 @@
 # Steps, all by default:
 #   machine     GPU, driver, compiler, commit, what the doctor says
 #   build       the CUDA library, from these sources
-#   results     tests/ops/test_device.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile
+#   results     tests/ops/test_device.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile, tuning
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
-#   bench       scripts/bench_cuda.py: beside cuBLAS fp16 and the memory's bandwidth
-#   serve       SmolLM2-135M quantized here, served by vLLM, compared with the dequantized model
+#   bench       scripts/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth
+#   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
 # exit status is 1 if one failed. --without-gpu runs what needs no GPU (machine) and lists the rest as skipped.
@@ -54,15 +54,23 @@ sanitizer() {
   local status=0
   for tool in memcheck racecheck; do
     compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_device.py \
-      -k 'cuda and (rounds_like_torch and bfloat16 or embedding)' || status=1
+      -k 'rounds_like_torch and bfloat16 or embedding' || status=1
   done
   return $status
 }
-bench() { $python scripts/bench_cuda.py --csv $report/cuda_kernels.csv; }
+bench() {
+  local status=0
+  $python scripts/bench_cuda.py --csv $report/cuda_kernels.csv || status=1
+  QUIP_VLLM_TRITON_TUNE=1 $python scripts/bench_cuda.py --backends triton --csv $report/triton_tuned.csv || status=1
+  return $status
+}
 serve() {
+  export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
   $python scripts/smollm2_checkpoint.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
     $python scripts/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
+    QUIP_VLLM_BACKEND=triton $python scripts/check_serving.py $report/quantized --dtype bfloat16 \
+      --json $report/serving_triton.json &&
     $python scripts/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
   local status=$?
   rm -rf $report/model $report/quantized

@@ -72,17 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def gemm(code: str, bits: int, rows: int, target: int) -> Any:
     """decode_gemm as Triton compiles it: its asm has "ptx" and "cubin", its metadata `shared` and `num_warps`."""
-    from quip_vllm.ops.triton.backend import WARPS
     from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel
     from quip_vllm.ops.triton.launch import gemm_options, numbers
+    from quip_vllm.ops.triton.shapes import WARPS, candidates
 
-    warps = WARPS[target // 10]
+    shape = candidates(rows, WARPS[target // 10])[0]
     element = "fp16" if code == "lut" else "u32"
-    pointers = {"packed": "*u32", "table": f"*{element}", "blocks": "*i32", "x": "*fp16", "partial": "*fp32"}
+    pointers = {"packed": "*u32", "table": f"*{element}", "x": "*fp16", "partial": "*fp32"}
     scalars = dict.fromkeys(("m", "tiles", "chunks", "split_chunks"), "i32")
-    constants = {"CODE": code, "BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": 1}
-    constants |= {"WARPS": warps, "BM": rows, "UNROLL": 2 if rows < 32 else 1}
-    options = gemm_options(code, rows, warps)
+    constants = {"CODE": code, "BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": ()}
+    constants |= {"WARPS": shape.warps, "BM": shape.rows, "UNROLL": shape.unroll}
+    options = gemm_options(code, shape)
     return compile_kernel(decode_gemm_kernel, {**pointers, **scalars}, constants, target, options)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from quip_vllm import __version__, doctor
 from quip_vllm.cli import main
-from quip_vllm.ops import cpu, cpu_tier, extension
+from quip_vllm.ops import cpu, cpu_tier, cuda, extension
 
 
 def test_doctor(capsys):
@@ -27,7 +27,7 @@ def test_doctor(capsys):
     served = [line for line in lines if line.startswith("  cpu ")]
     assert len(served) == 5
     assert all("cpu yes (" in line for line in served)
-    assert all("; reference no (slow, only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
+    assert all("; reference no (slow, runs only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
     assert served[0].startswith("  cpu   quip_sharp E8P, 2 to 4 bits:")
     assert any("qtip hyb, 1 to 4 bits:" in line for line in served)
 
@@ -53,6 +53,35 @@ def test_doctor_with_a_broken_library(capsys, monkeypatch, tmp_path):
     assert "CPU library   the compiled library does not load (" in report
     assert "delete it and run `make build` with this torch" in report
     assert "vllm          not installed" in report and "nvcc          not found" in report
+
+
+def on_a_gpu(monkeypatch, capability):
+    """The doctor's lines where torch sees a GPU and there is no CUDA library."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU of a test")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(cuda, "cuda_library_problem", lambda: "no library")
+    lines = doctor.report().splitlines()
+    served = [line.split(" bits: ")[1].strip() for line in lines if line.startswith("  cuda ")]
+    assert len(served) == 5
+    return lines, served
+
+
+def test_doctor_on_a_gpu_without_the_library(monkeypatch):
+    pytest.importorskip("triton")
+    lines, served = on_a_gpu(monkeypatch, (9, 0))
+    assert "GPU           GPU of a test, compute capability 9.0" in lines
+    reference = "reference no (slow, runs only with QUIP_VLLM_BACKEND=reference)"
+    assert set(served) == {f"cuda no (no library); triton yes; {reference}"}
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "reference")
+    asked = "no (QUIP_VLLM_BACKEND asks for reference)"
+    assert set(on_a_gpu(monkeypatch, (9, 0))[1]) == {f"cuda {asked}; triton {asked}; reference yes"}
+
+
+def test_doctor_on_a_gpu_that_is_too_old(monkeypatch):
+    pytest.importorskip("triton")
+    why = "no (this GPU has compute capability 7.5: the kernels need 8.0 or above; take a newer one, or a CPU)"
+    assert all(line.startswith(f"cuda {why}; triton {why};") for line in on_a_gpu(monkeypatch, (7, 5))[1])
 
 
 def test_a_lacking_feature_is_named():

@@ -11,7 +11,7 @@ from quip_vllm import envs
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, cuda_shapes
-from quip_vllm.ops.extension import cuda_library_problem
+from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
 from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
@@ -32,13 +32,7 @@ class CudaBackend:
         self.plans: dict[LinearSpec, tuple[str, list[int]]] = {}
 
     def refusal(self, spec: LinearSpec) -> str | None:
-        problem = cuda_library_problem()
-        if problem is not None:
-            return problem
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-            major, minor = torch.cuda.get_device_capability()
-            return f"this GPU has compute capability {major}.{minor}: the kernels need 8.0"
-        problem = sizes_problem(spec)
+        problem = gpu_problem() or cuda_library_problem() or sizes_problem(spec)
         if problem is not None:
             return problem
         if len(spec.output_sizes) > 16:

@@ -56,30 +56,37 @@ def backends(device_type: str) -> tuple[Backend, ...]:
     return table.get(device_type, (ReferenceBackend(),))
 
 
-def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
-    """The first backend of the device's table that takes ``spec``; the choice is logged once.
+def answers(spec: LinearSpec, device_type: str) -> list[tuple[Backend, str | None]]:
+    """The backends of a device in order, each with why it does not run ``spec``, or None; the first None is chosen.
 
     QUIP_VLLM_BACKEND names one backend, the reference included, and takes away the choice.
+    """
+    wanted = envs.backend()
+    found: list[tuple[Backend, str | None]] = []
+    for backend in backends(device_type):
+        if wanted is not None and backend.name != wanted:
+            found.append((backend, f"QUIP_VLLM_BACKEND asks for {wanted}"))
+        elif wanted is None and backend.name == "reference":
+            found.append((backend, "slow, runs only with QUIP_VLLM_BACKEND=reference"))
+        else:
+            found.append((backend, backend.refusal(spec)))
+    return found
+
+
+def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
+    """The first backend of ``answers`` that takes ``spec``; the choice is logged once.
 
     Raises:
         ValueError: no backend takes it; the message lists every refusal.
     """
     device_type = torch.device(device).type
-    refusals = []
-    wanted = envs.backend()
-    for backend in backends(device_type):
-        if wanted is not None and backend.name != wanted:
-            refusals.append(f"{backend.name}: QUIP_VLLM_BACKEND asks for {wanted}")
-            continue
-        if wanted is None and backend.name == "reference":
-            refusals.append("reference: slow, runs only with QUIP_VLLM_BACKEND=reference")
-            continue
-        why_not = backend.refusal(spec)
+    found = answers(spec, device_type)
+    for backend, why_not in found:
         if why_not is None:
             _log_choice(backend.name, device_type, spec.method, spec.code, spec.bits)
             return backend
-        refusals.append(f"{backend.name}: {why_not}")
-    raise ValueError(f"no backend runs {spec} on {device_type}: " + "; ".join(refusals))
+    refusals = "; ".join(f"{backend.name}: {why_not}" for backend, why_not in found)
+    raise ValueError(f"no backend runs {spec} on {device_type}: {refusals}")
 
 
 @cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the compiled libraries, or says in one sentence what is missing."""
+"""Finds the compiled libraries and the GPU, or says in one sentence what is missing."""
 
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,18 @@ def _load(path: Path, compiler: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the compiled library does not load ({error}): delete it and run `make build` with this torch"
+    return None
+
+
+def gpu_problem() -> str | None:
+    """Returns None where a kernel for GPUs may run, or torch sees no GPU, else one sentence with the remedy."""
+    if torch.version.hip is not None:
+        return (
+            f"this torch is for AMD GPUs (ROCm {torch.version.hip}): the kernels are for NVIDIA's; take one, or a CPU"
+        )
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"this GPU has compute capability {found}: the kernels need 8.0 or above; take a newer one, or a CPU"
     return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU, for the scripts/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, torch.compile."""
+"""On a GPU, for the scripts/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, tuning."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from random_layers import FORMAT_IDS, FORMATS, random_layer
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.dispatch import backends
+from quip_vllm.ops.triton import shapes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
 BACKENDS = [backend for backend in backends("cuda") if backend.name != "reference"]
@@ -101,6 +102,25 @@ def test_a_cuda_graph_repeats_it(backend, method, code, m):
     x.copy_(given)
     graph.replay()
     assert torch.equal(y, backend.linear(spec, given, prepared))
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_tuning_changes_no_bit(backend, method, monkeypatch):
+    """Of the shape that the clock chose, and of every other that it could."""
+    if backend.name != "triton":
+        pytest.skip("the Triton backend is tuned")
+    code = Code.HYB if method is Method.QTIP else None
+    spec, tensors, prepared = layer(backend, method, code, 2, 1152, (96, 32))
+    x = rows(33, 1152).half()
+    y = backend.linear(spec, x, prepared)
+    monkeypatch.setenv("QUIP_VLLM_TRITON_TUNE", "1")
+    monkeypatch.setattr(shapes, "_chosen", {})
+    prepared = backend.prepare(spec, tensors)
+    assert all(torch.equal(backend.linear(spec, x[:m], prepared), y[:m]) for m in (1, 9, 17, 33))
+    warps, _ = shapes.gpu(x.device)
+    for shape in {shape for rows in shapes.ROWS for shape in shapes.candidates(rows, warps)}:
+        monkeypatch.setattr(shapes, "shape", lambda layer, m, shape=shape: shape)
+        assert torch.equal(backend.linear(spec, x, prepared), y), shape
 
 
 @pytest.mark.parametrize("method", list(Method))

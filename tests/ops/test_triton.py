@@ -21,6 +21,7 @@ from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import backend as module
+from quip_vllm.ops.triton import shapes
 from quip_vllm.ops.triton.backend import TritonBackend
 from quip_vllm.transforms.hadamard import hadamard
 
@@ -92,7 +93,7 @@ def run(spec, tensors, x, guarded, split_chunks=None):
     assert backend.refusal(spec) is None
     prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
     if split_chunks:
-        backend.plans[spec][1] = split_chunks
+        backend.split_chunks[spec] = split_chunks
     return backend.linear(spec, guarded.copy(x, shift=x.element_size()), prepared)
 
 
@@ -132,6 +133,17 @@ def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_
     tensors = random_layer(spec)
     x = rows(m, k)
     y = run(spec, tensors, x, guarded, split_chunks)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("warps", [1, 2, 8])
+def test_projections_with_tables_of_their_own_are_cut_by_any_warps(warps, monkeypatch, guarded):
+    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 48, (48, 16, 80))
+    monkeypatch.setattr(shapes, "_chosen", {})
+    monkeypatch.setattr(shapes, "WARPS", {8: (warps,)})
+    tensors, x = random_layer(spec), rows(2, 48)
+    y = run(spec, tensors, x, guarded)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
@@ -287,11 +299,28 @@ def test_order_of_backends(monkeypatch):
 
     monkeypatch.setattr(cuda, "cuda_library_problem", lambda: "no library for this GPU")
     assert select_backend(ONE_MAD, "cuda").name == "triton"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)], ids=str)
+def test_an_older_gpu_is_refused_in_a_sentence(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    why = "cuda: no library for this GPU; triton: this GPU has compute capability 7.5: Triton emits no tensor-core code"
-    with pytest.raises(ValueError, match=why):
-        select_backend(ONE_MAD, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    major, minor = capability
+    why = f"this GPU has compute capability {major}.{minor}: the kernels need 8.0 or above; take a newer one, or a CPU"
+    assert backends("cuda")[0].refusal(ONE_MAD) == why
+    if not NEEDS_TRITON.args[0]:
+        assert TritonBackend().refusal(ONE_MAD) == why
+        with pytest.raises(ValueError, match=f"cuda: {why}; triton: {why}; reference: slow"):
+            select_backend(ONE_MAD, "cuda")
+
+
+def test_an_amd_gpu_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    why = "this torch is for AMD GPUs (ROCm 7.0): the kernels are for NVIDIA's; take one, or a CPU"
+    assert backends("cuda")[0].refusal(ONE_MAD) == why
+    if not NEEDS_TRITON.args[0]:
+        assert TritonBackend().refusal(ONE_MAD) == why
 
 
 def test_refusals_say_why(monkeypatch):
@@ -301,8 +330,6 @@ def test_refusals_say_why(monkeypatch):
         assert "--hadamard-block 2" in backend.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (26,)))
         monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
         assert "unset it" in backend.refusal(ONE_MAD)
-        monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert "AMD" in backend.refusal(ONE_MAD)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert backend.refusal(ONE_MAD) == "triton is not installed: run `pip install triton`"
 

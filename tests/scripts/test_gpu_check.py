@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """scripts/gpu_check.sh and bench_cuda.py, as far as they go without a GPU."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,6 +50,30 @@ def test_every_file_and_option_that_it_names_exists():
     for word in {word.strip("'\"`;:,.") for word in text.split()}:
         if word.startswith(("scripts/", "tests/", "kernels/")):
             assert (ROOT / word).exists(), word
+
+
+def test_every_step_runs_both_backends(tmp_path):
+    """What it runs where there is a GPU: with a Python that only notes how it was called."""
+    noted = tmp_path / "noted"
+    for name in (".venv/bin/python", "bin/compute-sanitizer"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True)
+        file.write_text(f'#!/bin/sh\necho "$QUIP_VLLM_BACKEND,$QUIP_VLLM_TRITON_TUNE: $*" >> {noted}\n')
+        file.chmod(0o755)
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "gpu_check.sh", tmp_path / "scripts")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("QUIP_VLLM_")}
+    own["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{own['PATH']}"
+    done = subprocess.run([tmp_path / "scripts" / "gpu_check.sh"], env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = noted.read_text().splitlines()
+    sanitized = [line for line in lines if "test_device.py" in line and "--tool" in line]
+    assert len(sanitized) == 2 and not any(re.search("cuda|triton", line) for line in sanitized)  # in no -k: both
+    assert ",: -m pytest -q tests/ops/test_device.py --durations 10" in lines
+    assert ",: scripts/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
+    assert ",1: scripts/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
+    served = [line.split(":")[0] for line in lines if "scripts/check_serving.py" in line]
+    assert served == [",", "triton,"]
 
 
 @WITHOUT_GPU

@@ -97,7 +97,6 @@ def decode_second(words, table, bits: tl.constexpr):
 def decode_gemm_kernel(
     packed,
     table,
-    blocks,
     x,
     partial,
     m,
@@ -112,12 +111,16 @@ def decode_gemm_kernel(
     BM: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    if PROJECTIONS > 1:  # HYB has a table for each: (first tile, tile behind the last, projection) of each program
-        tile0 = tl.load(blocks + 3 * tl.program_id(0))
-        end_tile = tl.load(blocks + 3 * tl.program_id(0) + 1)
-        table += 1024 * tl.load(blocks + 3 * tl.program_id(0) + 2)
-    else:
-        tile0, end_tile = tl.program_id(0) * WARPS, tiles
+    tile0, end_tile = tl.program_id(0) * WARPS, tiles
+    first_tile, program = 0, tl.program_id(0)
+    for i in tl.static_range(len(PROJECTIONS)):  # tiles of each, where each has a table of its own
+        here = program >= 0  # in this projection, or in a later one
+        tile0 = tl.where(here, first_tile + program * WARPS, tile0)
+        first_tile += PROJECTIONS[i]
+        end_tile = tl.where(here, first_tile, end_tile)
+        if i > 0:
+            table += tl.where(here, 1024, 0)
+        program -= tl.cdiv(PROJECTIONS[i], WARPS)
     tile = tile0 + tl.arange(0, WARPS)
     lane = tl.arange(0, 32)[None, :]
     row = tl.program_id(2) * BM + tl.arange(0, BM)

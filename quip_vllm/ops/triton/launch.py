@@ -15,8 +15,7 @@ from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import state_values
 from quip_vllm.ops import cuda_layout
 from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.triton import rotation
-from quip_vllm.ops.triton.backend import ROWS
+from quip_vllm.ops.triton import rotation, shapes
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel, decode_rows_kernel
 
 CHUNK, LANES = cuda_layout.CHUNK, cuda_layout.LANES
@@ -79,6 +78,11 @@ def base(matrix: Tensor, width: int) -> Tensor:
     return torch.kron(matrix, sylvester).contiguous()
 
 
+def padded(k: int) -> int:
+    """The columns of rotated activations: whole chunks."""
+    return triton.cdiv(k, CHUNK) * CHUNK
+
+
 class _Rotation:
     """A rotation of `size` elements in runs of q * p: its launches' sizes.
 
@@ -109,7 +113,6 @@ def linear(
     x: Tensor,
     packed: Tensor,
     table: Tensor | None,
-    blocks: Tensor | None,
     su: Tensor,
     sv: Tensor,
     bases: list[Tensor],
@@ -117,15 +120,17 @@ def linear(
     output_sizes: list[int],
     code: str,
     bits: int,
-    plan: list[int],
+    split_chunks: int,
 ) -> Tensor:
     """x [m, k] -> y [m, n] in x's dtype; the other arguments are TritonBackend.prepare's."""
     y = torch.empty(x.shape[0], sum(output_sizes), dtype=x.dtype, device=x.device)
     turn = _Rotation(x.shape[1], bases[0], widths[0])
+    layer = (code, bits, x.shape[1], tuple(output_sizes), x.device)
     for rows, to in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
         if len(rows):
             activations, scales, totals = _rotate_in(rows, su, turn, bases[0], code == "e8p")
-            partial = _multiply(activations, packed, table, blocks, output_sizes, code, bits, plan)
+            shape = shapes.shape(layer, len(rows))
+            partial = multiply(activations, packed, table, output_sizes, code, bits, split_chunks, shape)
             unit, offset, _ = numbers(code, bits)
             rest = (bases[1:], widths[1:], output_sizes, scales, totals, turn.norm * unit, offset)
             _rotate_out(partial, to, sv, *rest)
@@ -170,11 +175,11 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
     return 1.0, 36.0 + (36.25 if bits == 3 else 36.0) * second, second
 
 
-def gemm_options(code: str, rows: int, warps: int) -> dict[str, Any]:
+def gemm_options(code: str, shape: shapes.Shape) -> dict[str, Any]:
     """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups hold."""
-    registers = 240 if rows >= 32 else 168
-    many = code == "lut" or code == "hyb" and rows >= 32
-    return {"num_warps": warps, **OPTIONS, **({"maxnreg": registers} if many else {})}
+    registers = 240 if shape.rows >= 32 else 168
+    many = code == "lut" or code == "hyb" and shape.rows >= 32
+    return {"num_warps": shape.warps, **OPTIONS, **({"maxnreg": registers} if many else {})}
 
 
 def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, Tensor]:
@@ -190,7 +195,7 @@ def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, 
 def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rotated activations fp16 [m, 64 chunks], scales [m], and their sums in parts [m, programs of a row]."""
     m, k = x.shape
-    stride = triton.cdiv(k, CHUNK) * CHUNK
+    stride = padded(k)
     out = (torch.zeros if k % CHUNK else torch.empty)(m, stride, dtype=torch.float16, device=x.device)
     floats = {"dtype": torch.float32, "device": x.device}
     scales, totals = torch.empty(m, **floats), torch.empty(m, 1 if turn.whole else turn.runs * turn.parts, **floats)
@@ -210,28 +215,26 @@ def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bo
     return out, scales, totals
 
 
-def _multiply(
+def multiply(
     x: Tensor,
     packed: Tensor,
     table: Tensor | None,
-    blocks: Tensor | None,
     output_sizes: list[int],
     code: str,
     bits: int,
-    plan: list[int],
+    split_chunks: int,
+    shape: shapes.Shape,
 ) -> Tensor:
     """Rotated activations [m, 64 chunks] times the weight: fp32 [splits, m, 16 tiles]."""
-    (warps, split_chunks), m = plan, x.shape[0]
-    tiles, chunks = packed.shape[0], x.shape[1] // CHUNK
+    m, tiles, chunks = x.shape[0], packed.shape[0], x.shape[1] // CHUNK
     splits = triton.cdiv(chunks, split_chunks)
     partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
-    rows = next((size for size in ROWS if m <= size), ROWS[-1])
-    programs = triton.cdiv(tiles, warps) if blocks is None else blocks.shape[0]
-    decode_gemm_kernel[programs, splits, triton.cdiv(m, rows)](
-        *_unsigned(packed, table, code), packed if blocks is None else blocks,
-        x, partial, m, tiles, chunks, split_chunks,
-        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=1 if blocks is None else len(output_sizes),
-        WARPS=warps, BM=rows, UNROLL=2 if rows < 32 else 1, **gemm_options(code, rows, warps),
+    projections = tuple(size // TILE for size in output_sizes) if code == "hyb" and len(output_sizes) > 1 else ()
+    programs = sum(triton.cdiv(count, shape.warps) for count in projections or (tiles,))
+    decode_gemm_kernel[programs, splits, triton.cdiv(m, shape.rows)](
+        *_unsigned(packed, table, code), x, partial, m, tiles, chunks, split_chunks,
+        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=projections,
+        WARPS=shape.warps, BM=shape.rows, UNROLL=shape.unroll, **gemm_options(code, shape),
     )  # fmt: skip
     return partial
 

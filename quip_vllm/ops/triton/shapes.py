@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of decode_gemm's programs: a table's, or with QUIP_VLLM_TRITON_TUNE=1 the fastest of a few, timed at load.
+
+An output is summed in the order of its chunks and of the parts of k, whatever the shape. So any shape gives the same
+bits, and a clock may choose. Other parts of k would give others: they depend on the layer's size and the GPU alone.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from quip_vllm import envs
+from quip_vllm.formats.tile import TILE
+from quip_vllm.ops import cuda_layout
+from quip_vllm.ops.spec import LinearSpec
+
+logger = logging.getLogger(__name__)
+
+ROWS = (8, 16, 32, 64)
+"""Rows of x that share a choice: the least that hold all of a call's, else 64."""
+
+WARPS = {8: (4, 2, 8), 9: (2, 1), 10: (2, 1), 12: (4, 2, 8)}
+"""Warps, and tiles, of a program, by the first digit of the compute capability; the table's first.
+
+With four warps Triton would multiply by wgmma on 9.0 and by tcgen05 on 10.0, which take the weight in another order.
+"""
+
+NEWER = (2, 1)
+"""Warps on a GPU that is not in the table."""
+
+WARPS_PER_MULTIPROCESSOR = 32
+"""What the parts of k aim at: enough to hide the memory's latency."""
+
+SPLIT_CHUNKS = 8
+"""Chunks that a part of k has at least: its partial sums cost as much to write and read as a chunk's words."""
+
+Layer = tuple[str, int, int, tuple[int, ...], torch.device]
+"""What a choice is for: code, bits, inputs, outputs, device."""
+
+
+class Shape(NamedTuple):
+    """Of a program: warps, each with a tile of the weight; rows of x; chunks in a turn of its loop."""
+
+    warps: int
+    rows: int
+    unroll: int
+
+
+_chosen: dict[tuple[Layer, int], Shape] = {}  # with the rows that share it
+
+
+def candidates(rows: int, warps: tuple[int, ...]) -> list[Shape]:
+    """Shapes for up to `rows` rows, the table's first. Registers do not hold two chunks of 32 rows and more."""
+    blocks = (rows, rows // 2) if rows > ROWS[0] else (rows,)
+    return [Shape(w, r, u) for r in blocks for u in ((2, 1) if r < 32 else (1,)) for w in warps]
+
+
+def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], object]) -> None:
+    """Chooses the layer's shapes, once a process; while a CUDA graph is captured, the table's. run: one multiplication.
+
+    Raises:
+        ValueError: QUIP_VLLM_TRITON_TUNE has another value than it may.
+    """
+    layer = (spec.code_name, spec.bits, spec.in_features, spec.output_sizes, device)
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    for rows in ROWS:
+        if (layer, rows) in _chosen:
+            continue
+        first, *others = candidates(rows, gpu(device)[0])
+        if envs.triton_tune() and not capturing:
+            times = {shape: milliseconds(partial(run, rows, shape)) for shape in (first, *others)}
+            best = min(times, key=times.__getitem__)
+            logger.info(
+                "quip_vllm: %s at %d bits, outputs %s, %d inputs, up to %d rows on %s: "
+                "warps, rows, unroll %s take %.4f ms, the table's %s %.4f ms",
+                *(spec.code_name, spec.bits, spec.output_sizes, spec.in_features, rows, device),
+                *(tuple(best), times[best], tuple(first), times[first]),
+            )
+            first = best
+        _chosen[layer, rows] = first
+
+
+def shape(layer: Layer, m: int) -> Shape:
+    """What was chosen for m rows of a layer that is loaded."""
+    return _chosen[layer, next((rows for rows in ROWS if m <= rows), ROWS[-1])]
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the GPU, its caches empty."""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")
+
+
+def gpu(device: torch.device) -> tuple[tuple[int, ...], int]:
+    """Warps that a program may have, and multiprocessors."""
+    if device.type != "cuda":  # Triton's interpreter
+        return WARPS[8], 4
+    found = torch.cuda.get_device_properties(device)
+    return WARPS.get(found.major, NEWER), found.multi_processor_count
+
+
+def split_chunks(spec: LinearSpec, device: torch.device) -> int:
+    """Chunks of a part of k: the same for any number of rows and any shape, so that the order of summation is."""
+    (warps, *_), multiprocessors = gpu(device)
+    tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // cuda_layout.CHUNK)
+    wanted = multiprocessors * WARPS_PER_MULTIPROCESSOR // (-(-tiles // warps) * warps)
+    splits = max(1, min(wanted, chunks // SPLIT_CHUNKS))
+    return -(-chunks // splits)
