@@ -3,6 +3,7 @@
 
 Usage: python scripts/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
 
+Activations are bfloat16, or those of NAME=FOLDER@float32: a CPU without bf16 instructions may be faster with these.
 One process after the other, each with an engine of its own; --rounds N goes over all checkpoints N times, so that a
 slow spell of the machine does not hit one of them alone. Decoding: the time of 33 new tokens less that of 1, so without
 the prefill; each figure is the median over --repeats and rounds, prompts are fresh. Ratios are to the checkpoints named
@@ -44,9 +45,14 @@ def main() -> int:
     if args.measure:
         _measure(args)
     try:
-        folders = {name: Path(folder) for name, _, folder in (item.rpartition("=") for item in args.checkpoints)}
+        folders, dtypes = {}, {}
+        for name, _, place in (item.rpartition("=") for item in args.checkpoints):
+            folder, _, dtypes[name] = place.partition("@")
+            folders[name] = Path(folder)
         if "" in folders or len(folders) < len(args.checkpoints):
             raise ValueError(f"checkpoints are {args.checkpoints}: give NAME=FOLDER with a name of its own each")
+        if unknown := set(dtypes.values()) - {"", "bfloat16", "float32"}:
+            raise ValueError(f"the dtype of a checkpoint is {unknown.pop()}: give @float32, @bfloat16 or nothing")
         size = {name: sum(CheckpointReader(folder).bytes_of.values()) for name, folder in folders.items()}
     except ValueError as error:
         print(f"bench_serving: {error}", file=sys.stderr)
@@ -57,7 +63,7 @@ def main() -> int:
     for turn in range(args.rounds):
         for name, folder in folders.items():
             print(f"== round {turn + 1} of {args.rounds}: {name}", flush=True)
-            rates, failure = _run(args, folder, seed=turn)
+            rates, failure = _run(args, folder, dtypes[name] or "bfloat16", seed=turn)
             for workload, values in rates.items():
                 found[name].setdefault(workload, []).extend(values)
                 print(f"   {workload}: {median(values):.1f} tokens/s", flush=True)
@@ -71,7 +77,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER[@DTYPE]")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prefill", type=int, default=400, help="tokens of the prefill's prompt (default 400)")
     parser.add_argument("--repeats", type=int, default=3)
@@ -83,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=0.4, help="vLLM's gpu_memory_utilization: share of the RAM")
     parser.add_argument("--limit", type=float, default=1800, metavar="S", help="seconds a process may take")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     parser.add_argument("--measure", type=Path, metavar="JSON", help=argparse.SUPPRESS)
     return parser
 
@@ -104,12 +111,22 @@ def table(found: dict[str, Rates], errors: dict[str, str], bf16: str, int4: str)
     return rows
 
 
-def _run(args: argparse.Namespace, folder: Path, seed: int) -> tuple[Rates, str]:
+def _run(args: argparse.Namespace, folder: Path, dtype: str, seed: int) -> tuple[Rates, str]:
     """Measures one checkpoint in a process of its own: what it got done, and what went wrong ("" for nothing)."""
     with tempfile.TemporaryDirectory() as scratch:
         result, log = Path(scratch) / "rates.json", (args.logs or Path(scratch)) / f"{folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, str(folder), "--measure", str(result), "--seed", str(seed)]
+        command = [
+            sys.executable,
+            __file__,
+            str(folder),
+            "--measure",
+            str(result),
+            "--seed",
+            str(seed),
+            "--dtype",
+            dtype,
+        ]
         command += ["--batches", *map(str, args.batches), "--prefill", str(args.prefill)]
         command += ["--repeats", str(args.repeats), "--memory", str(args.memory)]
         environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}
@@ -151,7 +168,7 @@ def _measure(args: argparse.Namespace) -> None:
     draw = random.Random(args.seed)
     llm = LLM(
         folder,
-        dtype="bfloat16",
+        dtype=args.dtype,
         max_model_len=1024,
         max_num_seqs=max(args.batches),
         max_num_batched_tokens=max(2048, PROMPT * max(args.batches)),  # the largest batch is one prefill step
