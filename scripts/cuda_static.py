@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what the CUDA kernels issue for a weight, without a GPU: compiles, disassembles, finds the loops.
 
-Usage: python scripts/cuda_static.py [--check] [--targets 80 90 ...] [--codes hyb e8p ...] [--jobs 2]
+Usage: python scripts/cuda_static.py [--check [--built]] [--targets 80 90 ...] [--codes hyb e8p ...] [--jobs 2]
 
 Writes docs/benchmarks/cuda_static.csv, a row a kernel and target, and the tables of cuda_static.md there. With --check
 it writes nothing, and names what is off: a limit that is missed, or a figure that has left the CSV's by 5 %. Of fewer
 targets or codes than all it prints the tables. Needs nvcc and nvdisasm; compiled files are kept in build/cuda_static,
-by a hash of the sources.
+by a hash of the sources. With --built it compiles nothing and reads quip_vllm/lib, for which it needs cuobjdump.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from gpu_model import TARGETS, WEIGHTS, Kernel, best_block, kernel_of
 from tqdm import tqdm
 
 SOURCES, CACHE = ROOT / "kernels" / "cuda", ROOT / "build" / "cuda_static"
+LIBRARY = ROOT / "quip_vllm" / "lib" / "libquip_vllm_cuda.so"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 FILES = {
     "1mad": "gemm_1mad",
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Counts, then writes, prints or checks; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--built", action="store_true", help="with --check: the built library, whole")
     parser.add_argument("--targets", nargs="+", type=int, default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--codes", nargs="+", default=list(FILES), choices=list(FILES))
     parser.add_argument("--jobs", type=int, default=2, help="compilations side by side")
@@ -76,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks" / "cuda_static.md")
     args = parser.parse_args(arguments)
     try:
-        rows, problems = measure(args.codes, args.targets, args.jobs)
+        if args.built and not args.check:
+            raise StaticError("--built goes with --check: the CSV is of compiled files.")
+        rows, problems = measure_built() if args.built else measure(args.codes, args.targets, args.jobs)
     except StaticError as error:
         print(error, file=sys.stderr)
         return 2
@@ -99,7 +104,7 @@ def measure(codes: Iterable[str], targets: Iterable[int], jobs: int) -> tuple[li
     Raises:
         StaticError: no nvcc, no nvdisasm, or a source does not compile.
     """
-    compiler, disassembler = find_nvcc(), find_nvdisasm()
+    compiler, disassembler = find_nvcc(), find_tool("nvdisasm")
     shared = {"tools": f"{_version('nvcc', compiler)}, {_version('nvdisasm', disassembler)}", **origin("")}
     del shared["threads"]
     work = [(FILES[code], target) for code in codes for target in targets]
@@ -118,6 +123,31 @@ def measure(codes: Iterable[str], targets: Iterable[int], jobs: int) -> tuple[li
     return [row | shared for row in rows], problems
 
 
+def measure_built(library: Path = LIBRARY) -> tuple[list[Row], list[str]]:
+    """The same of a built library, with all that is in it.
+
+    Raises:
+        StaticError: no cuobjdump, no nvdisasm, no library, or one older than its sources.
+    """
+    extractor, disassembler = find_tool("cuobjdump"), find_tool("nvdisasm")
+    newest = max(path.stat().st_mtime for path in SOURCES.iterdir())
+    if not library.exists() or library.stat().st_mtime < newest:
+        raise StaticError(f"{library} is not there, or older than its sources: run python kernels/build.py cuda.")
+    tools = f"the library's nvcc, {_version('nvdisasm', disassembler)}"
+    rows: list[Row] = []
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        _run([extractor, "-xelf", "all", str(library)], folder)
+        files = [path for target in TARGETS for path in sorted(Path(folder).glob(f"*.sm_{target}.cubin"))]
+        logs = pool.map(lambda path: _run([extractor, "-res-usage", str(path)])[0], files)
+        texts = pool.map(lambda path: _run([disassembler, "-c", str(path)])[0], files)
+        for path, text, log in zip(files, texts, logs, strict=True):
+            more, wrong = figures(text, log, int(path.suffixes[-2].removeprefix(".sm_")))
+            rows += more
+            problems += wrong
+    return [row | {"tools": tools} for row in rows], problems
+
+
 def find_nvcc() -> str:
     """The compiler on PATH or in CUDA_HOME.
 
@@ -131,23 +161,23 @@ def find_nvcc() -> str:
     return found
 
 
-def find_nvdisasm() -> str:
-    """The disassembler on PATH, of the package nvidia-cuda-nvdisasm, or of triton.
+def find_tool(name: str) -> str:
+    """nvdisasm or cuobjdump on PATH, of the package nvidia-cuda-NAME, or of triton.
 
     Raises:
         StaticError: there is none.
     """
-    if found := shutil.which("nvdisasm"):
+    if found := shutil.which(name):
         return found
     for folder in map(Path, site.getsitepackages()):
         for path in [
-            *folder.glob("nvidia/*/bin/nvdisasm"),
-            folder / "triton" / "backends" / "nvidia" / "bin" / "nvdisasm",
+            *folder.glob(f"nvidia/*/bin/{name}"),
+            folder / "triton" / "backends" / "nvidia" / "bin" / name,
         ]:
             if path.exists():
                 path.chmod(path.stat().st_mode | 0o111)  # the package forgets to
                 return str(path)
-    raise StaticError("There is no nvdisasm: pip install nvidia-cuda-nvdisasm, or put one on PATH.")
+    raise StaticError(f"There is no {name}: pip install nvidia-cuda-{name}, or put one on PATH.")
 
 
 def _version(name: str, tool: str) -> str:
@@ -177,8 +207,8 @@ def listing(compiler: str, disassembler: str, name: str, target: int) -> tuple[s
     return _run([disassembler, "-c", str(cubin)])[0], log.read_text()
 
 
-def _run(command: list[str]) -> tuple[str, str]:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], folder: str | None = None) -> tuple[str, str]:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise StaticError(f"{' '.join(command)} fails:\n{done.stderr[-2000:]}")
     return done.stdout, done.stderr
@@ -191,12 +221,17 @@ USED = re.compile(
 )
 
 
+OF_BUILT = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)")
+
+
 def resources(log: str) -> dict[str, Row]:
-    """Mangled name -> what ptxas -v says that a kernel uses."""
-    return {
+    """Mangled name -> what ptxas -v, or cuobjdump, says that a kernel uses; of the stack that is for spills here."""
+    compiled = {
         name: {"registers": int(registers), "spill_bytes": int(stores) + int(loads), "barriers": int(barriers or 0)}
         for name, stores, loads, registers, barriers in USED.findall(log)
     }
+    built = OF_BUILT.findall(log)
+    return compiled | {name: {"registers": int(regs), "spill_bytes": int(stack)} for name, regs, stack in built}
 
 
 def figures(text: str, log: str, target: int) -> tuple[list[Row], list[str]]:

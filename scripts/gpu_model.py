@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 KIB = 1024
-LANES, WARPS_K, ROW_TILES, DEEP = 32, 2, 2, 4
+LANES, WARPS_K, ROW_TILES, TILE, DEEP = 32, 2, 2, 16, 4
 WEIGHTS = 64
 """Of a lane in a chunk: 64 columns of two row tiles of 16."""
 ENOUGH_WARPS = 8
@@ -111,7 +111,7 @@ class Kernel:
     def shared_bytes(self, warps_n: int) -> int:
         """Of a block."""
         stages = 2 if self.column_tiles > 2 or self.table_bytes > 100 * KIB else 3
-        exchange = warps_n * LANES * ROW_TILES * 4 * self.column_tiles * 4
+        exchange = 8 * self.column_tiles * (warps_n * ROW_TILES * TILE + 4) * 4
         return self.table_bytes + max(stages * self.stage_bytes(warps_n), exchange)
 
     def copies(self, warps_n: int) -> int:

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,12 +41,12 @@ device::Stream current_stream([[maybe_unused]] const Tensor& x) {
 #endif
 }
 
-Type type_of(const Tensor& x) {
+Type type_of(const Tensor& x, const char* name = "x") {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Type::kFloat;
     case ScalarType::Half: return Type::kHalf;
     case ScalarType::BFloat16: return Type::kBfloat;
-    default: STD_TORCH_CHECK(false, "x has an unsupported dtype: give float32, float16 or bfloat16");
+    default: STD_TORCH_CHECK(false, name, " has an unsupported dtype: give float32, float16 or bfloat16");
   }
   return Type::kFloat;
 }
@@ -127,10 +128,26 @@ Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor
 // Whether the floats that a row takes fit in shared memory.
 bool fits(int work) { return (work + kLanes) * int(sizeof(float)) <= kSharedLimit; }
 
-// x [m][k] -> [m][n]; shape: chunks of a split, then warps along n and depth for 1, up to 8, up to 16 and more rows.
+const void* bias_of(const Tensor& bias, const Tensor& x, int64_t n) {
+  STD_TORCH_CHECK(bias.numel() == n && bias.is_contiguous() && bias.device() == x.device(), "bias has ", bias.numel(),
+                  " elements: the op wants ", n, " contiguous ones on the device of x");
+  return bias.const_data_ptr();
+}
+
+// The code's unit with a rotation's norm.
+float unit_of(const CodeInfo& info, const Rotation& r) { return info.unit / std::sqrt(float(r.q) * float(r.p)); }
+
+// Whether decode_gemm's epilogue may do what rotate_out does: k is whole, and runs of one width lie within thread blocks.
+bool fuses(const Gemm& g, const RotateOut& out) {
+  const int p = out.part[0].rotation.p;
+  const auto same = [p](const RotateOut::Part& part) { return part.rotation.q == 1 && part.rotation.p == p; };
+  return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.segments, same);
+}
+
+// x [m][k] -> [m][n], plus bias [n], if there is one; shape: chunks of a split, then warps along n and depth for 1, up to 8, up to 16 and more rows.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
-                   std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code,
-                   int64_t bits, std::vector<int64_t> shape) {
+                   std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
+                   std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape) {
   const CodeInfo info = info_of(code, bits);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
@@ -183,31 +200,36 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
   in.work = int(in.rotation.q > 1 ? 2 * k : k);
   RotateOut out{};
-  out.sv = floats(sv, x, n, "sv");
+  out.out.offset = info.offset, out.out.sv = floats(sv, x, n, "sv");
+  if (bias) out.out.bias = bias_of(*bias, x, n), out.out.bias_type = type_of(*bias, "bias");
+  out.out.y = y.mutable_data_ptr(), out.out.type = type, out.out.n = int(n);
   out.splits = g.splits, out.m = int(m), out.stride = int(tiles * kTile), out.split_stride = m * tiles * kTile;
-  out.integers = info.order == XOrder::kBytes, out.unit = info.unit, out.offset = info.offset;
-  out.y = y.mutable_data_ptr(), out.type = type, out.n = int(n);
+  out.integers = info.order == XOrder::kBytes;
   int start = 0;
   for (int64_t i = 0; i < parts; ++i) {
     const int size = int(output_sizes[i]);
-    out.part[i] = {rotation_of(bases[i + 1], widths[i + 1], size, x), start, size};
+    const Rotation rotation = rotation_of(bases[i + 1], widths[i + 1], size, x);
+    out.part[i] = {rotation, start, size, unit_of(info, rotation)};
     out.work = std::max(out.work, size);
     start += size;
   }
   out.segments = int(parts);
 
-  Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4), partial(x, g.splits * out.split_stride);
+  const bool fused = fuses(g, out);
+  Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
+  Memory partial(x, fused ? 0 : g.splits * out.split_stride);
   Memory scales(x, 2 * m), in_scratch(x, fits(in.work) ? 0 : m * in.work);
-  Memory out_scratch(x, fits(out.work) ? 0 : m * parts * out.work);
+  Memory out_scratch(x, fused || fits(out.work) ? 0 : m * parts * out.work);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
   g.partial = partial.floats, out.partial = partial.floats;
-  in.scales = scales.floats, in.totals = scales.floats + m, out.scales = in.scales, out.totals = in.totals;
+  in.scales = scales.floats, in.totals = scales.floats + m, out.out.scales = in.scales, out.out.totals = in.totals;
+  if (fused) g.width = out.part[0].rotation.p, g.unit = out.part[0].unit, g.out = out.out;
   in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
 
   const device::Stream stream = current_stream(x);
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.run(g, stream);
-  if (problem.empty()) problem = rotate_out(out, stream);
+  if (problem.empty() && !fused) problem = rotate_out(out, stream);
   STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
   return y;
 }
@@ -229,13 +251,15 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   d.packed = packed_words(packed, ids, tiles, chunks, bits), d.table = table_of(table, ids, info, code, 1);
   d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset;
   RotateOut out{};
-  out.part[0] = {rotation_of(base, width, k, ids), 0, int(k)}, out.segments = 1, out.work = int(k);
+  const Rotation rotation = rotation_of(base, width, k, ids);
+  out.part[0] = {rotation, 0, int(k), unit_of(info, rotation)}, out.segments = 1, out.work = int(k);
   Memory decoded(su, m * k), scales(su, 2 * m), scratch(su, fits(out.work) ? 0 : m * k);
   d.out = decoded.floats, d.scales = scales.floats;
-  out.partial = decoded.floats, out.splits = 1, out.m = int(m), out.stride = int(k), out.unit = info.unit;
+  out.partial = decoded.floats, out.splits = 1, out.m = int(m), out.stride = int(k);
   // The offset is off already: a total is multiplied by zero.
-  out.scales = scales.floats, out.totals = scales.floats, out.sv = floats(su, ids, k, "su"), out.y = y.mutable_data_ptr();
-  out.type = type_of(y), out.n = int(k), out.scratch = fits(out.work) ? nullptr : scratch.floats;
+  out.out.scales = scales.floats, out.out.totals = scales.floats, out.out.sv = floats(su, ids, k, "su");
+  out.out.y = y.mutable_data_ptr(), out.out.type = type_of(y), out.out.n = int(k);
+  out.scratch = fits(out.work) ? nullptr : scratch.floats;
   const device::Stream stream = current_stream(ids);
   std::string problem = entry.rows(d, stream);
   if (problem.empty()) problem = rotate_out(out, stream);

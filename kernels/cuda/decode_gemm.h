@@ -13,8 +13,7 @@
 #include <utility>
 
 #include "decode_rows.h"
-#include "device.h"
-#include "kernels.h"
+#include "output.h"
 
 namespace quip {
 
@@ -34,10 +33,13 @@ HOST_DEVICE int stage_bytes(int rows, int warps_n, int depth) {
   return kWarpsK * depth * (warps_n * kRowTiles * chunk_bytes<Code>() + rows * row_bytes(Code::kOrder));
 }
 
+// Sums from a row of the exchange to the next: a block's outputs, and four for lanes of different rows to meet no bank.
+HOST_DEVICE constexpr int exchange_stride(int warps_n) { return warps_n * kRowTiles * kTile + 4; }
+
 template <class Code>
 inline int shared_bytes(int rows, int warps_n, int depth) {
   const int pipeline = stages_of<Code>(column_tiles_of(rows)) * stage_bytes<Code>(rows, warps_n, depth);
-  const int exchange = warps_n * kLanes * kRowTiles * 4 * column_tiles_of(rows) * 4;
+  const int exchange = 8 * column_tiles_of(rows) * exchange_stride(warps_n) * 4;
   return Code::kTableBytes + (pipeline > exchange ? pipeline : exchange);
 }
 
@@ -130,14 +132,14 @@ DEVICE void multiply_half(const Code& code, const uint32_t (&words)[kRowTiles][C
   }
 }
 
-// The sums of the warps that share outputs, added in order, to partial.
+// The sums of the warps that share outputs, added in order, to partial; or what they become, to y.
 template <class Code, int kColumnTiles>
 DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kColumnTiles>& sums, int tile0, int end_tile,
                        int row0, int rows) {
   using Sum = typename Code::Sum;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warp_k = warp / g.warps_n;
-  Sum* exchange = reinterpret_cast<Sum*>(memory) + warp % g.warps_n * kLanes + lane;
-  const int step = g.warps_n * kLanes;
+  const int stride = exchange_stride(g.warps_n), first = (warp - warp_k * g.warps_n) * kRowTiles * kTile;
+  Sum* const exchange = reinterpret_cast<Sum*>(memory) + first;  // [row][output of this warp]
   for (int turn = kWarpsK - 1; turn >= 0; --turn) {
     if (warp_k == turn) {
 #pragma unroll
@@ -147,23 +149,34 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             Sum value = sums.of[0][r][c][i];
-            if constexpr (Code::kSums > 1) value += Code::kSecond * sums.of[Code::kSums - 1][r][c][i];
-            Sum& slot = exchange[((r * kColumnTiles + c) * 4 + i) * step];
-            if (turn + 1 < kWarpsK) value += slot;
-            if (turn) {
-              slot = value;
-              continue;
-            }
-            const int row = 8 * c + lane % 4 * 2 + i % 2, tile = tile0 + r;
-            if (row >= rows || tile >= end_tile) continue;
-            Sum* out = reinterpret_cast<Sum*>(g.partial) + (int64_t(blockIdx.y) * g.m + row0 + row) * (kTile * g.tiles);
-            out[tile * kTile + lane / 4 + i / 2 * 8] = value;
+            if constexpr (Code::kSums > 1) value = fmaf(Code::kSecond, sums.of[Code::kSums - 1][r][c][i], value);
+            Sum& slot = exchange[(8 * c + lane % 4 * 2 + i % 2) * stride + r * kTile + lane / 4 + i / 2 * 8];
+            slot = turn + 1 < kWarpsK ? value + slot : value;
           }
         }
       }
     }
     device::sync_block();
   }
+  // From here a thread has an output, of every other row.
+  const int output = tile0 * kTile + lane;
+  if (!g.width) {
+    Sum* out = reinterpret_cast<Sum*>(g.partial) + (int64_t(blockIdx.y) * g.m + row0) * (kTile * g.tiles) + output;
+    if (output >= end_tile * kTile) return;
+#pragma unroll 1
+    for (int row = warp_k; row < rows; row += kWarpsK) out[int64_t(row) * (kTile * g.tiles)] = exchange[row * stride + lane];
+    return;
+  }
+  float* const v = reinterpret_cast<float*>(memory);
+#pragma unroll 1
+  for (int row = warp_k; row < rows; row += kWarpsK)
+    v[row * stride + first + lane] = centred(g.out, exchange[row * stride + lane], row0 + row);
+  device::sync_block();
+  walsh<8 * kColumnTiles>(v, g.warps_n * kRowTiles * kTile, stride, g.width);
+  if (output >= min(end_tile * kTile, g.out.n)) return;
+#pragma unroll 1
+  for (int row = warp_k; row < rows; row += kWarpsK)
+    write(g.out, g.unit, row0 + row, output, v[row * stride + first + lane]);
 }
 
 template <class Code, int kColumnTiles, int kDepth>

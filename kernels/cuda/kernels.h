@@ -34,12 +34,24 @@ struct RotateIn {
   int work;            // floats a row: k, twice that if q > 1
 };
 
+// Where sums become outputs (output.h).
+struct Output {
+  float offset;                  // what the code's numbers are too large by
+  const float *scales, *totals;  // [m], of rotate_in
+  const float* sv;               // [n]
+  const void* bias;              // [n], or null
+  void* y;                       // [m][n]
+  Type bias_type, type;
+  int n;
+};
+
 // A projection's tiles: those of a thread block belong to one.
 struct Segment {
   int first_block, first_tile, end_tile;
 };
 
-// partial[split][m][16 * tiles] = packed times x over the split's chunks.
+// partial[split][m][16 * tiles] = packed times x over the split's chunks; or the outputs, if there is one split and their
+// rotation is within what a thread block has.
 struct Gemm {
   const uint32_t* packed;  // layout.h
   const unsigned char* x;
@@ -52,23 +64,23 @@ struct Gemm {
   int depth;    // chunks that a warp takes in a stage: 2 or 4 for up to 16 rows and 4 bits, else, and for LUT, 1
   int segments;
   Segment segment[kMaxSegments];
+  int width;  // p of every projection's output rotation, which the epilogue applies, or 0: it writes partial
+  float unit;
+  Output out;
 };
 
-// y [m][n] = sv * H(unit * (sum of the splits - offset * total)) * scale, for each projection.
+// y [m][n] = sv * H(unit * (sum of the splits - offset * total)) * scale + bias, for each projection.
 struct RotateOut {
   const float* partial;
   int splits, m, stride;  // floats from a row of partial to the next
   int64_t split_stride;
   bool integers;
-  float unit, offset;
-  const float *scales, *totals;
-  const float* sv;  // [n]
-  void* y;
-  Type type;
-  int n, segments;
+  Output out;
+  int segments;
   struct Part {
     Rotation rotation;
     int start, size;  // in y, and in partial
+    float unit;       // with the rotation's norm
   } part[kMaxSegments];
   float* scratch;  // [m][segments][work] where shared memory is too small, else null
   int work;

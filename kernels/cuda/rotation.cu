@@ -2,47 +2,15 @@
 // The rotations around decode_gemm: a thread block a row (and projection), its elements in shared memory as floats.
 //
 //   rotate_in    x * su, S_p within runs, H_q^T across, then fp16 times a power of two, or int8 of 127ths of the largest
-//   rotate_out   sum of the splits, less the code's offset, S_p, H_q, times sv
+//   rotate_out   sum of the splits, less the code's offset, S_p, H_q, times sv, plus bias
 //
 // A row too long for shared memory is worked on in global memory, by the same code.
-#include "device.h"
-#include "kernels.h"
+#include "output.h"
 
 namespace quip {
 namespace {
 
 constexpr int kThreads = 512;
-
-// Butterflies of `radix` elements, `span` apart.
-template <int radix>
-DEVICE void butterflies(float* v, int count, int span) {
-  for (int i = threadIdx.x; i < count / radix; i += blockDim.x) {
-    float* first = v + (i / span) * span * radix + i % span;
-    float e[radix];
-#pragma unroll
-    for (int j = 0; j < radix; ++j) e[j] = first[j * span];
-#pragma unroll
-    for (int half = 1; half < radix; half *= 2) {
-#pragma unroll
-      for (int j = 0; j < radix; ++j) {
-        if (j & half) continue;
-        const float a = e[j], b = e[j | half];
-        e[j] = a + b, e[j | half] = a - b;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < radix; ++j) first[j * span] = e[j];
-  }
-  device::sync_block();
-}
-
-// S_p within each run of p elements, not normalised.
-DEVICE void walsh(float* v, int count, int p) {
-  int span = 1;
-  for (; span * 8 <= p; span *= 8) butterflies<8>(v, count, span);
-  if (span * 4 <= p) butterflies<4>(v, count, span), span *= 4;
-  if (span * 2 <= p) butterflies<2>(v, count, span);
-}
 
 // Calls f(i, element i of H_q across runs of p elements of v). A thread makes four elements of a column at a time, for which
 // it reads the column once and four numbers of H_q in one load.
@@ -64,18 +32,6 @@ DEVICE void mix(const float* v, int count, const Rotation& r, F f) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) f(run + (a + i) * r.p + b, sum[i]);
   }
-}
-
-DEVICE float read(const void* from, Type type, int64_t i) {
-  if (type == Type::kFloat) return static_cast<const float*>(from)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
-}
-DEVICE void write(void* to, Type type, int64_t i, float v) {
-  if (type == Type::kFloat)
-    static_cast<float*>(to)[i] = v;
-  else
-    static_cast<uint16_t*>(to)[i] = type == Type::kHalf ? device::to_half(v) : device::to_bfloat(v);
 }
 
 // f(all threads' values), in an order that does not depend on anything; memory: 32 floats.
@@ -107,7 +63,7 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   float* v = r.scratch ? r.scratch + int64_t(row) * r.work : reduction + kLanes;
   for (int i = threadIdx.x; i < k; i += blockDim.x) v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];
   device::sync_block();
-  walsh(v, k, r.rotation.p);
+  walsh<1>(v, k, 0, r.rotation.p);
   if (r.rotation.q > 1) {
     mix(v, k, r.rotation, [&](int i, float value) { v[k + i] = value; });
     v += k;
@@ -171,25 +127,20 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   const RotateOut::Part& part = r.part[s];
   float* v = r.scratch ? r.scratch + (int64_t(row) * r.segments + s) * r.work : reinterpret_cast<float*>(memory);
   const float* from = r.partial + int64_t(row) * r.stride + part.start;
-  const float offset = r.offset != 0 ? r.offset * r.totals[row] : 0;
-  const uint32_t whole = uint32_t(int(r.offset)) * device::bits_of(r.totals[row]);
   for (int i = threadIdx.x; i < part.size; i += blockDim.x) {
-    if (r.integers) {  // modulo 2^32: the result without the offset is below 2^31
+    if (r.integers) {
       uint32_t sum = 0;
       for (int j = 0; j < r.splits; ++j) sum += device::bits_of(from[j * r.split_stride + i]);
-      v[i] = float(int32_t(sum - whole));
+      v[i] = centred(r.out, int32_t(sum), row);
     } else {
       float sum = from[i];
       for (int j = 1; j < r.splits; ++j) sum += from[j * r.split_stride + i];
-      v[i] = sum - offset;
+      v[i] = centred(r.out, sum, row);
     }
   }
   device::sync_block();
-  walsh(v, part.size, part.rotation.p);
-  const float scale = r.unit * r.scales[row] / sqrtf(float(part.rotation.q) * float(part.rotation.p));
-  mix(v, part.size, part.rotation, [&](int i, float value) {
-    write(r.y, r.type, int64_t(row) * r.n + part.start + i, value * (scale * r.sv[part.start + i]));
-  });
+  walsh<1>(v, part.size, 0, part.rotation.p);
+  mix(v, part.size, part.rotation, [&](int i, float sum) { write(r.out, part.unit, row, part.start + i, sum); });
 }
 
 }  // namespace

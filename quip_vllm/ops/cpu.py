@@ -114,7 +114,7 @@ class CpuBackend:
             prepared["lut"] = _lut_values()
         return prepared | {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         widths = [width for _, width in rotations(spec)]
         matrices = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
@@ -151,7 +151,8 @@ class CpuBackend:
                 spec.bits,
                 self.activations,
             )
-        return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
+        y = y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
+        return y if bias is None else y + bias
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         flat = ids.reshape(-1).contiguous()

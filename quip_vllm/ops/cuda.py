@@ -56,9 +56,12 @@ class CudaBackend:
             prepared[name] = rotation_base(order, not transpose, device)  # the kernels read the columns of each
         return prepared
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         widths = [width for _, width in rotations(spec)]
         code, shape = self.plans[spec]
+        sizes = _sizes(spec)
+        if bias is not None and sum(sizes) > spec.out_features:
+            bias = torch.nn.functional.pad(bias, (0, sum(sizes) - spec.out_features))
         y = torch.ops.quip_vllm.cuda_linear(
             x.reshape(-1, spec.in_features).contiguous(),
             tensors["packed"],
@@ -67,7 +70,8 @@ class CudaBackend:
             tensors["sv"],
             [tensors[f"base{i}"] for i in range(len(widths))],
             widths,
-            _sizes(spec),
+            sizes,
+            bias,
             code,
             spec.bits,
             shape,
@@ -130,6 +134,7 @@ def _shape(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu) -> list[int]:
 def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
     tables = 3 if spec.bits == 3 else 2
     table_words = {"hyb": 512 * 16, "hyb_large": 1024 * 32, "e8p": tables * 256 * 16, "e8p_large": tables * 256 * 32}
+    (order, width), *others = set(rotations(spec)[1:])
     return cuda_shapes.Problem(
         spec.out_features,
         spec.in_features,
@@ -138,4 +143,5 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         table_words.get(code, 0),
         spec.code is Code.LUT,
         _shared(code, spec.bits),
+        0 if others or order > 1 else width,
     )

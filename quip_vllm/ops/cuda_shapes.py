@@ -3,6 +3,9 @@
 
 Chosen once, when a layer is loaded, for one, up to 8, up to 16 and more rows. All cut k alike, so an output's sum has
 one order whatever the number of rows. Nothing is timed, so it is safe while a CUDA graph is captured.
+
+Where the output rotation is within a thread block and k is whole, the product's epilogue applies it: no second launch,
+but no parts of k either, which a layer of few outputs needs to occupy a GPU. The model weighs one against the other.
 """
 
 from collections.abc import Callable
@@ -19,8 +22,13 @@ START_CYCLES = 2500
 """Of a thread block: the first copies, the last exchange, and its share of the launch (an estimate)."""
 CHUNK_CYCLES = 300
 """Least time of a chunk of one warp, when nothing else hides the latencies of decoding it (an estimate)."""
+OUTPUT_CYCLES = 3000
+"""The output rotation's launch: 1 us from one kernel of a CUDA graph to the next, 1 us from loads to stores (an
+estimate; a GPU's microsecond has 1400 to 2500 cycles)."""
 SPLIT_CYCLES = 400
-"""What each further part of k adds to the output rotation (an estimate)."""
+"""What each part of k adds to it (an estimate)."""
+EPILOGUE_CYCLES = 700
+"""The output rotation in the epilogue: some seven barriers with a pass through shared memory each (an estimate)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Problem:
         shared: bytes of shared memory of (rows, warps_n, depth).
         table_words: of the table that a block copies before it starts.
         gathers: whether weights are gathered from memory (code lut).
+        width: of the output rotations, if all have one and no base; else 0.
     """
 
     n: int
@@ -51,6 +60,7 @@ class Problem:
     table_words: int
     gathers: bool
     shared: Callable[[int, int, int], int]
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,21 +84,32 @@ def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str 
     return None
 
 
+def fuses(candidate: Candidate, problem: Problem) -> bool:
+    """Whether the product's epilogue applies the output rotation: `fuses` of kernels/cuda/bindings.cu."""
+    whole = candidate.split_chunks >= -(-problem.k // CHUNK)
+    return whole and problem.width > 0 and candidate.warps_n * ROW_TILES * TILE % problem.width == 0
+
+
+def resident(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> int:
+    """Thread blocks that a multiprocessor holds."""
+    shared = problem.shared(rows, candidate.warps_n, candidate.depth) + 1024
+    return max(1, min(gpu.shared_multiprocessor // shared, WARPS_PER_SM // (candidate.warps_n * WARPS_K)))
+
+
 def cycles(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> float:
     """The model: waves of thread blocks, each as long as its instructions take to issue or a warp's chunks to pass."""
     tiles, chunks = -(-problem.n // TILE), -(-problem.k // CHUNK)
     splits = -(-chunks // candidate.split_chunks)
     warps = candidate.warps_n * WARPS_K
     blocks = -(-tiles // (ROW_TILES * candidate.warps_n)) * splits
-    shared = problem.shared(rows, candidate.warps_n, candidate.depth) + 1024
-    resident = max(1, min(gpu.shared_multiprocessor // shared, WARPS_PER_SM // warps))
-    resident = min(resident, -(-blocks // gpu.multiprocessors))
-    waves = -(-blocks // (gpu.multiprocessors * resident))
+    together = min(resident(candidate, problem, gpu, rows), -(-blocks // gpu.multiprocessors))
+    waves = -(-blocks // (gpu.multiprocessors * together))
     steps = -(-candidate.split_chunks // WARPS_K)
     stage = 70 / candidate.depth  # instructions beside the decoding, by chunk
-    issue = steps * resident * warps * (CHUNK * problem.instructions + stage) / SCHEDULERS  # 64 weights a lane
-    table = 4 * problem.table_words / (32 * SCHEDULERS) * resident
-    return waves * (START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)) + splits * SPLIT_CYCLES
+    issue = steps * together * warps * (CHUNK * problem.instructions + stage) / SCHEDULERS  # 64 weights a lane
+    table = 4 * problem.table_words / (32 * SCHEDULERS) * together
+    end = EPILOGUE_CYCLES * waves if fuses(candidate, problem) else OUTPUT_CYCLES + splits * SPLIT_CYCLES
+    return waves * (START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)) + end
 
 
 def candidates(problem: Problem) -> list[Candidate]:

@@ -30,8 +30,11 @@ class Backend(Protocol):
     def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Checks shapes and dtypes and lays the checkpoint's tensors out for ``linear``; runs once, at load."""
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """y = sv * H(decode(packed) H(su * x)): x [..., k] -> y [..., n] in x's dtype. ``tensors`` from ``prepare``."""
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
+        """y = sv * H(decode(packed) H(su * x)) + bias: x [..., k] -> y [..., n] in x's dtype.
+
+        ``tensors`` from ``prepare``; bias [n] has the dtype of x.
+        """
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Rows of the dequantized weight: int64 ids [...] in 0..n-1 -> [..., k] in ``dtype``.

@@ -48,14 +48,15 @@ class ReferenceBackend:
         check(spec, tensors)
         return dict(tensors)
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         block = spec.hadamard_block
         rotated = hadamard(x.float() * tensors["su"].float(), block, transpose=True)
         y = rotated @ decode(spec, tensors).T
         if spec.rotate_output:
             parts = y.split(spec.output_sizes, dim=-1)
             y = torch.cat([hadamard(part.contiguous(), block) for part in parts], dim=-1)
-        return (y * tensors["sv"].float()).to(x.dtype)
+        y = (y * tensors["sv"].float()).to(x.dtype)
+        return y if bias is None else y + bias
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.embedding(ids, dequantize(spec, tensors)).to(dtype)

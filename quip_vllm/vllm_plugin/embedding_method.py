@@ -84,8 +84,7 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of this rank's rows: x [..., k] -> [..., rows] in x's dtype, zero where a row has no token."""
         (segment,) = layer.quip_segments
-        y = segment.backend.linear(segment.spec, x, segment.tensors(layer))
-        return y if bias is None else y + bias
+        return segment.backend.linear(segment.spec, x, segment.tensors(layer), bias)
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Embeddings of tokens: int64 [...], numbers of this rank's rows -> [..., k] in the model's dtype."""

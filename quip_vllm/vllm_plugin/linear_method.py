@@ -138,9 +138,10 @@ class QuipLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all shards of this rank."""
-        outputs = [s.backend.linear(s.spec, x, s.tensors(layer)) for s in layer.quip_segments]
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if bias is None else y + bias
+        segments = layer.quip_segments
+        parts = [None] * len(segments) if bias is None else bias.split([s.spec.out_features for s in segments])
+        outputs = [s.backend.linear(s.spec, x, s.tensors(layer), b) for s, b in zip(segments, parts, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _of_each_shard(self, count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Name on disk and bits of each of a layer's shards."""

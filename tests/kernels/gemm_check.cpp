@@ -32,7 +32,8 @@ const Known kCodes[] = {
     {"e8p", lattice_entry, XOrder::kLattice, 772},     {"e8p_large", lattice_large_entry, XOrder::kLattice, 772},
 };
 
-std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
+// fused: k whole, and the output rotation, of runs of 16, in decode_gemm's epilogue.
+std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool fused) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk, spare = kWarpsK * kDeep;
@@ -47,18 +48,20 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth) {
 
   Gemm g{};
   g.packed = packed.data(), g.x = aligned, g.table = table.data();
-  g.m = m, g.tiles = tiles, g.chunks = chunks, g.splits = 2, g.split_chunks = 8, g.warps_n = warps_n, g.depth = depth;
+  g.m = m, g.tiles = tiles, g.chunks = chunks, g.warps_n = warps_n, g.depth = depth;
+  g.splits = fused ? 1 : 2, g.split_chunks = fused ? chunks : 8;
   g.segments = 1, g.segment[0] = {0, 0, tiles};
   std::vector<float> partial(g.splits * m * kN), scales(m), totals(m);
   g.partial = partial.data();
   const RotateIn in{x.data(), Type::kFloat, su.data(), {base.data(), 172, 4}, m, kK, chunks, code.order, aligned, scales.data(),
                     totals.data(), nullptr, 2 * kK};
-  RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, 1, 510, scales.data(),
-                totals.data(), sv.data(), y.data(), Type::kFloat, kN, 1, {}, nullptr, kN};
-  out.part[0] = {{base.data(), 20, 4}, 0, kN};
+  const Output output{510, scales.data(), totals.data(), sv.data(), sv.data(), y.data(), Type::kFloat, Type::kFloat, kN};
+  if (fused) g.width = 16, g.unit = 1, g.out = output;
+  RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, output, 1, {}, nullptr, kN};
+  out.part[0] = {{base.data(), 20, 4}, 0, kN, 1};
   std::string problem = rotate_in(in, {});
   if (problem.empty()) problem = code.entry(bits).run(g, {});
-  if (problem.empty()) problem = rotate_out(out, {});
+  if (problem.empty() && !fused) problem = rotate_out(out, {});
   if (!problem.empty()) return problem;
   uint64_t hash = 14695981039346656037ull;
   for (float v : y) {
@@ -77,8 +80,10 @@ int main(int count, char** words) {
       if (std::strcmp(code.name, words[i])) continue;
       const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(code.name, "lut") ? 1 : 2;
       for (int m : {2, 9, 17}) {
-        const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth);
-        std::printf("%s %d, %d rows: %s\n", code.name, bits, m, answer.c_str());
+        for (bool fused : {false, true}) {
+          const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, fused);
+          std::printf("%s %d, %d rows%s: %s\n", code.name, bits, m, fused ? ", fused" : "", answer.c_str());
+        }
       }
     }
   }

@@ -35,7 +35,7 @@ def test_no_address_is_wrong(order):
     result = run(BUILD / "emulator_address" / "gemm_check", " ".join(ALL), order)
     assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
     answers = [line.split(": ", 1)[1] for line in result.stdout.splitlines()]
-    assert len(answers) == 3 * len(ALL) and all(answer.isdigit() for answer in answers)
+    assert len(answers) == 6 * len(ALL) and all(answer.isdigit() for answer in answers)
 
 
 @pytest.mark.parametrize("order", ["deferred", "eager"])

@@ -11,18 +11,39 @@ from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ORDERS = "linear_is_the_dequantized_weight and qtip-1mad-2", "order_of_threads and qtip-1mad-1"
+FUSED = "gemm_1mad", "the_epilogue_gives and qtip-1mad-2"
+FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
     "swapped A registers": ("trellis_stream.h", "a[0][tile][j] =", "a[0][tile][j ^ 1] =", "gemm_1mad", RESULTS),
     "swapped B registers": ("decode_gemm.h", "[2 * v], b.x, b.y", "[2 * v], b.y, b.x", "gemm_1mad", RESULTS),
     "shifted index": ("decode_gemm.h", "lane * Code::bits * 4;", "(lane ^ 1) * Code::bits * 4;", "gemm_1mad", RESULTS),
     "wrong selector": ("trellis_stream.h", "0x7632 : 0x5410", "0x7632 : 0x5401", "gemm_1mad", RESULTS),
-    "wrong sign": ("rotation.cu", "e[j | half] = a - b", "e[j | half] = b - a", "rotation", RESULTS),
+    "wrong sign": ("output.h", "e[j | half] = a - b", "e[j | half] = b - a", "rotation", RESULTS),
     "no barrier": (
         "decode_gemm.h",
         "copy_wait<kStages - 2>();\n    device::sync_block();",
         "copy_wait<kStages - 2>();",
         "gemm_1mad",
         ORDERS,
+    ),
+    "an output of the neighbour": (
+        "decode_gemm.h",
+        "g.unit, row0 + row, output,",
+        "g.unit, row0 + row, output ^ 1,",
+        *FUSED,
+    ),
+    "a row's offset of the next": ("decode_gemm.h", "lane], row0 + row);", "lane], row0);", *FUSED),
+    "no barrier before the butterflies": (
+        "decode_gemm.h",
+        "  device::sync_block();\n  walsh",
+        "  walsh",
+        *FUSED_ORDERS,
+    ),
+    "no barrier in the exchange": (
+        "decode_gemm.h",
+        "    device::sync_block();\n  }\n  // From here",
+        "  }\n  // From here",
+        *FUSED_ORDERS,
     ),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
@@ -53,7 +74,7 @@ def outcome(library, tests):
     return result.returncode, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize("tests", [RESULTS, ORDERS])
+@pytest.mark.parametrize("tests", [RESULTS, ORDERS, FUSED[1]])
 def test_the_kernels_as_they_are_pass(objects, tests):
     code, text = outcome(objects / "libquip_vllm_cuda.so", tests)
     assert code == 0 and " passed" in text, text

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR
 from random_layers import FORMAT_IDS, FORMATS, random_layer
 
 from quip_vllm.formats.methods import Code, Method
@@ -33,8 +33,8 @@ def rows(m, k):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
 
 
-def arguments(cuda, spec, tensors, x, shape=None, code=None):
-    """Those of the op, with other thread blocks or another variant of the code."""
+def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
+    """Those of the op, with other thread blocks, another variant of the code, or a bias."""
     prepared = cuda.prepare(spec, tensors)
     planned_code, planned = next(plan for plan in reversed(cuda.plans.values()))
     count = len(spec.output_sizes) + 1
@@ -42,7 +42,7 @@ def arguments(cuda, spec, tensors, x, shape=None, code=None):
     bases = [prepared[f"base{i}"] for i in range(count)]
     packed, table, signs = prepared["packed"], prepared.get("table"), (prepared["su"], prepared["sv"])
     sizes = list(spec.output_sizes)
-    return [x, packed, table, *signs, bases, widths, sizes, code or planned_code, spec.bits, shape or planned]
+    return [x, packed, table, *signs, bases, widths, sizes, bias, code or planned_code, spec.bits, shape or planned]
 
 
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
@@ -125,6 +125,58 @@ def test_every_thread_block_gives_the_same_result(cuda, method, code, bits):
     assert relative(y, (rows(20, 1216).double() @ dequantize(spec, tensors).double().T).repeat(3, 1)) < HALF_ACTIVATIONS
 
 
+FUSED = [  # k, output sizes, block, warps whose outputs are a multiple of the block
+    (272, (48, 16), 16, 1),
+    (656, (96, 32, 64), 32, 2),
+    (144, (192, 64), 64, 2),
+    (208, (128, 256, 128), 128, 4),
+    (80, (256, 256), 256, 8),
+]
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "sizes", "block", "warps"), FUSED, ids=str)
+def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, method, code, bits, k, sizes, block, warps):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors = random_layer(spec)
+    x, bias = rows(66, k), torch.randn(sum(sizes), generator=torch.Generator().manual_seed(k))
+    least = 2 if bits <= 4 and code is not Code.LUT else 1
+    few, many = min(warps, 4 if code is Code.LUT else 8), min(warps, 4)
+    shape = [16, *[few, least] * 3, many]
+    together = arguments(cuda, spec, tensors, x, shape, bias=bias)
+    apart = list(together)
+    apart[6] = [*together[6][:-1], block // 2]  # one width for all is what the epilogue needs
+    for m in (1, 12, 66):
+        y, other = (OPS.cuda_linear(x[:m].contiguous(), *given[1:]) for given in (together, apart))
+        assert torch.equal(y[:, : -sizes[-1]], other[:, : -sizes[-1]])
+        assert not torch.equal(y, other)
+        wanted = x[:m].double() @ dequantize(spec, tensors).double().T + bias.double()
+        assert relative(y, wanted) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("block", [4, 8])
+def test_the_epilogue_takes_blocks_within_a_tile(cuda, block):
+    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 40, (12, 40, 4) if block == 4 else (24, 16), block)
+    tensors, x = random_layer(spec), rows(5, 40)
+    y = OPS.cuda_linear(*arguments(cuda, spec, tensors, x, [8, 2, 2, 2, 2, 2, 2, 2]))
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("sizes", [(96, 32), (37,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.HYB)])
+def test_a_bias_is_added_before_the_only_rounding(cuda, method, code, dtype, sizes):
+    for block in (None, 32):
+        spec = LinearSpec(method, code, 2, 272, sizes, block, rotate_output=len(sizes) > 1)
+        prepared = cuda.prepare(spec, random_layer(spec))
+        x, bias = rows(5, 272).to(dtype), torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)).to(dtype)
+        exact = cuda.linear(spec, x.float(), prepared).double() + bias.double()
+        y = cuda.linear(spec, x, prepared, bias)
+        assert y.dtype is dtype
+        assert ((y.double() - exact).abs() <= 2 * ROUNDED_ONCE[str(dtype)] * (exact.abs() + bias.double().abs())).all()
+        assert torch.equal(cuda.linear(spec, x[:1], prepared, bias), y[:1])
+
+
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS[::3], ids=FORMAT_IDS[::3])
 def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, method, code, bits, order):
@@ -135,6 +187,17 @@ def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, method
     monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
     for y in usual:
         assert torch.equal(cuda.linear(spec, rows(len(y), 656), prepared), y)
+
+
+@pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
+@pytest.mark.parametrize("code", [Code.ONE_MAD, Code.HYB])
+def test_the_order_of_threads_does_not_show_in_the_epilogue(cuda, monkeypatch, code, order):
+    spec = LinearSpec(Method.QTIP, code, 2, 272, (128, 256), 128)
+    given = arguments(cuda, spec, random_layer(spec), rows(70, 272), [16, *[4, 2] * 3, 4])
+    usual = [OPS.cuda_linear(given[0][:m].contiguous(), *given[1:]) for m in (3, 12, 70)]
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+    for y in usual:
+        assert torch.equal(OPS.cuda_linear(given[0][: len(y)].contiguous(), *given[1:]), y)
 
 
 def test_a_head_without_output_rotation(cuda):
@@ -226,12 +289,15 @@ def hyb_arguments(cuda):
         (6, [64, 32, 12], "rotation"),
         (6, [64, 64, 16], "rotation"),
         (7, [32, 8], "multiple of 16"),
-        (8, "4mad", "4mad"),
-        (9, 5, "bits"),
-        (9, 0, "bits"),
-        (10, [8, 3, 2, 3, 2, 3, 2, 1], "warps"),
-        (10, [8, 1, 1, 1, 1, 1, 1, 1], "depth"),
-        (10, [8], "shape"),
+        (8, torch.zeros(47), "bias"),
+        (8, torch.zeros(96)[::2], "bias"),
+        (8, torch.zeros(48, dtype=torch.float64), "dtype"),
+        (9, "4mad", "4mad"),
+        (10, 5, "bits"),
+        (10, 0, "bits"),
+        (11, [8, 3, 2, 3, 2, 3, 2, 1], "warps"),
+        (11, [8, 1, 1, 1, 1, 1, 1, 1], "depth"),
+        (11, [8], "shape"),
     ],
 )
 def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
@@ -304,6 +370,18 @@ def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, method, code, 
     if n * k >= 1 << 24:  # enough work for every multiprocessor
         count = -(-n // (32 * blocks[0])) * -(-k // (64 * split))
         assert count >= 0.7 * GPUS[gpu].multiprocessors
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_the_model_weighs_a_launch_against_parts_of_k(cuda, gpu):
+    """Many outputs occupy a GPU without parts of k, few do not; an output rotation of full width has no choice."""
+    from quip_vllm.ops.cuda import _problem
+
+    for n, block, together in ((28672, 128, True), (4096, 128, False), (28672, None, False), (128, None, False)):
+        problem = _problem(LinearSpec(Method.QTIP, Code.HYB, 2, 4096, (n,), block), "hyb")
+        split, warps, depth, *_ = cuda_shapes.choose(problem, GPUS[gpu])
+        assert cuda_shapes.fuses(cuda_shapes.Candidate(warps, depth, split), problem) is together
+    assert problem.width == 128  # one projection of a power of two: its full width is a block
 
 
 def test_a_candidate_is_refused_with_a_reason():

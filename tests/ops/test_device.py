@@ -52,6 +52,17 @@ def test_linear_is_the_dequantized_weight_whatever_the_batch(backend, method, co
         assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared), y[:m])
 
 
+@pytest.mark.parametrize("block", [None, 32, 128])  # narrow ones are rotated in the CUDA product's epilogue
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_a_bias_is_added_whatever_the_batch(backend, method, code, bits, block):
+    spec, tensors, prepared = layer(backend, method, code, bits, 272, (384, 128), block)
+    x, bias = rows(max(ROWS), 272), rows(1, 512)[0]
+    y = backend.linear(spec, x, prepared, bias)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T + bias.double()) < HALF_ACTIVATIONS
+    for m in ROWS:
+        assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared, bias), y[:m])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
 def test_half_precision_rounds_like_torch(backend, method, code, bits, dtype):

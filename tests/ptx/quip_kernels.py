@@ -283,7 +283,7 @@ def shared_bytes(kind: Kind, bits: int, m: int, warps_n: int, depth: int) -> int
     words = warps_n * ROW_TILES * bits * LANES * 4  # of a chunk
     stage = WARPS_K * depth * (words + rows * row_bytes(kind.order))
     stages = 2 if column_tiles == 8 or table > 100 * 1024 else 3
-    exchange = warps_n * LANES * ROW_TILES * 4 * column_tiles * 4
+    exchange = 8 * column_tiles * (warps_n * ROW_TILES * TILE + 4) * 4
     return table + max(stages * stage, exchange)
 
 
@@ -312,51 +312,7 @@ def segments(made: Layer, warps_n: int) -> tuple[np.ndarray, int]:
     return np.array(found, np.int32), block
 
 
-def multiply(
-    name: str,
-    made: Layer,
-    arranged: np.ndarray,
-    block: ThreadBlock,
-    program: Program | None = None,
-    **how,
-) -> tuple[np.ndarray, Report]:
-    """Runs decode_gemm_kernel.
-
-    Args:
-        name: Of the code.
-        made: The layer.
-        arranged: x in the order of layout.h with its spare chunks.
-        block: How it is cut.
-        program: Other PTX with the kernel in it.
-        how: Options of Program.run.
-
-    Returns:
-        partial, [splits, m, 16 * tiles] of float32, or of int32 for int8 activations, and what was counted.
-    """
-    m, warps_n, depth = block.m, block.warps_n, block.depth
-    kind, tiles, chunks = variant(name, m), -(-made.spec.out_features // TILE), -(-made.spec.in_features // CHUNK)
-    split_chunks = block.split_chunks or chunks
-    splits = -(-chunks // split_chunks)
-    partial = np.full((splits, m, TILE * tiles), np.nan, np.float32)
-    parts, blocks = segments(made, warps_n)
-    filled = np.zeros((16, 3), np.int32)
-    filled[: len(parts)] = parts
-    numbers = np.array([m, tiles, chunks, splits, split_chunks, warps_n, depth, len(parts)], np.int32)
-    stride = np.int64(2048 if kind.code is Code.HYB else 0)
-    table = None if made.table is None else Pointer(made.table)
-    gemm = Struct(Pointer(made.packed), Pointer(arranged), table, stride, Pointer(partial), numbers, filled)
-    report = (program or kernel_program(kind.file)).run(
-        kind.kernel(made.bits, column_tiles_of(m), depth),
-        (blocks, splits, -(-m // ROW_BLOCK)),
-        warps_n * WARPS_K * LANES,
-        [gemm],
-        shared_bytes=shared_bytes(kind, made.bits, m, warps_n, depth),
-        **how,
-    )
-    return partial.view(np.int32) if kind.order == "bytes" else partial, report
-
-
-# The rotations.
+# What sums become.
 
 
 @dataclass(frozen=True)
@@ -375,12 +331,117 @@ class Rotation:
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ORDERS = {"trellis": 0, "lattice": 1, "bytes": 2}
-THREADS = 512
 
 
 def numpy_bits(x: torch.Tensor) -> np.ndarray:
     """A tensor's memory, for dtypes that NumPy lacks."""
     return x.contiguous().view(torch.int32 if x.dtype is torch.float32 else torch.int16).numpy().copy()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What sums become outputs by: see struct Output; unit is the code's, without the norm of a rotation."""
+
+    rotations: tuple[Rotation, ...]
+    sizes: tuple[int, ...]
+    sv: torch.Tensor
+    dtype: torch.dtype
+    unit: float
+    offset: float
+    bias: torch.Tensor | None = None
+
+    def units(self) -> list[np.float32]:
+        """The unit of each projection, with its rotation's norm."""
+        return [np.float32(self.unit) / np.sqrt(np.float32(one.q * one.p)) for one in self.rotations]
+
+    def struct(self, y: np.ndarray, scales: np.ndarray, totals: np.ndarray) -> Struct:
+        bias = None if self.bias is None else Pointer(numpy_bits(self.bias))
+        types = [TYPES[self.dtype if self.bias is None else self.bias.dtype], TYPES[self.dtype], sum(self.sizes)]
+        pointers = Pointer(scales), Pointer(totals), Pointer(self.sv.float().numpy().copy())
+        return Struct(np.float32(self.offset), *pointers, bias, Pointer(y), np.array(types, np.int32))
+
+    def empty(self, m: int) -> np.ndarray:
+        """y [m, n] before it is written."""
+        return np.full((m, sum(self.sizes)), -1, np.int32 if self.dtype is torch.float32 else np.int16)
+
+
+def multiply(
+    name: str,
+    made: Layer,
+    arranged: np.ndarray,
+    block: ThreadBlock,
+    program: Program | None = None,
+    finish: tuple[Output, np.ndarray, np.ndarray] | None = None,
+    **how,
+) -> tuple[np.ndarray, Report]:
+    """Runs decode_gemm_kernel.
+
+    Args:
+        name: Of the code.
+        made: The layer.
+        arranged: x in the order of layout.h with its spare chunks.
+        block: How it is cut.
+        program: Other PTX with the kernel in it.
+        finish: What the epilogue applies, and the scales and totals of rows. Without it, there is no rotation in it.
+        how: Options of Program.run.
+
+    Returns:
+        partial, [splits, m, 16 * tiles] of float32, or of int32 for int8 activations, and what was counted; with
+        `finish` y's bits [m, n] in place of partial.
+    """
+    m, warps_n, depth = block.m, block.warps_n, block.depth
+    kind, tiles, chunks = variant(name, m), -(-made.spec.out_features // TILE), -(-made.spec.in_features // CHUNK)
+    split_chunks = block.split_chunks or chunks
+    splits = -(-chunks // split_chunks)
+    partial = np.full((splits, m, TILE * tiles), np.nan, np.float32)
+    width, unit, rest = 0, np.float32(0), Struct(np.float32(0), *[None] * 5, np.zeros(3, np.int32))
+    if finish:
+        out, *of_rows = finish
+        partial = out.empty(m)
+        width, unit, rest = out.rotations[0].p, out.units()[0], out.struct(partial, *of_rows)
+    parts, blocks = segments(made, warps_n)
+    filled = np.zeros((16, 3), np.int32)
+    filled[: len(parts)] = parts
+    numbers = np.array([m, tiles, chunks, splits, split_chunks, warps_n, depth, len(parts)], np.int32)
+    stride = np.int64(2048 if kind.code is Code.HYB else 0)
+    table = None if made.table is None else Pointer(made.table)
+    sums = None if finish else Pointer(partial)
+    gemm = Struct(
+        *(Pointer(made.packed), Pointer(arranged), table, stride, sums, numbers, filled, np.int32(width), unit, rest)
+    )
+    report = (program or kernel_program(kind.file)).run(
+        kind.kernel(made.bits, column_tiles_of(m), depth),
+        (blocks, splits, -(-m // ROW_BLOCK)),
+        warps_n * WARPS_K * LANES,
+        [gemm],
+        shared_bytes=shared_bytes(kind, made.bits, m, warps_n, depth),
+        **how,
+    )
+    return partial.view(np.int32) if kind.order == "bytes" and not finish else partial, report
+
+
+def decode_rows(name: str, made: Layer, ids: np.ndarray, **how) -> tuple[np.ndarray, np.ndarray, Report]:
+    """Runs decode_rows_kernel: rows ids of the weight, float32 [m, k], their scales, and what was counted."""
+    kind, (n, k) = KINDS[name], (made.spec.out_features, made.spec.in_features)
+    out, scales = np.full((len(ids), k), np.nan, np.float32), np.full(len(ids), 7, np.float32)
+    table = None if made.table is None else Pointer(made.table)
+    sv = made.tensors["sv"].float().numpy().copy()
+    argument = Struct(
+        *(Pointer(ids), Pointer(made.packed), table, Pointer(sv), np.int64(n)),
+        *(np.array([len(ids), k, -(-k // CHUNK)], np.int32), np.float32(offset_of(name, made.bits))),
+        *(Pointer(out), Pointer(scales)),
+    )
+    numbers = "".join(f"Li{number}E" for number in (made.bits, *kind.numbers))
+    kernel = f"decode_rows_kernelINS_{len(kind.template)}{kind.template}I{numbers}EEE"
+    shared = kind.table_bytes(made.bits) + 16
+    report = kernel_program(kind.file).run(kernel, len(ids), 8 * LANES, [argument], shared_bytes=shared, **how)
+    return out, scales, report
+
+
+# The rotations.
+
+
+THREADS = 512
 
 
 def rotate_in(
@@ -413,18 +474,6 @@ def rotate_in(
     return out, scales, totals, report
 
 
-@dataclass(frozen=True)
-class Output:
-    """What rotate_out multiplies, adds and returns: see struct RotateOut."""
-
-    rotations: tuple[Rotation, ...]
-    sizes: tuple[int, ...]
-    sv: torch.Tensor
-    dtype: torch.dtype
-    unit: float
-    offset: float
-
-
 def rotate_out(
     partial: np.ndarray, scales: np.ndarray, totals: np.ndarray, out: Output, in_memory: bool = False, **how
 ) -> tuple[torch.Tensor, Report]:
@@ -440,20 +489,19 @@ def rotate_out(
     Returns:
         y [m, n], and what was counted.
     """
-    (splits, m, stride), n, count, work = partial.shape, sum(out.sizes), len(out.sizes), max(out.sizes)
-    y = np.full((m, n), -1, np.int32 if out.dtype is torch.float32 else np.int16)
+    (splits, m, stride), count, work = partial.shape, len(out.sizes), max(out.sizes)
+    y = out.empty(m)
     scratch = Pointer(np.full((m, count, work), np.nan, np.float32)) if in_memory else None
     starts = np.cumsum([0, *out.sizes])[:-1]
     parts = [
-        Struct(rotation.struct(), np.array([start, size], np.int32))
-        for rotation, start, size in zip(out.rotations, starts, out.sizes, strict=True)
+        Struct(rotation.struct(), np.array([start, size], np.int32), unit)
+        for rotation, start, size, unit in zip(out.rotations, starts, out.sizes, out.units(), strict=True)
     ]
-    parts += [Struct(None, np.zeros(4, np.int32))] * (16 - count)
+    parts += [Struct(None, np.zeros(5, np.int32))] * (16 - count)
     argument = Struct(
         *(Pointer(partial), np.array([splits, m, stride], np.int32), np.int64(m * stride)),
-        *(np.bool_(partial.dtype == np.int32), np.float32(out.unit), np.float32(out.offset)),
-        *(Pointer(scales), Pointer(totals), Pointer(out.sv.float().numpy().copy())),
-        *(Pointer(y), np.int32(TYPES[out.dtype]), np.array([n, count], np.int32), *parts, scratch, np.int32(work)),
+        *(np.bool_(partial.dtype == np.int32), out.struct(y, scales, totals), np.int32(count), *parts),
+        *(scratch, np.int32(work)),
     )
     shared = 16 if in_memory else 4 * work
     program = kernel_program("rotation")

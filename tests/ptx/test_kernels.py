@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, FLOAT32_PRODUCTS, FLOAT32_TRANSFORM, ROUNDED_ONCE
+from numerics import FLOAT32_PRODUCTS, FLOAT32_STEP, FLOAT32_TRANSFORM, ROUNDED_ONCE
 from ptx import quip_kernels as kernels
 from ptx.interpreter import Program, PtxError
 from ptx.quip_kernels import EVERY, KINDS, Layer, Output, Rotation, ThreadBlock
@@ -230,21 +230,100 @@ OUTPUTS = [((64,), None), ((96, 48, 64), None), ((80, 48), 16), ((44, 20), None)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("integers", [False, True], ids=["floats", "integers"])
 @pytest.mark.parametrize(("sizes", "block"), OUTPUTS, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("in_memory", [False, True], ids=["shared", "memory"])
-def test_rotate_out(sizes, block, integers, dtype, in_memory):
+def test_rotate_out(sizes, block, integers, dtype, in_memory, biased):
     random, m, n = np.random.default_rng(sum(sizes)), 3, sum(sizes)
     partial, exact, totals = sums_of(m, -(-n // 16) * 16, integers, random)
     sv, scales = torch.from_numpy(random.standard_normal(n)), random.random(m).astype(np.float32)
     unit, offset = (2.0**-20, 510.0) if integers else (0.5, 36.0)
     runs = tuple(rotation(size, block, transpose=False) for size in sizes)
-    out = Output(runs, sizes, sv, dtype, unit, offset)
+    bias = torch.from_numpy(random.standard_normal(n)).to(dtype) if biased else None
+    out = Output(runs, sizes, sv, dtype, unit, offset, bias)
     y, _ = kernels.rotate_out(partial, scales, totals.view(np.float32), out, in_memory)
     sums = torch.from_numpy(exact if integers else exact - offset * totals[:, None].astype(np.float64))[:, :n]
     rotated = torch.cat([hadamard(part.contiguous(), block) for part in sums.split(sizes, dim=1)], dim=1)
     want = rotated * sv.float().double() * unit * torch.from_numpy(scales)[:, None].double()
-    rounding = ROUNDED_ONCE[str(dtype)] * want.abs()
     rms = (rotated**2).mean(1, keepdim=True).sqrt() * want.abs() / rotated.abs()
+    if biased:
+        want += bias.double()
+    rounding = ROUNDED_ONCE[str(dtype)] * want.abs()
     assert ((y.double() - want).abs() <= rounding + FLOAT32_TRANSFORM * rms).all()
+
+
+# Rows of an embedding.
+
+ROWS_OF = [(name, bits) for name, bits in EVERY if name != "1mad_int8" and not name.endswith("_large")]
+
+
+@pytest.mark.parametrize("k", [80, 1104])
+@pytest.mark.parametrize(("name", "bits"), ROWS_OF)
+def test_decode_rows(name, bits, k):
+    made = kernels.layer(name, bits, (44 if name == "e8p" else 48,), k)
+    n = made.spec.out_features
+    ids = np.array([0, n - 1, 7, 8, 31, -1, n, 2**40, 15], np.int64)
+    known = (ids >= 0) & (ids < n)
+    out, scales, report = kernels.decode_rows(name, made, ids, measure=True)
+    want = made.weight[ids[known]] - kernels.offset_of(name, bits)
+    # A number is of 11 bits, its offset too; the lattice's second stage is scaled, which rounds.
+    assert (np.abs(out[known] - want) <= FLOAT32_STEP * np.abs(made.weight).max()).all()
+    assert np.array_equal(scales[known], made.tensors["sv"].float().numpy()[ids[known]])
+    assert np.isnan(scales[~known]).all()
+    for site in report.select("ld.global"):  # a lane's words lie together, but for 3 bits and more are read one by one
+        assert site.sectors <= site.requests * max(4 * bits, 32), site
+
+
+# The rotation in the product's epilogue.
+
+EPILOGUES = [(16, (48, 16), 1), (64, (128, 64), 2), (128, (128,), 4), (256, (256,), 8)]
+
+
+def finished(name, made, block, dtype=torch.float32, program=None, **how):
+    """Outputs [m, n] by the epilogue, by rotate_out, and what the first costs."""
+    spec, kind, random = made.spec, kernels.variant(name, block.m), np.random.default_rng(block.m)
+    x = kernels.activations(kind, block.m, spec.in_features)
+    arranged = kernels.spare(kernels.arrange(x, kind.order), block.m, kind.order)
+    scales, totals = random.random(block.m).astype(np.float32), x.astype(np.float32).sum(1)
+    if kind.order == "bytes":
+        totals = totals.astype(np.int32).view(np.float32)
+    runs = tuple(Rotation(q, p, rotation_base(q, False)) for q, p in rotations(spec)[1:])
+    sv, bias = (torch.from_numpy(random.standard_normal(spec.out_features)) for _ in range(2))
+    offset = kernels.offset_of(name, made.bits)
+    out = Output(runs, spec.output_sizes, sv, dtype, 2.0**-8, offset, bias.to(dtype))
+    partial, _ = kernels.multiply(name, made, arranged, block)
+    want, _ = kernels.rotate_out(partial, scales, totals, out)
+    bits, report = kernels.multiply(name, made, arranged, block, program, (out, scales, totals), **how)
+    return torch.from_numpy(bits).view(dtype), want, report
+
+
+@pytest.mark.parametrize("m", [1, 12, 20])
+@pytest.mark.parametrize(("width", "sizes", "warps"), EPILOGUES, ids=str)
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, bits in EVERY if bits in (2, 3, 7)])
+def test_the_epilogue_gives_the_bits_of_rotate_out(name, bits, width, sizes, warps, m):
+    if warps == 8 and (m > 16 or name == "lut") or (m > 16 and name.endswith("_large")):
+        return  # not compiled
+    made = kernels.layer(name, bits, sizes, 176, width)
+    dtype = DTYPES[(bits + m) % 3]
+    got, want, _ = finished(name, made, ThreadBlock(m, warps, depths(name, bits, m)[-1]), dtype)
+    assert torch.equal(got, want)
+
+
+def test_the_epilogue_takes_many_rows_in_any_order():
+    made, block = kernels.layer("1mad", 2, (96, 32), 176, 32), ThreadBlock(67, 2, 1)
+    for order, eager in itertools.product(("forward", "backward", "together"), (False, True)):
+        if order == "together" and not eager:
+            continue
+        got, want, _ = finished("1mad", made, block, order=order, eager=eager)
+        assert torch.equal(got, want)
+
+
+def test_costs_of_the_epilogue():
+    """Whole sectors of y; the exchange has no conflicts, and the butterflies at most four lanes a bank."""
+    made = kernels.layer("1mad", 2, (256,), 512, 128)
+    _, _, report = finished("1mad", made, ThreadBlock(5, 4, 4), measure=True)
+    for site in report.select("st.global"):
+        assert site.sectors * 32 == site.lane_bytes
+    assert all(passes(site) <= 4 for site in [*report.select("ld.shared"), *report.select("st.shared")])
 
 
 # The three launches, and the op that the emulator runs.
@@ -275,20 +354,16 @@ def emulated(name, made, x, block):
     signs = [made.tensors[sign].float() for sign in ("su", "sv")]
     widths, sizes = [p for _, p in given], list(made.spec.output_sizes)
     packed = torch.from_numpy(made.packed)
-    return torch.ops.quip_vllm.cuda_linear(x, packed, table, *signs, bases, widths, sizes, name, made.bits, shape)
+    return torch.ops.quip_vllm.cuda_linear(x, packed, table, *signs, bases, widths, sizes, None, name, made.bits, shape)
 
 
 @pytest.mark.parametrize("block", [None, 16])
 @pytest.mark.parametrize(("name", "bits"), [(name, bits) for name, bits in EVERY if bits in (2, 3)])
 def test_the_emulator_gives_the_same_output(cuda, name, bits, block):
     made, x = kernels.layer(name, bits, (48, 16), 192, block), torch.randn(5, 192)
-    cut = ThreadBlock(5, 1, depths(name, bits, 5)[0], 4)
-    got, want = chain(name, made, x, cut), emulated(name, made, x, cut)
-    if name.startswith("e8p") and bits > 2:
-        # nvcc adds the second stage by a fused multiply-add, which rounds once; the emulator rounds twice.
-        assert (got - want).norm() <= FLOAT32_LINEAR * want.norm()
-    else:
-        assert torch.equal(got, want)
+    for split in (1, 4):  # parts of k; and k whole, where the emulator's epilogue applies a block's rotation
+        cut = ThreadBlock(5, 1, depths(name, bits, 5)[0], split)
+        assert torch.equal(chain(name, made, x, cut), emulated(name, made, x, cut))
 
 
 @pytest.mark.parametrize(("name", "bits"), EVERY)
@@ -360,18 +435,23 @@ def test_a_mistake_in_the_source_is_found(mistake):
         product(name, small(name, bits, LONG), ThreadBlock(5, 1, depths(name, bits, 5)[0], SPLIT), program)
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(8))
 def test_each_barrier_is_needed(which):
     kind = KINDS["1mad"]
     text = kernels.one_kernel(kernels.kernel_ptx(kind.file), kind.kernel(2, 1, 2))
     barriers = list(re.finditer(r"\bbar\.sync\s+0;", text))
-    assert len(barriers) == 3  # of the pipeline, before the exchange, in it
+    assert len(barriers) == 8  # of the pipeline, before, in and behind the exchange, before the butterflies, of 8, 4, 2
     program = Program(text[: barriers[which].start()] + text[barriers[which].end() :])
-    made, block = small("1mad", 2, LONG), ThreadBlock(5, 1, 2, SPLIT)
-    assert any(
-        fails(lambda order=order: product("1mad", made, block, program, order=order))
-        for order in ("forward", "backward")
-    )
+    whole = [kernels.layer("1mad", 2, (width,), 176, width) for width in (128, 256)]
+
+    def epilogue(made, order):
+        got, want, _ = finished("1mad", made, ThreadBlock(5, 8, 2), program=program, order=order)
+        assert torch.equal(got, want)
+
+    runs = [lambda order: product("1mad", small("1mad", 2, LONG), ThreadBlock(5, 1, 2, SPLIT), program, order=order)]
+    runs += [lambda order, made=made: epilogue(made, order) for made in whole]
+    every = itertools.product(runs, ("forward", "backward"))
+    assert any(fails(lambda run=run, order=order: run(order)) for run, order in every)
 
 
 def fails(run):

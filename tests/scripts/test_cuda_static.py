@@ -208,9 +208,19 @@ def test_shared_memory_is_that_of_the_launch(cuda):
             assert kernel.shared_bytes(warps) == size(kernel.code, kernel.bits, kernel.rows, warps, kernel.depth)
 
 
+def test_the_built_library_is_read():
+    found = cuda_static.resources(f" Function {NAME}:\n  REG:80 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:616\n")
+    assert found == {NAME: {"registers": 80, "spill_bytes": 16}}
+
+
 def test_the_kernels_meet_their_limits():
+    """Every kernel of the built library on every target: spills, opcodes, the CSV within 5 %; limits of HYB and E8P."""
     try:
-        cuda_static.find_nvcc(), cuda_static.find_nvdisasm()
+        rows, problems = cuda_static.measure_built()
     except cuda_static.StaticError as error:
         pytest.skip(str(error))
-    assert cuda_static.main(["--check", "--targets", "80", "--codes", "hyb", "e8p"]) == 0
+    written = cuda_static_page.read(cuda_static.ROOT / "docs" / "benchmarks" / "cuda_static.csv")
+    # What other codes miss is marked in the page.
+    problems += cuda_static.violations(row for row in rows if cuda_static_page.code_of(row) in ("hyb", "e8p"))
+    problems += cuda_static.drift(rows, written, list(cuda_static.FILES), list(gpu_model.TARGETS))
+    assert not problems, "\n".join(problems)

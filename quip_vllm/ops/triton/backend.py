@@ -71,7 +71,7 @@ class TritonBackend:
             if not spec.rotate_output:
                 self.embedding(spec, torch.zeros(1, dtype=torch.int64, device=device), prepared, dtype)
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         widths = [width for _, width in rotations(spec)]
         y = torch.ops.quip_vllm.triton_linear(
             x.reshape(-1, spec.in_features).contiguous(),
@@ -86,7 +86,8 @@ class TritonBackend:
             spec.bits,
             self.split_chunks[spec],
         )
-        return y.reshape(*x.shape[:-1], spec.out_features)
+        y = y.reshape(*x.shape[:-1], spec.out_features)
+        return y if bias is None else y + bias
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         rows = torch.ops.quip_vllm.triton_embedding(

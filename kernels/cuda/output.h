@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums to outputs: what rotate_out and the epilogue of decode_gemm share, so that both give the same bits.
+//
+// Where a sum and a product meet, fmaf says that they are rounded once: a compiler may not choose.
+#pragma once
+#include "device.h"
+#include "kernels.h"
+
+namespace quip {
+
+// Butterflies of `radix` elements, `span` apart, of kRows rows of `count` elements, `stride` apart.
+template <int radix, int kRows>
+DEVICE void butterflies(float* v, int count, int stride, int span) {
+#pragma unroll 1
+  for (int u = threadIdx.x; u < count / radix * kRows; u += blockDim.x) {
+    const int i = u / kRows, low = i & (span - 1);
+    float* first = v + u % kRows * stride + (i - low) * radix + low;
+    float e[radix];
+#pragma unroll
+    for (int j = 0; j < radix; ++j) e[j] = first[j * span];
+#pragma unroll
+    for (int half = 1; half < radix; half *= 2) {
+#pragma unroll
+      for (int j = 0; j < radix; ++j) {
+        if (j & half) continue;
+        const float a = e[j], b = e[j | half];
+        e[j] = a + b, e[j | half] = a - b;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < radix; ++j) first[j * span] = e[j];
+  }
+  device::sync_block();
+}
+
+// S_p within each run of p elements, not normalised.
+template <int kRows>
+DEVICE void walsh(float* v, int count, int stride, int p) {
+  int span = 1;
+#pragma unroll 1
+  for (; span * 8 <= p; span *= 8) butterflies<8, kRows>(v, count, stride, span);
+  if (span * 4 <= p) butterflies<4, kRows>(v, count, stride, span), span *= 4;
+  if (span * 2 <= p) butterflies<2, kRows>(v, count, stride, span);
+}
+
+DEVICE float read(const void* from, Type type, int64_t i) {
+  if (type == Type::kFloat) return static_cast<const float*>(from)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
+  return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
+}
+
+// A row's sum, less what the code's numbers are too large by; integers: modulo 2^32, for the result is below 2^31.
+DEVICE float centred(const Output& out, float sum, int row) { return fmaf(-out.offset, out.totals[row], sum); }
+DEVICE float centred(const Output& out, int32_t sum, int row) {
+  return float(int32_t(uint32_t(sum) - uint32_t(int(out.offset)) * device::bits_of(out.totals[row])));
+}
+
+// Writes an element of y; unit: what a rotated sum is multiplied by, beside the row's scale and sv.
+DEVICE void write(const Output& out, float unit, int row, int column, float sum) {
+  const float added = out.bias ? read(out.bias, out.bias_type, column) : 0;
+  const float v = fmaf(sum, unit * out.scales[row] * out.sv[column], added);
+  const int64_t i = int64_t(row) * out.n + column;
+  if (out.type == Type::kFloat)
+    static_cast<float*>(out.y)[i] = v;
+  else
+    static_cast<uint16_t*>(out.y)[i] = out.type == Type::kHalf ? device::to_half(v) : device::to_bfloat(v);
+}
+
+}  // namespace quip
