@@ -15,7 +15,7 @@ struct OneMad : TrellisCode<bits> {
   DEVICE OneMad(const unsigned char*, const void*) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [](uint32_t first, uint32_t second) {
       return device::permute_bytes(device::sum_bytes(one_mad(first), 0x6400), device::sum_bytes(one_mad(second), 0x6400),
                                    0x5410);
@@ -33,11 +33,11 @@ struct OneMadBytes : TrellisCode<bits> {
   DEVICE OneMadBytes(const unsigned char*, const void*) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][4][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][4][4]) const {
     const TrellisStream<bits, half> stream(words);
     unrolled<16>([&](auto index) {
-      constexpr int tile = decltype(index)::value / 8, i = decltype(index)::value % 8;
-      a[0][2 * tile + i % 2][i / 2] = one_mad(stream.template window<tile, bits*(i + 1)>());
+      constexpr int i = decltype(index)::value;
+      a[0][i / 8 * 2 + i % 2][i % 8 / 2] = one_mad(stream.template window<bits*(i + 1)>());
     });
   }
 };

@@ -28,6 +28,7 @@ struct LatticeTables {
   static constexpr float kSecond = bits == 3 ? 1 / 2.04f : bits == 4 ? 1 / 3.45f : 0;  // scale of the second stage
   static constexpr bool kGathers = false;
   using Sum = float;
+  using Words = uint32_t[bits];
   const unsigned char* table;
   uint32_t number;  // 32 1/4, twice: from memory, for an instruction takes one constant only and the compiler knows them all
 
@@ -39,6 +40,8 @@ struct LatticeTables {
     for (int i = threadIdx.x; i < kTableBytes / 4; i += blockDim.x)
       copies[i] = static_cast<const uint32_t*>(tables)[i / kCopies];
   }
+
+  DEVICE static void follow(Words&) {}  // a lane has whole codes
 
   // A row of a table, by byte i of a word before it was rotated.
   DEVICE uint32_t look_up(int which, uint32_t word, int i) const {
@@ -56,7 +59,7 @@ struct LatticeTables {
   }
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[kSums][2][4]) const {
+  DEVICE void decode(const Words& words, uint32_t (&a)[kSums][2][4]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       expand(look_up(0, words[half], 2 * row + 1) ^ look_up(1, words[half], 2 * row), row, a[0]);

@@ -105,7 +105,7 @@ struct Sums {
 
 // Adds a chunk: 16 rows of x from x_rows, of both row tiles.
 template <class Code, int half, int kColumnTiles>
-DEVICE void multiply_half(const Code& code, const uint32_t (&words)[kRowTiles][Code::bits], const unsigned char* x,
+DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[kRowTiles], const unsigned char* x,
                           const int (&x_row)[kColumnTiles], int column_tiles, Sums<Code, kColumnTiles>& sums) {
   uint32_t a[kRowTiles][Code::kSums][2 * Code::kVectors][4];
 #pragma unroll
@@ -187,8 +187,8 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
   const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
   unsigned char* const ring = memory + Code::kTableBytes;
 
-  // Where this lane reads in a stage: its words, and its 16 bytes of block 0 of x; rows beyond the last are the last.
-  const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>() + lane * Code::bits * 4;
+  // What is read of a stage: the warp's words, and this lane's 16 bytes of block 0 of x; rows beyond the last are the last.
+  const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>();
   const int x_at = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
   const int x_step = kWarpsK * rows * row_bytes(Code::kOrder), column_tiles = (rows + 7) / 8;
   int x_row[kColumnTiles];
@@ -207,9 +207,12 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
     device::copy_commit();
   }
   const auto multiply = [&](const unsigned char* packed, const unsigned char* rows_of_x) {
-    uint32_t words[kRowTiles][Code::bits];
+    typename Code::Words words[kRowTiles];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) device::load_words(packed + r * chunk_bytes<Code>(), words[r]);
+    for (int r = 0; r < kRowTiles; ++r) {
+      device::load_words<Code::bits>(packed + r * chunk_bytes<Code>(), lane, words[r]);
+      Code::follow(words[r]);
+    }
     multiply_half<Code, 0>(code, words, rows_of_x, x_row, column_tiles, sums);
     multiply_half<Code, 1>(code, words, rows_of_x, x_row, column_tiles, sums);
   };
