@@ -12,6 +12,8 @@ DEVICE uint32_t one_mad(uint32_t state) { return state * 34038481u + 76625530u; 
 // fp16: adding the bytes to the bit pattern of 1024 gives the number 1024 + sum exactly. The constant comes off the result.
 template <int bits>
 struct OneMad : TrellisCode<bits> {
+  static constexpr bool kLight = bits <= 2;  // of which shared memory holds two blocks
+
   DEVICE OneMad(const unsigned char*, const void*) {}
 
   template <int half>

@@ -324,8 +324,8 @@ MISTAKES = {
     "packed words copied from one unit further": (
         ("1mad", 2),
         "decode_gemm.h",
-        "+ unit % kUnits * 4;",
-        "+ unit % kUnits * 4 + 4;",
+        "+ unit % kTileUnits * 4;",
+        "+ unit % kTileUnits * 4 + 4;",
     ),
     "packed words read from one lane further": (
         ("1mad", 2),
@@ -338,7 +338,7 @@ MISTAKES = {
     "the last stage taken for a whole one": (
         ("1mad", 2),
         "decode_gemm.h",
-        "(todo > kWarpsK * (kDepth - 1))",
+        "(left > warp_k + kWarpsK * (kDepth - 1))",
         "(true)",
     ),
     "the two runs swapped": (
@@ -361,6 +361,12 @@ MISTAKES = {
         "!half ? words[bits] :",
     ),
     "the run of another tile follows": (("1mad", 2), "trellis_stream.h", "+ (lane & 1) * 2;", ";"),
+    "x copied to a warp's part too far": (
+        ("1mad", 2),
+        "decode_gemm.h",
+        "first = warp * each;",
+        "first = (warp + 1) * each;",
+    ),
     "rows of the lattice swapped": (("e8p", 2), "code_e8p.h", "a[0][row + 2] = two(nibbles);", "a[0][row ^ 1] = 0;"),
     "the sign of HYB on the second weight": (("hyb", 2), "code_hyb.h", "row ^ (h & 0x8000u)", "row ^ (h << 16 >> 31)"),
     "bytes of int8 in the other order": (("1mad_int8", 2), "code_1mad.h", "i / 8 * 2 + i % 2][", "i / 8 * 2]["),
