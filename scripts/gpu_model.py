@@ -116,7 +116,7 @@ class Kernel:
 
     def copies(self, warps_n: int) -> int:
         """Asynchronous copies of a thread in a stage: of its warp's words, and of x, which all threads share."""
-        words = self.depth * -(-16 * self.bits // LANES)
+        words = -(-self.depth * 16 * self.bits // LANES)
         units = WARPS_K * self.depth * self.rows * self.x_bytes // 16
         return words + -(-units // (warps_n * WARPS_K * LANES))
 

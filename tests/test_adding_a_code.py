@@ -60,7 +60,7 @@ struct Toy : TrellisCode<bits> {
   DEVICE Toy(const unsigned char*, const void*) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [](uint32_t first, uint32_t second) {
       return (0x6400 | (first & 255)) | (0x6400 | (second & 255)) << 16;
     });

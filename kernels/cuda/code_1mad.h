@@ -12,10 +12,12 @@ DEVICE uint32_t one_mad(uint32_t state) { return state * 34038481u + 76625530u; 
 // fp16: adding the bytes to the bit pattern of 1024 gives the number 1024 + sum exactly. The constant comes off the result.
 template <int bits>
 struct OneMad : TrellisCode<bits> {
+  static constexpr bool kLight = bits <= 2;  // of which shared memory holds two blocks
+
   DEVICE OneMad(const unsigned char*, const void*) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [](uint32_t first, uint32_t second) {
       return device::permute_bytes(device::sum_bytes(one_mad(first), 0x6400), device::sum_bytes(one_mad(second), 0x6400),
                                    0x5410);
@@ -33,11 +35,11 @@ struct OneMadBytes : TrellisCode<bits> {
   DEVICE OneMadBytes(const unsigned char*, const void*) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][4][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][4][4]) const {
     const TrellisStream<bits, half> stream(words);
     unrolled<16>([&](auto index) {
-      constexpr int tile = decltype(index)::value / 8, i = decltype(index)::value % 8;
-      a[0][2 * tile + i % 2][i / 2] = one_mad(stream.template window<tile, bits*(i + 1)>());
+      constexpr int i = decltype(index)::value;
+      a[0][i / 8 * 2 + i % 2][i % 8 / 2] = one_mad(stream.template window<bits*(i + 1)>());
     });
   }
 };

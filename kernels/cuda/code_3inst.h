@@ -19,7 +19,7 @@ struct ThreeInst : TrellisCode<bits> {
   }
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [this](uint32_t first_state, uint32_t second_state) {
       const uint32_t first = halves(first_state), second = halves(second_state);
       return device::add_halves(device::permute_bytes(first, second, 0x5410), device::permute_bytes(first, second, 0x7632));

@@ -26,24 +26,30 @@ struct LatticeTables {
   static constexpr int kRow = 4 * kCopies, kTable = 256 * kRow, kTableBytes = kTables * kTable;
   static constexpr XOrder kOrder = XOrder::kLattice;
   static constexpr float kSecond = bits == 3 ? 1 / 2.04f : bits == 4 ? 1 / 3.45f : 0;  // scale of the second stage
-  static constexpr bool kGathers = false;
+  static constexpr bool kGathers = false, kLight = false;
   using Sum = float;
+  using Words = uint32_t[bits];
   const unsigned char* table;
+  uint32_t copy;    // 4 * this lane's copy: bits of an address that no row has
   uint32_t number;  // 32 1/4, twice: from memory, for an instruction takes one constant only and the compiler knows them all
 
   // tables: uint32 [3][256] and 0x50085008: absolute values, signs, E81B.
   DEVICE LatticeTables(const unsigned char* memory, const void* tables)
-      : table(memory + 4 * (threadIdx.x % kCopies)), number(static_cast<const uint32_t*>(tables)[3 * 256]) {}
+      : table(memory),
+        copy(4 * (device::lane_index() & kCopies - 1)),
+        number(static_cast<const uint32_t*>(tables)[3 * 256]) {}
   DEVICE static void fill(unsigned char* memory, const void* tables) {
     uint32_t* copies = reinterpret_cast<uint32_t*>(memory);
     for (int i = threadIdx.x; i < kTableBytes / 4; i += blockDim.x)
       copies[i] = static_cast<const uint32_t*>(tables)[i / kCopies];
   }
 
+  DEVICE static void follow(Words&) {}  // a lane has whole codes
+
   // A row of a table, by byte i of a word before it was rotated.
   DEVICE uint32_t look_up(int which, uint32_t word, int i) const {
-    const uint32_t offset = device::funnel_left(word, word, (64 - 8 * i - (kCopies == 16)) % 32) & (255u * kRow);
-    return *reinterpret_cast<const uint32_t*>(table + which * kTable + offset);
+    const uint32_t row = device::funnel_left(word, word, (64 - 8 * i - (kCopies == 16)) % 32) & (255u * kRow);
+    return *reinterpret_cast<const uint32_t*>(table + which * kTable + (row | copy));
   }
 
   // Eight nibbles to the A registers of rows g (row = 0) or g + 8 of two multiplications.
@@ -56,7 +62,7 @@ struct LatticeTables {
   }
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[kSums][2][4]) const {
+  DEVICE void decode(const Words& words, uint32_t (&a)[kSums][2][4]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       expand(look_up(0, words[half], 2 * row + 1) ^ look_up(1, words[half], 2 * row), row, a[0]);

@@ -21,15 +21,15 @@ struct HybTable : TrellisCode<bits> {
   }
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     const TrellisStream<bits, half> stream(words);
     unrolled<8>([&](auto index) {
-      constexpr int tile = decltype(index)::value / 4, j = decltype(index)::value % 4;
-      const uint32_t x = stream.template low_window<tile, 2 * bits*(j + 1)>();
+      constexpr int i = decltype(index)::value;
+      const uint32_t x = stream.template low_window<2 * bits*(i + 1)>();
       const uint32_t h = x * x + x;  // its low 16 bits are right whatever is above x
       constexpr uint32_t kIndex = (kRows - 1) << 6;
       const uint32_t row = *reinterpret_cast<const uint32_t*>(table + kCopies / 16 * (h & kIndex));
-      a[0][tile][j] = kRows == 512 ? row ^ (h & 0x8000u) : row;
+      a[0][i / 4][i % 4] = kRows == 512 ? row ^ (h & 0x8000u) : row;
     });
   }
 };

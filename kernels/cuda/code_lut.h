@@ -13,7 +13,7 @@ struct Lut : TrellisCode<bits> {
   DEVICE Lut(const unsigned char*, const void* table) : values(static_cast<const uint16_t*>(table)) {}
 
   template <int half>
-  DEVICE void decode(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4]) const {
+  DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [this](uint32_t first, uint32_t second) {
       return uint32_t(values[first]) | uint32_t(values[second]) << 16;
     });

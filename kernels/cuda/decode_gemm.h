@@ -48,53 +48,68 @@ constexpr int max_threads() {
   return kColumnTiles > 2 || Code::kGathers ? 256 : 512;  // 256 leave a thread registers for more sums, or more loads
 }
 
-// Copies to shared memory, a stage at a time, what the block's warps need: to has the stage's words, then its x.
-template <class Code, int kDepth>
+// Copies to shared memory, a stage at a time, what the block's warps need: to has the stage's words, then its x, of which
+// each warp copies a part of its own, as equal as they get.
+template <class Code, int kDepth, int kColumnTiles>
 struct Loader {
-  static constexpr int kUnits = chunk_bytes<Code>() / 16;  // copies of 16 bytes for a tile's chunk
-  static constexpr int kCopies = (kRowTiles * kUnits + kLanes - 1) / kLanes;  // a lane's, for both tiles
-  const uint32_t* from[kCopies];  // this lane's parts of this warp's next chunk
-  const unsigned char* x;         // this thread's part of the next stage
-  int to, x_to, x_units;          // bytes in a stage, 16-byte units of x in a chunk
+  static constexpr int kTileUnits = chunk_bytes<Code>() / 16;  // copies of 16 bytes for a tile's chunk
+  // Of as many of a stage's chunks as warps copy in one go: two where one has half a copy left.
+  static constexpr int kChunks = kRowTiles * kTileUnits % kLanes && kDepth % 2 == 0 ? 2 : 1;
+  static constexpr int kUnits = kChunks * kRowTiles * kTileUnits, kCopies = (kUnits + kLanes - 1) / kLanes;
+  static constexpr bool kWhole = kWarpsK * kDepth * row_bytes(Code::kOrder) % (16 * kLanes) == 0;  // x, in warps' copies
+  const uint32_t* from[kCopies];  // this lane's parts of this warp's next chunks
+  const unsigned char* x;         // this lane's part of the next stage
+  int to, x_to;                   // bytes in a stage
+  unsigned x_bytes;               // of x in a stage
+  int x_units;                    // of 16 bytes in this warp's part
 
-  DEVICE Loader(const Gemm& g, int tile0, int end_tile, const unsigned char* x_, int rows, int begin) {
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  DEVICE Loader(const Gemm& g, int tile0, int end_tile, const unsigned char* x_, int rows, int begin, int warp) {
+    const int lane = device::lane_index(), warps = blockDim.x / kLanes;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int unit = i * kLanes + lane, tile = min(tile0 + unit / kUnits, end_tile - 1);  // beyond the last the last again
-      const int64_t chunk = int64_t(tile) * g.chunks + begin + warp / g.warps_n;
-      from[i] = g.packed + chunk * (chunk_bytes<Code>() / 4) + unit % kUnits * 4;
+      const int unit = i * kLanes + lane, block = unit / kTileUnits;  // [chunk][tile]; beyond the last tile the last again
+      const int64_t first = int64_t(min(tile0 + block % kRowTiles, end_tile - 1)) * g.chunks + begin + warp / g.warps_n;
+      from[i] = g.packed + (first + block / kRowTiles * kWarpsK) * (chunk_bytes<Code>() / 4) + unit % kTileUnits * 4;
     }
     to = warp * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * lane;
-    x_units = rows * (row_bytes(Code::kOrder) / 16);
-    x = x_ + (int64_t(begin) * x_units + threadIdx.x) * 16;
-    x_to = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * threadIdx.x;
+    x_bytes = kWarpsK * kDepth * rows * row_bytes(Code::kOrder);
+    const int units = int(x_bytes) / 16, each = (units + kLanes * warps - 1) / (kLanes * warps) * kLanes, first = warp * each;
+    x_units = min(each, units - first);
+    x = x_ + int64_t(begin) * rows * row_bytes(Code::kOrder) + (first + lane) * 16;
+    x_to = warps * kDepth * kRowTiles * chunk_bytes<Code>() + (first + lane) * 16;
   }
 
   // The next stage, whole: what lies behind a split's last chunk is copied, not used (packed and x are longer for that).
   DEVICE void load(unsigned char* stage) {
-    const int units = kWarpsK * kDepth * x_units, threads = blockDim.x;
     unsigned char* words = stage + to;
-    unsigned char* rows = stage + x_to;
 #pragma unroll
-    for (int j = 0; j < kDepth; ++j) {
+    for (int j = 0; j < kDepth; j += kChunks) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        if ((i + 1) * kLanes > kRowTiles * kUnits && i * kLanes + int(threadIdx.x % kLanes) >= kRowTiles * kUnits) break;
-        device::copy_async(words + (j * kRowTiles * kUnits + i * kLanes) * 16,
+        if ((i + 1) * kLanes > kUnits && i * kLanes + device::lane_index() >= kUnits) break;
+        device::copy_async(words + (j * kRowTiles * kTileUnits + i * kLanes) * 16,
                            from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
       }
     }
+    unsigned char* rows = stage + x_to;
     const unsigned char* from_x = x;
-    if (int(threadIdx.x) < units) device::copy_async(rows, from_x);
-    rows += 16 * threads, from_x += 16 * threads;
-    if (int(threadIdx.x) < units - threads) device::copy_async(rows, from_x);
+    int left = x_units;
+    const auto copy = [&](int i) {
+      if (kWhole || left > i * kLanes + device::lane_index())
+        device::copy_async(rows + i * kLanes * 16, from_x + i * kLanes * 16);
+    };
+    const auto advance = [&](int i) { rows += i * kLanes * 16, from_x += i * kLanes * 16, left -= i * kLanes; };
+    if constexpr (kColumnTiles == 1 || (kColumnTiles == 2 && kDepth == 1)) {  // seldom more than one
+      if (left > 0) copy(0);
 #pragma unroll 1
-    for (int more = units - 2 * threads; more > 0; more -= threads) {  // for more than 8 rows
-      rows += 16 * threads, from_x += 16 * threads;
-      if (int(threadIdx.x) < more) device::copy_async(rows, from_x);
+      for (advance(1); left > 0; advance(1)) copy(0);
+    } else {
+#pragma unroll 1
+      for (; left > 3 * kLanes; advance(4)) copy(0), copy(1), copy(2), copy(3);
+      if (left > kLanes) copy(0), copy(1), advance(2);
+      if (left > 0) copy(0);
     }
-    x += 16 * units;
+    x += x_bytes;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) from[i] += kDepth * kWarpsK * (chunk_bytes<Code>() / 4);
   }
@@ -107,14 +122,14 @@ struct Sums {
 
 // Adds a chunk: 16 rows of x from x_rows, of both row tiles.
 template <class Code, int half, int kColumnTiles>
-DEVICE void multiply_half(const Code& code, const uint32_t (&words)[kRowTiles][Code::bits], const unsigned char* x,
+DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[kRowTiles], const unsigned char* x,
                           const int (&x_row)[kColumnTiles], int column_tiles, Sums<Code, kColumnTiles>& sums) {
   uint32_t a[kRowTiles][Code::kSums][2 * Code::kVectors][4];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) code.template decode<half>(words[r], a[r]);
 #pragma unroll
   for (int c = 0; c < kColumnTiles; ++c) {
-    if (c > 0 && c >= column_tiles) continue;
+    if (kColumnTiles > 2 && c >= column_tiles) break;  // a second tile always has rows
 #pragma unroll
     for (int v = 0; v < Code::kVectors; ++v) {
       constexpr int kFirst = half * Code::kVectors;
@@ -180,10 +195,10 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
 }
 
 template <class Code, int kColumnTiles, int kDepth>
-KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
+KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && Code::kLight ? 2 : 1)) decode_gemm_kernel(const Gemm g) {
   SHARED(memory);
   constexpr int kStages = stages_of<Code>(kColumnTiles);
-  const int lane = threadIdx.x % kLanes, warp = device::warp_index(), warp_k = warp / g.warps_n;
+  const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;
   int s = 0;
   while (s + 1 < g.segments && int(blockIdx.x) >= g.segment[s + 1].first_block) ++s;
   const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
@@ -195,13 +210,15 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
                     ((int(blockIdx.x) - g.segment[s].first_block) * g.warps_n + warp - warp_k * g.warps_n) * kRowTiles;
   const int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0);
   const int split = g.split_chunks, begin = min(int(blockIdx.y) * split, g.chunks);
-  const int chunks = min(split, g.chunks - begin), stages = (chunks + kWarpsK * kDepth - 1) / (kWarpsK * kDepth);
-  Loader<Code, kDepth> loader(g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin);
+  const int chunks = min(split, g.chunks - begin);
+  constexpr int kStageChunks = kWarpsK * kDepth, kAhead = (kStages - 1) * kStageChunks;
+  Loader<Code, kDepth, kColumnTiles> loader(g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows,
+                                            begin, warp);
   const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
   unsigned char* const ring = memory + Code::kTableBytes;
 
-  // Where this lane reads in a stage: its words, and its 16 bytes of block 0 of x; rows beyond the last are the last.
-  const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>() + lane * Code::bits * 4;
+  // What is read of a stage: the warp's words, and this lane's 16 bytes of block 0 of x; rows beyond the last are the last.
+  const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>();
   const int x_at = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
   const int x_step = kWarpsK * rows * row_bytes(Code::kOrder), column_tiles = (rows + 7) / 8;
   int x_row[kColumnTiles];
@@ -212,35 +229,38 @@ KERNEL((max_threads<Code, kColumnTiles>())) decode_gemm_kernel(const Gemm g) {
   }
   Sums<Code, kColumnTiles> sums = {};
 
-  int left = chunks;  // to load
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (left > 0) loader.load(ring + i * size);
-    left -= kWarpsK * kDepth;
+    if (chunks > i * kStageChunks) loader.load(ring + i * size);
     device::copy_commit();
   }
   const auto multiply = [&](const unsigned char* packed, const unsigned char* rows_of_x) {
-    uint32_t words[kRowTiles][Code::bits];
+    typename Code::Words words[kRowTiles];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) device::load_words(packed + r * chunk_bytes<Code>(), words[r]);
+    for (int r = 0; r < kRowTiles; ++r) {
+      device::load_words<Code::bits>(packed + r * chunk_bytes<Code>(), lane, words[r]);
+      Code::follow(words[r]);
+    }
     multiply_half<Code, 0>(code, words, rows_of_x, x_row, column_tiles, sums);
     multiply_half<Code, 1>(code, words, rows_of_x, x_row, column_tiles, sums);
   };
   int use = 0, fill = (kStages - 1) * size;  // where in the ring; the stage that was used last is filled next
-  for (int i = 0, todo = chunks - warp_k; i < stages; ++i, todo -= kWarpsK * kDepth) {
+  for (int left = chunks; left > 0; left -= kStageChunks) {
     device::copy_wait<kStages - 2>();
     device::sync_block();
-    if (left > 0) loader.load(ring + fill);
-    left -= kWarpsK * kDepth;
+    if (left > kAhead) loader.load(ring + fill);
     device::copy_commit();
     const unsigned char* packed = ring + use + packed_at;
     const unsigned char* x = ring + use + x_at;
-    if (todo > kWarpsK * (kDepth - 1)) {
+    if (left > warp_k + kWarpsK * (kDepth - 1)) {
 #pragma unroll
       for (int j = 0; j < kDepth; ++j) multiply(packed + j * kRowTiles * chunk_bytes<Code>(), x + j * x_step);
     } else {  // the last stage, if it is not whole
 #pragma unroll 1
-      for (; todo > 0; todo -= kWarpsK, packed += kRowTiles * chunk_bytes<Code>(), x += x_step) multiply(packed, x);
+      for (int todo = left - warp_k; todo > 0; todo -= kWarpsK) {
+        multiply(packed, x);
+        packed += kRowTiles * chunk_bytes<Code>(), x += x_step;
+      }
     }
     fill = use;
     use = use + size < kStages * size ? use + size : 0;

@@ -13,11 +13,11 @@ constexpr int kRowWarps = 8;
 // The column that half `i` of the A registers of multiplication `mul` holds in a half chunk (layout.h).
 DEVICE int register_column(XOrder order, int mul, int high, int i) {
   const int t = threadIdx.x % 4;
-  return order == XOrder::kLattice ? 8 * t + 4 * mul + 2 * high + i : 16 * mul + 8 * high + 2 * t + i;
+  return order == XOrder::kLattice ? 8 * t + 4 * mul + 2 * high + i : 16 * (t / 2) + 8 * high + 4 * (t % 2) + 2 * mul + i;
 }
 
 template <class Code, int half>
-DEVICE void store_half(const Code& code, const uint32_t (&words)[Code::bits], const DecodeRows& d, int row, int chunk) {
+DEVICE void store_half(const Code& code, const typename Code::Words& words, const DecodeRows& d, int row, int chunk) {
   uint32_t a[Code::kSums][2][4];
   code.template decode<half>(words, a);  // every lane, for they exchange bits
   if (int(threadIdx.x) % kLanes / 4 != row % 8) return;
@@ -47,10 +47,9 @@ KERNEL(kRowWarps * kLanes) decode_rows_kernel(const DecodeRows d) {
   const Code code(memory, d.table);
   const uint32_t* tile = d.packed + (known ? row / kTile : 0) * d.chunks * (Code::bits * kLanes);
   for (int chunk = device::warp_index(); chunk < d.chunks; chunk += kRowWarps) {
-    uint32_t words[Code::bits];
-#pragma unroll
-    for (int w = 0; w < Code::bits; ++w)
-      words[w] = tile[(int64_t(chunk) * kLanes + threadIdx.x % kLanes) * Code::bits + w];
+    typename Code::Words words;
+    device::load_words<Code::bits>(tile + int64_t(chunk) * (Code::bits * kLanes), threadIdx.x % kLanes, words);
+    Code::follow(words);
     store_half<Code, 0>(code, words, d, int(row % kTile), chunk);
     store_half<Code, 1>(code, words, d, int(row % kTile), chunk);
   }

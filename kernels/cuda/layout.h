@@ -3,20 +3,23 @@
 //
 // The weight is cut in tiles of 16 rows and in chunks of 64 columns, padded with zero bits to whole ones.
 //
-//   packed[tile][chunk][lane 0..31][word 0..bits-1]   uint32: 16 rows x 64 columns are 32 * bits words
+//   packed[tile][chunk][part][lane 0..31][word of the part]      uint32: 16 rows x 64 columns are 32 * bits words
+//
+// Of the `bits` words of a lane, parts are as many fours as there are, then a two, then a one: a load each.
 //
 // In mma.m16n8k16 the weight is operand A: lane 4 g + t holds rows g and g + 8. A chunk is two halves of 32 columns. Of a
-// trellis half, a lane's words hold 8 * bits bits of each of its two 16 x 16 tiles, of a lattice half the codes of columns
-// 8 t .. 8 t + 7 in row g and in row g + 8: trellis_stream.h and code_e8p.h draw the bits.
+// half, a lane decodes columns 8 t .. 8 t + 7 of a lattice; of a trellis columns 16 (t / 2) + 4 (t % 2) + 0..3 and those 8
+// further, which are 16 positions in a row. trellis_stream.h and code_e8p.h draw the bits.
 //
 // Rotated activations are what operand B reads: a row of a chunk has blocks of 64 bytes (a half is one in fp16, two in
 // int8), a block 16 bytes for each t = 0..3, which are the B registers of two multiplications. Rows come in blocks of 64.
 //
 //   x[row block][chunk][row][block ^ (row & 1)][t][16 bytes]     the exclusive or keeps shared memory free of conflicts
 //
-//   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column 16 mul + 8 reg + 2 t + 0, 1
+//   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column c + 2 mul + 8 reg + 0, 1
 //                      lattice, fp16   16 bytes = columns 8 t .. 8 t + 7
-//                      trellis, int8   block = tile; 16 bytes = c 0, 1; register 0, 1; column 8 reg + 2 t + c four times
+//                      trellis, int8   16 bytes = i 0, 1; register 0, 1; column c + 2 (block % 2) + 8 reg + i four times
+//                      of which c = 16 (t / 2) + 4 (t % 2)
 #pragma once
 #include <cstdint>
 

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ inline
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -21,6 +21,13 @@ DEVICE void sync_warp() { __syncwarp(); }
 
 // The thread's warp in its block, in a register that the compiler knows to be the same for all its lanes.
 DEVICE int warp_index() { return __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0); }
+
+// The thread's lane in its warp: the machine has it, so that the compiler does not compute it again wherever it is used.
+DEVICE int lane_index() {
+  int d;
+  asm("mov.u32 %0, %%laneid;" : "=r"(d));
+  return d;
+}
 
 // v of lane `from` (modulo 32); every lane of the warp calls it.
 DEVICE uint32_t shuffle(uint32_t v, int from) { return __shfl_sync(kAllLanes, v, from); }
@@ -102,23 +109,22 @@ DEVICE Uint4 load16(const void* from) {
   return {v.x, v.y, v.z, v.w};
 }
 
-// count words, with the widest loads that their number allows; `from` is aligned to as much of 16 bytes.
-template <int count>
-DEVICE void load_words(const void* from, uint32_t (&words)[count]) {
-  constexpr int kWide = count % 4 == 0 ? 4 : count % 2 == 0 ? 2 : 1;
+// A lane's `count` words of those of 32 lanes, which begin at a multiple of 16 bytes: parts of 4, then 2, then 1 word for
+// each lane, [part][lane][words of the part], a load a part.
+template <int count, int size>
+DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size]) {
+  const uint32_t* const first = static_cast<const uint32_t*>(from);
 #pragma unroll
-  for (int i = 0; i < count; i += kWide) {
-    const uint32_t* at = static_cast<const uint32_t*>(from) + i;
-    if constexpr (kWide == 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(at);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-    } else if constexpr (kWide == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(at);
-      words[i] = v.x, words[i + 1] = v.y;
-    } else {
-      words[i] = *at;
-    }
+  for (int i = 0; i + 4 <= count; i += 4) {
+    const uint4 v = reinterpret_cast<const uint4*>(first + 32 * i)[lane];
+    words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
   }
+  if constexpr (count % 4 >= 2) {
+    constexpr int i = count / 4 * 4;
+    const uint2 v = reinterpret_cast<const uint2*>(first + 32 * i)[lane];
+    words[i] = v.x, words[i + 1] = v.y;
+  }
+  if constexpr (count % 2) words[count - 1] = first[32 * (count - 1) + lane];
 }
 
 using Stream = cudaStream_t;

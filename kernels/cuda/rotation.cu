@@ -50,9 +50,9 @@ DEVICE float reduce(float v, float* memory, F f) {
 DEVICE int column_of(XOrder order, int unit, int i) {
   const int t = unit % 4, block = unit / 4;
   switch (order) {
-    case XOrder::kTrellis: return 32 * block + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * t + i % 2;
+    case XOrder::kTrellis: return 32 * block + 16 * (t / 2) + 8 * (i / 2 % 2) + 4 * (t % 2) + 2 * (i / 4) + i % 2;
     case XOrder::kLattice: return 32 * block + 8 * t + i;
-    default: return 16 * block + 8 * (i % 2) + 2 * t + i / 2;
+    default: return 32 * (block / 2) + 16 * (t / 2) + 8 * (i % 2) + 4 * (t % 2) + 2 * (block % 2) + i / 2;
   }
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bit stream of a lane: its own 8 * bits bits, then the first 16 of the next lane. A lane decodes positions 8 lane ..
-// 8 lane + 7 of a tile (formats/tile.py); its own bits begin `step` bits before the first of their windows, which puts the
-// last window at the end of a word, where it needs no shift.
+// The bit stream of a lane. Of a half, lane 4 g + t decodes run 2 g + t % 2 of 16 positions (formats/tile.py) of tile
+// 2 half + t / 2: a run has `bits` units U0 U1 .. of 16 bits, and the first unit N0 of the next run follows, by a shuffle.
+// The units begin `step` bits before the first window, which puts the last one at the end of N0, where it needs no shift.
 //
-// Of the `bits` bytes B0 B1 .. that a lane owns of each tile, two at a time are a big-endian number of 16 bits. A word
-// holds such a pair of two tiles; with odd bits, the last byte of all four tiles of the chunk is one word more.
+// A pair of units is a word, U0 or U1 the upper half, and a funnel shift of two neighbours gives any window as they are.
+// With an odd number of units the first ones of both halves share a word, and so a shuffle.
 //
-//   word 2 p + half     [tile 2 half + 1: B2p B2p+1 | tile 2 half: B2p B2p+1]
-//   word bits - 1       [tile 3: B | tile 2: B | tile 1: B | tile 0: B]         B the last byte, for odd bits
+//   word half * (bits / 2) + i     even bits [U2i | U2i+1], odd bits [U2i+1 | U2i+2]     of the half
+//   word bits - 1                  odd bits  [half 1: U0 | half 0: U0]
 #pragma once
 #include <type_traits>
 
@@ -16,50 +16,48 @@
 
 namespace quip {
 
+// A lane's words of a tile's chunk, then those that the stream goes on with: of each half, or with odd bits one for both.
+template <int bits>
+using TrellisWords = uint32_t[bits + 2 - bits % 2];
+
 template <int bits, int half>
 struct TrellisStream {
-  static constexpr int kPairs = bits / 2 + 2;
-  uint32_t pair[kPairs];  // bytes 2 p and 2 p + 1 of the stream, of both tiles of the half
+  static constexpr int kBefore = bits % 2 ? 16 : 0;  // bits of no meaning in front
+  uint32_t part[bits / 2 + 1 + bits % 2];            // of which the last has 16 bits
 
-  DEVICE explicit TrellisStream(const uint32_t (&words)[bits]) {
-    const int lane = threadIdx.x % kLanes;
-    if constexpr (bits == 1) {
-      const uint32_t next = device::shuffle(words[0], lane + 1), after = device::shuffle(words[0], lane + 2);
-      pair[0] = device::permute_bytes(words[0], next, half ? 0x3726 : 0x1504);
-      pair[1] = device::permute_bytes(after, after, half ? 0x3020 : 0x1000);
-    } else {
-      const uint32_t next = device::shuffle(words[half], lane + 1);  // of the last lane the first: tail-biting
+  DEVICE explicit TrellisStream(const TrellisWords<bits>& words) {
+    constexpr int kFirst = bits % 2, kLast = bits / 2 + bits % 2;
 #pragma unroll
-      for (int p = 0; p < bits / 2; ++p) pair[p] = words[2 * p + half];
-      if constexpr (bits % 2 == 0) {
-        pair[bits / 2] = next;
-      } else {
-        pair[bits / 2] = device::permute_bytes(words[bits - 1], next, half ? 0x3725 : 0x1705);
-        pair[bits / 2 + 1] = next;  // of which the second byte is meant
-      }
-    }
+    for (int i = 0; i < bits / 2; ++i) part[kFirst + i] = words[half * (bits / 2) + i];
+    if constexpr (bits % 2) part[0] = half ? words[bits - 1] >> 16 : words[bits - 1];
+    part[kLast] = bits % 2 == 0 ? words[bits + half] : half ? words[bits] : words[bits] << 16;
   }
 
-  // 32 bits of the stream of tile 2 half + tile, from bit 16 * p.
-  template <int tile, int p>
+  // 32 bits of the stream from bit `at` of the parts.
+  template <int at>
   DEVICE uint32_t word() const {
-    constexpr bool kSecondByte = bits % 2 && bits > 1 && p == bits / 2;
-    constexpr int kSelector = kSecondByte ? (tile ? 0x7622 : 0x5400) : (tile ? 0x7632 : 0x5410);
-    return device::permute_bytes(pair[p + 1], pair[p], kSelector);
+    if constexpr (at % 32 == 0)
+      return part[at / 32];
+    else
+      return device::funnel_left(part[at / 32], part[at / 32 + 1], at % 32);
   }
 
   // The 16 bits from bit `start` > 0, in the low half of the result; what the high half holds is not said.
-  template <int tile, int start>
+  template <int start>
   DEVICE uint32_t low_window() const {
-    constexpr int p = (start - 1) / 16, shift = 16 * (p + 1) - start;
-    return word<tile, p>() >> shift;
+    constexpr int at = kBefore + start;
+    if constexpr (at % 32 <= 16)
+      return part[at / 32] >> (16 - at % 32);
+    else
+      return word<at - 16>();
   }
 
-  // The 16 bits from bit `start` > 0. Windows whose shifts differ by 8 share the shifted word.
-  template <int tile, int start>
+  // The 16 bits from bit `start` > 0: two bytes of a part, or of a shifted word, which up to three windows share.
+  template <int start>
   DEVICE uint32_t window() const {
-    constexpr int p = (start - 1) / 16, shift = 16 * (p + 1) - start;
-    return device::permute_bytes(word<tile, p>() >> (shift % 8), 0, shift < 8 ? 0x4410 : 0x4421);
+    constexpr int at = kBefore + start, place = at % 32;
+    constexpr int byte = place % 8 == 0 && place < 24 ? place / 8 : start / 8 % 3;
+    return device::permute_bytes(word<at - 8 * byte>(), 0, byte == 0 ? 0x4432 : byte == 1 ? 0x4421 : 0x4410);
   }
 };
 
@@ -76,24 +74,33 @@ DEVICE void unrolled(F f) {
 template <int bits_>
 struct TrellisCode {
   static constexpr int bits = bits_;
+  using Words = TrellisWords<bits>;
   static constexpr int kVectors = 1;     // of 16 bytes of x in a half
   static constexpr int kSums = 1;        // that an output has: stages of the code
   static constexpr int kTableBytes = 0;  // of shared memory
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;      // scale of the second stage
   static constexpr bool kGathers = false;  // whether weights come from memory
+  static constexpr bool kLight = false;    // whether 64 registers of a thread are enough for up to 8 rows
   using Sum = float;
 
   // Fills the table in shared memory; all threads of a block call it.
   DEVICE static void fill(unsigned char*, const void*) {}
 
+  // Fetches what a lane's streams go on with from the lanes of the next runs: of the last run the first, tail-biting.
+  DEVICE static void follow(Words& words) {
+    const int lane = device::lane_index(), next = lane + 1 + (lane & 1) * 2;
+#pragma unroll
+    for (int i = 0; i < 2 - bits % 2; ++i) words[bits + i] = device::shuffle(words[bits % 2 ? bits - 1 : i * (bits / 2)], next);
+  }
+
   // The A registers of a half, two fp16 weights each: what join makes of two neighbouring states.
   template <int half, class F>
-  DEVICE static void join_pairs(const uint32_t (&words)[bits], uint32_t (&a)[1][2][4], F join) {
+  DEVICE static void join_pairs(const Words& words, uint32_t (&a)[1][2][4], F join) {
     const TrellisStream<bits, half> stream(words);
     unrolled<8>([&](auto index) {
-      constexpr int tile = decltype(index)::value / 4, j = decltype(index)::value % 4;
-      a[0][tile][j] = join(stream.template window<tile, bits*(2 * j + 1)>(), stream.template window<tile, bits*(2 * j + 2)>());
+      constexpr int i = decltype(index)::value;
+      a[0][i / 4][i % 4] = join(stream.template window<bits*(2 * i + 1)>(), stream.template window<bits*(2 * i + 2)>());
     });
   }
 };

@@ -12,7 +12,7 @@
 #include <source_location>
 #include <string>
 
-#define KERNEL(threads) void
+#define KERNEL(...) void
 #define DEVICE inline
 #define HOST_DEVICE inline
 #define SHARED(name) unsigned char* const name = quip::device::shared_memory()
@@ -52,6 +52,7 @@ void sync_block(Site site = Site::current());
 void sync_warp(Site site = Site::current());
 uint32_t shuffle(uint32_t v, int from, Site site = Site::current());
 float shuffle_xor(float v, int mask, Site site = Site::current());
+DEVICE int lane_index() { return int(threadIdx.x % 32); }
 DEVICE int warp_index(Site site = Site::current()) { return int(shuffle(threadIdx.x / 32, 0, site)); }
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::current());
 void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::current());
@@ -115,11 +116,14 @@ DEVICE Uint4 load16(const void* from, Site site = Site::current()) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-template <int count>
-DEVICE void load_words(const void* from, uint32_t (&words)[count], Site site = Site::current()) {
-  constexpr int kWide = count % 4 == 0 ? 16 : count % 2 == 0 ? 8 : 4;
-  if (reinterpret_cast<uintptr_t>(from) % kWide) stop("load_words from an address that is not aligned to its loads", site);
-  for (int i = 0; i < count; ++i) words[i] = static_cast<const uint32_t*>(from)[i];
+template <int count, int size>
+DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size], Site site = Site::current()) {
+  static_assert(count <= size);
+  if (reinterpret_cast<uintptr_t>(from) % 16) stop("load_words from an address that is not aligned to its loads", site);
+  for (int i = 0; i < count; ++i) {
+    const int width = i < count / 4 * 4 ? 4 : i < count / 2 * 2 ? 2 : 1, part = i / width * width;  // words of a part
+    words[i] = static_cast<const uint32_t*>(from)[32 * part + width * lane + i - part];
+  }
 }
 
 // The copies themselves are here, where ThreadSanitizer sees them as accesses of the thread. A deferred one begins with

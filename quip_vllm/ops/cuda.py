@@ -15,7 +15,7 @@ from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
 from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
-INSTRUCTIONS = {"1mad": 4.5, "1mad_int8": 3.1, "3inst": 5.5, "hyb": 3.0, "lut": 5.0, "e8p": 2.2}
+INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1}
 """Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
 
 

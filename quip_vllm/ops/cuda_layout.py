@@ -45,7 +45,7 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
             begin, end = begin * TILE, end * TILE
         part = {name: rows[begin:end] for name, rows in codes.items()}
         words = _lattice_words(spec.bits, part) if lattice else _trellis_words(spec, part["packed"])
-        parts.append(_to_int32(words).flatten())
+        parts.append(_to_int32(_in_parts(words)).flatten())
     return torch.cat([*parts, parts[0].new_zeros(SPARE_CHUNKS * LANES * spec.bits)])
 
 
@@ -58,15 +58,20 @@ def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     # The stream of a tile, one step later: word w of the rolled stream ends `step` bits before word w does.
     words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))
-    streams = torch.stack([words >> 8, words & 0xFF], dim=-1).view(packed.shape[0], -1, 4, LANES, bits)
-    own = streams.permute(0, 1, 3, 2, 4)  # [tiles, chunks, lane, tile of the chunk, byte]
-    parts = []
-    for pair in range(bits // 2):
-        numbers = own[..., 2 * pair] << 8 | own[..., 2 * pair + 1]
-        parts += [numbers[..., 2 * half + 1] << 16 | numbers[..., 2 * half] for half in range(2)]
+    # Tile 2 half + t / 2, run 2 g + t % 2 of 16 positions, unit: to lane 4 g + t, half, unit.
+    runs = words.view(packed.shape[0], -1, 2, 2, 8, 2, bits).permute(0, 1, 4, 3, 5, 2, 6).flatten(2, 4)
+    pairs = runs[..., bits % 2 :].unflatten(-1, (bits // 2, 2))
+    parts = (pairs[..., 0] << 16 | pairs[..., 1]).flatten(-2)
     if bits % 2:
-        parts.append(sum(own[..., tile, bits - 1] << (8 * tile) for tile in range(4)))
-    return torch.stack(parts, dim=-1)
+        parts = torch.cat([parts, runs[..., 1:, 0] << 16 | runs[..., :1, 0]], dim=-1)
+    return parts
+
+
+def _in_parts(words: Tensor) -> Tensor:
+    """[..., 32, bits] to [..., 32 * bits]: four words of each lane, again where there are more, then two, then one."""
+    bits = words.shape[-1]
+    sizes = [4] * (bits // 4) + [2] * (bits % 4 // 2) + [1] * (bits % 2)
+    return torch.cat([part.flatten(-2) for part in words.split(sizes, dim=-1)], dim=-1)
 
 
 def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:

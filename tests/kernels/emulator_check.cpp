@@ -256,7 +256,7 @@ KERNEL(32) outside_kernel(uint32_t* x) {
 KERNEL(32) misaligned_load_kernel(uint32_t* x) { x[0] = load16(x + 1).x; }
 KERNEL(32) misaligned_words_kernel(uint32_t* x) {
   uint32_t words[6];
-  load_words(x + 1, words);
+  load_words<6>(x + 1, 0, words);
 }
 
 alignas(16) uint32_t words[64];
@@ -289,10 +289,11 @@ Answer integers() {
   alignas(16) const uint32_t x[4] = {1, 2, 3, 4};
   const Uint4 v = load16(x);
   right &= v.x == 1 && v.y == 2 && v.z == 3 && v.w == 4;
-  uint32_t three[3], two[2];
-  load_words(x + 1, three);
-  load_words(x + 2, two);
-  right &= three[0] == 2 && three[2] == 4 && two[0] == 3 && two[1] == 4;
+  alignas(16) uint32_t many[7 * 32];
+  for (uint32_t i = 0; i < 7 * 32; ++i) many[i] = i;
+  uint32_t seven[8] = {};  // parts of four, two and one word
+  load_words<7>(many, 5, seven);
+  right &= seven[0] == 20 && seven[3] == 23 && seven[4] == 128 + 10 && seven[5] == 128 + 11 && seven[6] == 192 + 5;
   return right ? "right" : "wrong";
 }
 

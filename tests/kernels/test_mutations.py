@@ -14,10 +14,16 @@ RESULTS, ORDERS = "linear_is_the_dequantized_weight and qtip-1mad-2", "order_of_
 FUSED = "gemm_1mad", "the_epilogue_gives and qtip-1mad-2"
 FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
-    "swapped A registers": ("trellis_stream.h", "a[0][tile][j] =", "a[0][tile][j ^ 1] =", "gemm_1mad", RESULTS),
+    "swapped A registers": (
+        "trellis_stream.h",
+        "a[0][i / 4][i % 4] =",
+        "a[0][i / 4][i % 4 ^ 1] =",
+        "gemm_1mad",
+        RESULTS,
+    ),
     "swapped B registers": ("decode_gemm.h", "[2 * v], b.x, b.y", "[2 * v], b.y, b.x", "gemm_1mad", RESULTS),
-    "shifted index": ("decode_gemm.h", "lane * Code::bits * 4;", "(lane ^ 1) * Code::bits * 4;", "gemm_1mad", RESULTS),
-    "wrong selector": ("trellis_stream.h", "0x7632 : 0x5410", "0x7632 : 0x5401", "gemm_1mad", RESULTS),
+    "shifted index": ("decode_gemm.h", "lane, words[r]);", "lane ^ 1, words[r]);", "gemm_1mad", RESULTS),
+    "wrong selector": ("trellis_stream.h", "0x4421 : 0x4410", "0x4421 : 0x4401", "gemm_1mad", RESULTS),
     "wrong sign": ("output.h", "e[j | half] = a - b", "e[j | half] = b - a", "rotation", RESULTS),
     "no barrier": (
         "decode_gemm.h",

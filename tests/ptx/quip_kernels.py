@@ -161,14 +161,14 @@ def one_kernel(text: str, kernel: str) -> str:
 
 def _columns(order: str) -> np.ndarray:
     """The column in its chunk of what lies at [block of a row, t, place]: two bytes a place, or four copies of one."""
-    if order == "trellis":  # 16 bytes = multiplication, register, column 16 mul + 8 reg + 2 t + 0, 1
-        half, t, mul, reg, one = np.ogrid[:2, :4, :2, :2, :2]
-        return (32 * half + 16 * mul + 8 * reg + 2 * t + one).reshape(2, 4, 8)
+    if order == "trellis":  # 16 bytes = multiplication, register, column c + 2 mul + 8 reg + 0, 1
+        half, u, v, mul, reg, one = np.ogrid[:2, :2, :2, :2, :2, :2]  # t = 2 u + v, c = 16 u + 4 v
+        return (32 * half + 16 * u + 4 * v + 2 * mul + 8 * reg + one).reshape(2, 4, 8)
     if order == "lattice":  # 16 bytes = columns 8 t .. 8 t + 7
         half, t, i = np.ogrid[:2, :4, :8]
         return 32 * half + 8 * t + i
-    tile, t, one, reg = np.ogrid[:4, :4, :2, :2]  # 16 bytes = c, register, column 8 reg + 2 t + c four times
-    return (16 * tile + 8 * reg + 2 * t + one).reshape(4, 4, 4)
+    half, pair, u, v, one, reg = np.ogrid[:2, :2, :2, :2, :2, :2]  # 16 bytes = one, register, the column four times
+    return (32 * half + 16 * u + 4 * v + 2 * pair + 8 * reg + one).reshape(4, 4, 4)
 
 
 def row_bytes(order: str) -> int:

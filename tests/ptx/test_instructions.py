@@ -56,6 +56,12 @@ def test_funnel_left():
     assert (elementwise("funnel_left(a, b, c)", high, low, shift) == want).all()
 
 
+def test_lane_index():
+    got = np.zeros(96, np.int32)
+    cuda("""extern "C" KERNEL(96) k(int* d) { d[threadIdx.x] = lane_index(); }""").run("k", 1, 96, [got])
+    assert (got == np.arange(96) % 32).all()
+
+
 def test_sum_bytes():
     v, base = words(1000), words(1000)
     want = v.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.uint32) + base

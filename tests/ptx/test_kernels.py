@@ -122,9 +122,8 @@ def test_costs_of_memory(name, bits, m):
 
 
 def is_half_a_load(site, bits):
-    """Loads in two halves, between which lanes leave gaps: words at 8 bits, and 16 bytes of x where nvcc cuts them."""
-    words, x = bits == 8 and site.opcode == "ld.shared.v4.u32", bits not in (2, 6) and site.opcode == "ld.shared.v2.u32"
-    return (words or x) and passes(site) <= 2
+    """16 bytes of x that nvcc loads in two halves, with gaps between lanes; of some bits it loads words so, too."""
+    return bits % 4 < 2 and site.opcode == "ld.shared.v2.u32" and passes(site) <= 2
 
 
 def test_look_ups_are_where_they_are_thought_to_be():
@@ -400,30 +399,52 @@ MISTAKES = {
     "packed words copied from one unit further": (
         ("1mad", 2),
         "decode_gemm.h",
-        "+ unit % kUnits * 4;",
-        "+ unit % kUnits * 4 + 4;",
+        "+ unit % kTileUnits * 4;",
+        "+ unit % kTileUnits * 4 + 4;",
     ),
     "packed words read from one lane further": (
         ("1mad", 2),
         "decode_gemm.h",
-        "chunk_bytes<Code>() + lane * Code::bits * 4;",
-        "chunk_bytes<Code>() + (lane + 1) * Code::bits * 4;",
+        "chunk_bytes<Code>(), lane, words[r]);",
+        "chunk_bytes<Code>(), lane + 1, words[r]);",
     ),
     "x read without the exclusive or": (("1mad", 2), "decode_gemm.h", "+ row % 2 * kBlock + lane", "+ lane"),
     "one copy too many left under way": (("1mad", 2), "decode_gemm.h", "wait<kStages - 2>", "wait<kStages - 1>"),
     "the last stage taken for a whole one": (
         ("1mad", 2),
         "decode_gemm.h",
-        "(todo > kWarpsK * (kDepth - 1))",
+        "(left > warp_k + kWarpsK * (kDepth - 1))",
         "(true)",
     ),
-    "two halves of a word swapped": (("1mad", 2), "trellis_stream.h", "? 0x7632 : 0x5410", "? 0x7632 : 0x1054"),
-    "a window from a byte too low": (("1mad", 2), "trellis_stream.h", "0x4410 : 0x4421", "0x4410 : 0x4410"),
-    "the odd byte of another tile": (("1mad", 3), "trellis_stream.h", "0x3725 : 0x1705", "0x3725 : 0x1715"),
-    "bytes of the next lane at 1 bit": (("1mad", 1), "trellis_stream.h", "0x3726 : 0x1504", "0x2736 : 0x1504"),
+    "the two runs swapped": (
+        ("1mad", 2),
+        "trellis_stream.h",
+        "words[half * (bits / 2) + i];",
+        "words[(1 - half) * (bits / 2) + i];",
+    ),
+    "a window from a byte too low": (("1mad", 2), "trellis_stream.h", "0x4421 : 0x4410", "0x4410 : 0x4410"),
+    "the first unit of the other run": (
+        ("1mad", 3),
+        "trellis_stream.h",
+        "half ? words[bits - 1]",
+        "!half ? words[bits - 1]",
+    ),
+    "the last unit of the other run": (
+        ("1mad", 1),
+        "trellis_stream.h",
+        "half ? words[bits] :",
+        "!half ? words[bits] :",
+    ),
+    "the run of another tile follows": (("1mad", 2), "trellis_stream.h", "+ (lane & 1) * 2;", ";"),
+    "x copied to a warp's part too far": (
+        ("1mad", 2),
+        "decode_gemm.h",
+        "first = warp * each;",
+        "first = (warp + 1) * each;",
+    ),
     "rows of the lattice swapped": (("e8p", 2), "code_e8p.h", "a[0][row + 2] = two(nibbles);", "a[0][row ^ 1] = 0;"),
     "the sign of HYB on the second weight": (("hyb", 2), "code_hyb.h", "row ^ (h & 0x8000u)", "row ^ (h << 16 >> 31)"),
-    "bytes of int8 in the other order": (("1mad_int8", 2), "code_1mad.h", "2 * tile + i % 2][i / 2]", "2*tile][i / 2]"),
+    "bytes of int8 in the other order": (("1mad_int8", 2), "code_1mad.h", "i / 8 * 2 + i % 2][", "i / 8 * 2]["),
 }
 
 

@@ -45,45 +45,35 @@ def look_up(table, offset):
     return tl.load(place.to(table.dtype))
 
 
-# ---- the bit stream of a tile (formats/trellis.py)
+# ---- the bit stream of a run of 16 positions (formats/trellis.py)
 #
-# Of each tile a lane owns `bits` bytes B0 B1 .., which begin one step before its first window; the first 16 bits of the
-# next lane follow. Word 2 p + half of the lane holds bytes 2 p, 2 p + 1 of tile 2 half + 1 above those of tile 2 half;
-# with odd bits, the last byte of all four tiles is one word more (kernels/cuda/trellis_stream.h draws it).
+# Of each half of a chunk, lane 4 g + t has run 2 g + t % 2 of tile t / 2: `bits` units of 16 bits, which begin one step
+# before its first window; the first unit of the next run follows. Two neighbouring units are a word; with odd bits the
+# first units of both halves share the last word (kernels/cuda/trellis_stream.h draws it).
 
 
 @triton.jit
-def half_word(word, upper: tl.constexpr):
-    if upper:
-        return word >> 16
+def stream_word(words, following, half: tl.constexpr, part: tl.constexpr, bits: tl.constexpr):
+    """32 bits of a run: with odd bits the first have 16 of no meaning in front; of the last, 16 bits are meant."""
+    if bits % 2 == 0:
+        return words[half * (bits // 2) + part] if part < bits // 2 else following[half]
+    elif part == 0:
+        return words[bits - 1] >> 16 if half else words[bits - 1]
+    elif part <= bits // 2:
+        return words[half * (bits // 2) + part - 1]
     else:
-        return word & 0xFFFF
+        return following[0] if half else following[0] << 16
 
 
 @triton.jit
-def stream_part(words, following, tile: tl.constexpr, part: tl.constexpr, bits: tl.constexpr):
-    """Bits 16 part .. 16 part + 15 of a tile's stream; what lies behind the lane's last window is not said."""
-    if bits == 1 and part == 0:
-        return (words[0] >> 8 * tile & 0xFF) << 8 | following[0] >> 8 * tile & 0xFF
-    elif bits == 1:
-        return following[1] >> 8 * tile << 8 & 0xFF00
-    elif part < bits // 2:
-        return half_word(words[2 * part + tile // 2], tile % 2)
-    elif bits % 2 == 0:
-        return half_word(following[tile // 2], tile % 2)
-    elif part == bits // 2:
-        return (words[bits - 1] >> 8 * tile & 0xFF) << 8 | half_word(following[tile // 2], tile % 2) >> 8
+def window(words, following, half: tl.constexpr, start: tl.constexpr, bits: tl.constexpr):
+    """16 bits of a run from bit `start` > 0, in the low half of the result; the upper half is not said."""
+    at: tl.constexpr = start + bits % 2 * 16
+    word = stream_word(words, following, half, at // 32, bits)
+    if at % 32 <= 16:
+        return word >> 16 - at % 32
     else:
-        return half_word(following[tile // 2], tile % 2) << 8 & 0xFF00
-
-
-@triton.jit
-def window(words, following, tile: tl.constexpr, start: tl.constexpr, bits: tl.constexpr):
-    """16 bits of the stream from bit `start` > 0, in the low half of the result; the upper half is not said."""
-    part: tl.constexpr = (start - 1) // 16
-    high = stream_part(words, following, tile, part, bits)
-    low = stream_part(words, following, tile, part + 1, bits)
-    return (high << 16 | low) >> 16 * (part + 1) - start
+        return word << at % 32 - 16 | stream_word(words, following, half, at // 32 + 1, bits) >> 48 - at % 32
 
 
 # ---- what a state stands for (formats/trellis_codes.py)
@@ -139,38 +129,41 @@ def state_value(state, table, CODE: tl.constexpr):
 
 
 @triton.jit
-def trellis_tile(words, following, table, tile: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr):
-    """The eight weights that each lane has of a tile: fp16 [tiles, 32, c, R, C], in the letters of formats/tile.py."""
+def trellis_eight(
+    words, following, table, half: tl.constexpr, first: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr
+):
+    """Eight weights of a run from position `first`: fp16 [tiles, 32, c, R, C], in the letters of formats/tile.py."""
+    start: tl.constexpr = first * bits
     if CODE == "hyb":
-        w0 = hyb(window(words, following, tile, 2 * bits, bits), table)
-        w1 = hyb(window(words, following, tile, 4 * bits, bits), table)
-        w2 = hyb(window(words, following, tile, 6 * bits, bits), table)
-        w3 = hyb(window(words, following, tile, 8 * bits, bits), table)
+        w0 = hyb(window(words, following, half, start + 2 * bits, bits), table)
+        w1 = hyb(window(words, following, half, start + 4 * bits, bits), table)
+        w2 = hyb(window(words, following, half, start + 6 * bits, bits), table)
+        w3 = hyb(window(words, following, half, start + 8 * bits, bits), table)
         p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
         p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
     else:
-        v0 = state_value(window(words, following, tile, bits, bits), table, CODE)
-        v1 = state_value(window(words, following, tile, 2 * bits, bits), table, CODE)
-        v2 = state_value(window(words, following, tile, 3 * bits, bits), table, CODE)
-        v3 = state_value(window(words, following, tile, 4 * bits, bits), table, CODE)
-        v4 = state_value(window(words, following, tile, 5 * bits, bits), table, CODE)
-        v5 = state_value(window(words, following, tile, 6 * bits, bits), table, CODE)
-        v6 = state_value(window(words, following, tile, 7 * bits, bits), table, CODE)
-        v7 = state_value(window(words, following, tile, 8 * bits, bits), table, CODE)
+        v0 = state_value(window(words, following, half, start + bits, bits), table, CODE)
+        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, CODE)
+        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, CODE)
+        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, CODE)
+        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, CODE)
+        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, CODE)
+        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, CODE)
+        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, CODE)
         p0, p1, p2, p3 = tl.join(v0, v1), tl.join(v2, v3), tl.join(v4, v5), tl.join(v6, v7)
     return join4(p0, p1, p2, p3)
 
 
 @triton.jit
 def trellis_chunk(words, following, table, CODE: tl.constexpr, bits: tl.constexpr):
-    """[tiles, 32] words to fp16 [16 tiles, 64]."""
-    t0 = trellis_tile(words, following, table, 0, CODE, bits)
-    t1 = trellis_tile(words, following, table, 1, CODE, bits)
-    t2 = trellis_tile(words, following, table, 2, CODE, bits)
-    t3 = trellis_tile(words, following, table, 3, CODE, bits)
-    v = join4(t0, t1, t2, t3)
+    """[tiles, 32] words to fp16 [16 tiles, 64]; columns are in the order of rotation.place."""
+    e0 = trellis_eight(words, following, table, 0, 0, CODE, bits)
+    e1 = trellis_eight(words, following, table, 0, 8, CODE, bits)
+    e2 = trellis_eight(words, following, table, 1, 0, CODE, bits)
+    e3 = trellis_eight(words, following, table, 1, 8, CODE, bits)
+    v = join4(e0, e1, e2, e3)
     TILES: tl.constexpr = v.shape[0]
-    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, tile % 2, tile / 2
+    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, half of the run, half
     v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
     return tl.reshape(v, (TILES * 16, 64))
 

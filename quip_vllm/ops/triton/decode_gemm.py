@@ -64,15 +64,20 @@ def load_words(at, lane, bits: tl.constexpr):
 
 @triton.jit
 def load_following(at, lane, CODE: tl.constexpr, bits: tl.constexpr):
-    """What a lane's windows take from the next: its first two words, or with 1 bit, the word of the next two lanes."""
+    """What a lane's two runs go on with, of the lane of the next runs: the first word of each, or one for both."""
     if CODE == "e8p":
         none = tl.zeros((at.shape[0], 32), tl.uint32)
         return none, none
-    elif bits == 1:
-        return tl.load(at + (lane + 1) % 32), tl.load(at + (lane + 2) % 32)
-    else:
-        a, b = tl.split(load_part(at + (lane + 1) % 32 * (2 if bits < 4 else 4), 2))
+    next_lane = lane + 1 + (lane & 1) * 2 & 31
+    if bits % 2:
+        both = tl.load(at + (bits - 1) * 32 + next_lane)
+        return both, both
+    elif bits == 2:
+        a, b = tl.split(load_part(at + next_lane * 2, 2))
         return a, b
+    else:
+        second: tl.constexpr = 128 if bits == 8 else bits // 2
+        return tl.load(at + next_lane * 4), tl.load(at + next_lane * 4 + second)
 
 
 @triton.jit
@@ -180,4 +185,7 @@ def decode_rows_kernel(
     if CODE == "e8p":  # where rotation.place has put the columns
         t, s, i, c = column >> 1 & 3, column >> 4 & 1, column >> 3 & 1, column & 1
         column = (column & 32) | t << 3 | s << 2 | i << 1 | c
+    else:
+        t, u, e = column >> 2 & 1, column >> 1 & 1, column >> 4 & 1
+        column = (column & -23) | t << 4 | u << 2 | e << 1
     tl.store(out + tl.program_id(0).to(tl.int64) * (chunks * 64) + chunk * 64 + column, (row - offset) * unit)

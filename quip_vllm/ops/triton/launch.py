@@ -27,19 +27,14 @@ MIX_A, MIX_B, MIX_WHOLE = 32, 32, 1024
 
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 
-PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4)}
-"""By bits: how many words of a lane are neighbours in memory, which one load fetches (decode_gemm.load_words)."""
-
 
 def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """The words of the CUDA kernels, in the order of decode_gemm: int32 [tiles, chunks * 32 * bits]."""
+    """The words of the CUDA kernels: int32 [tiles, chunks * 32 * bits]."""
     tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // CHUNK)
-    words = cuda_layout.packed_words(spec, tensors)[: tiles * chunks * LANES * spec.bits]
-    words = words.view(tiles * chunks, LANES, spec.bits)
+    words = cuda_layout.packed_words(spec, tensors)[: tiles * chunks * LANES * spec.bits].view(tiles, -1)
     if spec.method is Method.QUIP_SHARP:  # stored rotated left by 7 for the CUDA kernels
         words = (words << 25) | (words >> 7 & (1 << 25) - 1)
-    parts = [part.flatten(1) for part in words.split(PARTS[spec.bits], dim=2)]
-    return torch.cat(parts, dim=1).view(tiles, -1).contiguous()
+    return words.contiguous()
 
 
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:

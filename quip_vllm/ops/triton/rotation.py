@@ -61,15 +61,17 @@ def power_of_two(e):
 
 @triton.jit
 def place(column, LATTICE: tl.constexpr):
-    """Where decode_gemm wants a column: as it is, or for the lattice with 4 t + r of 8 t + 4 s + 2 i + c moved.
+    """Where decode_gemm wants a column.
 
-    Of 32 columns lane t decodes 8 t .. 8 t + 7 and multiplies 16 s + 8 i + 2 t + c.
+    Of 32 columns lane t decodes 8 t + 4 s + 2 i + c of a lattice and 16 (t / 2) + 8 i + 4 (t % 2) + 2 s + c of a
+    trellis, and multiplies 16 s + 8 i + 2 t + c.
     """
     if LATTICE:
         t, s, i, c = column >> 3 & 3, column >> 2 & 1, column >> 1 & 1, column & 1
         return (column & -32) | s << 4 | i << 3 | t << 1 | c
     else:
-        return column
+        t, u, s = column >> 4 & 1, column >> 2 & 1, column >> 1 & 1
+        return (column & -23) | s << 4 | t << 2 | u << 1
 
 
 @triton.jit
