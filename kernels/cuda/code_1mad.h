@@ -30,6 +30,7 @@ template <int bits>
 struct OneMadBytes : TrellisCode<bits> {
   static constexpr int kVectors = 2;
   static constexpr XOrder kOrder = XOrder::kBytes;
+  static constexpr bool kLight = bits == 1;  // at 2 the compiler takes no more, either
   using Sum = int32_t;
 
   DEVICE OneMadBytes(const unsigned char*, const void*) {}

@@ -129,7 +129,7 @@ DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[
   for (int r = 0; r < kRowTiles; ++r) code.template decode<half>(words[r], a[r]);
 #pragma unroll
   for (int c = 0; c < kColumnTiles; ++c) {
-    if (kColumnTiles > 2 && c >= column_tiles) break;  // a second tile always has rows
+    if (kColumnTiles > 2 && c > 0 && c >= column_tiles) continue;  // both of two always have rows
 #pragma unroll
     for (int v = 0; v < Code::kVectors; ++v) {
       constexpr int kFirst = half * Code::kVectors;

@@ -122,8 +122,8 @@ def test_costs_of_memory(name, bits, m):
 
 
 def is_half_a_load(site, bits):
-    """16 bytes of x that nvcc loads in two halves, with gaps between lanes; of some bits it loads words so, too."""
-    return bits % 4 < 2 and site.opcode == "ld.shared.v2.u32" and passes(site) <= 2
+    """16 bytes of x that nvcc loads in two halves, between which lanes leave gaps."""
+    return bits not in (2, 6) and site.opcode == "ld.shared.v2.u32" and passes(site) <= 2
 
 
 def test_look_ups_are_where_they_are_thought_to_be():
