@@ -36,7 +36,7 @@ struct LatticeTables {
   // tables: uint32 [3][256] and 0x50085008: absolute values, signs, E81B.
   DEVICE LatticeTables(const unsigned char* memory, const void* tables)
       : table(memory),
-        copy(4 * (device::lane_index() & kCopies - 1)),
+        copy(4 * (device::lane_index() & (kCopies - 1))),
         number(static_cast<const uint32_t*>(tables)[3 * 256]) {}
   DEVICE static void fill(unsigned char* memory, const void* tables) {
     uint32_t* copies = reinterpret_cast<uint32_t*>(memory);
