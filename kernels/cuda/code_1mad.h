@@ -12,7 +12,7 @@ DEVICE uint32_t one_mad(uint32_t state) { return state * 34038481u + 76625530u; 
 // fp16: adding the bytes to the bit pattern of 1024 gives the number 1024 + sum exactly. The constant comes off the result.
 template <int bits>
 struct OneMad : TrellisCode<bits> {
-  static constexpr bool kLight = bits <= 2;  // of which shared memory holds two blocks
+  static constexpr int kLightDepth = bits == 1 ? 1 : bits == 2 ? 4 : kNever;  // of which shared memory holds two blocks
 
   DEVICE OneMad(const unsigned char*, const void*) {}
 
@@ -30,7 +30,7 @@ template <int bits>
 struct OneMadBytes : TrellisCode<bits> {
   static constexpr int kVectors = 2;
   static constexpr XOrder kOrder = XOrder::kBytes;
-  static constexpr bool kLight = bits == 1;  // at 2 the compiler takes no more, either
+  static constexpr int kLightDepth = bits == 1 ? 1 : kNever;  // at 2 the compiler takes no more, either
   using Sum = int32_t;
 
   DEVICE OneMadBytes(const unsigned char*, const void*) {}

@@ -26,7 +26,8 @@ struct LatticeTables {
   static constexpr int kRow = 4 * kCopies, kTable = 256 * kRow, kTableBytes = kTables * kTable;
   static constexpr XOrder kOrder = XOrder::kLattice;
   static constexpr float kSecond = bits == 3 ? 1 / 2.04f : bits == 4 ? 1 / 3.45f : 0;  // scale of the second stage
-  static constexpr bool kGathers = false, kLight = false;
+  static constexpr bool kGathers = false;
+  static constexpr int kLightDepth = kNever;
   using Sum = float;
   using Words = uint32_t[bits];
   const unsigned char* table;

@@ -195,7 +195,7 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
 }
 
 template <class Code, int kColumnTiles, int kDepth>
-KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && Code::kLight ? 2 : 1)) decode_gemm_kernel(const Gemm g) {
+KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code::kLightDepth ? 2 : 1)) decode_gemm_kernel(const Gemm g) {
   SHARED(memory);
   constexpr int kStages = stages_of<Code>(kColumnTiles);
   const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;

@@ -32,6 +32,7 @@ constexpr int kRowBlock = 64;   // rows of x that a thread block multiplies
 constexpr int kRowTiles = 2;    // tiles that a warp decodes side by side
 constexpr int kWarpsK = 2;      // warps that share an output and take every other chunk
 constexpr int kBlock = 64;      // bytes of a block of x
+constexpr int kNever = 1 << 10;  // a depth that no kernel has
 constexpr int kMaxSegments = 16;
 
 enum class XOrder : int { kTrellis, kLattice, kBytes };

@@ -81,7 +81,7 @@ struct TrellisCode {
   static constexpr XOrder kOrder = XOrder::kTrellis;
   static constexpr float kSecond = 0;      // scale of the second stage
   static constexpr bool kGathers = false;  // whether weights come from memory
-  static constexpr bool kLight = false;    // whether 64 registers of a thread are enough for up to 8 rows
+  static constexpr int kLightDepth = kNever;  // depth from which 64 registers of a thread are enough for up to 8 rows
   using Sum = float;
 
   // Fills the table in shared memory; all threads of a block call it.

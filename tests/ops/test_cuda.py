@@ -36,7 +36,7 @@ def rows(m, k):
 def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
     """Those of the op, with other thread blocks, another variant of the code, or a bias."""
     prepared = cuda.prepare(spec, tensors)
-    planned_code, planned = next(plan for plan in reversed(cuda.plans.values()))
+    planned_code, planned = cuda.plans[spec]
     count = len(spec.output_sizes) + 1
     widths = [p for _, p in rotations(spec)]
     bases = [prepared[f"base{i}"] for i in range(count)]
