@@ -16,11 +16,16 @@
 namespace quip {
 namespace {
 
+// 1MAD: the value is (b0 + b1 + b2 + b3 - mean) * unit of the four bytes of y = factor * x + term.
+constexpr uint32_t kOneMadFactor = 34038481, kOneMadTerm = 76625530;
+constexpr int kOneMadMean = 510;
+constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
+
 inline Floats one_mad(Words x) {
-  Words y = x * 34038481u + 76625530u;
+  Words y = x * kOneMadFactor + kOneMadTerm;
   Words pairs = (y & 0x00FF00FFu) + ((y >> 8) & 0x00FF00FFu);
-  Ints total = (Ints)((pairs & 0xFFFFu) + (pairs >> 16)) - 510;
-  return __builtin_convertvector(total, Floats) * (1.0f / 147.800537109375f);
+  Ints total = (Ints)((pairs & 0xFFFFu) + (pairs >> 16)) - kOneMadMean;
+  return __builtin_convertvector(total, Floats) * kOneMadUnit;
 }
 
 // Every half has one of the exponents 2^-3 .. 2^0, so widening is a shift and a new bias, the float sum is exact, and

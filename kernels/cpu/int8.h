@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "vector.h"
 
 namespace quip {
 namespace {
@@ -39,18 +40,16 @@ constexpr bool is_wide() {  // int16
 }  // namespace quip
 
 #if defined(__AVX512VNNI__)
-#include "lanes_avx512.h"
-//
 #include "int8_lattice.h"
 #include "int8_trellis.h"
+#include "lanes_avx512.h"
 #if defined(__AMX_INT8__) || defined(QUIP_AMX_EMULATED)
 #define QUIP_AMX
 #include "amx.h"
 #endif
 #else
-#include "lanes_avx2.h"
-//
 #include "int8_avx2.h"
+#include "lanes_avx2.h"
 #endif
 
 namespace quip {
@@ -156,6 +155,18 @@ inline void store_quads(const int8_t* q, int64_t columns, int32_t* out, int64_t 
       for (int i = 0; i < kPad / 4; ++i) out[(c / 4 + i) * step] = quads[i];
     }
   }
+}
+
+// The largest magnitude of x[0..count), as the bits of a float, so that a NaN is above infinity.
+inline uint32_t largest_bits(const float* x, int64_t count) {
+  Words top = {};
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const Words bits = load<Words>(x + c) & 0x7FFFFFFFu;
+    top = bits > top ? bits : top;
+  }
+  uint32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, top[i]);
+  return largest;
 }
 
 // Row r of m: x[0..k) to int8. x has padded(k) floats, zero beyond k. totals: the sum of q of each kChunk8 columns.

@@ -7,6 +7,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "decode_trellis.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
 #include "lattice.h"
@@ -45,20 +46,20 @@ inline int wide_place(int place) { return place / 4 * 4 + place % 2 * 2 + place 
 
 // ---- The lattice ----
 
-struct LatticeTables2 {
+struct LatticeTables8 {
   alignas(32) uint8_t fields[2][16][32] = {};   // e8p: |v| - 1/2 of components 0..3 and 4..7, two bits each
   alignas(32) uint8_t nibbles[4][16][32] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
   alignas(32) uint8_t parity[32] = {};          // of four bits
   alignas(32) uint8_t integers[32] = {};        // 2 v by its 4 bits
   alignas(32) uint8_t sevenfold[32] = {};       // 7 * 4 v by (4 v + kOffset8) / 2
 
-  constexpr LatticeTables2() {
+  constexpr LatticeTables8() {
     for (int r = 0; r < 256; ++r)
       for (int i = 0; i < 8; ++i)
         for (int copy = 0; copy < 32; copy += 16) {
           const int at = r % 16 + copy;
-          fields[i / 4][r / 16][at] |= uint8_t(int(kLattice.absolute[i][r] - 0.5f) << (2 * (i % 4)));
-          nibbles[i / 2][r / 16][at] |= uint8_t((int(2 * kLattice.e81b[r][i]) & 15) << (4 * (i % 2)));
+          fields[i / 4][r / 16][at] |= field_of(r, i);
+          nibbles[i / 2][r / 16][at] |= nibble_of(r, i);
         }
     for (int i = 0; i < 32; ++i) {
       const int n = i % 16;
@@ -68,26 +69,26 @@ struct LatticeTables2 {
     }
   }
 };
-constexpr LatticeTables2 kLattice2;
+constexpr LatticeTables8 kLattice8;
 
 [[gnu::always_inline]] inline __m256i table16(const uint8_t* table, __m256i index) {
   return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)), index);
 }
 
 // 32 E8P codes: component i of all is 4 v + offset.
-struct E8pCodes2 {
+struct E8pCodes {
   __m256i fields[2], signs, odd, shift;
-  [[gnu::always_inline]] E8pCodes2(const uint8_t* codes, int offset) : signs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 64))) {
-    const ByteIndex index(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    for (int half = 0; half < 2; ++half) fields[half] = look_up<16>(kLattice2.fields[half], index);
+  [[gnu::always_inline]] E8pCodes(const uint8_t* codes, int offset) : signs(load<__m256i>(codes + 64)) {
+    const ByteIndex index(load<__m256i>(codes));
+    for (int half = 0; half < 2; ++half) fields[half] = look_up<16>(kLattice8.fields[half], index);
     const __m256i folded = _mm256_xor_si256(signs, _mm256_srli_epi16(signs, 4));
-    const __m256i parity = table16(kLattice2.parity, _mm256_and_si256(folded, splat8(15)));
+    const __m256i parity = table16(kLattice8.parity, _mm256_and_si256(folded, splat8(15)));
     signs = _mm256_xor_si256(signs, parity);
     shift = _mm256_sub_epi8(splat8(offset + 1), _mm256_add_epi8(parity, parity));
     // The number of components of 3/2 is that of fields whose low bit is set: parity of bits 0, 2, 4, 6 of both.
     __m256i thirds = _mm256_xor_si256(fields[0], fields[1]);
     thirds = _mm256_and_si256(_mm256_xor_si256(thirds, _mm256_srli_epi16(thirds, 4)), splat8(5));
-    odd = _mm256_slli_epi16(table16(kLattice2.parity, thirds), 7);
+    odd = _mm256_slli_epi16(table16(kLattice8.parity, thirds), 7);
   }
   [[gnu::always_inline]] __m256i component(int i) const {
     const int place = 2 - 2 * (i % 4);
@@ -100,15 +101,15 @@ struct E8pCodes2 {
 };
 
 // 32 E81B codes: component i of all is 2 v.
-struct E81bCodes2 {
+struct E81bCodes {
   __m256i nibbles[4];
-  [[gnu::always_inline]] explicit E81bCodes2(const uint8_t* codes) {
-    const ByteIndex index(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    for (int t = 0; t < 4; ++t) nibbles[t] = look_up<16>(kLattice2.nibbles[t], index);
+  [[gnu::always_inline]] explicit E81bCodes(const uint8_t* codes) {
+    const ByteIndex index(load<__m256i>(codes));
+    for (int t = 0; t < 4; ++t) nibbles[t] = look_up<16>(kLattice8.nibbles[t], index);
   }
   [[gnu::always_inline]] __m256i component(int i) const {
     const __m256i nibble = i % 2 ? _mm256_srli_epi16(nibbles[i / 2], 4) : nibbles[i / 2];
-    return table16(kLattice2.integers, _mm256_and_si256(nibble, splat8(15)));
+    return table16(kLattice8.integers, _mm256_and_si256(nibble, splat8(15)));
   }
 };
 
@@ -121,28 +122,27 @@ struct Lattice8 {
 
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* block, Emit emit) const {
-    const E8pCodes2 first(block + 32 * half, kOffset8);
+    const E8pCodes first(block + 32 * half, kOffset8);
     if constexpr (bits == 2) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) emit(i, first.component(i));
     } else if constexpr (bits == 3) {
-      const E81bCodes2 second(block + 128 + 32 * half);
+      const E81bCodes second(block + 128 + 32 * half);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) emit(i, _mm256_add_epi8(first.component(i), second.component(i)));
     } else {
-      const E8pCodes2 second(block + 128 + 32 * half, 0);
+      const E8pCodes second(block + 128 + 32 * half, 0);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         const __m256i index = _mm256_and_si256(_mm256_srli_epi16(first.component(i), 1), splat8(15)), w = second.component(i);
-        const __m256i v = _mm256_add_epi8(table16(kLattice2.sevenfold, index), _mm256_add_epi8(w, w));
+        const __m256i v = _mm256_add_epi8(table16(kLattice8.sevenfold, index), _mm256_add_epi8(w, w));
         emit(2 * i, even_bytes(v));
         emit(2 * i + 1, odd_bytes(v));
       }
     }
   }
   static int place(int column) {
-    const int byte = column / 32 * 32 + column % 8 * 4 + column % 32 / 8;
-    return bits == 4 ? wide_place(byte) : byte;
+    return bits == 4 ? wide_place(quad_byte(column)) : quad_byte(column);
   }
 };
 
@@ -175,12 +175,14 @@ struct Runs {
     if (j % 2 == 0) return word[j / 2];
     return _mm256_or_si256(_mm256_slli_epi32(word[j / 2], 16), _mm256_srli_epi32(word[j / 2 + 1], 16));
   }
-  [[gnu::always_inline]] __m256i at_top(int offset) const { return _mm256_slli_epi32(half(offset / 16), offset % 16); }       // bits 31..16
-  [[gnu::always_inline]] __m256i at_bottom(int offset) const { return _mm256_srli_epi32(half(offset / 16), 16 - offset % 16); }  // bits 15..0
+  // The 16 bits from `offset` at the top or the bottom of each lane, beside others.
+  [[gnu::always_inline]] __m256i at_top(int offset) const {
+    return _mm256_slli_epi32(half(offset / 16), offset % 16);
+  }
+  [[gnu::always_inline]] __m256i at_bottom(int offset) const {
+    return _mm256_srli_epi32(half(offset / 16), 16 - offset % 16);
+  }
 };
-
-constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
-constexpr int kOneMadMean = 510;
 
 template <int bits>
 struct OneMadSums {
@@ -190,7 +192,7 @@ struct OneMadSums {
   template <int half, class Emit>
   [[gnu::always_inline]] void sums(const uint8_t* tile, Emit emit) const {
     const Runs<bits> runs(tile);
-    const __m256i a = _mm256_set1_epi32(34038481), b = _mm256_set1_epi32(76625530);
+    const __m256i a = _mm256_set1_epi32(kOneMadFactor), b = _mm256_set1_epi32(kOneMadTerm);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc)
 #pragma GCC unroll 4

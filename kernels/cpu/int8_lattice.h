@@ -44,8 +44,8 @@ struct LatticeTables8 {
     }
     for (int r = 0; r < 256; ++r)
       for (int i = 0; i < 8; ++i) {
-        fields[i / 4][r] |= uint8_t(int(kLattice.absolute[i][r] - 0.5f) << (2 * (i % 4)));
-        nibbles[i / 2][r] |= uint8_t((int(2 * kLattice.e81b[r][i]) & 15) << (4 * (i % 2)));
+        fields[i / 4][r] |= field_of(r, i);
+        nibbles[i / 2][r] |= nibble_of(r, i);
       }
   }
 };
@@ -149,7 +149,7 @@ struct Lattice8 {
         emit(i, _mm512_add_epi8(_mm512_shuffle_epi8(sevenfold, first.component(i)), second.component(i)));
     }
   }
-  static int place(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }
+  static int place(int column) { return quad_byte(column); }
   static __m512i in_row_order(__m512i lanes) { return lanes; }
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "decode_trellis.h"
 #include "kernels.h"
 #include "vector.h"
 
@@ -45,7 +46,7 @@ constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b /
 template <int bits>
 constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
-// 1MAD: the value is (b0 + b1 + b2 + b3 - 510) / 147.8 of the four bytes of y = a x + b.
+// 1MAD: the products (decode_trellis.h).
 template <int bits>
 struct OneMadStates {
   __m512i run[4];     // kRuns
@@ -62,7 +63,7 @@ struct OneMadStates {
   template <class Emit>
   void products(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
-    const __m512i a = _mm512_set1_epi32(34038481), b = _mm512_set1_epi32(76625530);
+    const __m512i a = _mm512_set1_epi32(kOneMadFactor), b = _mm512_set1_epi32(kOneMadTerm);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc) {
       const __m512i stream = bytes.pick(run[cc]);
@@ -78,9 +79,6 @@ struct OneMadStates {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), lanes);
   }
 };
-
-constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
-constexpr int kOneMadMean = 510;
 
 // For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
 template <int bits>

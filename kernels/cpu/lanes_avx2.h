@@ -4,9 +4,6 @@
 #pragma once
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstring>
-
 #include "vector.h"
 
 namespace quip {
@@ -49,18 +46,6 @@ inline void add_sums(Sums sum, int32_t offset, float unit, bool first, bool last
     const float value = (first ? 0.0f : y[i]) + float(sums[i] - offset) * unit;
     y[i] = last ? value * scale : value;
   }
-}
-
-// The largest magnitude of x[0..count), as the bits of a float, so that a NaN is above infinity.
-inline uint32_t largest_bits(const float* x, int64_t count) {
-  Words top = {};
-  for (int64_t c = 0; c < count; c += kLanes) {
-    const Words bits = load<Words>(x + c) & 0x7FFFFFFFu;
-    top = bits > top ? bits : top;
-  }
-  uint32_t largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, top[i]);
-  return largest;
 }
 
 // q = x * inverse to the nearest integer, at least -127; returns the sum of q.

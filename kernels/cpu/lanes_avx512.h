@@ -3,9 +3,6 @@
 #pragma once
 #include <immintrin.h>
 
-#include <cmath>
-#include <cstring>
-
 #include "vector.h"
 
 namespace quip {
@@ -40,14 +37,6 @@ inline void add_sums(Sums sum, int32_t offset, float unit, bool first, bool last
                           _mm512_set1_ps(unit), value);
   if (last) value = _mm512_mul_ps(value, _mm512_set1_ps(scale));
   _mm512_mask_storeu_ps(y, valid, value);
-}
-
-// The largest magnitude of x[0..count), as the bits of a float, so that a NaN is above infinity.
-inline uint32_t largest_bits(const float* x, int64_t count) {
-  __m512i top = _mm512_setzero_si512();
-  for (int64_t c = 0; c < count; c += kLanes)
-    top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_loadu_si512(x + c), _mm512_set1_epi32(0x7FFFFFFF)));
-  return _mm512_reduce_max_epu32(top);
 }
 
 // q = x * inverse to the nearest integer, at least -127; returns the sum of q.

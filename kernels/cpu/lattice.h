@@ -96,6 +96,14 @@ struct LatticeTables {  // built by the compiler: code of a tier must not run wh
 };
 constexpr LatticeTables kLattice;
 
+// Component i of a row in few bits, where others of its byte leave room: of e8p |v| - 1/2, four a byte; of e81b 2 v as a
+// 4-bit integer, two a byte.
+constexpr uint8_t field_of(int row, int i) { return uint8_t(int(kLattice.absolute[i][row] - 0.5f) << (2 * (i % 4))); }
+constexpr uint8_t nibble_of(int row, int i) { return uint8_t((int(2 * kLattice.e81b[row][i]) & 15) << (4 * (i % 2))); }
+
+// The byte, of quads of 16 rows x 32 columns, that a column has where component j of all codes is a quad (int8.h).
+inline int quad_byte(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }
+
 inline Octet decode_e8p(uint8_t row, uint8_t s) {
   typedef uint32_t Masks __attribute__((vector_size(32)));
   Masks bits = load<Masks>(kLattice.rows[row]) ^ load<Masks>(kLattice.signs[s]);

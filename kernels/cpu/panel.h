@@ -11,17 +11,16 @@ namespace {
 
 constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together
 
+// The compiler keeps vectors wider than the machine's in memory.
 #if defined(__AVX512F__)
-typedef Floats Register;
-constexpr int kTogether = kRowBlock;  // rows of x whose sums are in registers
-#else  // the compiler keeps vectors wider than a register in memory
-#if defined(__AVX2__)
-typedef float Register __attribute__((vector_size(32)));
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
 #else
-typedef float Register __attribute__((vector_size(16)));
+constexpr int kRegisterBytes = 16;
 #endif
-constexpr int kTogether = 1;
-#endif
+typedef float Register __attribute__((vector_size(kRegisterBytes)));
+constexpr int kTogether = kRegisterBytes == 64 ? kRowBlock : 1;  // rows of x whose sums are in registers
 constexpr int kRegisters = sizeof(Floats) / sizeof(Register);
 
 // y[r, i] += <W row i, x row r> for i < 4, r < M. Each element is summed in the same order for every M.

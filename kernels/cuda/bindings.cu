@@ -144,7 +144,8 @@ bool fuses(const Gemm& g, const RotateOut& out) {
   return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.segments, same);
 }
 
-// x [m][k] -> [m][n], plus bias [n], if there is one; shape: chunks of a split, then warps along n and depth for 1, up to 8, up to 16 and more rows.
+// x [m][k] -> [m][n], plus bias [n], if there is one; shape: chunks of a split, then warps along n and depth for 1, up to 8,
+// up to 16 and more rows.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
                    std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
                    std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape) {

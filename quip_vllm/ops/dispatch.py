@@ -2,6 +2,7 @@
 """Which backend runs a quantized linear layer: one protocol, one ordered table a device."""
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -59,21 +60,19 @@ def backends(device_type: str) -> tuple[Backend, ...]:
     return table.get(device_type, (ReferenceBackend(),))
 
 
-def answers(spec: LinearSpec, device_type: str) -> list[tuple[Backend, str | None]]:
-    """The backends of a device in order, each with why it does not run ``spec``, or None; the first None is chosen.
+def answers(spec: LinearSpec, device_type: str) -> Iterator[tuple[Backend, str | None]]:
+    """Yields a device's backends in order, each with why it does not run ``spec``, or None; the first None is chosen.
 
     QUIP_VLLM_BACKEND names one backend, the reference included, and takes away the choice.
     """
     wanted = envs.backend()
-    found: list[tuple[Backend, str | None]] = []
     for backend in backends(device_type):
         if wanted is not None and backend.name != wanted:
-            found.append((backend, f"QUIP_VLLM_BACKEND asks for {wanted}"))
+            yield backend, f"QUIP_VLLM_BACKEND asks for {wanted}"
         elif wanted is None and backend.name == "reference":
-            found.append((backend, "slow, runs only with QUIP_VLLM_BACKEND=reference"))
+            yield backend, "slow, runs only with QUIP_VLLM_BACKEND=reference"
         else:
-            found.append((backend, backend.refusal(spec)))
-    return found
+            yield backend, backend.refusal(spec)
 
 
 def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
@@ -83,13 +82,13 @@ def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
         ValueError: no backend takes it; the message lists every refusal.
     """
     device_type = torch.device(device).type
-    found = answers(spec, device_type)
-    for backend, why_not in found:
+    refusals = []
+    for backend, why_not in answers(spec, device_type):
         if why_not is None:
             _log_choice(backend.name, device_type, spec.method, spec.code, spec.bits)
             return backend
-    refusals = "; ".join(f"{backend.name}: {why_not}" for backend, why_not in found)
-    raise ValueError(f"no backend runs {spec} on {device_type}: {refusals}")
+        refusals.append(f"{backend.name}: {why_not}")
+    raise ValueError(f"no backend runs {spec} on {device_type}: " + "; ".join(refusals))
 
 
 @cache
