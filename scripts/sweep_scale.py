@@ -35,12 +35,11 @@ def main(model: str, text: str) -> int:
     source = LayeredModel(Path(model))
     hidden, kwargs = source.first_hidden_states(calibration_tokens(settings, model), 2)
     for index in range(LAYER + 1):
-        tensors = source.layer_tensors(index)
-        layer = source.fill(index, tensors)
+        layer = source.fill(index)
         collector = HessianCollector({"self_attn.o_proj": layer.get_submodule("self_attn.o_proj")})
         hidden = [run_layer(layer, x, kwargs[index]) for x in hidden]
         found = collector.close()
-    weights = {"o_proj": tensors["self_attn.o_proj.weight"]}
+    weights = {"o_proj": source.layer_tensors(LAYER)["self_attn.o_proj.weight"]}
     for method, code, bits, scales in SWEEP:
         encoder = groups._encoder(method, code, bits)
         unit = 1.0 if code is None else float(encoder.values.square().mean().sqrt())

@@ -158,6 +158,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.replace(fresh, path)
 
 
+def read_shard(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of one shard whose names start with ``prefix``, by the rest of the name."""
+    with _open(path) as handle:
+        names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118  # not a dict
+        return {name.removeprefix(prefix): handle.get_tensor(name) for name in names}
+
+
 def shard_name(index: int, count: int) -> str:
     """Hugging Face's name of shard ``index`` (from 0) of ``count``."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"

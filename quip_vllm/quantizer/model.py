@@ -2,7 +2,7 @@
 """A Hugging Face causal LM whose weights are read one decoder layer at a time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,14 @@ class LayeredModel:
         """Names of all tensors outside the decoder layers."""
         return [name for name in self.reader.names() if not name.startswith(self.prefix + ".")]
 
-    def fill(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
-        """Decoder layer ``index`` with real weights in ``compute_dtype``."""
+    def fill(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Decoder layer ``index`` in ``compute_dtype``: its own weights, or those of ``replaced`` by name inside it."""
         layer = self.layers[index]
-        own = dict(layer.named_parameters())
-        for name in own:
-            _set_parameter(layer, name, tensors[name].to(self.compute_dtype))
+        replaced = replaced or {}
+        for name, _ in list(layer.named_parameters()):
+            full = f"{self.prefix}.{index}.{name}"
+            tensor = replaced[name] if name in replaced else self.reader.read([full])[full]
+            _set_parameter(layer, name, tensor.to(self.compute_dtype))
         return layer
 
     def empty(self, index: int) -> None:

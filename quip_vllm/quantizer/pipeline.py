@@ -23,6 +23,7 @@ from quip_vllm.checkpoint.store import (
     CheckpointReader,
     local_folder,
     read_json,
+    read_shard,
     shard_name,
     write_index,
     write_json,
@@ -34,7 +35,7 @@ from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.quantizer.calibration import calibration_tokens
 from quip_vllm.quantizer.group import quantize_group
 from quip_vllm.quantizer.head import check_head, do_head
-from quip_vllm.quantizer.hessian import HessianCollector
+from quip_vllm.quantizer.hessian import Group, HessianCollector
 from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.settings import Settings
 
@@ -180,14 +181,11 @@ def _do_layer(
 
     Replaces ``originals`` by the outputs of the original layer and ``hidden`` by those of the quantized one.
     """
-    count = len(source.layers)
-    shard = out / shard_name(index, count + 1)
     shard = out / shard_name(index, _shard_count(settings, source))
     entry_file = out / RECORD / f"layer-{index:05d}.json"
     prefix = f"{source.prefix}.{index}."
     bits = _layer_bits(settings, source, index)
-    original = source.layer_tensors(index)
-    layer = source.fill(index, original)
+    layer = source.fill(index)
     done = shard.exists() and entry_file.exists()
     collector = HessianCollector({name: module for name, module in _linears(layer).items() if name in bits})
     began = time.monotonic()
@@ -199,39 +197,46 @@ def _do_layer(
         if not done:
             run_layer(layer, x, arguments)
     groups = collector.close()
+    source.empty(index)  # a layer in the compute dtype and one in the checkpoint's are never there together
     if not done:
         missing = set(bits) - {name for group in groups for name in group.names}
         if missing:
             raise ValueError(f"{prefix}{sorted(missing)[0]} never ran on the calibration text: leave it out (--ignore)")
-        tensors = {prefix + name: tensor for name, tensor in original.items()}
-        entries = []
-        for group in tqdm(groups, desc=f"layer {index}: rounding", leave=False):
-            weights = {prefix + name: original[name + ".weight"] for name in group.names}
-            start = time.monotonic()
-            results = quantize_group(group, weights, {prefix + name: bits[name] for name in group.names}, settings)
-            for name, result in results.items():
-                del tensors[name + ".weight"]
-                tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
-                entries.append(result.entry(name, weights[name], start))
+        tensors, linears = _encode_layer(settings, source, index, groups, bits)
         write_shard(shard, tensors)
-        write_json(entry_file, {"seconds": round(time.monotonic() - began, 3), "linears": entries})
-    stored = load_file(shard)
+        del tensors
+        write_json(entry_file, {"seconds": round(time.monotonic() - began, 3), "linears": linears})
+    rounded = {}
     for name, level in bits.items():
-        own = {
-            key.removeprefix(prefix + name + "."): value
-            for key, value in stored.items()
-            if key.startswith(prefix + name + ".")
-        }
+        own = read_shard(shard, prefix + name + ".")
         own.pop("bias", None)
-        shape = tuple(original[name + ".weight"].shape)
         if "lut" in own:
             own["lut"] = own["lut"][None]
-        original[name + ".weight"] = dequantize(_spec(settings, shape, level), own)
-    layer = source.fill(index, original)
+        rounded[name + ".weight"] = dequantize(
+            _spec(settings, source.reader.shapes[prefix + name + ".weight"], level), own
+        )
+    layer = source.fill(index, rounded)
     for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: outputs", leave=False)):
         hidden[i] = run_layer(layer, x, kwargs_for(kwargs, x))
     source.empty(index)
     return read_json(entry_file)["linears"]
+
+
+def _encode_layer(
+    settings: Settings, source: LayeredModel, index: int, groups: list[Group], bits: dict[str, int]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """(the tensors of the layer's shard, an entry for the report a linear layer)."""
+    prefix = f"{source.prefix}.{index}."
+    tensors = {prefix + name: tensor for name, tensor in source.layer_tensors(index).items()}
+    entries = []
+    for group in tqdm(groups, desc=f"layer {index}: rounding", leave=False):
+        weights = {prefix + name: tensors.pop(f"{prefix}{name}.weight") for name in group.names}
+        start = time.monotonic()
+        results = quantize_group(group, weights, {prefix + name: bits[name] for name in group.names}, settings)
+        for name, result in results.items():
+            tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
+            entries.append(result.entry(name, weights[name], start))
+    return tensors, entries
 
 
 def _shard_count(settings: Settings, source: LayeredModel) -> int:

@@ -81,7 +81,7 @@ def test_head_inputs_are_those_of_the_whole_model(tiny_model, make_settings, arc
     tokens = calibration_tokens(make_settings(folder, sequences=5), str(folder))
     hidden, kwargs = source.first_hidden_states(tokens, 3)
     for index in range(len(source.layers)):
-        layer = source.fill(index, source.layer_tensors(index))
+        layer = source.fill(index)
         hidden = [run_layer(layer, x, kwargs_for(kwargs[index], x)) for x in hidden]
         source.empty(index)
     found = list(source.head_inputs(tokens, hidden))

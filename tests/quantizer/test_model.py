@@ -28,7 +28,7 @@ def test_layer_by_layer_is_the_whole_model(tiny_model, architecture):
     hidden, kwargs = source.first_hidden_states(tokens, 3)
     assert [x.shape[0] for x in hidden] == [3, 2]
     for index in range(len(source.layers)):
-        layer = source.fill(index, source.layer_tensors(index))
+        layer = source.fill(index)
         hidden = [run_layer(layer, x, kwargs_for(kwargs[index], x)) for x in hidden]
         source.empty(index)
         assert all(p.device.type == "meta" for p in source.layers.parameters())
@@ -70,7 +70,7 @@ def test_weights_of_another_config(tiny_model, tmp_path):
     folder = copied(tiny_model(), tmp_path, intermediate_size=96)
     source = LayeredModel(folder)
     with pytest.raises(ValueError, match=r"gate_proj.weight is \(128, 64\): config.json makes it \(96, 64\)"):
-        source.fill(0, source.layer_tensors(0))
+        source.fill(0)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
