@@ -241,7 +241,7 @@ bool symmetric_table(const uint8_t* lut8) {
 }
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
-                   std::optional<Tensor> lut8, std::optional<Tensor> lut_units, std::vector<Tensor> bases,
+                   std::optional<Tensor> lut_integers, std::optional<Tensor> lut_units, std::vector<Tensor> bases,
                    std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code_name, int64_t bits,
                    std::string activations) {
   const Code code = code_of(code_name);
@@ -262,20 +262,31 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
     table = floats(*lut, code == Code::kLut ? kStates : int64_t(output_sizes.size()) * 1024, "lut");
   }
   const uint8_t* table8 = nullptr;
+  const int16_t* table16 = nullptr;
   const float* units = nullptr;
-  if (code == Code::kHyb) {
-    const int64_t projections = int64_t(output_sizes.size());
-    STD_TORCH_CHECK(lut8.has_value() && lut_units.has_value() && lut8->scalar_type() == ScalarType::Byte &&
-                        lut8->is_contiguous() && lut8->numel() == projections * 1024,
-                    "code hyb needs its table as bytes in lut8 and their units in lut_units, too");
-    table8 = lut8->const_data_ptr<uint8_t>();
-    units = floats(*lut_units, projections, "lut_units");
+  if (table) {
+    const bool bytes = code == Code::kHyb;
+    const int64_t count = bytes ? int64_t(output_sizes.size()) : 1, size = bytes ? 1024 : kStates + 1;
+    STD_TORCH_CHECK(lut_integers.has_value() && lut_units.has_value() && lut_integers->is_contiguous() &&
+                        lut_integers->scalar_type() == (bytes ? ScalarType::Byte : ScalarType::Short) &&
+                        lut_integers->numel() == count * size,
+                    "code ", code_name, " needs its table as ", count * size, bytes ? " bytes" : " int16",
+                    " in lut_integers and their units in lut_units, too");
+    if (bytes) table8 = lut_integers->const_data_ptr<uint8_t>();
+    if (!bytes) table16 = static_cast<const int16_t*>(address(*lut_integers, sizeof(int16_t), "lut_integers"));
+    units = floats(*lut_units, count, "lut_units");
   }
   const int16_t* words = static_cast<const int16_t*>(address(packed, sizeof(int16_t), "packed"));
   return run(x, layer, activations, [&](int64_t i, int64_t start, int64_t size) {
-    const uint8_t* bytes = table8 ? table8 + 1024 * i : nullptr;
-    return Weight{words + start / kTile * k * bits, nullptr, code == Code::kHyb ? table + 1024 * i : table, code, int(bits),
-                  size, k, bytes, units ? units[i] : 1.0f, bytes && symmetric_table(bytes)};
+    Weight weight{words + start / kTile * k * bits, nullptr, table, code, int(bits), size, k};
+    weight.lut16 = table16;
+    if (units) weight.lut_unit = units[table8 ? i : 0];
+    if (table8) {
+      weight.lut = table + 1024 * i;
+      weight.lut8 = table8 + 1024 * i;
+      weight.lut_symmetric = symmetric_table(weight.lut8);
+    }
+    return weight;
   });
 }
 

@@ -28,12 +28,20 @@ inline Floats one_mad(Words x) {
   return __builtin_convertvector(total, Floats) * kOneMadUnit;
 }
 
+// 3INST: the sum of the halves (y & 0x8FFF) ^ 0x3B60 of y = factor * x + term, in half precision.
+constexpr uint32_t kThreeInstFactor = 89226354, kThreeInstTerm = 64248484;
+// A half is +-2^e (1 + mantissa), e = -3 .. 0. As a float32 times 2^8: y with the half on top, shifted by 3, has its sign, the
+// two bits of e and the mantissa in place; these are kept, e flipped as above, and the exponent of 2^(8 - 3) put around it.
+constexpr int kThreeInstKept = int(0x80000000u | 0xFFFu << 13);
+constexpr int kThreeInstFlipped = (127 + 8 - 3) << 23 ^ (0x3B60 & 0xFFF) << 13;
+constexpr float kThreeInstUnit = 1 / 256.0f;
+
 // Every half has one of the exponents 2^-3 .. 2^0, so widening is a shift and a new bias, the float sum is exact, and
 // rounding it to half precision is rounding the mantissa to 10 bits.
 inline Floats widen_half(Words h) { return to_floats(((h & 0x8000u) << 16) | (((h & 0x7FFFu) << 13) + (112u << 23))); }
 
 inline Floats three_inst(Words x) {
-  Words z = ((x * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ 0x3B603B60u;
+  Words z = ((x * kThreeInstFactor + kThreeInstTerm) & 0x8FFF8FFFu) ^ 0x3B603B60u;
   Words total = (Words)(widen_half(z >> 16) + widen_half(z & 0xFFFFu));
   return to_floats((total + 0xFFFu + ((total >> 13) & 1u)) & ~0x1FFFu);
 }

@@ -83,6 +83,10 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     constexpr int bits = decltype(b)::value;
     if (w.blocks) {
       if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
+    } else if (w.code == Code::kThreeInst) {
+      f(static_cast<ThreeInst16<bits>*>(nullptr));
+    } else if (w.code == Code::kLut) {
+      f(static_cast<Lut16<bits>*>(nullptr));
     } else if (w.code == Code::kHyb) {
       w.lut_symmetric ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
     } else if (m <= OneMad8<bits>::kFew) {
@@ -100,9 +104,7 @@ inline int few_of(const Weight& w) {
   return few;
 }
 
-inline bool int8_takes(const Weight& w) {
-  return w.blocks || (w.bits <= 4 && (w.code == Code::kHyb || w.code == Code::kOneMad));
-}
+inline bool int8_takes(const Weight& w) { return w.bits <= 4; }
 
 inline int64_t padded(int64_t k) { return (k + kPad - 1) / kPad * kPad; }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lattice codes, 1MAD and HYB to small integers on AVX2, a half (8 rows) of a unit of 16 rows at a time; lane = row.
+// Lattice and trellis codes to small integers on AVX2, a half (8 rows) of a unit of 16 rows at a time; lane = row.
 //
 // AVX2 looks bytes up in 16 entries at a time (vpshufb); a table of 256 is 16 of these and a tree of selections by the upper
 // four bits of the index, which costs a lattice code, eight weights, little. Values and the order of columns in a quad are
@@ -184,24 +184,39 @@ struct Runs {
   }
 };
 
+// Codes of one weight a state.
 template <int bits>
-struct OneMadSums {
-  static constexpr int kColumns = 16, kBytes = 32 * bits, kOffset = kOneMadMean;
-  float unit() const { return kOneMadUnit; }
-  // emit(cc, C, c, sums): two int16 whose sum is that of the product's bytes, of column 8C + 2cc + c.
+struct States {
+  static constexpr int kColumns = 16, kBytes = 32 * bits;
+  // emit(cc, C, c, states): of column 8C + 2cc + c.
   template <int half, class Emit>
-  [[gnu::always_inline]] void sums(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void states(const uint8_t* tile, Emit emit) const {
     const Runs<bits> runs(tile);
-    const __m256i a = _mm256_set1_epi32(kOneMadFactor), b = _mm256_set1_epi32(kOneMadTerm);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int offset = bits * (8 * cc + 4 * (i >> 1) + 2 * half + (i & 1));
-        const __m256i state = _mm256_srli_epi32(runs.at_top(offset), 16);
-        const __m256i product = _mm256_add_epi32(_mm256_mullo_epi32(state, a), b);
-        emit(cc, i >> 1, i & 1, _mm256_maddubs_epi16(product, splat8(1)));
+        emit(cc, i >> 1, i & 1, _mm256_srli_epi32(runs.at_top(offset), 16));
       }
+  }
+};
+
+[[gnu::always_inline]] inline __m256i congruence(__m256i state, uint32_t factor, uint32_t term) {
+  return _mm256_add_epi32(_mm256_mullo_epi32(state, _mm256_set1_epi32(int(factor))), _mm256_set1_epi32(int(term)));
+}
+// The low halves of `even` and those of `odd`, side by side.
+[[gnu::always_inline]] inline __m256i pair(__m256i even, __m256i odd) {
+  return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
+}
+
+template <int bits>
+struct OneMadSums : States<bits> {
+  static constexpr int kOffset = kOneMadMean;
+  float unit() const { return kOneMadUnit; }
+  // Two int16 whose sum is that of the product's bytes.
+  [[gnu::always_inline]] static __m256i sums(__m256i state) {
+    return _mm256_maddubs_epi16(congruence(state, kOneMadFactor, kOneMadTerm), splat8(1));
   }
 };
 
@@ -212,7 +227,7 @@ struct OneMad8 : OneMadSums<bits> {
   explicit OneMad8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
-    this->template sums<half>(tile, [&](int cc, int C, int c, __m256i sums) { emit(8 * C + 2 * cc + c, sums); });
+    this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) { emit(8 * C + 2 * cc + c, this->sums(state)); });
   }
 };
 
@@ -224,17 +239,66 @@ struct OneMad16 : OneMadSums<bits> {
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     __m256i even = _mm256_setzero_si256();
-    this->template sums<half>(tile, [&](int cc, int C, int c, __m256i sums) {
+    this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) {
+      const __m256i sums = this->sums(state);
       if (c == 0) {
         even = sums;
         return;
       }
-      const __m256i low = _mm256_blend_epi16(even, _mm256_slli_epi32(sums, 16), 0xAA);
-      emit(4 * C + cc, _mm256_add_epi16(low, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), sums, 0xAA)));
+      const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), sums, 0xAA);
+      emit(4 * C + cc, _mm256_add_epi16(pair(even, sums), upper));
     });
   }
   static int place(int column) { return column; }
 };
+
+// 3INST and LUT: two columns of int16 a lane, as value() gives them in the low half of each lane.
+template <int bits, class Value>
+struct Wide : States<bits>, Value {
+  static constexpr int kQuads = 8, kFew = 4;
+  explicit Wide(const Weight& w) : Value(w) {}
+  template <int half, class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    __m256i even = _mm256_setzero_si256();
+    this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) {
+      const __m256i value = this->value(state);
+      if (c == 0)
+        even = value;
+      else
+        emit(4 * C + cc, pair(even, value));
+    });
+  }
+  static int place(int column) { return column; }
+};
+
+// The sum of both halves, which three_inst() of decode_trellis.h rounds to half precision, in units of 2^-8.
+struct ThreeInstValue {
+  explicit ThreeInstValue(const Weight&) {}
+  float unit() const { return kThreeInstUnit; }
+  [[gnu::always_inline]] static __m256 widened(__m256i half_on_top) {
+    const __m256i kept = _mm256_and_si256(_mm256_srai_epi32(half_on_top, 3), _mm256_set1_epi32(kThreeInstKept));
+    return _mm256_castsi256_ps(_mm256_xor_si256(kept, _mm256_set1_epi32(kThreeInstFlipped)));
+  }
+  [[gnu::always_inline]] __m256i value(__m256i state) const {
+    const __m256i y = congruence(state, kThreeInstFactor, kThreeInstTerm);
+    return _mm256_cvtps_epi32(_mm256_add_ps(widened(y), widened(_mm256_slli_epi32(y, 16))));
+  }
+};
+
+struct LutValue {
+  const int16_t* table;
+  float unit_;
+  explicit LutValue(const Weight& w) : table(w.lut16), unit_(w.lut_unit) {}
+  float unit() const { return unit_; }
+  [[gnu::always_inline]] __m256i value(__m256i state) const {
+    return _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), state, 2);
+  }
+};
+
+template <int bits>
+using ThreeInst16 = Wide<bits, ThreeInstValue>;
+template <int bits>
+using Lut16 = Wide<bits, LutValue>;
 
 // HYB, as in int8_trellis.h; int16.
 template <int bits, bool symmetric>

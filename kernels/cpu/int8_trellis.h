@@ -39,19 +39,20 @@ struct StreamBytes {
       for (int b = 0; b < 64; ++b) index[v][b] = uint8_t(stream(v, b) % (32 * bits) ^ 1);
   }
 };
-// Of 1MAD: qword rrr of vector cc = the 64 bits from position (rrr, cc, 0), most significant byte last.
+// Of one weight a state: qword rrr of vector cc = the 64 bits from position (rrr, cc, 0), most significant byte last.
 template <int bits>
 constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; }};
 // Of HYB: word (rrr, cc) of vector d = the 16 bits from position (rrr, cc, 0), d words later.
 template <int bits>
 constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
-// 1MAD: the products (decode_trellis.h).
+// Codes of one weight a state.
 template <int bits>
-struct OneMadStates {
+struct States {
+  static constexpr int kColumns = 16, kBytes = 32 * bits;
   __m512i run[4];     // kRuns
   __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
-  OneMadStates() {
+  States() {
     for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
       const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
@@ -59,19 +60,16 @@ struct OneMadStates {
       window[i] = _mm512_set1_epi64((long long)(bytes(first) | bytes(second) << 32));
     }
   }
-  // emit(cc, C, c, products): the 32-bit products of the states of column 8C + 2cc + c.
+  // emit(cc, C, c, states): of column 8C + 2cc + c.
   template <class Emit>
-  void products(const uint8_t* tile, Emit emit) const {
+  void states(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
-    const __m512i a = _mm512_set1_epi32(kOneMadFactor), b = _mm512_set1_epi32(kOneMadTerm);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc) {
       const __m512i stream = bytes.pick(run[cc]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        __m512i state = _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[i], stream);
-        emit(cc, i >> 1, i & 1, _mm512_add_epi32(_mm512_mullo_epi32(state, a), b));
-      }
+      for (int i = 0; i < 4; ++i)
+        emit(cc, i >> 1, i & 1, _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[i], stream));
     }
   }
   // Lane 2 rrr + R to row 8 R + rrr.
@@ -80,39 +78,80 @@ struct OneMadStates {
   }
 };
 
+inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
+  return _mm512_add_epi32(_mm512_mullo_epi32(state, _mm512_set1_epi32(int(factor))), _mm512_set1_epi32(int(term)));
+}
+
 // For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
 template <int bits>
-struct OneMad8 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 16, kBytes = 32 * bits, kFew = 4;
-  static constexpr int kRepeat = 4, kOffset = kOneMadMean;
+struct OneMad8 : States<bits> {
+  static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = kOneMadMean;
   explicit OneMad8(const Weight&) {}
   float unit() const { return kOneMadUnit; }
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
-    this->products(tile, [&](int cc, int C, int c, __m512i y) { emit(8 * C + 2 * cc + c, y); });
+    this->states(tile, [&](int cc, int C, int c, __m512i state) {
+      emit(8 * C + 2 * cc + c, congruence(state, kOneMadFactor, kOneMadTerm));
+    });
   }
 };
 
-// For many rows: the sums themselves, two columns of int16 a lane, multiplied by vpdpwssd.
-template <int bits>
-struct OneMad16 : OneMadStates<bits> {
-  static constexpr int kColumns = 16, kQuads = 8, kBytes = 32 * bits, kFew = 0;
-  explicit OneMad16(const Weight&) {}
-  float unit() const { return kOneMadUnit; }
+// Two columns of int16 a lane, multiplied by vpdpwssd; Value gives them in the low half of each lane.
+template <int bits, class Value, int few>
+struct Wide : States<bits>, Value {
+  static constexpr int kQuads = 8, kFew = few;
+  explicit Wide(const Weight& w) : Value(w) {}
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
-    const __m512i mean = _mm512_set1_epi32(-kOneMadMean), ones = _mm512_set1_epi8(1);
-    __m512i even = mean;
-    this->products(tile, [&](int cc, int C, int c, __m512i y) {
-      __m512i sum = _mm512_dpbusd_epi32(mean, y, ones);
+    __m512i even = _mm512_setzero_si512();
+    this->states(tile, [&](int cc, int C, int c, __m512i state) {
+      const __m512i value = this->value(state);
       if (c == 0)
-        even = sum;
+        even = value;
       else
-        emit(4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(sum, 16)));
+        emit(4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(value, 16)));
     });
   }
   static int place(int column) { return column; }
 };
+
+struct OneMadValue {
+  explicit OneMadValue(const Weight&) {}
+  float unit() const { return kOneMadUnit; }
+  __m512i value(__m512i state) const {
+    return _mm512_dpbusd_epi32(_mm512_set1_epi32(-kOneMadMean), congruence(state, kOneMadFactor, kOneMadTerm),
+                               _mm512_set1_epi8(1));
+  }
+};
+
+// The sum of both halves, which three_inst() of decode_trellis.h rounds to half precision, in units of 2^-8.
+struct ThreeInstValue {
+  explicit ThreeInstValue(const Weight&) {}
+  float unit() const { return kThreeInstUnit; }
+  static __m512 widened(__m512i half_on_top) {  // (shifted & kept) ^ flipped
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srai_epi32(half_on_top, 3), _mm512_set1_epi32(kThreeInstKept),
+                                                         _mm512_set1_epi32(kThreeInstFlipped), 0x6A));
+  }
+  __m512i value(__m512i state) const {
+    const __m512i y = congruence(state, kThreeInstFactor, kThreeInstTerm);
+    return _mm512_cvtps_epi32(_mm512_add_ps(widened(y), widened(_mm512_slli_epi32(y, 16))));
+  }
+};
+
+struct LutValue {
+  const int16_t* table;
+  float unit_;
+  explicit LutValue(const Weight& w) : table(w.lut16), unit_(w.lut_unit) {}
+  float unit() const { return unit_; }
+  __m512i value(__m512i state) const { return _mm512_i32gather_epi32(state, table, 2); }
+};
+
+template <int bits>
+using OneMad16 = Wide<bits, OneMadValue, 0>;  // for many rows
+template <int bits>
+using ThreeInst16 = Wide<bits, ThreeInstValue, 4>;
+template <int bits>
+using Lut16 = Wide<bits, LutValue, 4>;
 
 // HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, and two registers
 // hold the 64 states of C. The table is in bytes (value / unit + 128), component by component. A symmetric one, as

@@ -29,7 +29,9 @@ struct Weight {
   Code code;
   int bits;
   int64_t n, k;
-  const uint8_t* lut8 = nullptr;  // HYB with int8 activations: [2, 512], component by component: value / lut_unit + 128
+  // With int8 activations the table holds integers, value / lut_unit.
+  const uint8_t* lut8 = nullptr;   // HYB: [2, 512], component by component, + 128
+  const int16_t* lut16 = nullptr;  // LUT: [65537], the last one not used
   float lut_unit = 1;
   bool lut_symmetric = false;  // told by its first 128 rows (int8_trellis.h)
 };

@@ -14,10 +14,17 @@ from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
 
+LARGEST = 1023
+"""Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
+
 
 @cache
-def _lut_values() -> Tensor:
-    return state_values(Code.LUT).flatten().contiguous()
+def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
+    """LUT's table as float32 [65536], as int16 [65537] (value / unit; the kernels read pairs), and the unit [1]."""
+    values = state_values(Code.LUT).flatten().contiguous()
+    unit = values.abs().amax() / LARGEST
+    numbers = torch.nn.functional.pad((values / unit).round(), (0, 1))
+    return values, numbers.to(torch.int16), unit[None]
 
 
 def lattice_blocks(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
@@ -109,9 +116,9 @@ class CpuBackend:
             del prepared["codes"]
             prepared.pop("residual_codes", None)
         if spec.code is Code.HYB:
-            prepared["lut8"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
+            prepared["lut_integers"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:
-            prepared["lut"] = _lut_values()
+            prepared["lut"], prepared["lut_integers"], prepared["lut_units"] = _lut_values()
         return prepared | {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -130,7 +137,7 @@ class CpuBackend:
                 tensors["su"],
                 sv,
                 tensors.get("lut"),
-                tensors.get("lut8"),
+                tensors.get("lut_integers"),
                 tensors.get("lut_units"),
                 matrices,
                 widths,

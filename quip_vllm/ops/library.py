@@ -7,7 +7,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
-    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut8, Tensor? lut_units, "
+    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut_integers, Tensor? lut_units, "
     "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, int bits, str activations) -> Tensor",
@@ -34,7 +34,7 @@ for _schema in _SCHEMAS:
 
 
 @torch.library.register_fake("quip_vllm::qtip_linear")
-def _(x, packed, su, sv, lut, lut8, lut_units, bases, widths, output_sizes, code, bits, activations):
+def _(x, packed, su, sv, lut, lut_integers, lut_units, bases, widths, output_sizes, code, bits, activations):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

@@ -56,6 +56,7 @@ std::vector<float> random_floats(int64_t count) {
 struct Layer {
   std::vector<int16_t> packed;
   std::vector<uint8_t> blocks, lut8;
+  std::vector<int16_t> lut16;
   std::vector<float> lut, x, su, sv, base;
   Weight weight;
 
@@ -63,12 +64,14 @@ struct Layer {
       : packed(random_bits<int16_t>(lattice ? 0 : n / kTile * k * bits)),
         blocks(random_bits<uint8_t>(lattice ? (n + kTile - 1) / kTile * ((k + 31) / 32) * 64 * bits : 0)),
         lut8(random_bits<uint8_t>(1024)),
+        lut16(random_bits<int16_t>(kStates + 1)),
         lut(random_floats(code == Code::kLut ? kStates : 1024)),
         x(random_floats(m * k)),
         su(random_floats(k)),
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
-        weight{lattice ? nullptr : packed.data(), lattice ? blocks.data() : nullptr, lut.data(), code, bits, n, k, lut8.data()} {}
+        weight{lattice ? nullptr : packed.data(), lattice ? blocks.data() : nullptr, lut.data(), code, bits, n, k, lut8.data(),
+               lut16.data()} {}
 };
 
 // The three loops of `run` in bindings.cpp.

@@ -18,7 +18,7 @@ def qtip_arguments():
     spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
     t = CPU.prepare(spec, random_layer(spec))
     bases = [t["base0"], t["base1"], t["base2"]]
-    luts = [t["lut"], t["lut8"], t["lut_units"]]
+    luts = [t["lut"], t["lut_integers"], t["lut_units"]]
     return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], *luts, bases, [64, 32, 16], [32, 16], "hyb", 2, ""]
 
 
@@ -62,7 +62,7 @@ def test_compiles_as_one_graph(method, dtype):
         (1, torch.zeros(7, dtype=torch.int16), "packed"),
         (2, torch.zeros(64, dtype=torch.float16), "su"),
         (4, None, "lut"),
-        (5, None, "lut8"),
+        (5, None, "lut_integers"),
         (12, "int4", "int4"),
         (7, [torch.ones(1, 1)], "bases"),
         (8, [64, 32, 12], "rotation"),

@@ -110,7 +110,7 @@ def test_an_address_between_items_is_refused(layer):
 
 def test_truncated_tensors_are_refused(layer):
     spec, tensors = layer
-    used = set(tensors) - (set() if int8_activations(spec, torch.float32) else {"lut8", "lut_units"})
+    used = set(tensors) - (set() if int8_activations(spec, torch.float32) else {"lut_integers", "lut_units"})
     for name in used:
         cut = {**tensors, name: tensors[name].flatten()[:-1]}
         with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|rotation|outputs"):
