@@ -13,6 +13,9 @@ of the next lane, which are loaded once more, for Triton has no shuffle. Tables 
 of L1, for no kernel can fill shared memory before a loop and look up in it. A look-up with its 64-bit address costs
 two to three instructions, and LUT has one a weight, HYB half of one, the lattice a quarter of one a stage.
 
+`zero` is a uint32 of which the compiler does not know that it is 0. A mask combined with it stays in a register, and
+what comes after the mask is the same instruction, which has room for one constant; a plain mask takes one of its own.
+
 The sum of four bytes is one PTX instruction (dp4a); in Triton's interpreter it is plain arithmetic.
 """
 
@@ -93,9 +96,9 @@ def one_mad(state, table):
 
 
 @triton.jit
-def three_inst(state, table):
+def three_inst(state, table, zero):
     y = ((state & 0xFFFF) * 89226354 + 64248484).to(tl.uint32)
-    halves = y & 0x8FFF8FFF ^ 0x3B603B60
+    halves = y & (0x8FFF8FFF ^ zero) ^ 0x3B603B60
     return as_half(halves) + as_half(halves >> 16)
 
 
@@ -116,11 +119,11 @@ def hyb(state, table):
 
 
 @triton.jit
-def state_value(state, table, CODE: tl.constexpr):
+def state_value(state, table, zero, CODE: tl.constexpr):
     if CODE == "1mad":
         return one_mad(state, table)
     elif CODE == "3inst":
-        return three_inst(state, table)
+        return three_inst(state, table, zero)
     else:
         return lut(state, table)
 
@@ -130,7 +133,7 @@ def state_value(state, table, CODE: tl.constexpr):
 
 @triton.jit
 def trellis_eight(
-    words, following, table, half: tl.constexpr, first: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr
+    words, following, table, zero, half: tl.constexpr, first: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr
 ):
     """Eight weights of a run from position `first`: fp16 [tiles, 32, c, R, C], in the letters of formats/tile.py."""
     start: tl.constexpr = first * bits
@@ -142,25 +145,25 @@ def trellis_eight(
         p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
         p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
     else:
-        v0 = state_value(window(words, following, half, start + bits, bits), table, CODE)
-        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, CODE)
-        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, CODE)
-        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, CODE)
-        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, CODE)
-        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, CODE)
-        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, CODE)
-        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, CODE)
+        v0 = state_value(window(words, following, half, start + bits, bits), table, zero, CODE)
+        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, zero, CODE)
+        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, zero, CODE)
+        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, zero, CODE)
+        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, zero, CODE)
+        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, zero, CODE)
+        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, zero, CODE)
+        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, zero, CODE)
         p0, p1, p2, p3 = tl.join(v0, v1), tl.join(v2, v3), tl.join(v4, v5), tl.join(v6, v7)
     return join4(p0, p1, p2, p3)
 
 
 @triton.jit
-def trellis_chunk(words, following, table, CODE: tl.constexpr, bits: tl.constexpr):
+def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
     """[tiles, 32] words to fp16 [16 tiles, 64]; columns are in the order of rotation.place."""
-    e0 = trellis_eight(words, following, table, 0, 0, CODE, bits)
-    e1 = trellis_eight(words, following, table, 0, 8, CODE, bits)
-    e2 = trellis_eight(words, following, table, 1, 0, CODE, bits)
-    e3 = trellis_eight(words, following, table, 1, 8, CODE, bits)
+    e0 = trellis_eight(words, following, table, zero, 0, 0, CODE, bits)
+    e1 = trellis_eight(words, following, table, zero, 0, 8, CODE, bits)
+    e2 = trellis_eight(words, following, table, zero, 1, 0, CODE, bits)
+    e3 = trellis_eight(words, following, table, zero, 1, 8, CODE, bits)
     v = join4(e0, e1, e2, e3)
     TILES: tl.constexpr = v.shape[0]
     v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, half of the run, half
@@ -188,25 +191,27 @@ def e81b_nibbles(four, table, byte: tl.constexpr):
 
 
 @triton.jit
-def nibble_pair(nibbles):
+def nibble_pair(nibbles, zero):
     """Nibbles 1 and 5, put above the lowest four bits of the mantissa of 32 1/4: fp16 [..., 2], 32 1/4 + n / 2."""
-    both = nibbles & 0x00F000F0 | 0x50085008
+    both = nibbles & (0x00F000F0 ^ zero) | 0x50085008
     return tl.join(as_half(both), as_half(both >> 16))
 
 
 @triton.jit
-def lattice_row(nibbles):
+def lattice_row(nibbles, zero):
     """Eight nibbles to fp16 [..., i, j, k]: column 4 k + 2 j + i of the code's eight."""
-    return join4(nibble_pair(nibbles << 4), nibble_pair(nibbles), nibble_pair(nibbles >> 4), nibble_pair(nibbles >> 8))
+    p0, p1 = nibble_pair(nibbles << 4, zero), nibble_pair(nibbles, zero)
+    p2, p3 = nibble_pair(nibbles >> 4, zero), nibble_pair(nibbles >> 8, zero)
+    return join4(p0, p1, p2, p3)
 
 
 @triton.jit
-def lattice_matrix(r0, r1, r2, r3):
+def lattice_matrix(r0, r1, r2, r3, zero):
     """Nibbles of rows g and g + 8 of the first half, and of the second: [tiles, 32] to fp16 [16 tiles, 64].
 
     Columns are in the order of rotation.place, for a code's eight belong to one lane.
     """
-    v = join4(lattice_row(r0), lattice_row(r1), lattice_row(r2), lattice_row(r3))
+    v = join4(lattice_row(r0, zero), lattice_row(r1, zero), lattice_row(r2, zero), lattice_row(r3, zero))
     TILES: tl.constexpr = v.shape[0]
     v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, i, j, k, row, half
     v = tl.permute(v, (0, 6, 1, 7, 5, 4, 2, 3))
@@ -214,22 +219,24 @@ def lattice_matrix(r0, r1, r2, r3):
 
 
 @triton.jit
-def e8p_chunk(first, second, table):
+def e8p_chunk(first, second, table, zero):
     """Words of the two halves, [row g + 8: absolute, signs | row g: absolute, signs], to [16 tiles, 64]."""
     return lattice_matrix(
         e8p_nibbles(first, table, 0),
         e8p_nibbles(first, table, 1),
         e8p_nibbles(second, table, 0),
         e8p_nibbles(second, table, 1),
+        zero,
     )
 
 
 @triton.jit
-def e81b_chunk(four, table):
+def e81b_chunk(four, table, zero):
     """The second stage at 3 bits: [half 1, row g + 8 | half 1, row g | half 0, row g + 8 | half 0, row g]."""
     return lattice_matrix(
         e81b_nibbles(four, table, 0),
         e81b_nibbles(four, table, 1),
         e81b_nibbles(four, table, 2),
         e81b_nibbles(four, table, 3),
+        zero,
     )

@@ -81,21 +81,21 @@ def load_following(at, lane, CODE: tl.constexpr, bits: tl.constexpr):
 
 
 @triton.jit
-def decode(words, following, table, CODE: tl.constexpr, bits: tl.constexpr):
+def decode(words, following, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
     """A chunk's first stage: fp16 [16 tiles, 64]."""
     if CODE == "e8p":
-        return codes.e8p_chunk(words[0], words[1], table)
+        return codes.e8p_chunk(words[0], words[1], table, zero)
     else:
-        return codes.trellis_chunk(words, following, table, CODE, bits)
+        return codes.trellis_chunk(words, following, table, zero, CODE, bits)
 
 
 @triton.jit
-def decode_second(words, table, bits: tl.constexpr):
+def decode_second(words, table, zero, bits: tl.constexpr):
     """A chunk's second stage, of the lattice above 2 bits: fp16 [16 tiles, 64]."""
     if bits == 3:
-        return codes.e81b_chunk(words[2], table)
+        return codes.e81b_chunk(words[2], table, zero)
     else:
-        return codes.e8p_chunk(words[2], words[3], table)
+        return codes.e8p_chunk(words[2], words[3], table, zero)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -135,6 +135,7 @@ def decode_gemm_kernel(
     at = packed + (tl.minimum(tile, end_tile - 1).to(tl.int64) * chunks)[:, None] * (32 * BITS)
     x_at = x + tl.minimum(row, m - 1).to(tl.int64)[None, :] * (chunks * 64) + tl.arange(0, 64)[:, None]
 
+    zero = (m >> 31).to(tl.uint32)  # codes.py says what for
     total = tl.zeros((16 * WARPS, BM), tl.float32)
     fine = tl.zeros((16 * WARPS, BM), tl.float32)
     words = load_words(at + begin * (32 * BITS), lane, BITS)
@@ -145,9 +146,9 @@ def decode_gemm_kernel(
         next_words = load_words(at + ahead * (32 * BITS), lane, BITS)
         next_following = load_following(at + ahead * (32 * BITS), lane, CODE, BITS)
         next_columns = tl.load(x_at + ahead * 64)
-        total = tl.dot(decode(words, following, table, CODE, BITS), columns, total)
+        total = tl.dot(decode(words, following, table, zero, CODE, BITS), columns, total)
         if SECOND != 0:
-            fine = tl.dot(decode_second(words, table, BITS), columns, fine)
+            fine = tl.dot(decode_second(words, table, zero, BITS), columns, fine)
         words, following, columns = next_words, next_following, next_columns
     if SECOND != 0:
         total += fine * SECOND
@@ -176,9 +177,9 @@ def decode_rows_kernel(
     lane = tl.arange(0, 32)[None, :]
     at = packed + (tile.to(tl.int64) * chunks + chunk)[:, None] * (32 * BITS)
     words = load_words(at, lane, BITS)
-    weights = decode(words, load_following(at, lane, CODE, BITS), table, CODE, BITS).to(tl.float32)
+    weights = decode(words, load_following(at, lane, CODE, BITS), table, 0, CODE, BITS).to(tl.float32)
     if SECOND != 0:
-        weights += SECOND * decode_second(words, table, BITS).to(tl.float32)
+        weights += SECOND * decode_second(words, table, 0, BITS).to(tl.float32)
     chosen = (tl.arange(0, 16) == (number & 15).to(tl.int32))[:, None]
     row = tl.sum(tl.where(chosen, weights, 0.0), axis=0)
     column = tl.arange(0, 64)
