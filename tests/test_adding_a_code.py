@@ -28,8 +28,8 @@ EDITS = {  # file -> what is there, what is put before it
     "kernels/cpu/kernels.h": [("kLut };", "kToy, ")],
     "kernels/cpu/decode_trellis.h": [
         (
-            "template <Code code>\ninline Floats value(",
-            "inline Floats toy(Words x) { return __builtin_convertvector((Ints)(x & 255u) - 128, Floats); }\n\n",
+            "template <Code code>\ninline Values value(",
+            "inline Values toy(States x) { return __builtin_convertvector((Integers)(x & 255u) - 128, Values); }\n\n",
         ),
         ("  return look_up(x, lut);\n}", "  if constexpr (code == Code::kToy) return toy(x);\n"),
         ("    case Code::kLut: return", "    case Code::kToy: return tile_decoder<Code::kToy>(bits);\n"),

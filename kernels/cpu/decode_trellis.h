@@ -4,11 +4,11 @@
 // Bit stream of a tile, most significant bit first, in 16-bit words; state s is the 16 bits from bit s*KV, wrapping:
 //
 //   word   0                1                2
-//   bits   [................][................][....     16 states of a run start at word run*KV exactly,
-//   state0 ^---------------^                             so lane l always reads word (l*KV)/16 shifted by (l*KV)%16
+//   bits   [................][................][....     16 states of a run start at a word; of these lane l reads
+//   state0 ^---------------^                             word (l*KV)/16, shifted by (l*KV)%16
 //   state1   ^KV-------------^
 //
-// 32 weights in sequence order are row r and row r+8 of the tile; kRowOf/kRowLane below put them in column order.
+// 32 weights in sequence order are row r and row r+8 of the tile; store_rows below puts them in column order.
 #pragma once
 #include "kernels.h"
 #include "vector.h"
@@ -16,16 +16,27 @@
 namespace quip {
 namespace {
 
+// As many states as are decoded together: one register of them, or two of the portable tier.
+#if defined(__AVX512F__)
+constexpr int kStatesTogether = 16;
+#else
+constexpr int kStatesTogether = 8;
+#endif
+typedef uint32_t States __attribute__((vector_size(4 * kStatesTogether)));
+typedef int32_t Integers __attribute__((vector_size(4 * kStatesTogether)));
+typedef float Values __attribute__((vector_size(4 * kStatesTogether)));
+typedef uint16_t ShortStates __attribute__((vector_size(2 * kStatesTogether)));
+
 // 1MAD: the value is (b0 + b1 + b2 + b3 - mean) * unit of the four bytes of y = factor * x + term.
 constexpr uint32_t kOneMadFactor = 34038481, kOneMadTerm = 76625530;
 constexpr int kOneMadMean = 510;
 constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
 
-inline Floats one_mad(Words x) {
-  Words y = x * kOneMadFactor + kOneMadTerm;
-  Words pairs = (y & 0x00FF00FFu) + ((y >> 8) & 0x00FF00FFu);
-  Ints total = (Ints)((pairs & 0xFFFFu) + (pairs >> 16)) - kOneMadMean;
-  return __builtin_convertvector(total, Floats) * kOneMadUnit;
+inline Values one_mad(States x) {
+  const States y = x * kOneMadFactor + kOneMadTerm;
+  const States pairs = (y & 0x00FF00FFu) + ((y >> 8) & 0x00FF00FFu);
+  const auto total = (Integers)((pairs & 0xFFFFu) + (pairs >> 16)) - kOneMadMean;
+  return __builtin_convertvector(total, Values) * kOneMadUnit;
 }
 
 // 3INST: the sum of the halves (y & 0x8FFF) ^ 0x3B60 of y = factor * x + term, in half precision.
@@ -38,38 +49,62 @@ constexpr float kThreeInstUnit = 1 / 256.0f;
 
 // Every half has one of the exponents 2^-3 .. 2^0, so widening is a shift and a new bias, the float sum is exact, and
 // rounding it to half precision is rounding the mantissa to 10 bits.
-inline Floats widen_half(Words h) { return to_floats(((h & 0x8000u) << 16) | (((h & 0x7FFFu) << 13) + (112u << 23))); }
+inline Values widen_half(States h) { return (Values)(((h & 0x8000u) << 16) | (((h & 0x7FFFu) << 13) + (112u << 23))); }
 
-inline Floats three_inst(Words x) {
-  Words z = ((x * kThreeInstFactor + kThreeInstTerm) & 0x8FFF8FFFu) ^ 0x3B603B60u;
-  Words total = (Words)(widen_half(z >> 16) + widen_half(z & 0xFFFFu));
-  return to_floats((total + 0xFFFu + ((total >> 13) & 1u)) & ~0x1FFFu);
+inline Values three_inst(States x) {
+  const States z = ((x * kThreeInstFactor + kThreeInstTerm) & 0x8FFF8FFFu) ^ 0x3B603B60u;
+  const States total = (States)(widen_half(z >> 16) + widen_half(z & 0xFFFFu));
+  return (Values)((total + 0xFFFu + ((total >> 13) & 1u)) & ~0x1FFFu);
 }
 
-inline Floats look_up(Words x, const float* table) {
-  Floats v;
-  for (int i = 0; i < kLanes; ++i) v[i] = table[x[i]];
+inline Values look_up(States x, const float* table) {
+  Values v;
+  for (int i = 0; i < kStatesTogether; ++i) v[i] = table[x[i]];
   return v;
 }
 
 // Component 0 carries the sign of hash bit 15.
-inline void hyb(Words x, const float* lut, Floats& first, Floats& second) {
-  Words h = x * x + x;
-  Words index = ((h >> 6) & 511u) * 2u;
-  first = to_floats((Words)look_up(index, lut) ^ ((h & 0x8000u) << 16));
+inline void hyb(States x, const float* lut, Values& first, Values& second) {
+  const States h = x * x + x, index = ((h >> 6) & 511u) * 2u;
+  first = (Values)((States)look_up(index, lut) ^ ((h & 0x8000u) << 16));
   second = look_up(index + 1u, lut);
 }
 
 template <Code code>
-inline Floats value(Words x, const float* lut) {
+inline Values value(States x, const float* lut) {
   if constexpr (code == Code::kOneMad) return one_mad(x);
   if constexpr (code == Code::kThreeInst) return three_inst(x);
   return look_up(x, lut);
 }
 
-// Sequence index (0..31) of column `lane` of row r (second = 0) or r + 8 (second = 1) of a run of 32 weights.
-inline int sequence_index(int lane, int second) {
-  return ((lane >> 1) & 3) << 3 | (lane >> 3) << 2 | second << 1 | (lane & 1);
+// A constant vector of f(lane).
+template <class F>
+inline Integers each(F f) {
+  Integers v;
+  for (int i = 0; i < kStatesTogether; ++i) v[i] = f(i);
+  return v;
+}
+
+// A run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c; its row is
+// r + 8 R, its column C cc c.
+inline void store_rows(const float* run, float* out, int64_t stride) {
+#if defined(__AVX512F__)
+  const auto place = [](int R) { return each([=](int lane) { return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1); }); };
+  const Values a = load<Values>(run), b = load<Values>(run + kLanes);
+  store(out, __builtin_shuffle(a, b, place(0)));
+  store(out + 8 * stride, __builtin_shuffle(a, b, place(1)));
+#else
+  typedef double Pairs __attribute__((vector_size(32)));  // c = 0, 1
+  typedef int64_t Order __attribute__((vector_size(32)));
+  Pairs cc[4];
+  std::memcpy(cc, run, sizeof cc);
+  for (int R = 0; R < 2; ++R) {  // a transposition: cc[..][C R] to [C R][cc]
+    const Order even{R, 4 + R, 2 + R, 6 + R}, low{0, 1, 4, 5}, high{2, 3, 6, 7};
+    const Pairs first = __builtin_shuffle(cc[0], cc[1], even), second = __builtin_shuffle(cc[2], cc[3], even);
+    store(out + 8 * R * stride, __builtin_shuffle(first, second, low));
+    store(out + 8 * R * stride + 8, __builtin_shuffle(first, second, high));
+  }
+#endif
 }
 
 template <Code code, int bits>
@@ -81,29 +116,30 @@ void decode_tile(const int16_t* packed, const float* lut, float* out, int64_t st
   std::memcpy(words, packed, sizeof(uint16_t) * kWords);
   std::memset(words + kWords, 0, sizeof(uint16_t) * 2 * kLanes);
   words[kWords] = words[0];
-  const Ints word_of = lanes<Ints>([](int lane) { return lane * kStep >> 4; });
-  const Words shift_of = lanes<Words>([](int lane) { return lane * kStep & 15; });
-  auto states = [&](int run) {
-    Words high = __builtin_convertvector(load<Halves>(words + run * kStep), Words);
-    Words low = __builtin_convertvector(load<Halves>(words + run * kStep + 1), Words);
-    return __builtin_shuffle(high << 16 | low, word_of) << shift_of >> 16;
-  };
-  const auto pick = [](int lane, int second) {
-    int t = sequence_index(lane, second);
-    return kDim == 1 ? t : (t >> 1) + kLanes * (t & 1);
-  };
-  const Ints upper = lanes<Ints>([&](int lane) { return pick(lane, 0); });
-  const Ints lower = lanes<Ints>([&](int lane) { return pick(lane, 1); });
   for (int row = 0; row < 8; ++row) {
-    Floats a, b;
-    if constexpr (kDim == 2) {
-      hyb(states(row), lut, a, b);
-    } else {
-      a = value<code>(states(2 * row), lut);
-      b = value<code>(states(2 * row + 1), lut);
+    alignas(64) float run[2 * kLanes];
+#pragma GCC unroll 4
+    for (int s = 0; s < 2 * kLanes / kDim; s += kStatesTogether) {
+      const uint16_t* at = words + 2 * bits * row + (s * kStep >> 4);
+      const int begin = s * kStep & 15;
+      const States high = __builtin_convertvector(load<ShortStates>(at), States);
+      const States low = __builtin_convertvector(load<ShortStates>(at + 1), States);
+      const Integers word_of = each([&](int lane) { return (begin + lane * kStep) >> 4; });
+      const Integers shift_of = each([&](int lane) { return (begin + lane * kStep) & 15; });
+      const States x = __builtin_shuffle(high << 16 | low, word_of) << (States)shift_of >> 16;
+      if constexpr (kDim == 2) {
+        const auto mixed = [](int half) {
+          return each([=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
+        };
+        Values first, second;
+        hyb(x, lut, first, second);
+        store(run + 2 * s, __builtin_shuffle(first, second, mixed(0)));
+        store(run + 2 * s + kStatesTogether, __builtin_shuffle(first, second, mixed(1)));
+      } else {
+        store(run + s, value<code>(x, lut));
+      }
     }
-    store(out + row * stride, __builtin_shuffle(a, b, upper));
-    store(out + (row + 8) * stride, __builtin_shuffle(a, b, lower));
+    store_rows(run, out + row * stride, stride);
   }
 }
 

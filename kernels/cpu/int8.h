@@ -104,7 +104,11 @@ inline int few_of(const Weight& w) {
   return few;
 }
 
-inline bool int8_takes(const Weight& w) { return w.bits <= 4; }
+// What with_format names.
+inline bool int8_takes(const Weight& w) {
+  const auto is = [&](auto... codes) { return ((w.code == codes) || ...); };
+  return w.blocks || (w.bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut));
+}
 
 inline int64_t padded(int64_t k) { return (k + kPad - 1) / kPad * kPad; }
 

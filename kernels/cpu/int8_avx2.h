@@ -186,7 +186,7 @@ struct Runs {
 
 // Codes of one weight a state.
 template <int bits>
-struct States {
+struct Windows {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   // emit(cc, C, c, states): of column 8C + 2cc + c.
   template <int half, class Emit>
@@ -211,7 +211,7 @@ struct States {
 }
 
 template <int bits>
-struct OneMadSums : States<bits> {
+struct OneMadSums : Windows<bits> {
   static constexpr int kOffset = kOneMadMean;
   float unit() const { return kOneMadUnit; }
   // Two int16 whose sum is that of the product's bytes.
@@ -254,7 +254,7 @@ struct OneMad16 : OneMadSums<bits> {
 
 // 3INST and LUT: two columns of int16 a lane, as value() gives them in the low half of each lane.
 template <int bits, class Value>
-struct Wide : States<bits>, Value {
+struct Wide : Windows<bits>, Value {
   static constexpr int kQuads = 8, kFew = 4;
   explicit Wide(const Weight& w) : Value(w) {}
   template <int half, class Emit>
@@ -318,7 +318,7 @@ struct Hyb8 {
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     const Runs<bits> runs(tile);
     // 16-bit lanes: rrr, C.
-    const auto hash = [&](int cc) {
+    const auto hash = [&](int cc) __attribute__((always_inline)) {
       const int offset = 2 * bits * (4 * cc + half);
       const __m256i x = _mm256_blend_epi16(runs.at_bottom(offset), runs.at_top(offset + 4 * bits), 0xAA);
       return _mm256_mullo_epi16(x, _mm256_add_epi16(x, _mm256_set1_epi16(1)));

@@ -48,11 +48,11 @@ constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) 
 
 // Codes of one weight a state.
 template <int bits>
-struct States {
+struct Windows {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   __m512i run[4];     // kRuns
   __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
-  States() {
+  Windows() {
     for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
       const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
@@ -84,7 +84,7 @@ inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
 
 // For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
 template <int bits>
-struct OneMad8 : States<bits> {
+struct OneMad8 : Windows<bits> {
   static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = kOneMadMean;
   explicit OneMad8(const Weight&) {}
   float unit() const { return kOneMadUnit; }
@@ -98,7 +98,7 @@ struct OneMad8 : States<bits> {
 
 // Two columns of int16 a lane, multiplied by vpdpwssd; Value gives them in the low half of each lane.
 template <int bits, class Value, int few>
-struct Wide : States<bits>, Value {
+struct Wide : Windows<bits>, Value {
   static constexpr int kQuads = 8, kFew = few;
   explicit Wide(const Weight& w) : Value(w) {}
   template <class Emit>
