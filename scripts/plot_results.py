@@ -3,7 +3,7 @@
 
 Usage: python scripts/plot_results.py [--folder docs/benchmarks]
 
-cpu_serving.csv -> cpu_serving.png: tokens a second of each checkpoint, a panel a workload, ratios to bf16 at the bars.
+cpu_serving*.csv -> cpu_serving*.png: tokens a second of each checkpoint, a panel a workload, ratios to bf16 at bars.
 cpu_kernels.csv -> cpu_kernels.png: weights a second of one row against the bound, and over rows against dense bf16.
 cuda_static.csv -> cuda_static.png: instructions a weight of the CUDA kernels by class, at 2 bits, one row and 16.
 """
@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"))
     folder = parser.parse_args().folder
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    drawings = {"cpu_serving": serving, "cpu_kernels": kernels, "cuda_static": instructions}
+    scripts = {serving: "bench_serving", kernels: "bench_kernels", instructions: "cuda_static"}
+    drawings = {"cpu_serving": serving, "cpu_serving_avx2": serving}
+    drawings |= {"cpu_kernels": kernels, "cuda_static": instructions}
     for name, draw in drawings.items():
         source, target = folder / f"{name}.csv", folder / f"{name}.png"
         if source.exists():
@@ -41,8 +43,7 @@ def main() -> int:
             plt.close(figure)
             print(f"wrote {target}")
         else:
-            script = name.replace("cpu_", "bench_")
-            print(f"{source} is not there: run scripts/{script}.py first", file=sys.stderr)
+            print(f"{source} is not there: run scripts/{scripts[draw]}.py first", file=sys.stderr)
     return 0
 
 

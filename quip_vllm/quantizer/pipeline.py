@@ -212,9 +212,8 @@ def _do_layer(
         own.pop("bias", None)
         if "lut" in own:
             own["lut"] = own["lut"][None]
-        rounded[name + ".weight"] = dequantize(
-            _spec(settings, source.reader.shapes[prefix + name + ".weight"], level), own
-        )
+        shape = source.reader.shapes[prefix + name + ".weight"]
+        rounded[name + ".weight"] = dequantize(_spec(settings, shape, level), own).to(source.compute_dtype)
     layer = source.fill(index, rounded)
     for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: outputs", leave=False)):
         hidden[i] = run_layer(layer, x, kwargs_for(kwargs, x))
