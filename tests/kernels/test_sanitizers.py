@@ -15,7 +15,7 @@ from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-OTHERS = ("--ignore=tests/ops/test_cuda.py", "--ignore=tests/ops/test_triton.py")
+OTHERS = ("--ignore=tests/ops/test_cuda.py", "--ignore-glob=tests/ops/test_triton*.py")
 SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_outside", "only_the_packed")
 
 
