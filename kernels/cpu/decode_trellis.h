@@ -17,11 +17,7 @@ namespace quip {
 namespace {
 
 // As many states as are decoded together: one register of them, or two of the portable tier.
-#if defined(__AVX512F__)
-constexpr int kStatesTogether = 16;
-#else
-constexpr int kStatesTogether = 8;
-#endif
+constexpr int kStatesTogether = kRegisterBytes == 64 ? 16 : 8;
 typedef uint32_t States __attribute__((vector_size(4 * kStatesTogether)));
 typedef int32_t Integers __attribute__((vector_size(4 * kStatesTogether)));
 typedef float Values __attribute__((vector_size(4 * kStatesTogether)));
@@ -77,34 +73,28 @@ inline Values value(States x, const float* lut) {
   return look_up(x, lut);
 }
 
-// A constant vector of f(lane).
-template <class F>
-inline Integers each(F f) {
-  Integers v;
-  for (int i = 0; i < kStatesTogether; ++i) v[i] = f(i);
-  return v;
-}
-
 // A run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c; its row is
 // r + 8 R, its column C cc c.
 inline void store_rows(const float* run, float* out, int64_t stride) {
-#if defined(__AVX512F__)
-  const auto place = [](int R) { return each([=](int lane) { return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1); }); };
-  const Values a = load<Values>(run), b = load<Values>(run + kLanes);
-  store(out, __builtin_shuffle(a, b, place(0)));
-  store(out + 8 * stride, __builtin_shuffle(a, b, place(1)));
-#else
-  typedef double Pairs __attribute__((vector_size(32)));  // c = 0, 1
-  typedef int64_t Order __attribute__((vector_size(32)));
-  Pairs cc[4];
-  std::memcpy(cc, run, sizeof cc);
-  for (int R = 0; R < 2; ++R) {  // a transposition: cc[..][C R] to [C R][cc]
-    const Order even{R, 4 + R, 2 + R, 6 + R}, low{0, 1, 4, 5}, high{2, 3, 6, 7};
-    const Pairs first = __builtin_shuffle(cc[0], cc[1], even), second = __builtin_shuffle(cc[2], cc[3], even);
-    store(out + 8 * R * stride, __builtin_shuffle(first, second, low));
-    store(out + 8 * R * stride + 8, __builtin_shuffle(first, second, high));
+  if constexpr (kStatesTogether == kLanes) {
+    const auto place = [](int R) {
+      return lanes<Integers>([=](int lane) { return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1); });
+    };
+    const Values a = load<Values>(run), b = load<Values>(run + kLanes);
+    store(out, __builtin_shuffle(a, b, place(0)));
+    store(out + 8 * stride, __builtin_shuffle(a, b, place(1)));
+  } else {
+    typedef double Pairs __attribute__((vector_size(32)));  // c = 0, 1
+    typedef int64_t Order __attribute__((vector_size(32)));
+    Pairs cc[4];
+    std::memcpy(cc, run, sizeof cc);
+    for (int R = 0; R < 2; ++R) {  // a transposition: cc[..][C R] to [C R][cc]
+      const Order even{R, 4 + R, 2 + R, 6 + R}, low{0, 1, 4, 5}, high{2, 3, 6, 7};
+      const Pairs first = __builtin_shuffle(cc[0], cc[1], even), second = __builtin_shuffle(cc[2], cc[3], even);
+      store(out + 8 * R * stride, __builtin_shuffle(first, second, low));
+      store(out + 8 * R * stride + 8, __builtin_shuffle(first, second, high));
+    }
   }
-#endif
 }
 
 template <Code code, int bits>
@@ -124,12 +114,12 @@ void decode_tile(const int16_t* packed, const float* lut, float* out, int64_t st
       const int begin = s * kStep & 15;
       const States high = __builtin_convertvector(load<ShortStates>(at), States);
       const States low = __builtin_convertvector(load<ShortStates>(at + 1), States);
-      const Integers word_of = each([&](int lane) { return (begin + lane * kStep) >> 4; });
-      const Integers shift_of = each([&](int lane) { return (begin + lane * kStep) & 15; });
+      const Integers word_of = lanes<Integers>([&](int lane) { return (begin + lane * kStep) >> 4; });
+      const Integers shift_of = lanes<Integers>([&](int lane) { return (begin + lane * kStep) & 15; });
       const States x = __builtin_shuffle(high << 16 | low, word_of) << (States)shift_of >> 16;
       if constexpr (kDim == 2) {
         const auto mixed = [](int half) {
-          return each([=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
+          return lanes<Integers>([=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
         };
         Values first, second;
         hyb(x, lut, first, second);

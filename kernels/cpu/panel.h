@@ -11,14 +11,6 @@ namespace {
 
 constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together
 
-// The compiler keeps vectors wider than the machine's in memory.
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
-#else
-constexpr int kRegisterBytes = 16;
-#endif
 typedef float Register __attribute__((vector_size(kRegisterBytes)));
 constexpr int kTogether = kRegisterBytes == 64 ? kRowBlock : 1;  // rows of x whose sums are in registers
 constexpr int kRegisters = sizeof(Floats) / sizeof(Register);

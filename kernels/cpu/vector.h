@@ -10,9 +10,16 @@ namespace {  // internal linkage: each tier keeps its own copy
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
 constexpr int kLanes = 16;
+
+// The compiler keeps vectors wider than the machine's in memory, and shuffles and compares them lane by lane.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -25,7 +32,6 @@ inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 inline Floats splat(float x) { return x - Floats{}; }
-inline Floats to_floats(Words bits) { return (Floats)bits; }
 
 // The upper half of the lanes added to the lower one.
 template <class Half, class V>
@@ -47,7 +53,7 @@ inline float sum(Floats v) {
 template <class V, class F>
 inline V lanes(F f) {
   V v;
-  for (int i = 0; i < kLanes; ++i) v[i] = f(i);
+  for (int i = 0; i < int(sizeof v / sizeof v[0]); ++i) v[i] = f(i);
   return v;
 }
 
