@@ -12,6 +12,17 @@ FORMATS += [(Method.QTIP, code, bits) for code in Code for bits in supported_bit
 FORMAT_IDS = [f"{method.value}-{code.value if code else 'e8p'}-{bits}" for method, code, bits in FORMATS]
 
 
+def every_lattice_code(bits: int) -> tuple[LinearSpec, dict[str, torch.Tensor]]:
+    """A layer of quip_sharp with each of the 65,536 codes once, in the second stage, too."""
+    spec = LinearSpec(Method.QUIP_SHARP, None, bits, 8192, (64,))
+    order = torch.stack([torch.randperm(65536, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    first, second = order.view(2, 64, 1024)
+    tensors = random_layer(spec) | {"codes": first.to(torch.int16)}
+    if bits > 2:
+        tensors["residual_codes"] = second.to(torch.uint8 if bits == 3 else torch.int16)
+    return spec, tensors
+
+
 def random_layer(spec: LinearSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint's layer with random codes and magnitudes in su and sv."""
     generator = torch.Generator().manual_seed(seed)

@@ -290,14 +290,52 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
   });
 }
 
-// The blocks of each projection of a lattice layer (kernels.h), checked.
+// Where the blocks of each projection of a lattice layer begin, and the bytes of all.
+std::vector<int64_t> block_offsets(const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
+  STD_TORCH_CHECK(k > 0 && k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
+  std::vector<int64_t> offsets{0};
+  for (int64_t size : output_sizes) {
+    STD_TORCH_CHECK(size > 0, "a projection has ", size, " outputs: give at least one");
+    offsets.push_back(offsets.back() + kernels().lattice_bytes(size, k, int(bits)));
+  }
+  return offsets;
+}
+
+// The codes of a layer as this tier's kernels read them: int16 [n, k/8] and, of the same shape, uint8 at 3 bits, int16 at 4.
+Tensor quip_sharp_blocks(const Tensor& codes, std::optional<Tensor> second, std::vector<int64_t> output_sizes, int64_t bits) {
+  STD_TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == ScalarType::Short && codes.is_contiguous(), "codes has ",
+                  codes.dim(), " dimensions and ", codes.numel(), " elements: a contiguous int16 [n, k/8] is wanted");
+  const int64_t k = 8 * codes.size(1);
+  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
+  int64_t n = 0;
+  for (int64_t size : output_sizes) n += size;
+  STD_TORCH_CHECK(n == codes.size(0), "codes has ", codes.size(0), " rows and output_sizes ", n, ": give them the same");
+  STD_TORCH_CHECK(bits == 2 || (second.has_value() && second->is_contiguous() && second->numel() == codes.numel() &&
+                                second->scalar_type() == (bits == 3 ? ScalarType::Byte : ScalarType::Short)),
+                  "the second stage at ", bits, " bits is a contiguous tensor of ", codes.numel(), " elements, ",
+                  bits == 3 ? "uint8" : "int16");
+  Tensor blocks = torch::stable::new_empty(codes, {offsets.back()}, ScalarType::Byte);
+  uint8_t* out = blocks.mutable_data_ptr<uint8_t>();
+  std::fill(out, out + offsets.back(), uint8_t(0));
+  const int16_t* first = static_cast<const int16_t*>(address(codes, sizeof(int16_t), "codes"));
+  const int item = bits == 3 ? 1 : 2;
+  const char* rest = bits == 2 ? nullptr : static_cast<const char*>(address(*second, item, "residual_codes"));
+  int64_t start = 0;
+  for (size_t i = 0; i < output_sizes.size(); start += output_sizes[i++]) {
+    const int64_t size = output_sizes[i], group = 2 * kTile, at = start * (k / 8);
+    torch::stable::parallel_for(0, (size + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+      const int64_t row0 = begin * group, rows = std::min(end * group, size) - row0;
+      kernels().put_rows(first + at, rest ? rest + at * item : nullptr, row0, rows, k, int(bits), out + offsets[i]);
+    });
+  }
+  return blocks;
+}
+
+// The blocks of each projection of a lattice layer, checked.
 std::vector<const uint8_t*> lattice_blocks(const Tensor& blocks, const std::vector<int64_t>& output_sizes, int64_t k,
                                            int64_t bits) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
-  STD_TORCH_CHECK(k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
-  std::vector<int64_t> offsets{0};
-  for (int64_t size : output_sizes)
-    offsets.push_back(offsets.back() + (size + kTile - 1) / kTile * ((k + 31) / 32) * 64 * bits);
+  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
   STD_TORCH_CHECK(blocks.scalar_type() == ScalarType::Byte && blocks.is_contiguous() && blocks.numel() == offsets.back(),
                   "blocks has ", blocks.numel(), " elements: a contiguous uint8 tensor of ", offsets.back(), " is wanted");
   std::vector<const uint8_t*> found;
@@ -362,6 +400,7 @@ bool cpu_takes_int8(std::string code_name, int64_t bits) {
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
   m.impl("qtip_linear", TORCH_BOX(&quip::qtip_linear));
   m.impl("quip_sharp_linear", TORCH_BOX(&quip::quip_sharp_linear));
+  m.impl("quip_sharp_blocks", TORCH_BOX(&quip::quip_sharp_blocks));
   m.impl("viterbi_encode", TORCH_BOX(&quip::viterbi_encode));
   m.impl("e8p_nearest", TORCH_BOX(&quip::e8p_nearest));
 }

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "decode_trellis.h"
-#include "lattice.h"
+#include "lattice_layout.h"
 
 namespace quip {
 namespace {
@@ -12,9 +12,7 @@ namespace {
 // A trellis tile is one sequence, so a row costs the decoding of its sixteen neighbours.
 inline void decode_row(const Weight& w, int64_t row, float* out) {
   if (w.blocks) {
-    Weight from_row = w;
-    from_row.blocks += 4 * (row % kTile);
-    decode_lattice(from_row, row / kTile * kTile, 1, 0, int(w.k), out, w.k);
+    decode_lattice(w, row, 1, 0, int(w.k), out, w.k);
     return;
   }
   alignas(64) float tile[kTile * kTile];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The linear layer with int8 activations: integer products, so a result depends neither on threads nor on other rows.
 //
-// A rotated row becomes int8 q with one scale: x = scale * q. Formats (int8_lattice.h, int8_trellis.h; int8_avx2.h) decode a
+// A rotated row becomes int8 q with one scale: x = scale * q. Formats (int8_lattice.h, int8_trellis.h and their _avx2.h) decode a
 // unit of 16 rows x kColumns to kQuads vectors: lane = row of the weight, 32 bits of a lane = 4 columns as bytes (value +
 // kOffset), or 2 as int16, or what one 1MAD product has to be summed. The activation has the same 32 bits, repeated over the
 // lanes. lanes_avx512.h has all 16 rows in a vector, lanes_avx2.h 8: there a block is two halves, rows 0..7 and 8..15.
@@ -24,6 +24,11 @@
 
 namespace quip {
 namespace {
+
+// Asks memory for bytes that will be read soon.
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+}
 
 // What a format leaves unsaid has the value of most formats.
 template <class Format>
@@ -48,7 +53,8 @@ constexpr bool is_wide() {  // int16
 #include "amx.h"
 #endif
 #else
-#include "int8_avx2.h"
+#include "int8_lattice_avx2.h"
+#include "int8_trellis_avx2.h"
 #include "lanes_avx2.h"
 #endif
 
@@ -76,13 +82,22 @@ inline void with_bits(int bits, F f) {
   }
 }
 
+// Calls f(a type whose value is count), 1 to most.
+template <int most, class F>
+inline void with_count(int64_t count, F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    ((count == i + 1 ? f(std::integral_constant<int, i + 1>{}) : void()), ...);
+  }(std::make_integer_sequence<int, most>{});
+}
+
 // Calls f(type of the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
   with_bits(w.bits, [&](auto b) {
     constexpr int bits = decltype(b)::value;
     if (w.blocks) {
-      if constexpr (bits > 1) f(static_cast<Lattice8<bits>*>(nullptr));
+      if constexpr (bits > 1)
+        m <= LatticeFew8<bits>::kFew ? f(static_cast<LatticeFew8<bits>*>(nullptr)) : f(static_cast<Lattice8<bits>*>(nullptr));
     } else if (w.code == Code::kThreeInst) {
       f(static_cast<ThreeInst16<bits>*>(nullptr));
     } else if (w.code == Code::kLut) {
@@ -112,6 +127,24 @@ inline bool int8_takes(const Weight& w) {
 
 inline int64_t padded(int64_t k) { return (k + kPad - 1) / kPad * kPad; }
 
+template <class Format>
+constexpr int rows_of() {  // of the weight, in a unit
+  if constexpr (requires { Format::kUnitRows; }) return Format::kUnitRows;
+  return kTile;
+}
+
+// Of the units of a row of them.
+template <class Format>
+inline int64_t row_bytes(int64_t k) {
+  return (k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
+}
+
+// Whether products of x are looked up in tables of each row of x, instead of being multiplied.
+template <class Format>
+constexpr bool is_tabulated() {
+  return requires { Format::kTables; };
+}
+
 // Whether tiles multiply it.
 template <class Format>
 constexpr bool is_tiled() {
@@ -122,11 +155,16 @@ constexpr bool is_tiled() {
 #endif
 }
 
+// Rows of x that lie side by side.
 inline int64_t group_rows(const Weight& w, int64_t m) {
-  if (m <= few_of(w)) return m;
-  bool tiled = false;
-  with_format(w, m, [&](auto* format) { tiled = is_tiled<std::remove_pointer_t<decltype(format)>>(); });
-  if (tiled) return 1;
+  const bool few = m <= few_of(w);
+  bool alone = false;
+  with_format(w, m, [&](auto* format) {
+    using Format = std::remove_pointer_t<decltype(format)>;
+    alone = is_tabulated<Format>() || (is_tiled<Format>() && !few);
+  });
+  if (alone) return 1;
+  if (few) return m;
   const int64_t groups = (m + kGroup - 1) / kGroup;
   return (m + groups - 1) / groups;
 }
@@ -144,7 +182,9 @@ inline int64_t int8_bytes(const Weight& w, int64_t m) {
 // Columns of one row of x as int8 to its quads, which lie `step` apart.
 template <class Format>
 inline void store_quads(const int8_t* q, int64_t columns, int32_t* out, int64_t step) {
-  if constexpr (repeat_of<Format>() == 4) {
+  if constexpr (is_tabulated<Format>()) {
+    Format::arrange(q, columns, out);
+  } else if constexpr (repeat_of<Format>() == 4) {
     for (int64_t c = 0; c < columns; ++c) out[c * step] = int32_t(0x01010101u * uint8_t(q[c]));
   } else if constexpr (repeat_of<Format>() == 2) {
     for (int64_t c = 0; c < columns; ++c) out[c * step] = int32_t(0x00010001u * uint16_t(q[c]));
@@ -208,8 +248,8 @@ struct Output {
 
 // Adds the sums of one chunk to `rows` outputs of row r; the last chunk applies the scale.
 template <class Format>
-inline void finish(const Format& format, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
-  add_sums<Format>(sum, offset_of<Format>() * out.totals[r * out.chunks + chunk], format.unit(), chunk == 0,
+inline void finish(float unit, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
+  add_sums<Format>(sum, offset_of<Format>() * out.totals[r * out.chunks + chunk], unit, chunk == 0,
                    chunk + 1 == out.chunks, out.scales[r], rows, out.y + r * out.stride + row0);
 }
 
@@ -223,10 +263,27 @@ inline void decode(const Format& format, const uint8_t* unit, int half, Emit emi
   }
 }
 
+// M rows of x times 32 rows of the weight, by tables.
+template <class Format, int M>
+void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, const int32_t* x, const Output& out, int64_t row0, int rows) {
+  const int64_t row_quads = padded(k) * Format::kQuads / Format::kColumns;
+  for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
+    const int64_t begin = chunk * kChunk8 / Format::kColumns;
+    const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
+    Sums sums[M][kParts];
+    format.template sum<M>(blocks + begin * Format::kBytes, end - begin, x + begin * Format::kQuads, row_quads, sums);
+    for (int r = 0; r < M; ++r)
+      for (int row = 0; row < rows; row += kRowsOfSums)
+        finish<Format>(format.unit(), sums[r][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
+  }
+}
+
 template <class Format, int M>
 void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, const int32_t* x, const Output& out, int64_t row0,
               int rows) {
   constexpr int kSplit = M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide the latency of a multiplication
+  // Each half asks for half of the next block: the first alone would wait for memory, while the second reads none.
+  const uint8_t* const ahead = block + row_bytes<Format>(k) + half * row_bytes<Format>(k) / kHalves;
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     constexpr int kSums = M * kSplit;
     Sums sum[kSums];  // in registers: every loop over it is unrolled
@@ -236,6 +293,7 @@ void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, c
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
+      if (kHalves > 1) fetch(ahead + u * Format::kBytes / kHalves, Format::kBytes / kHalves);
       decode(format, block + u * Format::kBytes, half, [&](int quad, Sums weights) {
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
@@ -249,17 +307,9 @@ void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, c
       Sums total = sum[r * kSplit];
 #pragma GCC unroll 16
       for (int i = 1; i < kSplit; ++i) total = plus(total, sum[r * kSplit + i]);
-      finish(format, total, out, r, chunk, row0, rows);
+      finish<Format>(format.unit(), total, out, r, chunk, row0, rows);
     }
   }
-}
-
-template <class Format>
-void few_rows_of(const Format& format, int64_t m, const uint8_t* block, int half, int64_t k, const int32_t* x, const Output& out,
-                 int64_t row0, int rows) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((m == i + 1 ? few_rows<Format, i + 1>(format, block, half, k, x, out, row0, rows) : void()), ...);
-  }(std::make_integer_sequence<int, Format::kFew>{});
 }
 
 // sums[r * kParts + 0..1] += quads of the panel (two parts of its rows, kDepth quads apart) times M rows of x.
@@ -278,8 +328,8 @@ void multiply_panel(const Sums* panel, int64_t depth, int64_t quads, const int32
         sum[r][0] = multiply_add<Format>(sum[r][0], *first, *quad);
         sum[r][1] = multiply_add<Format>(sum[r][1], *second, *quad);
       } else {
-        sum[r][0] = multiply_add_two(sum[r][0], first, quad[0], quad[M]);
-        sum[r][1] = multiply_add_two(sum[r][1], second, quad[0], quad[M]);
+        sum[r][0] = multiply_add_four(sum[r][0], first, quad, M);
+        sum[r][1] = multiply_add_four(sum[r][1], second, quad, M);
       }
     }
   }
@@ -289,9 +339,7 @@ void multiply_panel(const Sums* panel, int64_t depth, int64_t quads, const int32
 
 template <class Format>
 void multiply_group(int rows, const Sums* panel, int64_t depth, int64_t quads, const int32_t* x, Sums* sums) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((rows == i + 1 ? multiply_panel<Format, i + 1>(panel, depth, quads, x, sums) : void()), ...);
-  }(std::make_integer_sequence<int, kGroup>{});
+  with_count<kGroup>(rows, [&](auto count) { multiply_panel<Format, count>(panel, depth, quads, x, sums); });
 }
 
 // Two blocks of 16 rows (the second may be missing) times all m rows of x.
@@ -314,10 +362,17 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
       for (int64_t u0 = begin; u0 < end; u0 += kUnits) {
         const int64_t units = std::min(kUnits, end - u0);
-        for (int part = 0; part < count * kHalves; ++part)
+        for (int b = 0; kHalves > 1 && b < count; ++b) fetch(blocks[b] + (u0 + units) * Format::kBytes, kUnits * Format::kBytes);
+        if constexpr (rows_of<Format>() == 2 * kTile) {
           for (int64_t u = 0; u < units; ++u)
-            decode(format, blocks[part / kHalves] + (u0 + u) * Format::kBytes, part % kHalves,
-                   [&](int quad, Sums v) { panel[part][u * Format::kQuads + quad] = v; });
+            format.decode(blocks[0] + (u0 + u) * Format::kBytes,
+                          [&](int part, int quad, Sums v) { panel[part][u * Format::kQuads + quad] = v; });
+        } else {
+          for (int part = 0; part < count * kHalves; ++part)
+            for (int64_t u = 0; u < units; ++u)
+              decode(format, blocks[part / kHalves] + (u0 + u) * Format::kBytes, part % kHalves,
+                     [&](int quad, Sums v) { panel[part][u * Format::kQuads + quad] = v; });
+        }
 #if defined(QUIP_AMX)
         if constexpr (is_tiled<Format>()) {
           const int64_t quads = units * Format::kQuads, whole = (quads + 15) / 16 * 16;
@@ -335,7 +390,7 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       }
       for (int64_t r = m0; r < m1; ++r)
         for (int row = 0; row < rows; row += kRowsOfSums)
-          finish(format, sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
+          finish<Format>(format.unit(), sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
     }
   }
 }
@@ -349,16 +404,19 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
   with_format(w, m, [&](auto* pointer) {
     using Format = std::remove_pointer_t<decltype(pointer)>;
     const Format format(w);
-    const int64_t block_bytes = (w.k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
-    const uint8_t* first = (w.blocks ? w.blocks : reinterpret_cast<const uint8_t*>(w.packed)) + row0 / kTile * block_bytes;
-    const uint8_t* blocks[2] = {first, first + (count > 1 ? block_bytes : 0)};
-    if (m <= Format::kFew) {
+    const uint8_t* first = w.blocks ? w.blocks : reinterpret_cast<const uint8_t*>(w.packed);
+    first += row0 / rows_of<Format>() * row_bytes<Format>(w.k);
+    if constexpr (is_tabulated<Format>()) {
+      with_count<Format::kFew>(m, [&](auto count) { tabulated_rows<Format, count>(format, first, w.k, x, out, row0, rows); });
+    } else if (const uint8_t* blocks[2] = {first, first + (count > 1 ? row_bytes<Format>(w.k) : 0)}; m <= Format::kFew) {
       for (int row = 0; row < rows; row += kRowsOfSums)
-        few_rows_of(format, m, blocks[row / kTile], row / kRowsOfSums % kHalves, w.k, x, out, row0 + row,
-                    std::min(kRowsOfSums, rows - row));
-      return;
+        with_count<Format::kFew>(m, [&](auto rows_of_x) {
+          few_rows<Format, rows_of_x>(format, blocks[row / kTile], row / kRowsOfSums % kHalves, w.k, x, out, row0 + row,
+                                      std::min(kRowsOfSums, rows - row));
+        });
+    } else if constexpr (repeat_of<Format>() == 1) {
+      many_rows(format, blocks, count, w.k, x, m, group_rows(w, m), out, row0, rows);
     }
-    if constexpr (repeat_of<Format>() == 1) many_rows(format, blocks, count, w.k, x, m, group_rows(w, m), out, row0, rows);
   });
 }
 

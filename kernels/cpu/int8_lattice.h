@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lattice codes to bytes for int8 activations: 64 codes (16 rows x 32 columns) at a time, all in registers.
 //
-// A block is 64 rows-of-table indices, then 64 sign bytes (kernels.h); byte 4*row + g belongs to columns 8g .. 8g+7, so
+// A block is 64 rows-of-table indices, then 64 sign bytes (lattice_layout.h); byte 4*row + g belongs to columns 8g .. 8g+7, so
 // component j of the 64 codes is one vector: 16 rows (32-bit lanes) x 4 columns {j, 8+j, 16+j, 24+j}.
 //
 // Each component of the table of absolute vectors is 1/2, 3/2 or 5/2: d = 0, 1, 2 in two bits, four components a byte, so
@@ -16,10 +16,15 @@
 #include <immintrin.h>
 
 #include "lanes_avx512.h"
-#include "lattice.h"
+#include "lattice_layout.h"
 
 namespace quip {
 namespace {
+
+// Component i of a row in few bits, where others of its byte leave room: of e8p |v| - 1/2, four a byte; of e81b 2 v as a
+// 4-bit integer, two a byte.
+constexpr uint8_t field_of(int row, int i) { return uint8_t(int(kLattice.absolute[i][row] - 0.5f) << (2 * (i % 4))); }
+constexpr uint8_t nibble_of(int row, int i) { return uint8_t((int(2 * kLattice.e81b[row][i]) & 15) << (4 * (i % 2))); }
 
 // The matrix whose output bit i is the parity of the input bits in rows[i].
 struct BitMatrix {
@@ -149,9 +154,11 @@ struct Lattice8 {
         emit(i, _mm512_add_epi8(_mm512_shuffle_epi8(sevenfold, first.component(i)), second.component(i)));
     }
   }
-  static int place(int column) { return quad_byte(column); }
+  static int place(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }
   static __m512i in_row_order(__m512i lanes) { return lanes; }
 };
+template <int bits>
+using LatticeFew8 = Lattice8<bits>;
 
 }  // namespace
 }  // namespace quip

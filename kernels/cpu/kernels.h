@@ -18,13 +18,9 @@ enum class Code { kOneMad, kThreeInst, kHyb, kLut };
 enum class Type { kFloat, kHalf, kBfloat };
 
 // A quantized weight (n, k).
-//
-// Lattice blocks: 16 rows x 32 columns = 64 codes take 64 * bits bytes: byte 4*row + g is the high byte (row of the table)
-// of the code of columns 8g .. 8g+7, then 64 low bytes (signs) in the same order; then the second stage: 64 bytes of E81B
-// indices at 3 bits, 64 high and 64 low bytes at 4. A row of blocks covers k rounded up to 32; missing codes are zero.
 struct Weight {
   const int16_t* packed;  // trellis, as in the checkpoint: [n/16, k*bits]; null for the lattice
-  const uint8_t* blocks;  // lattice: [ceil(n/16), ceil(k/32), 64*bits]; null for the trellis
+  const uint8_t* blocks;  // lattice: as the tier lays it out (lattice_layout.h); null for the trellis
   const float* lut;       // HYB: [512, 2] of these rows; LUT: [65536]; else null
   Code code;
   int bits;
@@ -67,6 +63,9 @@ struct Kernels {
   int16_t (*nearest)(const float* x);
   // out[k] = row `row` of the weight, decoded.
   void (*decode_row)(const Weight& w, int64_t row, float* out);
+  // The bytes of a lattice weight's blocks, and its rows row0 .. row0 + rows - 1 to them (lattice_layout.h).
+  int64_t (*lattice_bytes)(int64_t n, int64_t k, int bits);
+  void (*put_rows)(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks);
 };
 
 constexpr int64_t viterbi_bytes(int step_bits, int vector_dim) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vectors of int8.h on AVX2: 8 rows of the weight in a register. vpmaddubsw adds two products of bytes in 16 bits, so
-// decoded bytes must be small (at most 32, so that four products fit); larger numbers are multiplied as int16.
+// decoded bytes must be small (at most 32, so that eight products fit); larger numbers are multiplied as int16.
 #pragma once
 #include <immintrin.h>
 
@@ -15,12 +15,14 @@ constexpr int kRowsOfSums = 8;
 constexpr int kGroup = 4;     // rows of x multiplied together: 2 x 4 sums in registers
 constexpr int kOffset8 = 16;  // decoded bytes are value + 16, unsigned, as vpmaddubsw wants its first operand
 
+[[gnu::always_inline]] inline __m256i splat8(int v) { return _mm256_set1_epi8(char(v)); }
+
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 
 template <class Format>
 constexpr int step_of() {  // quads that are multiplied together
-  return is_wide<Format>() ? 1 : 2;
+  return is_wide<Format>() ? 1 : 4;
 }
 
 template <class Format>
@@ -30,11 +32,11 @@ inline Sums multiply_add(Sums sum, __m256i weights, int32_t quad) {
   return plus(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
 }
 
-// Two quads of small bytes: four products fit 16 bits.
-inline Sums multiply_add_two(Sums sum, const __m256i* weights, int32_t first, int32_t second) {
-  const __m256i a = _mm256_maddubs_epi16(weights[0], _mm256_set1_epi32(first));
-  const __m256i b = _mm256_maddubs_epi16(weights[1], _mm256_set1_epi32(second));
-  return plus(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1)));
+// Four quads of small bytes: eight products fit 16 bits. Quads of x lie `step` apart.
+inline Sums multiply_add_four(Sums sum, const __m256i* weights, const int32_t* quads, int64_t step) {
+  const auto products = [&](int q) { return _mm256_maddubs_epi16(weights[q], _mm256_set1_epi32(quads[q * step])); };
+  const __m256i all = _mm256_add_epi16(_mm256_add_epi16(products(0), products(1)), _mm256_add_epi16(products(2), products(3)));
+  return plus(sum, _mm256_madd_epi16(all, _mm256_set1_epi16(1)));
 }
 
 // y[0..rows) = ((first ? 0 : y) + (sum - offset) * unit) * (last ? scale : 1).

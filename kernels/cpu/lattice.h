@@ -96,35 +96,10 @@ struct LatticeTables {  // built by the compiler: code of a tier must not run wh
 };
 constexpr LatticeTables kLattice;
 
-// Component i of a row in few bits, where others of its byte leave room: of e8p |v| - 1/2, four a byte; of e81b 2 v as a
-// 4-bit integer, two a byte.
-constexpr uint8_t field_of(int row, int i) { return uint8_t(int(kLattice.absolute[i][row] - 0.5f) << (2 * (i % 4))); }
-constexpr uint8_t nibble_of(int row, int i) { return uint8_t((int(2 * kLattice.e81b[row][i]) & 15) << (4 * (i % 2))); }
-
-// The byte, of quads of 16 rows x 32 columns, that a column has where component j of all codes is a quad (int8.h).
-inline int quad_byte(int column) { return column / 32 * 32 + column % 8 * 4 + column % 32 / 8; }
-
 inline Octet decode_e8p(uint8_t row, uint8_t s) {
   typedef uint32_t Masks __attribute__((vector_size(32)));
   Masks bits = load<Masks>(kLattice.rows[row]) ^ load<Masks>(kLattice.signs[s]);
   return (Octet)bits + kLattice.shift[s];
-}
-
-// Rows row0 .. row0 + rows - 1, columns c0 .. c0 + columns - 1 to floats; row0 and c0 are multiples of 16 and 32.
-inline void decode_lattice(const Weight& w, int64_t row0, int rows, int64_t c0, int columns, float* out, int64_t stride) {
-  constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
-  const int64_t block_bytes = 64 * w.bits;
-  const uint8_t* block = w.blocks + (row0 / kTile * ((w.k + 31) / 32) + c0 / 32) * block_bytes;
-  for (int c = 0; c < columns; c += 8) {
-    const uint8_t* codes = block + c / 32 * block_bytes + c % 32 / 8;
-    for (int i = 0; i < rows; ++i) {
-      const auto byte = [&](int plane) { return codes[64 * plane + 4 * i]; };
-      Octet v = decode_e8p(byte(0), byte(1));
-      if (w.bits == 3) v += load<Octet>(kLattice.e81b[byte(2)]) * kResidual3;
-      if (w.bits == 4) v += decode_e8p(byte(2), byte(3)) * kResidual4;
-      store(out + i * stride + c, v);
-    }
-  }
 }
 
 // For each shift, signs follow y = x - shift; where a row then flips an odd number of components, the cheapest flip

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "decode_trellis.h"
-#include "lattice.h"
+#include "lattice_layout.h"
 
 namespace quip {
 namespace {

@@ -17,10 +17,10 @@ namespace quip {
 const Kernels* QUIP_TABLE(QUIP_TIER)() {
 #if defined(QUIP_INT8)
   static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in,  rotate_out, panel,       int8_takes, int8_bytes,
-                             int8_quantize,          int8_panel, viterbi,    nearest_e8p, decode_row};
+                             int8_quantize,          int8_panel, viterbi,    nearest_e8p, decode_row, lattice_bytes, put_rows};
 #else
   static const Kernels table{QUIP_STRING(QUIP_TIER), rotate_in, rotate_out, panel,       nullptr, nullptr,
-                             nullptr,                nullptr,   viterbi,    nearest_e8p, decode_row};
+                             nullptr,                nullptr,   viterbi,    nearest_e8p, decode_row, lattice_bytes, put_rows};
 #endif
   return &table;
 }

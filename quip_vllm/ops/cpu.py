@@ -27,33 +27,6 @@ def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
     return values, numbers.to(torch.int16), unit[None]
 
 
-def lattice_blocks(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """The codes in the order that the kernels read them (kernels/cpu/kernels.h).
-
-    Args:
-        spec: a quip_sharp layer.
-        tensors: ``codes`` int16 [n, k/8] and, above 2 bits, ``residual_codes``.
-
-    Returns:
-        uint8 [blocks of all projections, 64 * bits]: a block is 16 rows x 32 columns, each projection padded to whole
-        blocks with code 0.
-    """
-    codes = tensors["codes"].contiguous()
-    planes = list(codes.view(torch.uint8).view(*codes.shape, 2).flip(-1).unbind(-1))
-    if spec.bits == 3:
-        planes.append(tensors["residual_codes"])
-    if spec.bits == 4:
-        rest = tensors["residual_codes"].contiguous()
-        planes += rest.view(torch.uint8).view(*rest.shape, 2).flip(-1).unbind(-1)
-    parts = []
-    for rows in torch.stack(planes).split(spec.output_sizes, dim=1):
-        count, n, groups = rows.shape
-        padded = torch.nn.functional.pad(rows, (0, -groups % 4, 0, -n % TILE))
-        blocks = padded.view(count, padded.shape[1] // TILE, TILE, padded.shape[2] // 4, 4)
-        parts.append(blocks.permute(1, 3, 0, 2, 4).reshape(-1, 64 * spec.bits))
-    return torch.cat(parts)
-
-
 def _lut_bytes(lut: Tensor) -> tuple[Tensor, Tensor]:
     """HYB's table [projections, 512, 2] as uint8 [projections, 2, 512] (value / unit + 128) and units [projections]."""
     units = lut.abs().amax((1, 2)) / 127
@@ -112,9 +85,9 @@ class CpuBackend:
             for name, tensor in tensors.items()
         }
         if spec.method is Method.QUIP_SHARP:
-            prepared["blocks"] = lattice_blocks(spec, prepared)
-            del prepared["codes"]
-            prepared.pop("residual_codes", None)
+            codes, rest = prepared.pop("codes"), prepared.pop("residual_codes", None)
+            sizes = list(spec.output_sizes)
+            prepared["blocks"] = torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, sizes, spec.bits)
         if spec.code is Code.HYB:
             prepared["lut_integers"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
         if spec.code is Code.LUT:

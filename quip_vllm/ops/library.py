@@ -11,6 +11,7 @@ _SCHEMAS = (
     "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations) -> Tensor",
     "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, int bits, str activations) -> Tensor",
+    "quip_sharp_blocks(Tensor codes, Tensor? residual_codes, int[] output_sizes, int bits) -> Tensor",
     "qtip_embedding(Tensor ids, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "

@@ -60,9 +60,9 @@ struct Layer {
   std::vector<float> lut, x, su, sv, base;
   Weight weight;
 
-  Layer(bool lattice, Code code, int bits, int64_t n, int64_t k, int64_t m)
+  Layer(const Kernels& ops, bool lattice, Code code, int bits, int64_t n, int64_t k, int64_t m)
       : packed(random_bits<int16_t>(lattice ? 0 : n / kTile * k * bits)),
-        blocks(random_bits<uint8_t>(lattice ? (n + kTile - 1) / kTile * ((k + 31) / 32) * 64 * bits : 0)),
+        blocks(lattice ? ops.lattice_bytes(n, k, bits) : 0),
         lut8(random_bits<uint8_t>(1024)),
         lut16(random_bits<int16_t>(kStates + 1)),
         lut(random_floats(code == Code::kLut ? kStates : 1024)),
@@ -71,7 +71,11 @@ struct Layer {
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
         weight{lattice ? nullptr : packed.data(), lattice ? blocks.data() : nullptr, lut.data(), code, bits, n, k, lut8.data(),
-               lut16.data()} {}
+               lut16.data()} {
+    if (!lattice) return;
+    const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
+    ops.put_rows(codes.data(), second.data(), 0, n, k, bits, blocks.data());
+  }
 };
 
 // The three loops of `run` in bindings.cpp.
@@ -134,7 +138,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
     for (int bits = kind < 0 ? 2 : 1; bits <= (kind < 0 || code == Code::kHyb ? 4 : 8); ++bits)
       for (const int64_t m : {1, 5, 29})
         for (const bool int8 : {false, true}) {
-          const Layer layer(kind < 0, code, bits, kind < 0 ? 76 : 80, 272, m);
+          const Layer layer(ops, kind < 0, code, bits, kind < 0 ? 76 : 80, 272, m);
           if (int8 && !(ops.int8_takes && ops.int8_takes(layer.weight))) continue;
           check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", kind, bits, m, int8);
         }
@@ -150,7 +154,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 
 #ifdef QUIP_PLANTED
 int plant(const Kernels& ops, const std::string& error) {
-  Layer layer(false, Code::kOneMad, 2, 32, 64, 1);
+  Layer layer(ops, false, Code::kOneMad, 2, 32, 64, 1);
   std::vector<float> y(33);
   if (error == "read") {  // the last tile is one word short
     const std::vector<int16_t> cut(layer.packed.begin(), layer.packed.end() - 1);

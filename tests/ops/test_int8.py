@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, INT8_ROUNDING
-from random_layers import random_layer
+from random_layers import every_lattice_code, random_layer
 
 from quip_vllm.formats import trellis_codes
 from quip_vllm.formats.methods import Code, Method
@@ -86,6 +86,14 @@ def test_the_quantizers_own_table_takes_the_short_way_to_the_same_integers(bits,
     tensors = random_layer(spec)
     tensors["lut"] = default_lut(Code.HYB)[None].repeat(2, 1, 1)
     x = torch.randn(m, 272)
+    assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("m", [1, 2, 4, 9])
+def test_integers_of_every_lattice_code(bits, m):
+    spec, tensors = every_lattice_code(bits)
+    x = torch.randn(m, spec.in_features, generator=torch.Generator().manual_seed(m))
     assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
 
 

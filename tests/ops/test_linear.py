@@ -4,7 +4,7 @@
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, random_layer
+from random_layers import FORMAT_IDS, FORMATS, every_lattice_code, random_layer
 
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
@@ -40,6 +40,15 @@ def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block):
     expected = x.double() @ dequantize(spec, tensors).double().T
     assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
     assert relative(ReferenceBackend().linear(spec, x, tensors), expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_linear_is_the_dequantized_weight_for_every_lattice_code(bits):
+    spec, tensors = every_lattice_code(bits)
+    x = torch.randn(2, spec.in_features, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ dequantize(spec, tensors).double().T
+    for y, wanted in zip(run(spec, tensors, x).T, expected.T, strict=True):
+        assert relative(y, wanted) < FLOAT32_LINEAR * expected.norm() / wanted.norm()
 
 
 @pytest.mark.parametrize("k", [8, 24, 40])

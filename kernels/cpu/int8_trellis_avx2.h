@@ -1,22 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lattice and trellis codes to small integers on AVX2, a half (8 rows) of a unit of 16 rows at a time; lane = row.
+// Trellis codes to small integers on AVX2, a half (8 rows) of a tile of 16 rows at a time; lane = row.
 //
-// AVX2 looks bytes up in 16 entries at a time (vpshufb); a table of 256 is 16 of these and a tree of selections by the upper
-// four bits of the index, which costs a lattice code, eight weights, little. Values and the order of columns in a quad are
-// those of int8_lattice.h and int8_trellis.h, save that bytes have a smaller offset and what does not fit is int16.
+// AVX2 looks bytes up in 16 entries at a time (vpshufb); a table of 128 is 8 of these and a tree of selections by the upper bits
+// of the index. Values are those of int8_trellis.h, save that what does not fit a small byte is int16.
 #pragma once
 #include <immintrin.h>
 
 #include "decode_trellis.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
-#include "lattice.h"
 #include "vector.h"
 
 namespace quip {
 namespace {
 
-[[gnu::always_inline]] inline __m256i splat8(int v) { return _mm256_set1_epi8(char(v)); }
 [[gnu::always_inline]] inline __m256i select(__m256i low, __m256i high, __m256i top_bit) { return _mm256_blendv_epi8(low, high, top_bit); }
 
 // Bits 0..3 of an index, and bits 4..7 each in the uppermost place of a byte.
@@ -43,110 +40,6 @@ template <int kParts>
 [[gnu::always_inline]] inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
 // Where a column goes that lies in byte `place` of the quads.
 inline int wide_place(int place) { return place / 4 * 4 + place % 2 * 2 + place % 4 / 2; }
-
-// ---- The lattice ----
-
-struct LatticeTables8 {
-  alignas(32) uint8_t fields[2][16][32] = {};   // e8p: |v| - 1/2 of components 0..3 and 4..7, two bits each
-  alignas(32) uint8_t nibbles[4][16][32] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
-  alignas(32) uint8_t parity[32] = {};          // of four bits
-  alignas(32) uint8_t integers[32] = {};        // 2 v by its 4 bits
-  alignas(32) uint8_t sevenfold[32] = {};       // 7 * 4 v by (4 v + kOffset8) / 2
-
-  constexpr LatticeTables8() {
-    for (int r = 0; r < 256; ++r)
-      for (int i = 0; i < 8; ++i)
-        for (int copy = 0; copy < 32; copy += 16) {
-          const int at = r % 16 + copy;
-          fields[i / 4][r / 16][at] |= field_of(r, i);
-          nibbles[i / 2][r / 16][at] |= nibble_of(r, i);
-        }
-    for (int i = 0; i < 32; ++i) {
-      const int n = i % 16;
-      parity[i] = (n ^ n >> 1 ^ n >> 2 ^ n >> 3) & 1;
-      integers[i] = uint8_t(n < 8 ? n : n - 16);
-      sevenfold[i] = uint8_t(7 * (2 * n + 1 - kOffset8));
-    }
-  }
-};
-constexpr LatticeTables8 kLattice8;
-
-[[gnu::always_inline]] inline __m256i table16(const uint8_t* table, __m256i index) {
-  return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)), index);
-}
-
-// 32 E8P codes: component i of all is 4 v + offset.
-struct E8pCodes {
-  __m256i fields[2], signs, odd, shift;
-  [[gnu::always_inline]] E8pCodes(const uint8_t* codes, int offset) : signs(load<__m256i>(codes + 64)) {
-    const ByteIndex index(load<__m256i>(codes));
-    for (int half = 0; half < 2; ++half) fields[half] = look_up<16>(kLattice8.fields[half], index);
-    const __m256i folded = _mm256_xor_si256(signs, _mm256_srli_epi16(signs, 4));
-    const __m256i parity = table16(kLattice8.parity, _mm256_and_si256(folded, splat8(15)));
-    signs = _mm256_xor_si256(signs, parity);
-    shift = _mm256_sub_epi8(splat8(offset + 1), _mm256_add_epi8(parity, parity));
-    // The number of components of 3/2 is that of fields whose low bit is set: parity of bits 0, 2, 4, 6 of both.
-    __m256i thirds = _mm256_xor_si256(fields[0], fields[1]);
-    thirds = _mm256_and_si256(_mm256_xor_si256(thirds, _mm256_srli_epi16(thirds, 4)), splat8(5));
-    odd = _mm256_slli_epi16(table16(kLattice8.parity, thirds), 7);
-  }
-  [[gnu::always_inline]] __m256i component(int i) const {
-    const int place = 2 - 2 * (i % 4);
-    const __m256i field = place >= 0 ? _mm256_slli_epi16(fields[i / 4], place) : _mm256_srli_epi16(fields[i / 4], -place);
-    const __m256i magnitude = _mm256_or_si256(_mm256_and_si256(field, splat8(12)), splat8(2));
-    __m256i negative = _mm256_slli_epi16(signs, 7 - LatticeTables::kSignBit[i]);
-    if (i == 7) negative = _mm256_xor_si256(negative, odd);
-    return _mm256_add_epi8(_mm256_sign_epi8(magnitude, _mm256_or_si256(negative, splat8(1))), shift);
-  }
-};
-
-// 32 E81B codes: component i of all is 2 v.
-struct E81bCodes {
-  __m256i nibbles[4];
-  [[gnu::always_inline]] explicit E81bCodes(const uint8_t* codes) {
-    const ByteIndex index(load<__m256i>(codes));
-    for (int t = 0; t < 4; ++t) nibbles[t] = look_up<16>(kLattice8.nibbles[t], index);
-  }
-  [[gnu::always_inline]] __m256i component(int i) const {
-    const __m256i nibble = i % 2 ? _mm256_srli_epi16(nibbles[i / 2], 4) : nibbles[i / 2];
-    return table16(kLattice8.integers, _mm256_and_si256(nibble, splat8(15)));
-  }
-};
-
-// As in int8_lattice.h: 4 v at 2 bits, 4 v + 2 w at 3, and at 4 bits 7 * 4 v + 2 * 4 w, which is int16.
-template <int bits>
-struct Lattice8 {
-  static constexpr int kColumns = 32, kQuads = bits == 4 ? 16 : 8, kBytes = 64 * bits, kFew = 4;
-  explicit Lattice8(const Weight&) {}
-  float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }
-
-  template <int half, class Emit>
-  [[gnu::always_inline]] void decode(const uint8_t* block, Emit emit) const {
-    const E8pCodes first(block + 32 * half, kOffset8);
-    if constexpr (bits == 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) emit(i, first.component(i));
-    } else if constexpr (bits == 3) {
-      const E81bCodes second(block + 128 + 32 * half);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) emit(i, _mm256_add_epi8(first.component(i), second.component(i)));
-    } else {
-      const E8pCodes second(block + 128 + 32 * half, 0);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const __m256i index = _mm256_and_si256(_mm256_srli_epi16(first.component(i), 1), splat8(15)), w = second.component(i);
-        const __m256i v = _mm256_add_epi8(table16(kLattice8.sevenfold, index), _mm256_add_epi8(w, w));
-        emit(2 * i, even_bytes(v));
-        emit(2 * i + 1, odd_bytes(v));
-      }
-    }
-  }
-  static int place(int column) {
-    return bits == 4 ? wide_place(quad_byte(column)) : quad_byte(column);
-  }
-};
-
-// ---- Trellis codes ----
 
 // Lane rrr = the run of 32 positions of rows rrr and rrr + 8: half(j) = its bits 16 j .. 16 j + 31, wrapping into the next.
 template <int bits>
@@ -223,7 +116,7 @@ struct OneMadSums : Windows<bits> {
 // For few rows: vpmaddwd with the activation twice multiplies and sums.
 template <int bits>
 struct OneMad8 : OneMadSums<bits> {
-  static constexpr int kQuads = 16, kRepeat = 2, kFew = 4;
+  static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
   explicit OneMad8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {

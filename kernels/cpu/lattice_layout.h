@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a tier lays out the codes of a lattice weight (n, k) at load: blocks of kBlockRows rows x kBlockColumns columns, block
+// row by block row, n and k padded to whole blocks with zeros.
+#pragma once
+#include <cstring>
+
+#include "lattice.h"
+
+namespace quip {
+namespace {
+
+// A code with its second stage: E81B's row at 3 bits, another E8P code at 4.
+struct LatticeCode {
+  uint8_t row, signs, second_row, second_signs;
+};
+
+#if !defined(__AVX2__) || defined(__AVX512VNNI__)
+
+// 16 x 32 = 64 codes in 64 * bits bytes: byte 4 * row + g is the row of the table of the code of columns 8g .. 8g+7, then
+// come 64 bytes of signs in the same order, then the second stage: 64 of E81B rows at 3 bits, 64 and 64 at 4.
+constexpr int kBlockRows = 16, kBlockColumns = 32;
+constexpr int64_t block_bytes(int bits) { return 64 * bits; }
+
+inline void put_code(uint8_t* block, int bits, int row, int group, LatticeCode code) {
+  const uint8_t planes[4] = {code.row, code.signs, code.second_row, code.second_signs};
+  for (int plane = 0; plane < bits; ++plane) block[64 * plane + 4 * row + group] = planes[plane];
+}
+
+inline LatticeCode get_code(const uint8_t* block, int bits, int row, int group) {
+  const auto plane = [&](int p) { return p < bits ? block[64 * p + 4 * row + group] : uint8_t(0); };
+  return {plane(0), plane(1), plane(2), plane(3)};
+}
+
+#else
+
+// 32 x 64 = 256 codes. AVX2 has no look-up of 256 bytes, so codes are taken apart here, at 17 bits an E8P code and 9 an E81B:
+//
+//     E8P stage, 544 bytes:  8 x (32 indices, 32 signs), one pair for each 8 columns; then 8 x 32 bits, "large"
+//     E81B stage, 288 bytes: 8 x 32 pairs; then 8 x 32 bits, "halves"
+//
+// A block is one E8P stage, followed by an E81B one at 3 bits and by another E8P at 4. Byte (and bit) place_of(row) of each 32
+// is that of a row.
+//
+//     index   of a row of components 1/2 and 3/2: bit i is set where component i is 3/2. Of a "large" one, one component of
+//             which is 5/2: its number p in the upper four bits, in the lower four the one that is 3/2, or 8.
+//     signs   bit i: component i is negative; bit 7 is flipped where the code moves by -1/4. The signs of a row have the
+//             parity of its 3/2s, so that of signs and 3/2s together is 1 where it moves by -1/4.
+//     pairs   two nibbles. Of "halves", the signs of components 0..3 and 4..7. Of integers, the two components that change by
+//             one, 8 where it is by +1, which says 0 and +-2, too.
+constexpr int kBlockRows = 32, kBlockColumns = 64;
+constexpr int64_t kE8pBytes = 544, kE81bBytes = 288;
+constexpr int64_t block_bytes(int bits) { return bits == 2 ? kE8pBytes : bits == 3 ? kE8pBytes + kE81bBytes : 2 * kE8pBytes; }
+
+// So that two unpackings (int8_lattice_avx2.h) give rows 8p .. 8p+7.
+constexpr int place_of(int row) { return row % 8 / 4 * 16 + row / 8 * 4 + row % 4; }
+
+struct LatticeParts {
+  uint8_t index[256] = {}, pairs[256] = {};
+  bool large[256] = {}, halves[256] = {};
+  uint8_t row[2][256] = {}, e81b_row[2][256] = {};  // back, by the bit and the byte
+  uint8_t threes[256] = {};                         // bit i: component i of the row is 3/2
+  uint8_t places[256] = {};                         // bit i of a byte at kSignBit[i], and back
+  uint8_t components[256] = {};
+
+  constexpr LatticeParts() {
+    for (int r = 0; r < 256; ++r) {
+      int p = 0;
+      for (int i = 0; i < 8; ++i) {
+        if (kLattice.absolute[i][r] == 1.5f) threes[r] |= uint8_t(1 << i);
+        if (kLattice.absolute[i][r] == 2.5f) large[r] = true, p = i;
+        if (r >> i & 1) places[r] |= uint8_t(1 << LatticeTables::kSignBit[i]);
+        if (r >> LatticeTables::kSignBit[i] & 1) components[r] |= uint8_t(1 << i);
+      }
+      index[r] = threes[r];
+      if (large[r]) {
+        int q = 8;
+        for (int i = 0; i < 8; ++i)
+          if (threes[r] >> i & 1) q = i;
+        index[r] = uint8_t(p << 4 | q);
+      }
+      row[large[r]][index[r]] = uint8_t(r);
+
+      const float* w = kLattice.e81b[r];
+      int nibbles[2] = {}, count = 0;
+      halves[r] = w[0] == 0.5f || w[0] == -0.5f;
+      for (int i = 0; i < 8; ++i) {
+        if (halves[r]) {
+          if (w[i] < 0) nibbles[i / 4] |= 1 << i % 4;
+        } else {
+          for (int step = 0; step < (w[i] < 0 ? -w[i] : w[i]); ++step) nibbles[count++] = i | (w[i] > 0 ? 8 : 0);
+        }
+      }
+      if (!halves[r] && count == 0) nibbles[1] = 8;  // 0 = -1 + 1
+      pairs[r] = uint8_t(nibbles[0] | nibbles[1] << 4);
+      e81b_row[halves[r]][pairs[r]] = uint8_t(r);
+    }
+  }
+};
+constexpr LatticeParts kLatticeParts;
+
+inline void put_bit(uint8_t* bits, int place, bool bit) { bits[place / 8] |= uint8_t(bit << place % 8); }
+
+inline void put_e8p(uint8_t* stage, int place, int group, uint8_t row, uint8_t s) {
+  const int parity = __builtin_popcount(s) & 1;
+  const uint8_t signs = kLatticeParts.components[s ^ parity] ^ uint8_t((int(kLattice.odd[row]) ^ parity) << 7);
+  stage[64 * group + place] = kLatticeParts.index[row];
+  stage[64 * group + 32 + place] = signs;
+  put_bit(stage + 512 + 4 * group, place, kLatticeParts.large[row]);
+}
+
+inline void get_e8p(const uint8_t* stage, int place, int group, uint8_t* row, uint8_t* s) {
+  const bool large = stage[512 + 4 * group + place / 8] >> place % 8 & 1;
+  *row = kLatticeParts.row[large][stage[64 * group + place]];
+  const uint8_t signs = stage[64 * group + 32 + place];
+  const int parity = __builtin_popcount(signs ^ kLatticeParts.threes[*row]) & 1;
+  *s = kLatticeParts.places[signs ^ uint8_t((int(kLattice.odd[*row]) ^ parity) << 7)] ^ uint8_t(parity);
+}
+
+inline void put_code(uint8_t* block, int bits, int row, int group, LatticeCode code) {
+  const int place = place_of(row);
+  put_e8p(block, place, group, code.row, code.signs);
+  uint8_t* second = block + kE8pBytes;
+  if (bits == 3) {
+    second[32 * group + place] = kLatticeParts.pairs[code.second_row];
+    put_bit(second + 256 + 4 * group, place, kLatticeParts.halves[code.second_row]);
+  }
+  if (bits == 4) put_e8p(second, place, group, code.second_row, code.second_signs);
+}
+
+inline LatticeCode get_code(const uint8_t* block, int bits, int row, int group) {
+  const int place = place_of(row);
+  LatticeCode code = {};
+  get_e8p(block, place, group, &code.row, &code.signs);
+  const uint8_t* second = block + kE8pBytes;
+  if (bits == 3)
+    code.second_row = kLatticeParts.e81b_row[second[256 + 4 * group + place / 8] >> place % 8 & 1][second[32 * group + place]];
+  if (bits == 4) get_e8p(second, place, group, &code.second_row, &code.second_signs);
+  return code;
+}
+
+#endif
+
+inline int64_t block_row_bytes(int64_t k, int bits) { return (k + kBlockColumns - 1) / kBlockColumns * block_bytes(bits); }
+
+inline int64_t lattice_bytes(int64_t n, int64_t k, int bits) { return (n + kBlockRows - 1) / kBlockRows * block_row_bytes(k, bits); }
+
+// Rows row0 .. row0 + rows - 1 of a projection to its blocks, which are zero; row0 is a multiple of 32, and so are rows, but for
+// the last. codes: int16 [n, k/8]; second: of k/8 a row, uint8 at 3 bits, int16 at 4.
+inline void put_rows(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks) {
+  for (int64_t r = row0; r < row0 + rows; ++r)
+    for (int64_t g = 0; g < k / 8; ++g) {
+      const int64_t at = r * (k / 8) + g;
+      const uint16_t code = uint16_t(codes[at]);
+      LatticeCode parts{uint8_t(code >> 8), uint8_t(code), 0, 0};
+      if (bits == 3) parts.second_row = static_cast<const uint8_t*>(second)[at];
+      if (bits == 4) {
+        const uint16_t rest = uint16_t(static_cast<const int16_t*>(second)[at]);
+        parts.second_row = uint8_t(rest >> 8), parts.second_signs = uint8_t(rest);
+      }
+      uint8_t* block = blocks + r / kBlockRows * block_row_bytes(k, bits) + 8 * g / kBlockColumns * block_bytes(bits);
+      put_code(block, bits, int(r % kBlockRows), int(g % (kBlockColumns / 8)), parts);
+    }
+}
+
+// Rows row0 .. row0 + rows - 1, columns c0 .. c0 + columns - 1 to floats; c0 is a multiple of 8.
+inline void decode_lattice(const Weight& w, int64_t row0, int rows, int64_t c0, int columns, float* out, int64_t stride) {
+  constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
+  for (int i = 0; i < rows; ++i) {
+    const int64_t row = row0 + i;
+    const uint8_t* blocks = w.blocks + row / kBlockRows * block_row_bytes(w.k, w.bits);
+    for (int c = 0; c < columns; c += 8) {
+      const int64_t at = c0 + c;
+      const LatticeCode code = get_code(blocks + at / kBlockColumns * block_bytes(w.bits), w.bits, int(row % kBlockRows),
+                                        int(at % kBlockColumns / 8));
+      Octet v = decode_e8p(code.row, code.signs);
+      if (w.bits == 3) v += load<Octet>(kLattice.e81b[code.second_row]) * kResidual3;
+      if (w.bits == 4) v += decode_e8p(code.second_row, code.second_signs) * kResidual4;
+      store(out + i * stride + c, v);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quip
