@@ -8,7 +8,8 @@
 //
 // With AMX (amx.h), many rows of bytes are multiplied tile by tile, and x is simply x[row][quad].
 //
-//   few rows    each vector is multiplied as it is decoded (up to kFew, for which the sums and the decoding have registers)
+//   few rows    each vector is multiplied as it is decoded (up to kFew, for which the sums and the decoding have registers);
+//               or nothing is multiplied: products are looked up in tables of each row of x (int8_lattice_avx2.h)
 //   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache, then multiplied with
 //               groups of up to kGroup rows of x, whose 32-bit quads lie side by side: x[group][quad][row]
 #pragma once
@@ -265,7 +266,8 @@ inline void decode(const Format& format, const uint8_t* unit, int half, Emit emi
 
 // M rows of x times 32 rows of the weight, by tables.
 template <class Format, int M>
-void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, const int32_t* x, const Output& out, int64_t row0, int rows) {
+void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, const int32_t* x, const Output& out, int64_t row0,
+                    int rows) {
   const int64_t row_quads = padded(k) * Format::kQuads / Format::kColumns;
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     const int64_t begin = chunk * kChunk8 / Format::kColumns;
@@ -390,7 +392,8 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       }
       for (int64_t r = m0; r < m1; ++r)
         for (int row = 0; row < rows; row += kRowsOfSums)
-          finish<Format>(format.unit(), sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
+          finish<Format>(format.unit(), sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row,
+                         std::min(kRowsOfSums, rows - row));
     }
   }
 }

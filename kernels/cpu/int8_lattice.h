@@ -129,7 +129,7 @@ constexpr Sevenfold kSevenfold;
 // bits, where a weight is (4 v + 2 w) / 4, and by 3.5 instead of 3.45 at 4, where it is (7 * 4 v + 2 * 4 w) / 28.
 template <int bits>
 struct Lattice8 {
-  static constexpr int kColumns = 32, kQuads = 8, kBytes = 64 * bits, kFew = 16;
+  static constexpr int kColumns = kBlockColumns, kQuads = 8, kBytes = int(block_bytes(bits)), kFew = 16;
   explicit Lattice8(const Weight&) {}
   float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }
 

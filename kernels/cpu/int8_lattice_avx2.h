@@ -83,7 +83,8 @@ struct E8pParts {
 
 // ---- Few rows ----
 
-// Sums, a row a byte, of numbers cut in 5 low bits and the rest, the rest plus 128 a call of add.
+// Sums, a row a byte, of numbers cut in 5 low bits and the rest, the rest plus 128 a call of add. A code has at most five 3/2s,
+// so its sum is below 3303, and eight of them fit 16 bits.
 struct CutSums {
   static constexpr int kLow = 5, kCalls = 8;
   __m256i low = _mm256_setzero_si256(), low_odd = low, high = low, high_odd = low;  // int16: all, and odd bytes alone
@@ -92,7 +93,7 @@ struct CutSums {
     low = _mm256_add_epi16(low, low_bytes), low_odd = _mm256_add_epi16(low_odd, _mm256_srli_epi16(low_bytes, 8));
     high = _mm256_add_epi16(high, high_bytes), high_odd = _mm256_add_epi16(high_odd, _mm256_srli_epi16(high_bytes, 8));
   }
-  // After kCalls of add, which fit 16 bits. sums: even bytes 0..14 and 16..30, then odd ones.
+  // After kCalls of add. sums: even bytes 0..14 and 16..30, then odd ones.
   [[gnu::always_inline]] void add_to(Sums* sums) const {
     const __m256i excess = _mm256_set1_epi16(128 * kCalls);
     const auto joined = [&](__m256i low16, __m256i high16) {
@@ -119,7 +120,8 @@ template <int bits>
 struct LatticeFew8 {
   // Of 8 columns: the tables of four pairs, of the shift and of 5/2; at 3 bits of two times four signs and of +-1.
   static constexpr int kTables = bits == 3 ? 9 : 6, kTableBytes = 2 * 16 * kTables;
-  static constexpr int kUnitRows = kBlockRows, kColumns = kBlockColumns, kBytes = int(block_bytes(bits)), kFew = bits == 2 ? 4 : bits == 3 ? 2 : 3;
+  static constexpr int kUnitRows = kBlockRows, kColumns = kBlockColumns, kBytes = int(block_bytes(bits));
+  static constexpr int kFew = bits == 2 ? 4 : bits == 3 ? 2 : 3;  // for more, multiplying is faster
   static constexpr int kQuads = kColumns / 8 * kTableBytes / 4, kOffset = bits == 4 ? -9 : -1;
   static constexpr int kAhead = 6;  // units: memory is asked for them
   explicit LatticeFew8(const Weight&) {}

@@ -14,7 +14,9 @@
 namespace quip {
 namespace {
 
-[[gnu::always_inline]] inline __m256i select(__m256i low, __m256i high, __m256i top_bit) { return _mm256_blendv_epi8(low, high, top_bit); }
+[[gnu::always_inline]] inline __m256i select(__m256i low, __m256i high, __m256i top_bit) {
+  return _mm256_blendv_epi8(low, high, top_bit);
+}
 
 // Bits 0..3 of an index, and bits 4..7 each in the uppermost place of a byte.
 struct ByteIndex {

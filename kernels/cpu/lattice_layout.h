@@ -49,7 +49,7 @@ inline LatticeCode get_code(const uint8_t* block, int bits, int row, int group) 
 //             one, 8 where it is by +1, which says 0 and +-2, too.
 constexpr int kBlockRows = 32, kBlockColumns = 64;
 constexpr int64_t kE8pBytes = 544, kE81bBytes = 288;
-constexpr int64_t block_bytes(int bits) { return bits == 2 ? kE8pBytes : bits == 3 ? kE8pBytes + kE81bBytes : 2 * kE8pBytes; }
+constexpr int64_t block_bytes(int bits) { return kE8pBytes + (bits == 4 ? kE8pBytes : bits == 3 ? kE81bBytes : 0); }
 
 // So that two unpackings (int8_lattice_avx2.h) give rows 8p .. 8p+7.
 constexpr int place_of(int row) { return row % 8 / 4 * 16 + row / 8 * 4 + row % 4; }
@@ -142,7 +142,9 @@ inline LatticeCode get_code(const uint8_t* block, int bits, int row, int group) 
 
 inline int64_t block_row_bytes(int64_t k, int bits) { return (k + kBlockColumns - 1) / kBlockColumns * block_bytes(bits); }
 
-inline int64_t lattice_bytes(int64_t n, int64_t k, int bits) { return (n + kBlockRows - 1) / kBlockRows * block_row_bytes(k, bits); }
+inline int64_t lattice_bytes(int64_t n, int64_t k, int bits) {
+  return (n + kBlockRows - 1) / kBlockRows * block_row_bytes(k, bits);
+}
 
 // Rows row0 .. row0 + rows - 1 of a projection to its blocks, which are zero; row0 is a multiple of 32, and so are rows, but for
 // the last. codes: int16 [n, k/8]; second: of k/8 a row, uint8 at 3 bits, int16 at 4.

@@ -80,6 +80,26 @@ def test_bad_arguments_are_refused_and_named(position, value, words):
         OPS.qtip_linear(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.zeros(48, 8), "int16"),
+        (0, torch.zeros(47, 8, dtype=torch.int16), "47 rows"),
+        (1, None, "second stage"),
+        (1, torch.zeros(48, 8, dtype=torch.int16), "uint8"),
+        (2, [48, 0], "0 outputs"),
+        (3, 5, "bits"),
+    ],
+)
+def test_codes_that_make_no_blocks_are_refused(position, value, words):
+    codes, second = torch.zeros(48, 8, dtype=torch.int16), torch.zeros(48, 8, dtype=torch.uint8)
+    arguments = [codes, second, [32, 16], 3]
+    assert OPS.quip_sharp_blocks(*arguments).dtype is torch.uint8
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.quip_sharp_blocks(*arguments)
+
+
 def test_blocks_of_the_wrong_size_are_refused():
     arguments = quip_sharp_arguments()
     arguments[1] = arguments[1][:-1]
