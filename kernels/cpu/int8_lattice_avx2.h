@@ -116,6 +116,37 @@ inline void sort_rows(Sums* sums) {
   sums[2] = _mm256_permute2x128_si256(a, c, 0x31), sums[3] = _mm256_permute2x128_si256(b, d, 0x31);
 }
 
+// What 8 columns of 32 rows look up in the tables of a row of x (LatticeFew8), low bytes or high ones.
+struct E8pLookUps {
+  static constexpr int64_t kStageBytes = kE8pBytes;
+  __m256i index[6], large;
+  [[gnu::always_inline]] E8pLookUps(const uint8_t* stage, int group) {
+    const E8pParts parts(stage, group);
+    parts.pairs(index);
+    index[4] = parts.parity, index[5] = parts.signed_number(), large = parts.large;
+  }
+  [[gnu::always_inline]] __m256i sum(const uint8_t* tables) const {
+    __m256i total = _mm256_and_si256(large, look_up16(tables + 32 * 5, index[5]));
+#pragma GCC unroll 5
+    for (int t = 0; t < 5; ++t) total = _mm256_add_epi8(total, look_up16(tables + 32 * t, index[t]));
+    return total;
+  }
+};
+
+struct E81bLookUps {
+  static constexpr int64_t kStageBytes = kE81bBytes;
+  __m256i low, high, halves;
+  [[gnu::always_inline]] E81bLookUps(const uint8_t* stage, int group) {
+    const __m256i pairs = bytes_at(stage + 32 * group);
+    low = low_nibbles(pairs), high = high_nibbles(pairs), halves = spread(stage + 256 + 4 * group);
+  }
+  [[gnu::always_inline]] __m256i sum(const uint8_t* tables) const {
+    const __m256i signs = _mm256_add_epi8(look_up16(tables + 32 * 6, low), look_up16(tables + 32 * 7, high));
+    const __m256i integers = _mm256_add_epi8(look_up16(tables + 32 * 8, low), look_up16(tables + 32 * 8, high));
+    return _mm256_blendv_epi8(integers, signs, halves);
+  }
+};
+
 template <int bits>
 struct LatticeFew8 {
   // Of 8 columns: the tables of four pairs, of the shift and of 5/2; at 3 bits of two times four signs and of +-1.
@@ -167,53 +198,18 @@ struct LatticeFew8 {
     for (int64_t c = 0; c < columns; c += 8) put_tables(q + c, reinterpret_cast<uint8_t*>(out) + c / 8 * kTableBytes);
   }
 
-  // Of M rows of x, whose tables lie table_step bytes apart.
-  template <int M>
-  static void add_e8p(const uint8_t* stage, int64_t units, const uint8_t* tables, int64_t table_step, Sums (*sums)[4]) {
+  // Of M rows of x, whose tables lie table_step bytes apart; stage: of the first of `units` blocks.
+  template <class LookUps, int M>
+  static void add_stage(const uint8_t* stage, int64_t units, const uint8_t* tables, int64_t table_step, Sums (*sums)[4]) {
     for (int64_t u = 0; u < units; ++u, stage += kBytes) {
-      fetch(stage + kAhead * kBytes, kE8pBytes);
+      fetch(stage + kAhead * kBytes, LookUps::kStageBytes);
       CutSums cut[M];
       for (int g = 0; g < CutSums::kCalls; ++g, tables += kTableBytes) {
-        const E8pParts parts(stage, g);
-        __m256i index[6], sum[2];
-        parts.pairs(index);
-        index[4] = parts.parity, index[5] = parts.signed_number();
+        const LookUps look_ups(stage, g);
 #pragma GCC unroll 4
         for (int r = 0; r < M; ++r) {
-#pragma GCC unroll 2
-          for (int cut_part = 0; cut_part < 2; ++cut_part) {
-            const uint8_t* table = tables + r * table_step + 16 * cut_part;
-            __m256i& total = sum[cut_part];
-            total = _mm256_and_si256(parts.large, look_up16(table + 32 * 5, index[5]));
-#pragma GCC unroll 5
-            for (int t = 0; t < 5; ++t) total = _mm256_add_epi8(total, look_up16(table + 32 * t, index[t]));
-          }
-          cut[r].add(sum[0], sum[1]);
-        }
-      }
-      for (int r = 0; r < M; ++r) cut[r].add_to(sums[r]);
-    }
-  }
-
-  template <int M>
-  static void add_e81b(const uint8_t* stage, int64_t units, const uint8_t* tables, int64_t table_step, Sums (*sums)[4]) {
-    for (int64_t u = 0; u < units; ++u, stage += kBytes) {
-      fetch(stage + kAhead * kBytes, kE81bBytes);
-      CutSums cut[M];
-      for (int g = 0; g < CutSums::kCalls; ++g, tables += kTableBytes) {
-        const __m256i pairs = bytes_at(stage + 32 * g), halves = spread(stage + 256 + 4 * g);
-        const __m256i low = low_nibbles(pairs), high = high_nibbles(pairs);
-        __m256i sum[2];
-#pragma GCC unroll 4
-        for (int r = 0; r < M; ++r) {
-#pragma GCC unroll 2
-          for (int cut_part = 0; cut_part < 2; ++cut_part) {
-            const uint8_t* table = tables + r * table_step + 16 * cut_part;
-            const __m256i signs = _mm256_add_epi8(look_up16(table + 32 * 6, low), look_up16(table + 32 * 7, high));
-            const __m256i integers = _mm256_add_epi8(look_up16(table + 32 * 8, low), look_up16(table + 32 * 8, high));
-            sum[cut_part] = _mm256_blendv_epi8(integers, signs, halves);
-          }
-          cut[r].add(sum[0], sum[1]);
+          const uint8_t* of_row = tables + r * table_step;
+          cut[r].add(look_ups.sum(of_row), look_ups.sum(of_row + 16));
         }
       }
       for (int r = 0; r < M; ++r) cut[r].add_to(sums[r]);
@@ -227,9 +223,9 @@ struct LatticeFew8 {
     const int64_t step = x_step * int64_t(sizeof(int32_t));
     Sums second[M][4];
     for (int r = 0; r < M; ++r) std::fill(sums[r], sums[r] + 4, no_sums()), std::fill(second[r], second[r] + 4, no_sums());
-    add_e8p<M>(block, units, tables, step, sums);
-    if constexpr (bits == 3) add_e81b<M>(block + kE8pBytes, units, tables, step, second);
-    if constexpr (bits == 4) add_e8p<M>(block + kE8pBytes, units, tables, step, second);
+    add_stage<E8pLookUps, M>(block, units, tables, step, sums);
+    if constexpr (bits == 3) add_stage<E81bLookUps, M>(block + kE8pBytes, units, tables, step, second);
+    if constexpr (bits == 4) add_stage<E8pLookUps, M>(block + kE8pBytes, units, tables, step, second);
     const auto times32 = [](Sums v, int by) { return _mm256_mullo_epi32(v, _mm256_set1_epi32(by)); };
     for (int r = 0; r < M; ++r) {
       for (int i = 0; i < 4; ++i)
