@@ -4,7 +4,7 @@
 Usage: python scripts/plot_results.py [--folder docs/benchmarks]
 
 cpu_serving*.csv -> cpu_serving*.png: tokens a second of each checkpoint, a panel a workload, ratios to bf16 at bars.
-cpu_kernels.csv -> cpu_kernels.png: weights a second of one row against the bound, and over rows against dense bf16.
+cpu_kernels*.csv -> cpu_kernels*.png: weights a second of one row against the bound, and over rows against dense bf16.
 cuda_static.csv -> cuda_static.png: instructions a weight of the CUDA kernels by class, at 2 bits, one row and 16.
 """
 
@@ -33,8 +33,8 @@ def main() -> int:
     folder = parser.parse_args().folder
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
     scripts = {serving: "bench_serving", kernels: "bench_kernels", instructions: "cuda_static"}
-    drawings = {"cpu_serving": serving, "cpu_serving_avx2": serving}
-    drawings |= {"cpu_kernels": kernels, "cuda_static": instructions}
+    drawings = {f"cpu_{what.__name__}{tier}": what for what in (serving, kernels) for tier in ("", "_avx2")}
+    drawings |= {"cuda_static": instructions}
     for name, draw in drawings.items():
         source, target = folder / f"{name}.csv", folder / f"{name}.png"
         if source.exists():
@@ -103,7 +103,7 @@ def kernels(rows: Rows) -> Any:
         bars.set_title(f"{n} x {k}")
     panels[0][0].invert_yaxis()
     panels[1][0].set_ylabel("times torch's bf16 layer")
-    panels[1][-1].legend(loc="upper right", frameon=False, fontsize=7)
+    panels[1][-1].legend(loc="best", frameon=False, fontsize=7)
     threads = rows[0]["threads"]
     figure.suptitle(f"One linear layer, {threads} thread{'s' * (threads != '1')}: bars one row, ticks its bound")
     return figure
