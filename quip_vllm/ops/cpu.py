@@ -85,6 +85,7 @@ class CpuBackend:
             for name, tensor in tensors.items()
         }
         if spec.method is Method.QUIP_SHARP:
+            require_cpu_library()
             codes, rest = prepared.pop("codes"), prepared.pop("residual_codes", None)
             sizes = list(spec.output_sizes)
             prepared["blocks"] = torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, sizes, spec.bits)
