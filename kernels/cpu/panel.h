@@ -5,6 +5,9 @@
 
 #include "decode_trellis.h"
 #include "lattice_layout.h"
+#if defined(QUIP_LATTICE_PARTS)
+#include "lattice_avx2.h"
+#endif
 
 namespace quip {
 namespace {
@@ -36,13 +39,19 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
   }
 }
 
-inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int rows, int64_t c0, int columns, float* out) {
+inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, [[maybe_unused]] int rows, int64_t c0, int columns,
+                         float* out) {
   if (w.packed) {
     for (int c = 0; c < columns; c += kTile)
       decode(w.packed + row0 / kTile * w.k * w.bits + (c0 + c) * w.bits, w.lut, out + c, kPanelColumns);
     return;
   }
+#if defined(QUIP_LATTICE_PARTS)
+  const auto decode_16 = w.bits == 2 ? decode_rows<2> : w.bits == 3 ? decode_rows<3> : decode_rows<4>;
+  decode_16(w.blocks + row0 / kBlockRows * block_row_bytes(w.k, w.bits), row0 % kBlockRows != 0, c0, columns, out, kPanelColumns);
+#else
   decode_lattice(w, row0, rows, c0, columns, out, kPanelColumns);
+#endif
 }
 
 inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {
