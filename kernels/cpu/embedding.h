@@ -3,16 +3,22 @@
 #pragma once
 #include <algorithm>
 
+#include "decode_lattice.h"
 #include "decode_trellis.h"
-#include "lattice_layout.h"
 
 namespace quip {
 namespace {
 
-// A trellis tile is one sequence, so a row costs the decoding of its sixteen neighbours.
+// A trellis tile is one sequence, and AVX2 decodes the lattice in vectors of rows: a row costs the decoding of its sixteen
+// neighbours.
 inline void decode_row(const Weight& w, int64_t row, float* out) {
   if (w.blocks) {
-    decode_lattice(w, row, 1, 0, int(w.k), out, w.k);
+    alignas(64) float rows[kTile * kPanelColumns];
+    for (int64_t c = 0; c < w.k; c += kPanelColumns) {
+      const int columns = int(std::min<int64_t>(kPanelColumns, w.k - c));
+      decode_lattice(w, row / kTile * kTile, c, columns, rows, kPanelColumns);
+      std::copy_n(rows + row % kTile * kPanelColumns, columns, out + c);
+    }
     return;
   }
   alignas(64) float tile[kTile * kTile];

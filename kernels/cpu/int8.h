@@ -249,8 +249,8 @@ struct Output {
 
 // Adds the sums of one chunk to `rows` outputs of row r; the last chunk applies the scale.
 template <class Format>
-inline void finish(float unit, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
-  add_sums<Format>(sum, offset_of<Format>() * out.totals[r * out.chunks + chunk], unit, chunk == 0,
+inline void finish(const Format& format, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
+  add_sums<Format>(sum, offset_of<Format>() * out.totals[r * out.chunks + chunk], format.unit(), chunk == 0,
                    chunk + 1 == out.chunks, out.scales[r], rows, out.y + r * out.stride + row0);
 }
 
@@ -276,7 +276,7 @@ void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, cons
     format.template sum<M>(blocks + begin * Format::kBytes, end - begin, x + begin * Format::kQuads, row_quads, sums);
     for (int r = 0; r < M; ++r)
       for (int row = 0; row < rows; row += kRowsOfSums)
-        finish<Format>(format.unit(), sums[r][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
+        finish(format, sums[r][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
   }
 }
 
@@ -309,7 +309,7 @@ void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, c
       Sums total = sum[r * kSplit];
 #pragma GCC unroll 16
       for (int i = 1; i < kSplit; ++i) total = plus(total, sum[r * kSplit + i]);
-      finish<Format>(format.unit(), total, out, r, chunk, row0, rows);
+      finish(format, total, out, r, chunk, row0, rows);
     }
   }
 }
@@ -392,7 +392,7 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       }
       for (int64_t r = m0; r < m1; ++r)
         for (int row = 0; row < rows; row += kRowsOfSums)
-          finish<Format>(format.unit(), sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row,
+          finish(format, sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row,
                          std::min(kRowsOfSums, rows - row));
     }
   }

@@ -6,6 +6,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "bytes_avx2.h"
 #include "decode_trellis.h"
 #include "kernels.h"
 #include "lanes_avx2.h"
@@ -21,7 +22,7 @@ namespace {
 // Bits 0..3 of an index, and bits 4..7 each in the uppermost place of a byte.
 struct ByteIndex {
   __m256i low, bit[4];
-  [[gnu::always_inline]] explicit ByteIndex(__m256i index) : low(_mm256_and_si256(index, splat8(15))) {
+  [[gnu::always_inline]] explicit ByteIndex(__m256i index) : low(low_nibbles(index)) {
     for (int b = 0; b < 4; ++b) bit[b] = _mm256_slli_epi16(index, 3 - b);
   }
 };

@@ -15,8 +15,6 @@ constexpr int kRowsOfSums = 8;
 constexpr int kGroup = 4;     // rows of x multiplied together: 2 x 4 sums in registers
 constexpr int kOffset8 = 16;  // decoded bytes are value + 16, unsigned, as vpmaddubsw wants its first operand
 
-[[gnu::always_inline]] inline __m256i splat8(int v) { return _mm256_set1_epi8(char(v)); }
-
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 

@@ -1,30 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The parts of lattice codes on AVX2 (lattice_layout.h), 32 rows x 8 columns at a time; their components as bytes and as floats.
 #pragma once
-#include <immintrin.h>
-
-#include <algorithm>
-
-#include "lanes_avx2.h"
+#include "bytes_avx2.h"
 #include "lattice_layout.h"
 
 namespace quip {
 namespace {
-
-[[gnu::always_inline]] inline __m256i bytes_at(const uint8_t* p) { return load<__m256i>(p); }
-[[gnu::always_inline]] inline __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, splat8(15)); }
-[[gnu::always_inline]] inline __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-// table[index] of 16 bytes; 0 where bit 7 of the index is set.
-[[gnu::always_inline]] inline __m256i look_up16(const uint8_t* table, __m256i index) {
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load<__m128i>(table)), index);
-}
-// All bits of a byte where its bit of 32 is set.
-[[gnu::always_inline]] inline __m256i spread(const uint8_t* bits) {
-  const __m256i each = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(bits)), byte_of);
-  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each);
-}
 
 struct NibbleTables {
   uint8_t bit[16] = {};  // 1 << n, 0 from 8 on
@@ -137,43 +118,6 @@ template <bool upper>
     const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);  // rows 0 1 4 5, 2 3 6 7
     store(out + 64 * part, _mm256_permute2x128_si256(low, high, 0x20));
     store(out + 64 * part + 32, _mm256_permute2x128_si256(low, high, 0x31));
-  }
-}
-
-// Rows 16 * upper .. of a block, columns 8 * group .. 8 * group + 7 to floats.
-template <int bits, bool upper>
-void decode_group(const uint8_t* block, int group, float* out, int64_t stride) {
-  alignas(32) int8_t first[128], second[128];
-  __m256i components[8];
-  e8p_components<1, 0>(block, group, components);
-  in_rows<upper>(components, first);
-  if constexpr (bits == 3) {
-    std::fill(components, components + 8, _mm256_setzero_si256());
-    add_e81b_components(block + kE8pBytes, group, components);
-  }
-  if constexpr (bits == 4) e8p_components<1, 0>(block + kE8pBytes, group, components);
-  if constexpr (bits > 2) in_rows<upper>(components, second);
-  for (int row = 0; row < kTile; ++row) {
-    const auto floats = [&](const int8_t* bytes, float unit) {
-      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * row));
-      return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)), _mm256_set1_ps(unit));
-    };
-    __m256 v = floats(first, 0.25f);
-    if constexpr (bits > 2) {
-      const __m256 w = floats(second, bits == 3 ? 0.5f : 0.25f);
-      v = _mm256_fmadd_ps(w, _mm256_set1_ps(bits == 3 ? kResidual3 : kResidual4), v);
-    }
-    store(out + row * stride, v);
-  }
-}
-
-// decode_lattice of 16 rows.
-template <int bits>
-void decode_rows(const uint8_t* blocks, bool upper, int64_t c0, int columns, float* out, int64_t stride) {
-  for (int c = 0; c < columns; c += 8) {
-    const uint8_t* block = blocks + (c0 + c) / kBlockColumns * block_bytes(bits);
-    const int group = int((c0 + c) % kBlockColumns / 8);
-    upper ? decode_group<bits, true>(block, group, out + c, stride) : decode_group<bits, false>(block, group, out + c, stride);
   }
 }
 

@@ -14,8 +14,6 @@ struct LatticeCode {
   uint8_t row, signs, second_row, second_signs;
 };
 
-constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
-
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)
 
 // 16 x 32 = 64 codes in 64 * bits bytes: byte 4 * row + g is the row of the table of the code of columns 8g .. 8g+7, then
@@ -26,15 +24,6 @@ constexpr int64_t block_bytes(int bits) { return 64 * bits; }
 inline void put_code(uint8_t* block, int bits, unsigned row, unsigned group, LatticeCode code) {
   const uint8_t planes[4] = {code.row, code.signs, code.second_row, code.second_signs};
   for (int plane = 0; plane < bits; ++plane) block[64 * plane + 4 * row + group] = planes[plane];
-}
-
-template <int bits>
-inline Octet decode_code(const uint8_t* block, unsigned row, unsigned group) {
-  const auto byte = [&](int plane) { return block[64 * plane + 4 * row + group]; };
-  Octet v = decode_e8p(byte(0), byte(1));
-  if constexpr (bits == 3) v += load<Octet>(kLattice.e81b[byte(2)]) * kResidual3;
-  if constexpr (bits == 4) v += decode_e8p(byte(2), byte(3)) * kResidual4;
-  return v;
 }
 
 #else
@@ -58,17 +47,13 @@ constexpr int kBlockRows = 32, kBlockColumns = 64;
 constexpr int64_t kE8pBytes = 544, kE81bBytes = 288;
 constexpr int64_t block_bytes(int bits) { return kE8pBytes + (bits == 4 ? kE8pBytes : bits == 3 ? kE81bBytes : 0); }
 
-// So that two unpackings (int8_lattice_avx2.h) give rows 8p .. 8p+7.
+// So that two unpackings (lattice_avx2.h) give rows 8p .. 8p+7.
 constexpr unsigned place_of(unsigned row) { return row % 8 / 4 * 16 + row / 8 * 4 + row % 4; }
 
 struct LatticeParts {
   uint8_t index[256] = {}, pairs[256] = {};
   bool large[256] = {}, halves[256] = {};
-  uint8_t row[2][256] = {}, e81b_row[2][256] = {};  // back, by the bit and the byte
-  uint8_t components[256] = {};                     // bit i: bit kSignBit[i]
-  uint32_t masks[256][8] = {};                      // of signs, for LatticeTables::rows
-  float turn[256] = {};                             // -1 where the row's number of 3/2s is odd
-  uint8_t place[kBlockRows] = {};
+  uint8_t components[256] = {};  // bit i: bit kSignBit[i]
 
   constexpr LatticeParts() {
     for (int r = 0; r < 256; ++r) {
@@ -77,14 +62,8 @@ struct LatticeParts {
         if (kLattice.absolute[i][r] == 1.5f) index[r] |= uint8_t(1 << i), q = i;
         if (kLattice.absolute[i][r] == 2.5f) large[r] = true, p = i;
         if (r >> LatticeTables::kSignBit[i] & 1) components[r] |= uint8_t(1 << i);
-        // The sign bit of component 7 is flipped by the shift's parity, and that of the row by the number of its 3/2s: in sum
-        // by the parity of the byte.
-        masks[r][i] = uint32_t((r ^ (__builtin_popcount(r) & 1) << 7) >> i & 1) << 31;
       }
       if (large[r]) index[r] = uint8_t(p << 4 | q);
-      turn[r] = 1 - 2 * kLattice.odd[r];
-      if (r < kBlockRows) place[r] = uint8_t(place_of(r));
-      row[large[r]][index[r]] = uint8_t(r);
 
       const float* w = kLattice.e81b[r];
       int nibbles[2] = {}, count = 0;
@@ -98,14 +77,12 @@ struct LatticeParts {
       }
       if (!halves[r] && count == 0) nibbles[1] = 8;  // 0 = -1 + 1
       pairs[r] = uint8_t(nibbles[0] | nibbles[1] << 4);
-      e81b_row[halves[r]][pairs[r]] = uint8_t(r);
     }
   }
 };
 constexpr LatticeParts kLatticeParts;
 
 inline void put_bit(uint8_t* bits, unsigned place, bool bit) { bits[place / 8] |= uint8_t(bit << place % 8); }
-inline bool get_bit(const uint8_t* bits, unsigned place) { return load<uint32_t>(bits) >> place & 1; }
 
 inline void put_e8p(uint8_t* stage, unsigned place, unsigned group, uint8_t row, uint8_t s) {
   const int parity = __builtin_popcount(s) & 1;
@@ -113,14 +90,6 @@ inline void put_e8p(uint8_t* stage, unsigned place, unsigned group, uint8_t row,
   stage[64 * group + place] = kLatticeParts.index[row];
   stage[64 * group + 32 + place] = signs;
   put_bit(stage + 512 + 4 * group, place, kLatticeParts.large[row]);
-}
-
-inline Octet decode_stage(const uint8_t* stage, unsigned place, unsigned group) {
-  typedef uint32_t Masks __attribute__((vector_size(32)));
-  const uint8_t signs = stage[64 * group + 32 + place];
-  const uint8_t row = kLatticeParts.row[get_bit(stage + 512 + 4 * group, place)][stage[64 * group + place]];
-  const Masks bits = load<Masks>(kLattice.rows[row]) ^ load<Masks>(kLatticeParts.masks[signs]);
-  return (Octet)bits + kLattice.shift[signs] * kLatticeParts.turn[row];
 }
 
 inline void put_code(uint8_t* block, int bits, unsigned row, unsigned group, LatticeCode code) {
@@ -132,19 +101,6 @@ inline void put_code(uint8_t* block, int bits, unsigned row, unsigned group, Lat
     put_bit(second + 256 + 4 * group, place, kLatticeParts.halves[code.second_row]);
   }
   if (bits == 4) put_e8p(second, place, group, code.second_row, code.second_signs);
-}
-
-template <int bits>
-inline Octet decode_code(const uint8_t* block, unsigned row, unsigned group) {
-  const unsigned place = kLatticeParts.place[row];
-  const uint8_t* second = block + kE8pBytes;
-  Octet v = decode_stage(block, place, group);
-  if constexpr (bits == 3) {
-    const uint8_t e81b = kLatticeParts.e81b_row[get_bit(second + 256 + 4 * group, place)][second[32 * group + place]];
-    v += load<Octet>(kLattice.e81b[e81b]) * kResidual3;
-  }
-  if constexpr (bits == 4) v += decode_stage(second, place, group) * kResidual4;
-  return v;
 }
 
 #endif
@@ -171,23 +127,6 @@ inline void put_rows(const int16_t* codes, const void* second, int64_t row0, int
       uint8_t* block = blocks + r / kBlockRows * block_row_bytes(k, bits) + 8 * g / kBlockColumns * block_bytes(bits);
       put_code(block, bits, unsigned(r % kBlockRows), unsigned(g % (kBlockColumns / 8)), parts);
     }
-}
-
-template <int bits>
-inline void decode_lattice_of(const uint8_t* blocks, unsigned row0, unsigned rows, uint64_t c0, unsigned columns, float* out,
-                              int64_t stride) {
-  for (unsigned c = 0; c < columns; c += 8) {
-    const uint8_t* block = blocks + (c0 + c) / kBlockColumns * block_bytes(bits);
-    const unsigned group = (c0 + c) % kBlockColumns / 8;
-    for (unsigned i = 0; i < rows; ++i) store(out + i * stride + c, decode_code<bits>(block, row0 + i, group));
-  }
-}
-
-// Rows row0 .. row0 + rows - 1 of one block, columns c0 .. c0 + columns - 1 to floats; c0 is a multiple of 8.
-inline void decode_lattice(const Weight& w, int64_t row0, int rows, int64_t c0, int columns, float* out, int64_t stride) {
-  const uint8_t* blocks = w.blocks + row0 / kBlockRows * block_row_bytes(w.k, w.bits);
-  const auto decode = w.bits == 2 ? decode_lattice_of<2> : w.bits == 3 ? decode_lattice_of<3> : decode_lattice_of<4>;
-  decode(blocks, unsigned(row0 % kBlockRows), unsigned(rows), uint64_t(c0), unsigned(columns), out, stride);
 }
 
 }  // namespace

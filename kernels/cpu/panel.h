@@ -3,11 +3,8 @@
 #pragma once
 #include <algorithm>
 
+#include "decode_lattice.h"
 #include "decode_trellis.h"
-#include "lattice_layout.h"
-#if defined(QUIP_LATTICE_PARTS)
-#include "lattice_avx2.h"
-#endif
 
 namespace quip {
 namespace {
@@ -39,19 +36,13 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
   }
 }
 
-inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, [[maybe_unused]] int rows, int64_t c0, int columns,
-                         float* out) {
+inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int64_t c0, int columns, float* out) {
   if (w.packed) {
     for (int c = 0; c < columns; c += kTile)
       decode(w.packed + row0 / kTile * w.k * w.bits + (c0 + c) * w.bits, w.lut, out + c, kPanelColumns);
     return;
   }
-#if defined(QUIP_LATTICE_PARTS)
-  const auto decode_16 = w.bits == 2 ? decode_rows<2> : w.bits == 3 ? decode_rows<3> : decode_rows<4>;
-  decode_16(w.blocks + row0 / kBlockRows * block_row_bytes(w.k, w.bits), row0 % kBlockRows != 0, c0, columns, out, kPanelColumns);
-#else
-  decode_lattice(w, row0, rows, c0, columns, out, kPanelColumns);
-#endif
+  decode_lattice(w, row0, c0, columns, out, kPanelColumns);
 }
 
 inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {
@@ -62,7 +53,7 @@ inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride,
   for (int64_t r = 0; r < m; ++r) std::fill(y + r * y_stride + row0, y + r * y_stride + row0 + rows, 0.0f);
   for (int64_t c0 = 0; c0 < w.k; c0 += kPanelColumns) {
     const int columns = int(std::min<int64_t>(kPanelColumns, w.k - c0));
-    decode_panel(w, decode, row0, rows, c0, columns, weights);
+    decode_panel(w, decode, row0, c0, columns, weights);
     for (int i = 0; columns % kLanes && i < rows; ++i)
       std::fill(weights + i * kPanelColumns + columns, weights + i * kPanelColumns + columns + 8, 0.0f);
     for (int64_t r = 0; r < m;) {
