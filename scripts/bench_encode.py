@@ -27,7 +27,7 @@ from quip_vllm.checkpoint.store import read_json
 from quip_vllm.formats import e8p
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.trellis import SEQUENCE
-from quip_vllm.formats.trellis_codes import state_values
+from quip_vllm.formats.trellis_codes import default_lut, state_values
 from quip_vllm.ops import cpu_tier, encode_e8p, encode_trellis
 
 LATTICE_SCALE = 1.03
@@ -81,7 +81,7 @@ def lattice(count: int) -> dict[str, Any]:
 
 def viterbi(code: Code, bits: int, count: int) -> dict[str, Any]:
     """The row of one trellis code at one rate."""
-    values = state_values(code)
+    values = state_values(code, default_lut(code, bits))
     rms = values.square().mean().sqrt()
     targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
     taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)

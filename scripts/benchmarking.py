@@ -64,7 +64,7 @@ def random_layer(spec: LinearSpec, su: Tensor, generator: torch.Generator) -> di
         elif name == "sv":
             tensors[name] = random_signs(spec.out_features, generator) * spec.in_features**-0.5
         elif name == "lut":
-            tensors[name] = torch.stack([default_lut(Code.HYB)] * shape[0])
+            tensors[name] = torch.stack([default_lut(Code.HYB, spec.bits)] * shape[0])
         else:
             kind = torch.iinfo(dtypes[0])
             tensors[name] = torch.randint(kind.min, kind.max + 1, shape, dtype=dtypes[0], generator=generator)

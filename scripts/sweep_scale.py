@@ -23,8 +23,10 @@ SWEEP = [
     (Method.QUIP_SHARP, None, 4, (0.75, 0.82, 0.9, 0.92, 0.96, 1.03)),
     (Method.QTIP, Code.ONE_MAD, 2, (0.9, 0.96, 1.02)),
     (Method.QTIP, Code.ONE_MAD, 4, (0.8, 0.85, 0.9, 0.97)),
-    (Method.QTIP, Code.HYB, 2, (0.9, 1.0)),
-    (Method.QTIP, Code.HYB, 4, (0.7, 0.8, 0.9)),
+    (Method.QTIP, Code.HYB, 1, (0.85, 0.9, 0.95)),
+    (Method.QTIP, Code.HYB, 2, (0.85, 0.9, 0.95, 1.0, 1.05)),
+    (Method.QTIP, Code.HYB, 3, (0.9, 0.95, 1.0, 1.05)),
+    (Method.QTIP, Code.HYB, 4, (0.9, 0.95, 1.0, 1.05, 1.1)),
 ]
 
 
@@ -42,7 +44,7 @@ def main(model: str, text: str) -> int:
     weights = {"o_proj": source.layer_tensors(LAYER)["self_attn.o_proj.weight"]}
     for method, code, bits, scales in SWEEP:
         encoder = groups._encoder(method, code, bits)
-        unit = 1.0 if code is None else float(encoder.values.square().mean().sqrt())
+        unit = 1.0 if code in (None, Code.HYB) else float(encoder.values.square().mean().sqrt())
         for scale in scales:
             encoder.rms = scale * unit
             changed = Settings(model, method, bits, code, text, 16, 1024)

@@ -231,13 +231,14 @@ Code code_of(const std::string& name) {
   return Code::kLut;
 }
 
-// Whether HYB's table in bytes is symmetric: rows 128..255 exchange the components of rows 0..127, the rest negates 1.
-bool symmetric_table(const uint8_t* lut8) {
+// Whether HYB's table in bytes is a grid of magnitudes (formats/trellis_codes.py), all even.
+bool is_grid(const uint8_t* lut8) {
   const uint8_t *x = lut8, *y = lut8 + 512;
-  if (std::memcmp(x + 128, y, 128) || std::memcmp(y + 128, x, 128) || std::memcmp(x + 256, x, 256)) return false;
-  for (int i = 0; i < 256; ++i)
-    if (y[i + 256] != uint8_t(-y[i])) return false;
-  return true;
+  bool grid = true;
+  for (int r = 0; r < 256; ++r)
+    grid &= x[r] == x[r / 128 * 128 + r % 16] && y[r] == y[r / 16 * 16] && x[r] >= 128 && y[r] >= 128 && x[256 + r] == x[r] &&
+            y[256 + r] == uint8_t(-y[r]) && (x[r] | y[r]) % 2 == 0;
+  return grid;
 }
 
 Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, const Tensor& sv, std::optional<Tensor> lut,
@@ -284,7 +285,7 @@ Tensor qtip_linear(const Tensor& x, const Tensor& packed, const Tensor& su, cons
     if (table8) {
       weight.lut = table + 1024 * i;
       weight.lut8 = table8 + 1024 * i;
-      weight.lut_symmetric = symmetric_table(weight.lut8);
+      weight.lut_grid = is_grid(weight.lut8);
     }
     return weight;
   });

@@ -38,6 +38,10 @@ constexpr int repeat_of() {  // how often a column of x lies in a quad
   return 1;
 }
 template <class Format>
+constexpr bool only_few() {  // another format multiplies many rows
+  return repeat_of<Format>() > 1 || requires { Format::kOnlyFew; };
+}
+template <class Format>
 constexpr bool is_wide() {  // int16
   return Format::kQuads * 2 == Format::kColumns * repeat_of<Format>();
 }
@@ -91,6 +95,15 @@ inline void with_count(int64_t count, F f) {
   }(std::make_integer_sequence<int, most>{});
 }
 
+template <int bits, class Table, class F>
+inline void with_hyb([[maybe_unused]] int64_t m, F f) {
+#if defined(__AVX512VNNI__)
+  f(static_cast<Hyb8<bits, Table>*>(nullptr));
+#else
+  m <= Hyb8<bits, Table>::kFew ? f(static_cast<Hyb8<bits, Table>*>(nullptr)) : f(static_cast<Hyb16<bits, Table>*>(nullptr));
+#endif
+}
+
 // Calls f(type of the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
@@ -104,7 +117,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     } else if (w.code == Code::kLut) {
       f(static_cast<Lut16<bits>*>(nullptr));
     } else if (w.code == Code::kHyb) {
-      w.lut_symmetric ? f(static_cast<Hyb8<bits, true>*>(nullptr)) : f(static_cast<Hyb8<bits, false>*>(nullptr));
+      w.lut_grid ? with_hyb<bits, HybGrid>(m, f) : with_hyb<bits, HybTable>(m, f);
     } else if (m <= OneMad8<bits>::kFew) {
       f(static_cast<OneMad8<bits>*>(nullptr));
     } else {
@@ -254,13 +267,24 @@ inline void finish(const Format& format, Sums sum, const Output& out, int64_t r,
                    chunk + 1 == out.chunks, out.scales[r], rows, out.y + r * out.stride + row0);
 }
 
-// The unit's quads of a half of its rows.
+// Vectors of rows that a unit is decoded to at once, or else each by a call of its own.
+template <class Format>
+constexpr int parts_of() {
+  if constexpr (rows_of<Format>() > kTile || requires { Format::kWhole; }) return rows_of<Format>() / kRowsOfSums;
+  return 1;
+}
+
+// emit(part, quad, values): those parts of a unit, from `part` on.
 template <class Format, class Emit>
-inline void decode(const Format& format, const uint8_t* unit, int half, Emit emit) {
-  if constexpr (kHalves == 1) {
+[[gnu::always_inline]] inline void decode(const Format& format, const uint8_t* unit, int part, Emit emit) {
+  if constexpr (parts_of<Format>() > 1) {
     format.decode(unit, emit);
+  } else if constexpr (kHalves == 1) {
+    format.decode(unit, [&](int quad, auto v) __attribute__((always_inline)) { emit(0, quad, v); });
+  } else if (part == 0) {
+    format.template decode<0>(unit, [&](int quad, auto v) __attribute__((always_inline)) { emit(0, quad, v); });
   } else {
-    half ? format.template decode<1>(unit, emit) : format.template decode<0>(unit, emit);
+    format.template decode<1>(unit, [&](int quad, auto v) __attribute__((always_inline)) { emit(0, quad, v); });
   }
 }
 
@@ -280,14 +304,16 @@ void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, cons
   }
 }
 
+// M rows of x times the rows of a block that parts_of() says, from `part` on.
 template <class Format, int M>
-void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, const int32_t* x, const Output& out, int64_t row0,
+void few_rows(const Format& format, const uint8_t* block, int part, int64_t k, const int32_t* x, const Output& out, int64_t row0,
               int rows) {
-  constexpr int kSplit = M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide the latency of a multiplication
-  // Each half asks for half of the next block: the first alone would wait for memory, while the second reads none.
-  const uint8_t* const ahead = block + row_bytes<Format>(k) + half * row_bytes<Format>(k) / kHalves;
+  constexpr int kVectors = parts_of<Format>(), kPasses = kHalves / kVectors;
+  constexpr int kSplit = kHalves > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide vpdpbusd's latency
+  // Each pass asks for its share of the next block: the first alone would wait for memory, while the second reads none.
+  const uint8_t* const ahead = block + row_bytes<Format>(k) + part * row_bytes<Format>(k) / kPasses;
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
-    constexpr int kSums = M * kSplit;
+    constexpr int kSums = M * kVectors * kSplit;
     Sums sum[kSums];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) sum[i] = no_sums();
@@ -295,21 +321,26 @@ void few_rows(const Format& format, const uint8_t* block, int half, int64_t k, c
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
-      if (kHalves > 1) fetch(ahead + u * Format::kBytes / kHalves, Format::kBytes / kHalves);
-      decode(format, block + u * Format::kBytes, half, [&](int quad, Sums weights) {
+      if (kHalves > 1) fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
+      decode(format, block + u * Format::kBytes, part, [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
-          Sums& part = sum[r * kSplit + quad % kSplit];
-          part = multiply_add<Format>(part, weights, quads[quad * M + r]);
+          Sums& share = sum[(vector * M + r) * kSplit + quad % kSplit];
+          const int32_t* at = quads + quad * M + r;
+          if constexpr (requires { weights.quad; })
+            share = multiply_add(share, weights, at, M);
+          else
+            share = multiply_add<Format>(share, weights, *at);
         }
       });
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < M; ++r) {
-      Sums total = sum[r * kSplit];
+    for (int i = 0; i < M * kVectors; ++i) {
+      Sums total = sum[i * kSplit];
 #pragma GCC unroll 16
-      for (int i = 1; i < kSplit; ++i) total = plus(total, sum[r * kSplit + i]);
-      finish(format, total, out, r, chunk, row0, rows);
+      for (int j = 1; j < kSplit; ++j) total = plus(total, sum[i * kSplit + j]);
+      const int below = i / M * kRowsOfSums;
+      if (below < rows) finish(format, total, out, i % M, chunk, row0 + below, std::min(kRowsOfSums, rows - below));
     }
   }
 }
@@ -365,16 +396,10 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       for (int64_t u0 = begin; u0 < end; u0 += kUnits) {
         const int64_t units = std::min(kUnits, end - u0);
         for (int b = 0; kHalves > 1 && b < count; ++b) fetch(blocks[b] + (u0 + units) * Format::kBytes, kUnits * Format::kBytes);
-        if constexpr (rows_of<Format>() == 2 * kTile) {
+        for (int first = 0; first < count * kHalves; first += parts_of<Format>())
           for (int64_t u = 0; u < units; ++u)
-            format.decode(blocks[0] + (u0 + u) * Format::kBytes,
-                          [&](int part, int quad, Sums v) { panel[part][u * Format::kQuads + quad] = v; });
-        } else {
-          for (int part = 0; part < count * kHalves; ++part)
-            for (int64_t u = 0; u < units; ++u)
-              decode(format, blocks[part / kHalves] + (u0 + u) * Format::kBytes, part % kHalves,
-                     [&](int quad, Sums v) { panel[part][u * Format::kQuads + quad] = v; });
-        }
+            decode(format, blocks[first / kHalves] + (u0 + u) * Format::kBytes, first % kHalves,
+                   [&](int part, int quad, Sums v) { panel[first + part][u * Format::kQuads + quad] = v; });
 #if defined(QUIP_AMX)
         if constexpr (is_tiled<Format>()) {
           const int64_t quads = units * Format::kQuads, whole = (quads + 15) / 16 * 16;
@@ -412,12 +437,13 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
     if constexpr (is_tabulated<Format>()) {
       with_count<Format::kFew>(m, [&](auto count) { tabulated_rows<Format, count>(format, first, w.k, x, out, row0, rows); });
     } else if (const uint8_t* blocks[2] = {first, first + (count > 1 ? row_bytes<Format>(w.k) : 0)}; m <= Format::kFew) {
-      for (int row = 0; row < rows; row += kRowsOfSums)
+      constexpr int kRows = parts_of<Format>() * kRowsOfSums;
+      for (int row = 0; row < rows; row += kRows)
         with_count<Format::kFew>(m, [&](auto rows_of_x) {
           few_rows<Format, rows_of_x>(format, blocks[row / kTile], row / kRowsOfSums % kHalves, w.k, x, out, row0 + row,
-                                      std::min(kRowsOfSums, rows - row));
+                                      std::min(kRows, rows - row));
         });
-    } else if constexpr (repeat_of<Format>() == 1) {
+    } else if constexpr (!only_few<Format>()) {
       many_rows(format, blocks, count, w.k, x, m, group_rows(w, m), out, row0, rows);
     }
   });

@@ -154,22 +154,57 @@ template <int bits>
 using Lut16 = Wide<bits, LutValue, 4>;
 
 // HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, and two registers
-// hold the 64 states of C. The table is in bytes (value / unit + 128), component by component. A symmetric one, as
-// formats/trellis_codes.py makes it, is told by 128 rows: bit 13 exchanges the components, bit 14 negates component 1.
-template <int bits, bool symmetric>
-struct Hyb8 {
-  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kFew = symmetric ? 16 : 4;
-  static constexpr int kWords = (6 * bits + 15) / 16 + 1, kParts = symmetric ? 2 : 8;
-  __m512i word[kWords];      // kWindows
-  __m512i split;             // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
-  __m512i table[2][kParts];  // [component][64 rows]
+// hold the 64 states of C. The table is in bytes (value / unit + 128), component by component.
+inline __m512i negate8(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }
+
+// A table that is a grid (formats/trellis_codes.py): bits 9..6 of the hash choose a point, 12..10 and 13 a line, 13 the points.
+struct HybGrid {
+  static constexpr int kFew = 16;
+  __m512i points[2], lines;
+  explicit HybGrid(const uint8_t* lut8) {
+    alignas(16) uint8_t line[16];
+    for (int j = 0; j < 16; ++j) line[j] = lut8[512 + 16 * j];
+    for (int i = 0; i < 2; ++i) points[i] = _mm512_broadcast_i32x4(load<__m128i>(lut8 + 128 * i));
+    lines = _mm512_broadcast_i32x4(load<__m128i>(line));
+  }
+  // Before bit 15 negates component 0.
+  void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
+    const __m512i nibble = _mm512_set1_epi8(15), point = _mm512_and_si512(bits13_6, nibble);
+    const __m512i line = _mm512_and_si512(_mm512_srli_epi16(bits13_6, 4), nibble);
+    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6), bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
+    value[0] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(points[0], point), bit13, points[1], point);
+    value[1] = negate8(bit14, _mm512_shuffle_epi8(lines, line));
+  }
+};
+
+// Any table.
+struct HybTable {
+  static constexpr int kFew = 4;
+  __m512i part[2][8];  // [component][64 rows]
+  explicit HybTable(const uint8_t* lut8) {
+    for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(lut8 + 64 * i);
+  }
+  void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
+    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6), bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const auto rows = [&](int i) { return _mm512_permutex2var_epi8(part[c][i], bits13_6, part[c][i + 1]); };
+      value[c] = _mm512_mask_blend_epi8(bit14, _mm512_mask_blend_epi8(bit13, rows(0), rows(2)),
+                                        _mm512_mask_blend_epi8(bit13, rows(4), rows(6)));
+    }
+  }
+};
+
+template <int bits, class Table>
+struct Hyb8 : Table {
+  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kWords = (6 * bits + 15) / 16 + 1;
+  __m512i word[kWords];  // kWindows
+  __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
   float unit_;
 
-  explicit Hyb8(const Weight& w) : unit_(w.lut_unit) {
+  explicit Hyb8(const Weight& w) : Table(w.lut8), unit_(w.lut_unit) {
     for (int d = 0; d < kWords; ++d) word[d] = _mm512_load_si512(kWindows<bits>.index[d]);
     split = _mm512_set1_epi64(0x3828180836261606ll);
-    for (int c = 0; c < 2; ++c)
-      for (int i = 0; i < kParts; ++i) table[c][i] = _mm512_loadu_si512(w.lut8 + 512 * c + 64 * i);
   }
   float unit() const { return unit_; }
 
@@ -180,12 +215,6 @@ struct Hyb8 {
     return _mm512_shldi_epi16(words[d], words[d + 1], rest);
   }
   static __m512i hash(__m512i x) { return _mm512_mullo_epi16(x, _mm512_add_epi16(x, _mm512_set1_epi16(1))); }
-  static __m512i negate(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }
-
-  __m512i look_up(int c, int part, __m512i index) const {
-    return _mm512_permutex2var_epi8(table[c][part], index, table[c][part + 1]);
-  }
-
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
@@ -196,21 +225,9 @@ struct Hyb8 {
       const __m512 second = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(lower)));
       const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
       const __m512i rest = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xDD));
-      const __mmask64 bit13 = _mm512_movepi8_mask(index), bit15 = _mm512_movepi8_mask(rest);
-      const __mmask64 bit14 = _mm512_test_epi8_mask(rest, _mm512_set1_epi8(64));
       __m512i value[2];
-      if constexpr (symmetric) {
-        const __m512i x = look_up(0, 0, index), y = look_up(1, 0, index);
-        value[0] = _mm512_mask_blend_epi8(bit13, x, y);
-        value[1] = negate(bit14, _mm512_mask_blend_epi8(bit13, y, x));
-      } else {
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c)
-          value[c] = _mm512_mask_blend_epi8(
-              bit14, _mm512_mask_blend_epi8(bit13, look_up(c, 0, index), look_up(c, 2, index)),
-              _mm512_mask_blend_epi8(bit13, look_up(c, 4, index), look_up(c, 6, index)));
-      }
-      emit(2 * C, negate(bit15, value[0]));
+      this->look_up(index, rest, value);
+      emit(2 * C, negate8(_mm512_movepi8_mask(rest), value[0]));
       emit(2 * C + 1, value[1]);
     };
     column(0, window<0>(words), window<2 * bits>(words));

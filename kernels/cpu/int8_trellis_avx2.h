@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Trellis codes to small integers on AVX2, a half (8 rows) of a tile of 16 rows at a time; lane = row.
 //
-// AVX2 looks bytes up in 16 entries at a time (vpshufb); a table of 128 is 8 of these and a tree of selections by the upper bits
-// of the index. Values are those of int8_trellis.h, save that what does not fit a small byte is int16.
+// Values are those of int8_trellis.h, save that what does not fit a small byte is int16, or a magnitude and a sign.
 #pragma once
 #include <immintrin.h>
 
@@ -17,25 +16,6 @@ namespace {
 
 [[gnu::always_inline]] inline __m256i select(__m256i low, __m256i high, __m256i top_bit) {
   return _mm256_blendv_epi8(low, high, top_bit);
-}
-
-// Bits 0..3 of an index, and bits 4..7 each in the uppermost place of a byte.
-struct ByteIndex {
-  __m256i low, bit[4];
-  [[gnu::always_inline]] explicit ByteIndex(__m256i index) : low(low_nibbles(index)) {
-    for (int b = 0; b < 4; ++b) bit[b] = _mm256_slli_epi16(index, 3 - b);
-  }
-};
-
-// table[index & (16 * kParts - 1)]; each 16 entries lie there twice.
-template <int kParts>
-[[gnu::always_inline]] inline __m256i look_up(const uint8_t (*table)[32], const ByteIndex& index, int bit = kParts == 16 ? 3 : 2) {
-  if constexpr (kParts == 1) {
-    return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table[0])), index.low);
-  } else {
-    const __m256i low = look_up<kParts / 2>(table, index, bit - 1);
-    return select(low, look_up<kParts / 2>(table + kParts / 2, index, bit - 1), index.bit[bit]);
-  }
 }
 
 // Bytes of a quad as int16: columns 0 and 2, then 1 and 3.
@@ -196,56 +176,198 @@ using ThreeInst16 = Wide<bits, ThreeInstValue>;
 template <int bits>
 using Lut16 = Wide<bits, LutValue>;
 
-// HYB, as in int8_trellis.h; int16.
-template <int bits, bool symmetric>
-struct Hyb8 {
-  static constexpr int kColumns = 16, kQuads = 8, kBytes = 32 * bits, kFew = 4, kRows = symmetric ? 128 : 512;
-  alignas(32) uint8_t table[2][kRows / 16][32];  // [component]
-  float unit_;
-
-  explicit Hyb8(const Weight& w) : unit_(w.lut_unit) {
-    for (int c = 0; c < 2; ++c)
-      for (int row = 0; row < kRows; ++row)
-        for (int copy = 0; copy < 32; copy += 16) table[c][row / 16][row % 16 + copy] = w.lut8[512 * c + row] ^ 128;
-  }
-  float unit() const { return unit_; }
-
-  template <int half, class Emit>
-  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
-    const Runs<bits> runs(tile);
-    // 16-bit lanes: rrr, C.
-    const auto hash = [&](int cc) __attribute__((always_inline)) {
-      const int offset = 2 * bits * (4 * cc + half);
-      const __m256i x = _mm256_blend_epi16(runs.at_bottom(offset), runs.at_top(offset + 4 * bits), 0xAA);
-      return _mm256_mullo_epi16(x, _mm256_add_epi16(x, _mm256_set1_epi16(1)));
-    };
-#pragma GCC unroll 2
-    for (int pair = 0; pair < 2; ++pair) {  // a byte = a state, of columns 8C + 2cc and the next, cc = 2 pair + odd byte
-      const __m256i even = hash(2 * pair), odd = hash(2 * pair + 1), odd_places = _mm256_set1_epi16(short(0xFF00));
-      const __m256i bits13_6 = select(_mm256_srli_epi16(even, 6), _mm256_slli_epi16(odd, 2), odd_places);
-      const __m256i bits15_8 = select(_mm256_srli_epi16(even, 8), odd, odd_places);
-      const ByteIndex index(bits13_6);
-      const __m256i bit14 = _mm256_slli_epi16(bits15_8, 1);
-      __m256i value[2];
-      if constexpr (symmetric) {
-        const __m256i x = look_up<8>(table[0], index), y = look_up<8>(table[1], index);
-        value[0] = select(x, y, bits13_6);
-        value[1] = _mm256_sign_epi8(select(y, x, bits13_6), _mm256_or_si256(bit14, splat8(1)));
-      } else {
-        for (int c = 0; c < 2; ++c) value[c] = select(look_up<16>(table[c], index), look_up<16>(table[c] + 16, index), bit14);
-      }
-      value[0] = _mm256_sign_epi8(value[0], _mm256_or_si256(bits15_8, splat8(1)));
-#pragma GCC unroll 2
-      for (int c = 0; c < 2; ++c) {
-        emit(4 * pair + 2 * c, even_bytes(value[c]));
-        emit(4 * pair + 2 * c + 1, odd_bytes(value[c]));
-      }
+// Index of bytes: of the two lanes of one rrr, each with `bits` words, to pairs of equal words. The last rrr of a tile is read
+// from earlier on, so that nothing beyond the tile is.
+template <int bits>
+struct EqualWords {
+  uint8_t bytes[2][32] = {};
+  static constexpr int early(int part) { return part == 3 ? 16 - 4 * bits : 0; }
+  constexpr EqualWords() {
+    for (int i = 0; i < 2 * 32; ++i) {
+      const int b = i % 16, word = b / 4, lane = b / 2 % 2;
+      if (word < bits) bytes[i / 32][i % 32] = uint8_t(2 * word + 2 * bits * lane + b % 2 + (i >= 48 ? early(3) : 0));
     }
   }
-  static int place(int column) {
-    const int cc = column % 8 / 2, byte = column / 16 * 16 + 4 * (cc / 2 * 2 + column % 2) + column % 16 / 8 * 2 + cc % 2;
-    return wide_place(byte);
+};
+
+// Of a tile, in 16-bit lanes: lane 2 rrr + e has the `bits` words of eight states of HYB, those of cc = 2 e and 2 e + 1.
+template <int bits>
+struct HybWords {
+  __m256i word[bits + 1];  // the last is the first of the next lane
+  [[gnu::always_inline]] explicit HybWords(const uint8_t* tile) {
+    if constexpr (bits == 1) {
+      word[0] = bytes_at(tile);
+    } else if constexpr (bits == 2) {
+      const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+      const __m256i first = _mm256_shuffle_epi8(bytes_at(tile), apart), second = _mm256_shuffle_epi8(bytes_at(tile + 32), apart);
+      word[0] = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(first, second), 0xD8);
+      word[1] = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(first, second), 0xD8);
+    } else {  // rrr and rrr + 4 to dwords of equal words, which are then transposed
+      static constexpr EqualWords<bits> index;
+      __m256i part[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t* from = tile + 4 * bits * i;
+        part[i] = _mm256_castsi128_si256(load<__m128i>(from));
+        part[i] = _mm256_inserti128_si256(part[i], load<__m128i>(from + 16 * bits - index.early(i)), 1);
+        part[i] = _mm256_shuffle_epi8(part[i], bytes_at(index.bytes[index.early(i) != 0]));
+      }
+      const __m256i lower[2] = {_mm256_unpacklo_epi32(part[0], part[1]), _mm256_unpacklo_epi32(part[2], part[3])};
+      const __m256i upper[2] = {_mm256_unpackhi_epi32(part[0], part[1]), _mm256_unpackhi_epi32(part[2], part[3])};
+      word[0] = _mm256_unpacklo_epi64(lower[0], lower[1]);
+      word[1] = _mm256_unpackhi_epi64(lower[0], lower[1]);
+      word[2] = _mm256_unpacklo_epi64(upper[0], upper[1]);
+      if constexpr (bits == 4) word[3] = _mm256_unpackhi_epi64(upper[0], upper[1]);
+    }
+    word[bits] = _mm256_alignr_epi8(_mm256_permute2x128_si256(word[0], word[0], 1), word[0], 2);
   }
+  [[gnu::always_inline]] __m256i window(int offset) const {
+    const int j = offset / 16, shift = offset % 16;
+    if (shift == 0) return word[j];
+    if (shift == 8) {
+      const __m256i swap = _mm256_set1_epi32(0x02030001);
+      const __m256i swap_all = _mm256_add_epi8(swap, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+      return _mm256_shuffle_epi8(select(word[j], word[j + 1], _mm256_set1_epi16(short(0xFF00))), swap_all);
+    }
+    return _mm256_or_si256(_mm256_slli_epi16(word[j], shift), _mm256_srli_epi16(word[j + 1], 16 - shift));
+  }
+};
+
+// Bytes as magnitudes, and what is negative where they are; zero only where they are.
+struct Signed8 {
+  __m256i magnitude, sign;
+  [[gnu::always_inline]] __m256i value() const { return _mm256_sign_epi8(magnitude, sign); }
+  [[gnu::always_inline]] __m256i times(int32_t quad) const {
+    return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(quad), sign));
+  }
+};
+// Of two quads; four products of small ones fit 16 bits.
+template <bool small>
+struct TwoQuads {
+  Signed8 quad[2];
+};
+template <bool small>
+[[gnu::always_inline]] inline __m256i multiply_add(__m256i sum, const TwoQuads<small>& weights, const int32_t* x, int64_t step) {
+  const __m256i first = weights.quad[0].times(x[0]), second = weights.quad[1].times(x[step]), ones = _mm256_set1_epi16(1);
+  if constexpr (small) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(first, second), ones));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones)));
+}
+
+// A table that is a grid (formats/trellis_codes.py): bits 9..6 of the hash choose a point, 12..10 and 13 a line, 13 the points.
+struct HybGrid {
+  static constexpr int kFew = 4, kUnits = 2;  // magnitudes of up to 126 are even: 63 are left
+  static constexpr bool kSmall = true;
+  __m256i points[2], lines;
+  explicit HybGrid(const uint8_t* lut8) {
+    uint8_t numbers[3][16];
+    for (int i = 0; i < 16; ++i) {
+      const uint8_t of[3] = {lut8[i], lut8[128 + i], lut8[512 + 16 * i]};
+      for (int j = 0; j < 3; ++j) numbers[j][i] = uint8_t((of[j] - 128) / 2);
+    }
+    points[0] = both(numbers[0]), points[1] = both(numbers[1]), lines = both(numbers[2]);
+  }
+  static __m256i both(const uint8_t* p) { return _mm256_broadcastsi128_si256(load<__m128i>(p)); }
+  [[gnu::always_inline]] void look_up(__m256i bits13_6, __m256i bits15_8, Signed8* value) const {
+    const __m256i point = low_nibbles(bits13_6);
+    value[0].magnitude = select(_mm256_shuffle_epi8(points[0], point), _mm256_shuffle_epi8(points[1], point), bits13_6);
+    value[1].magnitude = _mm256_shuffle_epi8(lines, high_nibbles(bits13_6));
+    value[0].sign = _mm256_or_si256(bits15_8, splat8(1));
+    value[1].sign = _mm256_add_epi8(value[0].sign, value[0].sign);  // bit 14, and not 0
+  }
+};
+
+// Any table. A look-up is one of 128 bytes: 8 of 16, of which those that index - 16 p has passed give 0. So the eighths hold
+// differences (by exclusive or) from the one before.
+struct HybTable {
+  static constexpr int kFew = 1, kUnits = 1;
+  static constexpr bool kSmall = false;
+  alignas(32) uint8_t eighth[8][8][32];  // [p][component and 128 rows]
+  explicit HybTable(const uint8_t* lut8) {
+    for (int p = 0; p < 8; ++p)
+      for (int i = 0; i < 8; ++i)
+        for (int b = 0; b < 32; ++b) {
+          const uint8_t* row = lut8 + 128 * i + 16 * p + b % 16;
+          eighth[p][i][b] = p ? row[0] ^ row[-16] : row[0] ^ 128;
+        }
+  }
+  [[gnu::always_inline]] void look_up(__m256i bits13_6, __m256i bits15_8, Signed8* value) const {
+    __m256i index = _mm256_and_si256(bits13_6, splat8(127)), found[8] = {};
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; ++p) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i)
+        found[i] = _mm256_xor_si256(found[i], _mm256_shuffle_epi8(bytes_at(eighth[p][i]), index));
+      index = _mm256_sub_epi8(index, splat8(16));
+    }
+    const __m256i bit14 = _mm256_add_epi8(bits15_8, bits15_8);
+    for (int c = 0; c < 2; ++c) {
+      const __m256i* quarter = found + 4 * c;
+      const __m256i v = select(select(quarter[0], quarter[1], bits13_6), select(quarter[2], quarter[3], bits13_6), bit14);
+      value[c].sign = c ? v : _mm256_sign_epi8(v, _mm256_or_si256(bits15_8, splat8(1)));
+      value[c].magnitude = _mm256_abs_epi8(v);
+    }
+  }
+};
+
+// HYB, as in int8_trellis.h, both halves at once.
+template <int bits, class Table>
+struct HybBytes : Table {
+  static constexpr int kColumns = 16, kBytes = 32 * bits;
+  static constexpr bool kWhole = true;
+  float unit_;
+  explicit HybBytes(const Weight& w) : Table(w.lut8), unit_(w.lut_unit * Table::kUnits) {}
+  float unit() const { return unit_; }
+  // emit(R, 2 cc, values) for the lower bit of cc: two quads, c = 0 and 1, of bytes (rrr, upper bit of cc, C).
+  template <class Emit>
+  [[gnu::always_inline]] void values(const uint8_t* tile, Emit emit) const {
+    const HybWords<bits> words(tile);
+    const auto hash = [&](int state) __attribute__((always_inline)) {
+      const __m256i x = words.window(2 * bits * state);
+      return _mm256_mullo_epi16(x, _mm256_add_epi16(x, _mm256_set1_epi16(1)));
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int cc = i / 2, R = i % 2;
+      const __m256i even = hash(4 * cc + R), odd = hash(4 * cc + 2 + R), odd_places = _mm256_set1_epi16(short(0xFF00));
+      TwoQuads<Table::kSmall> values;
+      this->look_up(select(_mm256_srli_epi16(even, 6), _mm256_slli_epi16(odd, 2), odd_places),
+                    select(_mm256_srli_epi16(even, 8), odd, odd_places), values.quad);
+      emit(R, 2 * cc, values);
+    }
+  }
+  static int place8(int column) { return column / 16 * 16 + column % 4 * 4 + column % 8 / 4 * 2 + column % 16 / 8; }
+};
+
+// For few rows: the activation takes the sign of the weight.
+template <int bits, class Table>
+struct Hyb8 : HybBytes<bits, Table> {
+  static constexpr int kQuads = 4, kFew = Table::kFew, kOffset = 0;
+  static constexpr bool kOnlyFew = true;
+  using HybBytes<bits, Table>::HybBytes;
+  template <class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    this->values(tile, emit);
+  }
+  static int place(int column) { return HybBytes<bits, Table>::place8(column); }
+};
+
+// For many rows: int16.
+template <int bits, class Table>
+struct Hyb16 : HybBytes<bits, Table> {
+  static constexpr int kQuads = 8, kFew = 0;
+  using HybBytes<bits, Table>::HybBytes;
+  template <class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    this->values(tile, [&](int R, int quad, const auto& values) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int c = 0; c < 2; ++c) {
+        const __m256i value = values.quad[c].value();
+        emit(R, 2 * (quad + c), even_bytes(value));
+        emit(R, 2 * (quad + c) + 1, odd_bytes(value));
+      }
+    });
+  }
+  static int place(int column) { return wide_place(HybBytes<bits, Table>::place8(column)); }
 };
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Weight {
   const uint8_t* lut8 = nullptr;   // HYB: [2, 512], component by component, + 128
   const int16_t* lut16 = nullptr;  // LUT: [65537], the last one not used
   float lut_unit = 1;
-  bool lut_symmetric = false;  // told by its first 128 rows (int8_trellis.h)
+  bool lut_grid = false;  // HYB: the table is a grid (formats/trellis_codes.py), its integers even
 };
 
 // An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then

@@ -16,8 +16,34 @@ from quip_vllm.formats.methods import STATE_BITS, Code, vector_dim
 HYB_LUT_BITS = 9
 """log2 of the rows of HYB's default table."""
 
-HYB_LUT_STD = 0.9682458365518543
-"""Standard deviation of HYB's default table over all its numbers, sqrt(15/16)."""
+# Of each bit width: a unit, and the points and lines of the grid (hyb_table) in that unit, for weights of N(0, 1).
+# scripts/train_hyb_table.py found them. They are at most 63: exact in integer kernels, four products with int8 in 16 bits.
+_HYB_GRIDS = {
+    1: (
+        0.034778,
+        [1, 0, 0, 16, 6, 0, 16, 10, 15, 22, 27, 20, 28, 32, 35, 54],
+        [11, 2, 13, 13, 21, 22, 13, 22, 18, 14, 13, 31, 35, 34, 44, 63],
+        [4, 11, 6, 11, 20, 25, 27, 38, 1, 5, 8, 20, 21, 30, 38, 57],
+    ),
+    2: (
+        0.041255,
+        [3, 5, 6, 7, 7, 8, 16, 12, 20, 25, 25, 23, 35, 30, 36, 47],
+        [1, 2, 6, 9, 12, 10, 9, 14, 17, 20, 20, 28, 29, 39, 46, 63],
+        [2, 4, 9, 14, 18, 24, 30, 41, 4, 7, 10, 14, 22, 25, 38, 57],
+    ),
+    3: (
+        0.046676,
+        [2, 3, 2, 3, 6, 8, 11, 15, 15, 18, 19, 22, 27, 30, 36, 50],
+        [3, 3, 9, 8, 11, 10, 16, 13, 21, 22, 25, 27, 33, 39, 44, 63],
+        [0, 5, 8, 13, 18, 24, 31, 45, 3, 6, 11, 15, 20, 26, 36, 59],
+    ),
+    4: (
+        0.060849,
+        [0, 2, 2, 4, 6, 8, 10, 12, 14, 17, 19, 22, 26, 32, 39, 50],
+        [1, 3, 6, 8, 9, 12, 14, 16, 18, 21, 24, 27, 30, 35, 44, 63],
+        [1, 4, 8, 12, 17, 22, 30, 41, 2, 6, 10, 14, 19, 25, 34, 51],
+    ),
+}
 
 _STATES = 1 << STATE_BITS
 _WORD = 0xFFFFFFFF
@@ -86,7 +112,7 @@ def state_values(code: Code, lut: torch.Tensor | None = None) -> torch.Tensor:
 
     Args:
         code: the trellis code.
-        lut: for HYB, floating [2^b, 2], or None for `default_lut(Code.HYB)`; None for the other codes.
+        lut: for HYB, floating [2^b, 2], or None for `default_lut(Code.HYB)`, that of 2 bits; None for the other codes.
 
     Returns:
         float32 [65536, vector_dim], on lut's device, or the CPU. Without lut it is cached and shared: do not
@@ -108,45 +134,43 @@ def _default_values(code: Code) -> torch.Tensor:
     return _CODES[code](torch.arange(_STATES, dtype=torch.int64, device="cpu"), default_lut(code))
 
 
+def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    """A table of HYB that is a grid, which kernels look up in 16 entries at a time.
+
+    Row 16 j + i (j, i in 0..15) is (points[j // 8, i], lines[j]), and row 256 + r is row r with component 1 negated. With the
+    code's own negation of component 0 these are 1024 points on 32 lines; the points of every other line may be staggered.
+
+    Args:
+        points: component 0, [2, 16], of lines 0..7 and 8..15.
+        lines: component 1, [16].
+
+    Returns:
+        fp16 [512, 2].
+    """
+    half = torch.stack([points.repeat_interleave(8, 0).flatten(), lines.repeat_interleave(16)], 1)
+    return torch.cat([half, half * torch.tensor([1.0, -1.0], device=half.device)]).to(torch.float16)
+
+
 @functools.cache
 @torch.inference_mode(False)
-def default_lut(code: Code) -> torch.Tensor | None:
-    """Returns the table that a checkpoint stores when none was trained, or None for codes without a table.
+def default_lut(code: Code, bits: int = 2) -> torch.Tensor | None:
+    """Returns the table that the quantizer stores, or None for codes without a table.
 
-    HYB: K-means centroids of 2-D N(0, 1), rescaled to root mean square HYB_LUT_STD over all 1,024 numbers. Like the
-    Gaussian, the table is symmetric: rows 0..127 are centroids of the octant 0 <= y <= x, the next 128 rows are the
-    same with x and y exchanged, and the other half is the first half with y negated. It costs no distortion, and a
-    kernel that sees the symmetry looks up 128 rows in place of 512. The centroids are computed (Lloyd, float64, fixed
-    seed, about a second); another machine may differ in the last bit, so a checkpoint stores its table.
+    HYB: a grid trained for Gaussian weights at this bit width. At 2 bits it loses no more than K-means centroids do (the
+    paper's choice); at each width it is decoded by look-ups of 16 entries.
 
     Args:
         code: the trellis code.
+        bits: stored bits per weight, 1 to 4.
 
     Returns:
         fp16 [512, 2] on the CPU, cached and shared (do not write to it), or None.
     """
     if code is not Code.HYB:
         return None
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    samples = torch.randn(1 << 17, 2, dtype=torch.float64, generator=generator, device="cpu").abs()
-    samples = samples.sort(dim=1, descending=True).values
-    centroids = samples[: 1 << (HYB_LUT_BITS - 2)].clone()
-    # Many rounds on few samples bring the centroids close, a few rounds on all of them settle the rest.
-    for count, rounds in ((1 << 14, 40), (1 << 17, 10)):
-        for _ in range(rounds):
-            centroids = _lloyd_step(samples[:count], centroids)
-    half = torch.cat([centroids, centroids.flip(1)])
-    table = torch.cat([half, half * torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")])
-    return (table * (HYB_LUT_STD / table.square().mean().sqrt())).to(torch.float16)
-
-
-def _lloyd_step(samples: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Moves each centroid to the mean of its nearest samples; one that has none stays. [S, 2], [C, 2] -> [C, 2]."""
-    bias = (centroids * centroids).sum(dim=1) / 2
-    owner = torch.cat([torch.addmm(bias, part, centroids.T, alpha=-1).argmin(dim=1) for part in samples.split(1024)])
-    count = torch.bincount(owner, minlength=centroids.shape[0])
-    total = torch.zeros_like(centroids).index_add_(0, owner, samples)
-    return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centroids)
+    unit, *numbers = _HYB_GRIDS[bits]
+    first, second, lines = (torch.tensor(row, dtype=torch.float32, device="cpu") * unit for row in numbers)
+    return hyb_table(torch.stack([first, second]), lines)
 
 
 def decode_sequences(packed: torch.Tensor, bits: int, code: Code, lut: torch.Tensor | None = None) -> torch.Tensor:

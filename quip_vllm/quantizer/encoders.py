@@ -13,10 +13,11 @@ from quip_vllm.formats.trellis import pack
 from quip_vllm.formats.trellis_codes import default_lut, state_values
 from quip_vllm.ops import encode_e8p, encode_trellis
 
-# Root mean square of the rotated weight, in units of the lattice, or of the trellis code's own rms. LDLQ adds feedback
-# to the weight, so the best is lower than for a Gaussian (1.03 for the lattice); these gave the lowest proxy loss on
-# SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
+# Root mean square of the rotated weight, in units of the lattice, of what HYB's grid was made for, or of the trellis code's
+# own rms. LDLQ adds feedback to the weight, so the best is lower than for a Gaussian (1.03 for the lattice); these gave the
+# lowest proxy loss on SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
 LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
+HYB_RMS = {1: 0.9, 2: 0.95, 3: 1.0, 4: 1.05}
 TRELLIS_RMS = 0.9
 
 
@@ -69,9 +70,10 @@ class TrellisEncoder:
 
     def __init__(self, code: Code, bits: int):
         self.bits, self.code = bits, code
-        self.lut = default_lut(code)
+        self.lut = default_lut(code, bits)
         self.values = state_values(code, self.lut)
-        self.rms = TRELLIS_RMS * float(self.values.square().mean().sqrt())
+        own = float(self.values.square().mean().sqrt())
+        self.rms = HYB_RMS[bits] if code is Code.HYB else TRELLIS_RMS * own
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = weight_to_sequences(block).squeeze(1)
