@@ -3,8 +3,9 @@
 
 Usage: python scripts/train_hyb_table.py [BITS ...]      (1 2 3 4; about 4 minutes each on 2 cores)
 
-A round encodes the same tiles with the table as it is, then moves each number of the grid past the mean of what it stood for.
-Prints the distortion of every tenth round, the grid in 63rds of its largest number, and its distortion on other tiles.
+A round encodes the same tiles with the table as it is, then moves each number of the grid past the mean of what it
+stood for. Prints the distortion of every tenth round, the grid in 63rds of its largest number, and its distortion on
+other tiles.
 """
 
 import sys

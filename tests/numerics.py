@@ -15,8 +15,8 @@ SAMPLE_MOMENT = 0.02
 """Absolute error of a mean or correlation over 65,536 values: five standard errors of a fair sample, 5 / 256."""
 
 TABLE_INTEGERS = 0.04
-"""Absolute error of a table's numbers in units of a 63rd of its largest, after all are rounded to fp16 (2^-11 of a number of
-up to 63, and as much for the unit)."""
+"""Absolute error of a table's numbers in units of a 63rd of its largest, after all are rounded to fp16 (2^-11 of a
+number of up to 63, and as much for the unit)."""
 
 LOADTEST_RELATIVE = 0.03
 """Relative error of the load test against what its server emitted: its clock runs from before a request leaves to

@@ -18,6 +18,8 @@ namespace {
   return _mm256_blendv_epi8(low, high, top_bit);
 }
 
+[[gnu::always_inline]] inline __m256i upper_bytes() { return _mm256_set1_epi16(short(0xFF00)); }
+
 // Bytes of a quad as int16: columns 0 and 2, then 1 and 3.
 [[gnu::always_inline]] inline __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
 [[gnu::always_inline]] inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
@@ -225,9 +227,8 @@ struct HybWords {
     const int j = offset / 16, shift = offset % 16;
     if (shift == 0) return word[j];
     if (shift == 8) {
-      const __m256i swap = _mm256_set1_epi32(0x02030001);
-      const __m256i swap_all = _mm256_add_epi8(swap, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
-      return _mm256_shuffle_epi8(select(word[j], word[j + 1], _mm256_set1_epi16(short(0xFF00))), swap_all);
+      const __m128i swap = _mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      return _mm256_shuffle_epi8(select(word[j], word[j + 1], upper_bytes()), _mm256_broadcastsi128_si256(swap));
     }
     return _mm256_or_si256(_mm256_slli_epi16(word[j], shift), _mm256_srli_epi16(word[j + 1], 16 - shift));
   }
@@ -328,10 +329,10 @@ struct HybBytes : Table {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const int cc = i / 2, R = i % 2;
-      const __m256i even = hash(4 * cc + R), odd = hash(4 * cc + 2 + R), odd_places = _mm256_set1_epi16(short(0xFF00));
+      const __m256i even = hash(4 * cc + R), odd = hash(4 * cc + 2 + R);  // C = 0 and 1
       TwoQuads<Table::kSmall> values;
-      this->look_up(select(_mm256_srli_epi16(even, 6), _mm256_slli_epi16(odd, 2), odd_places),
-                    select(_mm256_srli_epi16(even, 8), odd, odd_places), values.quad);
+      this->look_up(select(_mm256_srli_epi16(even, 6), _mm256_slli_epi16(odd, 2), upper_bytes()),
+                    select(_mm256_srli_epi16(even, 8), odd, upper_bytes()), values.quad);
       emit(R, 2 * cc, values);
     }
   }

@@ -17,7 +17,8 @@ HYB_LUT_BITS = 9
 """log2 of the rows of HYB's default table."""
 
 # Of each bit width: a unit, and the points and lines of the grid (hyb_table) in that unit, for weights of N(0, 1).
-# scripts/train_hyb_table.py found them. They are at most 63: exact in integer kernels, four products with int8 in 16 bits.
+# scripts/train_hyb_table.py found them. They are at most 63: exact in integer kernels, and four products with int8 fit
+# 16 bits.
 _HYB_GRIDS = {
     1: (
         0.034778,
@@ -137,8 +138,9 @@ def _default_values(code: Code) -> torch.Tensor:
 def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
     """A table of HYB that is a grid, which kernels look up in 16 entries at a time.
 
-    Row 16 j + i (j, i in 0..15) is (points[j // 8, i], lines[j]), and row 256 + r is row r with component 1 negated. With the
-    code's own negation of component 0 these are 1024 points on 32 lines; the points of every other line may be staggered.
+    Row 16 j + i (j, i in 0..15) is (points[j // 8, i], lines[j]), and row 256 + r is row r with component 1 negated.
+    With the code's own negation of component 0 these are 1024 points on 32 lines; those of half the lines may be
+    staggered.
 
     Args:
         points: component 0, [2, 16], of lines 0..7 and 8..15.
@@ -156,8 +158,8 @@ def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
 def default_lut(code: Code, bits: int = 2) -> torch.Tensor | None:
     """Returns the table that the quantizer stores, or None for codes without a table.
 
-    HYB: a grid trained for Gaussian weights at this bit width. At 2 bits it loses no more than K-means centroids do (the
-    paper's choice); at each width it is decoded by look-ups of 16 entries.
+    HYB: a grid trained for Gaussian weights at this bit width. At 2 bits it loses no more than K-means centroids do
+    (the paper's choice); at each width it is decoded by look-ups of 16 entries.
 
     Args:
         code: the trellis code.

@@ -28,9 +28,10 @@ def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lut_bytes(lut: Tensor) -> tuple[Tensor, Tensor]:
-    """HYB's table [projections, 512, 2] as uint8 [projections, 2, 512] (value / unit + 128) and units [projections].
+    """HYB's tables [projections, 512, 2] as uint8 [projections, 2, 512], value / unit + 128, and units [projections].
 
-    Units are 126ths of the largest number: the quantizer's tables are made of 63rds, so they stay as they are, and even.
+    Units are 126ths of the largest number: the quantizer's tables are made of 63rds, so they stay as they are, and
+    even.
     """
     units = lut.abs().amax((1, 2)) / 126
     units = torch.where(units > 0, units, torch.ones_like(units))
