@@ -82,7 +82,7 @@ def lattice(count: int) -> dict[str, Any]:
 def viterbi(code: Code, bits: int, count: int) -> dict[str, Any]:
     """The row of one trellis code at one rate."""
     values = state_values(code, default_lut(code, bits))
-    rms = values.square().mean().sqrt()
+    rms = 1.0 if code is Code.HYB else values.square().mean().sqrt()  # its tables are made for N(0, 1)
     targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
     taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)
     decoded = values[encode_trellis(targets * rms, values, bits).long()].flatten(1) / rms
