@@ -269,8 +269,8 @@ struct HybGrid {
   }
   static __m256i both(const uint8_t* p) { return _mm256_broadcastsi128_si256(load<__m128i>(p)); }
   [[gnu::always_inline]] void look_up(__m256i bits13_6, __m256i bits15_8, Signed8* value) const {
-    const __m256i point = low_nibbles(bits13_6);
-    value[0].magnitude = select(_mm256_shuffle_epi8(points[0], point), _mm256_shuffle_epi8(points[1], point), bits13_6);
+    const __m256i other = _mm256_xor_si256(bits13_6, splat8(-128));  // with bit 13 set a look-up gives 0
+    value[0].magnitude = _mm256_or_si256(_mm256_shuffle_epi8(points[0], bits13_6), _mm256_shuffle_epi8(points[1], other));
     value[1].magnitude = _mm256_shuffle_epi8(lines, high_nibbles(bits13_6));
     value[0].sign = _mm256_or_si256(bits15_8, splat8(1));
     value[1].sign = _mm256_add_epi8(value[0].sign, value[0].sign);  // bit 14, and not 0
