@@ -29,6 +29,7 @@ from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.trellis import SEQUENCE
 from quip_vllm.formats.trellis_codes import default_lut, state_values
 from quip_vllm.ops import cpu_tier, encode_e8p, encode_trellis
+from quip_vllm.quantizer.encoders import code_rms
 
 LATTICE_SCALE = 1.03
 """Root mean square of the vectors, in units of the lattice, at which E8P's distortion on a Gaussian is lowest."""
@@ -82,7 +83,7 @@ def lattice(count: int) -> dict[str, Any]:
 def viterbi(code: Code, bits: int, count: int) -> dict[str, Any]:
     """The row of one trellis code at one rate."""
     values = state_values(code, default_lut(code, bits))
-    rms = 1.0 if code is Code.HYB else values.square().mean().sqrt()  # its tables are made for N(0, 1)
+    rms = code_rms(code, values)
     targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
     taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)
     decoded = values[encode_trellis(targets * rms, values, bits).long()].flatten(1) / rms

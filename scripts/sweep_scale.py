@@ -12,6 +12,7 @@ import torch
 from quip_vllm.formats.methods import Code, Method
 from quip_vllm.quantizer import group as groups
 from quip_vllm.quantizer.calibration import calibration_tokens
+from quip_vllm.quantizer.encoders import code_rms
 from quip_vllm.quantizer.hessian import HessianCollector
 from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.settings import Settings
@@ -44,7 +45,7 @@ def main(model: str, text: str) -> int:
     weights = {"o_proj": source.layer_tensors(LAYER)["self_attn.o_proj.weight"]}
     for method, code, bits, scales in SWEEP:
         encoder = groups._encoder(method, code, bits)
-        unit = 1.0 if code in (None, Code.HYB) else float(encoder.values.square().mean().sqrt())
+        unit = 1.0 if code is None else code_rms(code, encoder.values)
         for scale in scales:
             encoder.rms = scale * unit
             changed = Settings(model, method, bits, code, text, 16, 1024)

@@ -3,8 +3,9 @@
 //
 // A rotated row becomes int8 q with one scale: x = scale * q. Formats (int8_lattice.h, int8_trellis.h and their _avx2.h) decode a
 // unit of 16 rows x kColumns to kQuads vectors: lane = row of the weight, 32 bits of a lane = 4 columns as bytes (value +
-// kOffset), or 2 as int16, or what one 1MAD product has to be summed, or magnitudes and signs. The activation has the same 32 bits, repeated over the
-// lanes. lanes_avx512.h has all 16 rows in a vector, lanes_avx2.h 8: there a block is two halves, rows 0..7 and 8..15.
+// kOffset), or 2 as int16, or what one 1MAD product has to be summed, or magnitudes and signs. The activation has the same 32
+// bits, repeated over the lanes. lanes_avx512.h has all 16 rows in a vector, lanes_avx2.h 8: there a block is two halves, rows
+// 0..7 and 8..15.
 //
 // With AMX (amx.h), many rows of bytes are multiplied tile by tile, and x is simply x[row][quad].
 //

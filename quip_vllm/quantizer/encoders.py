@@ -72,8 +72,7 @@ class TrellisEncoder:
         self.bits, self.code = bits, code
         self.lut = default_lut(code, bits)
         self.values = state_values(code, self.lut)
-        own = float(self.values.square().mean().sqrt())
-        self.rms = HYB_RMS[bits] if code is Code.HYB else TRELLIS_RMS * own
+        self.rms = (HYB_RMS[bits] if code is Code.HYB else TRELLIS_RMS) * code_rms(code, self.values)
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = weight_to_sequences(block).squeeze(1)
@@ -84,6 +83,11 @@ class TrellisEncoder:
 
     def constants(self) -> dict[str, Tensor]:
         return {} if self.lut is None else {"lut": self.lut.clone()}  # a file holds no tensor twice
+
+
+def code_rms(code: Code, values: Tensor) -> float:
+    """Root mean square of the weights that a code's values [65536, V] are made for: HYB's grids 1, else their own."""
+    return 1.0 if code is Code.HYB else float(values.square().mean().sqrt())
 
 
 def make_encoder(method: Method, code: Code | None, bits: int) -> Encoder:

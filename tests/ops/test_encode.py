@@ -10,6 +10,7 @@ from quip_vllm.formats.methods import Code, Method, supported_bits, vector_dim
 from quip_vllm.formats.trellis import pack, unpack
 from quip_vllm.formats.trellis_codes import decode_sequences, state_values
 from quip_vllm.ops import encode_e8p, encode_trellis
+from quip_vllm.quantizer.encoders import code_rms
 
 TRELLIS = [(code, bits) for code in Code for bits in supported_bits(Method.QTIP, code)]
 
@@ -31,7 +32,7 @@ def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
 @pytest.mark.parametrize(("code", "published"), [(Code.ONE_MAD, 0.069), (Code.THREE_INST, 0.069), (Code.HYB, 0.071)])
 def test_gaussian_distortion_at_two_bits(code, published):
     values = state_values(code)
-    rms = 1.0 if code is Code.HYB else values.square().mean().sqrt()  # its table is made for N(0, 1)
+    rms = code_rms(code, values)
     targets = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
     states = encode_trellis(targets * rms, values, 2)
     distortion = float(squared_error(states, values / rms, targets).mean()) / 256
