@@ -366,9 +366,7 @@ Tensor viterbi_encode(const Tensor& targets, const Tensor& values, int64_t bits)
   int32_t* out = states.mutable_data_ptr<int32_t>();
   const Kernels& ops = kernels();
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> work(viterbi_bytes(int(bits * dim), int(dim)) / sizeof(float) + kLanes);
-    for (int64_t i = begin; i < end; ++i)
-      ops.viterbi(target + i * kSequence, table, int(bits * dim), int(dim), out + i * steps, work.data());
+    ops.viterbi(target + begin * kSequence, end - begin, table, int(bits * dim), int(dim), out + begin * steps);
   });
   return states;
 }

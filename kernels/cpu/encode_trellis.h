@@ -1,38 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chooses the search of one trellis sequence: 16-bit costs where the tier has them, else floats.
+// Chooses the search of trellis sequences: 16-bit costs where the tier has them, else floats.
 #pragma once
+#include <vector>
+
 #include "viterbi.h"
 #include "viterbi16.h"
 
 namespace quip {
 namespace {
 
-template <int KV, int V>
-void encode(const float* target, const float* values, int32_t* states, void* work) {
-#if defined(__AVX512BW__)
-  if constexpr (KV / V <= 4)  // beyond, errors are too small for 16-bit costs
-    if (tail_biting16<KV, V, (KV / V > 2)>(target, values, states, work)) return;
-#endif
-  search_vectors::tail_biting<KV, V>(target, values, states, work);
-}
+// Vectors that cross a line of the cache would be two accesses.
+struct alignas(64) Line {
+  uint8_t bytes[64];
+};
 
-template <int V>
-void viterbi_of(const float* target, const float* values, int step_bits, int32_t* states, void* work) {
-  switch (step_bits) {
-    case 1: return encode<1, V>(target, values, states, work);
-    case 2: return encode<2, V>(target, values, states, work);
-    case 3: return encode<3, V>(target, values, states, work);
-    case 4: return encode<4, V>(target, values, states, work);
-    case 5: return encode<5, V>(target, values, states, work);
-    case 6: return encode<6, V>(target, values, states, work);
-    case 7: return encode<7, V>(target, values, states, work);
-    case 8: return encode<8, V>(target, values, states, work);
+template <int KV, int V>
+void encode(const float* targets, int64_t count, const float* values, int32_t* states) {
+  [[maybe_unused]] constexpr bool kCosts16 = KV / V <= 4;  // beyond, errors are too small for 16-bit costs
+  constexpr int64_t kSteps = kSequence / V, kBytes[] = {2 * kCosts * 4, kSteps * (kStates >> KV), V * kStates * 2};
+  std::vector<Line> work((kBytes[0] + kBytes[1] + kBytes[2]) / 64);
+  uint8_t* const first = work.data()->bytes;
+  float* const costs = reinterpret_cast<float*>(first);
+  const search_vectors::Search search{values, costs, costs + kCosts, first + kBytes[0]};
+#if defined(QUIP_COSTS16)
+  uint16_t* const costs16 = reinterpret_cast<uint16_t*>(first);
+  int16_t* const integers = reinterpret_cast<int16_t*>(first + kBytes[0] + kBytes[1]);
+  const float unit = kCosts16 ? to_integers(values, V * kStates, integers) : 0;
+  const Search16 search16{integers, costs16, costs16 + kCosts, search.choice};
+#endif
+  for (int64_t i = 0; i < count; ++i, targets += kSequence, states += kSteps) {
+#if defined(QUIP_COSTS16)
+    if constexpr (kCosts16)
+      if (tail_biting16<KV, V, (KV / V > 2)>(search16, targets, unit, states)) continue;
+#endif
+    search_vectors::tail_biting<KV, V>(search, targets, states);
   }
 }
 
-inline void viterbi(const float* target, const float* values, int step_bits, int dim, int32_t* states, void* work) {
-  if (dim == 1) viterbi_of<1>(target, values, step_bits, states, work);
-  if (dim == 2) viterbi_of<2>(target, values, step_bits, states, work);
+template <int V>
+void viterbi_of(const float* targets, int64_t count, const float* values, int step_bits, int32_t* states) {
+  switch (step_bits) {
+    case 1: return encode<1, V>(targets, count, values, states);
+    case 2: return encode<2, V>(targets, count, values, states);
+    case 3: return encode<3, V>(targets, count, values, states);
+    case 4: return encode<4, V>(targets, count, values, states);
+    case 5: return encode<5, V>(targets, count, values, states);
+    case 6: return encode<6, V>(targets, count, values, states);
+    case 7: return encode<7, V>(targets, count, values, states);
+    case 8: return encode<8, V>(targets, count, values, states);
+  }
+}
+
+inline void viterbi(const float* targets, int64_t count, const float* values, int step_bits, int dim, int32_t* states) {
+  if (dim == 1) viterbi_of<1>(targets, count, values, step_bits, states);
+  if (dim == 2) viterbi_of<2>(targets, count, values, step_bits, states);
 }
 
 }  // namespace

@@ -56,9 +56,8 @@ struct Kernels {
   // As panel, for 32 rows of W; scales [m], totals [m][chunks].
   void (*int8_panel)(const Weight& w, int64_t row0, const int8_t* x, const float* scales, const int32_t* totals, int64_t m,
                      float* y, int64_t y_stride);
-  // Tail-biting Viterbi search of one sequence: target[256], values[V][65536], states out [256/V]. work: see
-  // viterbi_bytes().
-  void (*viterbi)(const float* target, const float* values, int step_bits, int vector_dim, int32_t* states, void* work);
+  // Tail-biting Viterbi search of sequences: targets[count][256], values[V][65536], states out [count][256/V].
+  void (*viterbi)(const float* targets, int64_t count, const float* values, int step_bits, int vector_dim, int32_t* states);
   // Exact nearest E8P code of x[8].
   int16_t (*nearest)(const float* x);
   // out[k] = row `row` of the weight, decoded.
@@ -67,10 +66,6 @@ struct Kernels {
   int64_t (*lattice_bytes)(int64_t n, int64_t k, int bits);
   void (*put_rows)(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks);
 };
-
-constexpr int64_t viterbi_bytes(int step_bits, int vector_dim) {
-  return 2 * sizeof(float) * kCosts + int64_t(kSequence / vector_dim) * (kStates >> step_bits);
-}
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();  // the rest exist where kernels/build.py builds them: on x86-64

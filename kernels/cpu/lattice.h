@@ -117,24 +117,24 @@ inline int16_t nearest_e8p(const float* x) {
       norm += y[i] * y[i];
     }
     const float y_odd = negatives & 1;
-    Floats best = splat(-INFINITY);
-    Ints best_row = {};
-    for (int row = 0; row < 256; row += kLanes) {
-      Floats dot = {}, cheapest = splat(INFINITY);
+    RegisterFloats best = -INFINITY - RegisterFloats{};
+    RegisterInts best_row = {};
+    for (int row = 0; row < 256; row += kRegisterLanes) {
+      RegisterFloats dot = {}, cheapest = INFINITY - RegisterFloats{};
       for (int i = 0; i < 8; ++i) {
-        Floats term = load<Floats>(kLattice.absolute[i] + row) * magnitude[i];
+        const RegisterFloats term = load<RegisterFloats>(kLattice.absolute[i] + row) * magnitude[i];
         dot += term;
         cheapest = term < cheapest ? term : cheapest;
       }
-      Floats odd = load<Floats>(kLattice.odd + row);
-      Floats mismatch = odd + y_odd - 2.0f * odd * y_odd;
-      Floats score = dot - 2.0f * mismatch * cheapest - load<Floats>(kLattice.half_norm + row);
-      Ints better = score > best;
+      const RegisterFloats odd = load<RegisterFloats>(kLattice.odd + row);
+      const RegisterFloats mismatch = odd + y_odd - 2.0f * odd * y_odd;
+      const RegisterFloats score = dot - 2.0f * mismatch * cheapest - load<RegisterFloats>(kLattice.half_norm + row);
+      const RegisterInts better = score > best;
       best = better ? score : best;
-      best_row = better ? lanes<Ints>([&](int lane) { return row + lane; }) : best_row;
+      best_row = better ? row + lanes<RegisterInts>([](int lane) { return lane; }) : best_row;
     }
     int lane = 0;
-    for (int i = 1; i < kLanes; ++i)
+    for (int i = 1; i < kRegisterLanes; ++i)
       if (best[i] > best[lane]) lane = i;
     float distance = norm - 2 * best[lane];
     if (!(distance < best_distance)) continue;

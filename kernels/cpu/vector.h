@@ -21,6 +21,11 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
+// Where lanes are compared or shuffled: as wide as the machine's.
+constexpr int kRegisterLanes = kRegisterBytes / 4;
+typedef float RegisterFloats __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t RegisterInts __attribute__((vector_size(kRegisterBytes)));
+
 template <class V, class T>
 inline V load(const T* p) {
   V v;

@@ -11,11 +11,11 @@
 
 namespace quip {
 namespace {
-namespace search_vectors {  // as wide as the tier's registers: split vectors lose their comparisons to scalar code
+namespace search_vectors {
 
-constexpr int kLanes = kRegisterBytes / 4;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+constexpr int kLanes = kRegisterLanes;
+using Floats = RegisterFloats;
+using Ints = RegisterInts;
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr float kForbidden = 1e30f;
@@ -106,9 +106,7 @@ void search(Search s, const float* target, int first, int64_t overlap, int32_t* 
 }
 
 template <int KV, int V>
-void tail_biting(const float* target, const float* values, int32_t* states, void* work) {
-  float* cost = static_cast<float*>(work);
-  Search s{values, cost, cost + kCosts, reinterpret_cast<uint8_t*>(cost + 2 * kCosts)};
+void tail_biting(const Search& s, const float* target, int32_t* states) {
   constexpr int kHalf = kSequence / V / 2;
   search<KV, V>(s, target, kHalf, -1, states);
   search<KV, V>(s, target, 0, states[kHalf] >> KV, states);

@@ -110,8 +110,7 @@ std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& target
   const int64_t steps = kSequence / dim, count = int64_t(targets.size()) / kSequence;
   std::vector<int32_t> states(count * steps);
   parallel(threads, count, [&](int64_t i) {
-    std::vector<float> work(viterbi_bytes(2 * dim, dim) / sizeof(float) + 16);
-    ops.viterbi(targets.data() + i * kSequence, values.data(), 2 * dim, dim, states.data() + i * steps, work.data());
+    ops.viterbi(targets.data() + i * kSequence, 1, values.data(), 2 * dim, dim, states.data() + i * steps);
   });
   return states;
 }
