@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from quip_vllm.quantizer.model import fast_dtype
 from quip_vllm.quantizer.settings import Settings
 
 SELF_SEQUENCES, SELF_SEQUENCE_LENGTH = 64, 256
@@ -66,10 +67,11 @@ def _hub_text(source: str) -> str:
 @torch.inference_mode()
 def _self_written(settings: Settings, model_path: str) -> Tensor:
     """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", use_safetensors=True).eval()
+    dtype = fast_dtype(AutoConfig.from_pretrained(model_path).dtype)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, use_safetensors=True).eval()
     generator = torch.Generator().manual_seed(settings.seed)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     count, length = settings.sequences, settings.sequence_length
@@ -78,6 +80,11 @@ def _self_written(settings: Settings, model_path: str) -> Tensor:
     for _ in tqdm(range(length), desc="the model writes its calibration text", unit="token"):
         out = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
-        latest = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        # torch.multinomial would draw a random number for each token of the vocabulary.
+        sums = out.logits[:, -1].float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        if not torch.isfinite(sums[:, -1]).all():
+            raise ValueError("the model's logits hold a NaN or an infinity: mend its weights")
+        drawn = torch.rand(count, 1, generator=generator, dtype=sums.dtype) * sums[:, -1:]
+        latest = torch.searchsorted(sums, drawn, right=True)
         tokens = torch.cat([tokens, latest], dim=1)
     return tokens[:, 1:].clone()

@@ -38,6 +38,12 @@ class _Stub(nn.Module):
         return (out,) if self.return_tuple else out
 
 
+def fast_dtype(stored: torch.dtype | None) -> torch.dtype:
+    """What a model stored as `stored` runs in: bfloat16 where both it and the CPU's instructions are, else float32."""
+    bf16 = stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 class LayeredModel:
     """The model with every parameter on the meta device until it is asked for.
 
@@ -49,7 +55,7 @@ class LayeredModel:
         tied: whether its weight is that of the input embedding.
         head_name: the embedding's name where tied, else the head's own.
         head_weights: names that its weight may have in the checkpoint; some tied models store it under both.
-        compute_dtype: bfloat16 where both the model and the CPU's matrix instructions are, else float32.
+        compute_dtype: of ``fast_dtype``.
     """
 
     def __init__(self, folder: Path):
@@ -63,8 +69,7 @@ class LayeredModel:
             raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
         if getattr(self.config, "quantization_config", None):
             raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
-        bf16 = self.config.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-        self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.compute_dtype = fast_dtype(self.config.dtype)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.compute_dtype).eval()
         lists = {

@@ -2,10 +2,12 @@
 """Calibration tokens from each source, the same for the same seed."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quip_vllm.quantizer.calibration import calibration_tokens
 
@@ -109,3 +111,13 @@ def test_hub_without_the_package(tokens, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="hub:x needs the package datasets: pip install 'quip-vllm.quantize.'"):
         tokens(calibration="hub:x")
+
+
+def test_self_of_a_broken_model_is_refused(tiny_model, make_settings, tmp_path):
+    folder = shutil.copytree(tiny_model(), tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = make_settings(folder, calibration="self", sequences=2, sequence_length=4)
+    with pytest.raises(ValueError, match="logits hold a NaN or an infinity: mend its weights"):
+        calibration_tokens(settings, str(folder))
