@@ -14,7 +14,6 @@ gemm_check.cpp. `make sanitize` runs them.
 """
 
 import argparse
-import fcntl
 import os
 import platform
 import shutil
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
     makers = {"cpu": _cpu, "cuda": _cuda, "emulator": _emulator}
-    return max(_run_alone(makers[part](compiler, args.sanitize)) for part in parts)
+    return max(_run(makers[part](compiler, args.sanitize)) for part in parts)
 
 
 def _cpu(compiler: str, sanitizer: str | None) -> Build:
@@ -159,20 +158,13 @@ def _flags(sanitizer: str | None, optimize: str = "-O3") -> list[str]:
     return ["-std=c++20", *sanitized, "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
-def _run_alone(build: Build) -> int:
-    """As _run, after whoever else builds in that folder: the tests run in several processes."""
-    build.folder.mkdir(parents=True, exist_ok=True)
-    with open(build.folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _run(build)
-
-
 def _run(build: Build) -> int:
     newest = max(path.stat().st_mtime for path in [*build.sources, Path(__file__)])
     if all(target.exists() and target.stat().st_mtime > newest for target in build.links):
         for target in build.links:
             print(f"{target.relative_to(ROOT)} is up to date")
         return 0
+    build.folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         commands = [[*command, "-c", "-o", f"{name}.o"] for name, command in build.objects.items()]
         if any(pool.map(lambda command: subprocess.run(command, cwd=build.folder).returncode, commands)):
