@@ -3,12 +3,14 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +71,21 @@ def tiny_model(tmp_path_factory):
         return made[key]
 
     return tiny_model
+
+
+@pytest.fixture
+def damaged(tiny_model, tmp_path):
+    """damaged(change): a copy of the tiny model whose tensors went through ``change``."""
+
+    def damaged(change):
+        folder = tmp_path / "damaged"
+        shutil.copytree(tiny_model(), folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return damaged
 
 
 @pytest.fixture(scope="session")

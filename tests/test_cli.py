@@ -8,7 +8,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from quip_vllm import __version__
@@ -43,21 +42,6 @@ def refusal(capsys):
         return spoken[0].partition(": ")[2]
 
     return refusal
-
-
-@pytest.fixture
-def damaged(tiny_model, tmp_path):
-    """damaged(change): a copy of the tiny model whose tensors went through ``change``."""
-
-    def damaged(change):
-        folder = tmp_path / "damaged"
-        shutil.copytree(tiny_model(), folder)
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-
-    return damaged
 
 
 def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, capsys):

@@ -2,12 +2,10 @@
 """Calibration tokens from each source, the same for the same seed."""
 
 import json
-import shutil
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from quip_vllm.quantizer.calibration import calibration_tokens
 
@@ -113,11 +111,8 @@ def test_hub_without_the_package(tokens, monkeypatch):
         tokens(calibration="hub:x")
 
 
-def test_self_of_a_broken_model_is_refused(tiny_model, make_settings, tmp_path):
-    folder = shutil.copytree(tiny_model(), tmp_path / "broken")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"].fill_(float("nan"))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+def test_self_of_a_broken_model_is_refused(damaged, make_settings):
+    folder = damaged(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
     settings = make_settings(folder, calibration="self", sequences=2, sequence_length=4)
     with pytest.raises(ValueError, match="logits hold a NaN or an infinity: mend its weights"):
         calibration_tokens(settings, str(folder))
