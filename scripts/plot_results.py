@@ -34,7 +34,7 @@ def main() -> int:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
     scripts = {serving: "bench_serving", kernels: "bench_kernels", instructions: "cuda_static"}
     drawings = {f"cpu_{what.__name__}{tier}": what for what in (serving, kernels) for tier in ("", "_avx2")}
-    drawings |= {"cuda_static": instructions}
+    drawings["cuda_static"] = instructions
     for name, draw in drawings.items():
         source, target = folder / f"{name}.csv", folder / f"{name}.png"
         if source.exists():

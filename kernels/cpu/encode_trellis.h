@@ -21,7 +21,7 @@ void encode(const float* targets, int64_t count, const float* values, int32_t* s
   std::vector<Line> work((kBytes[0] + kBytes[1] + kBytes[2]) / 64);
   uint8_t* const first = work.data()->bytes;
   float* const costs = reinterpret_cast<float*>(first);
-  const search_vectors::Search search{values, costs, costs + kCosts, first + kBytes[0]};
+  const Search search{values, costs, costs + kCosts, first + kBytes[0]};
 #if defined(QUIP_COSTS16)
   uint16_t* const costs16 = reinterpret_cast<uint16_t*>(first);
   int16_t* const integers = reinterpret_cast<int16_t*>(first + kBytes[0] + kBytes[1]);
@@ -33,7 +33,7 @@ void encode(const float* targets, int64_t count, const float* values, int32_t* s
     if constexpr (kCosts16)
       if (tail_biting16<KV, V, (KV / V > 2)>(search16, targets, unit, states)) continue;
 #endif
-    search_vectors::tail_biting<KV, V>(search, targets, states);
+    tail_biting<KV, V>(search, targets, states);
   }
 }
 

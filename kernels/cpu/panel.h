@@ -10,17 +10,15 @@ namespace quip {
 namespace {
 
 constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together
-
-typedef float Register __attribute__((vector_size(kRegisterBytes)));
 constexpr int kTogether = kRegisterBytes == 64 ? kRowBlock : 1;  // rows of x whose sums are in registers
-constexpr int kRegisters = sizeof(Floats) / sizeof(Register);
+constexpr int kRegisters = sizeof(Floats) / sizeof(RegisterFloats);
 
 // y[r, i] += <W row i, x row r> for i < 4, r < M. Each element is summed in the same order for every M.
 template <int M>
 inline void multiply(const float* w, const float* x, int64_t stride, int columns, float* y, int64_t y_stride) {
   constexpr int kRows = M < kTogether ? M : kTogether;
   for (int r0 = 0; r0 < M; r0 += kRows) {
-    Register acc[kRowBlock][kRows][kRegisters] = {};
+    RegisterFloats acc[kRowBlock][kRows][kRegisters] = {};
     for (int c = 0; c < columns; c += kLanes)
 #pragma GCC unroll 4
       for (int i = 0; i < kRowBlock; ++i)
@@ -29,7 +27,7 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
 #pragma GCC unroll 2
           for (int v = 0; v < kRegisters; ++v) {
             const int at = c + v * kLanes / kRegisters;
-            acc[i][r][v] += load<Register>(w + i * kPanelColumns + at) * load<Register>(x + (r0 + r) * stride + at);
+            acc[i][r][v] += load<RegisterFloats>(w + i * kPanelColumns + at) * load<RegisterFloats>(x + (r0 + r) * stride + at);
           }
     for (int i = 0; i < kRowBlock; ++i)
       for (int r = 0; r < kRows; ++r) y[(r0 + r) * y_stride + i] += sum(load<Floats>(&acc[i][r]));

@@ -11,12 +11,8 @@
 
 namespace quip {
 namespace {
-namespace search_vectors {
 
-constexpr int kLanes = kRegisterLanes;
-using Floats = RegisterFloats;
-using Ints = RegisterInts;
-typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint8_t LaneBytes __attribute__((vector_size(kRegisterLanes)));  // one a lane
 
 constexpr float kForbidden = 1e30f;
 
@@ -31,10 +27,10 @@ struct Search {
 };
 
 template <int V>
-inline Floats branch(const float* values, const float* x, int64_t state) {
-  Floats total = {};
+inline RegisterFloats branch(const float* values, const float* x, int64_t state) {
+  RegisterFloats total = {};
   for (int v = 0; v < V; ++v) {
-    Floats d = load<Floats>(values + int64_t(v) * kStates + state) - x[v];
+    RegisterFloats d = load<RegisterFloats>(values + int64_t(v) * kStates + state) - x[v];
     total += d * d;
   }
   return total;
@@ -44,30 +40,30 @@ template <int KV, int V>
 void step(const Search& s, const float* x, uint8_t* choice) {
   constexpr int kBranches = 1 << KV;
   constexpr int64_t kGroups = kStates >> KV;
-  Ints lane_of[kBranches < kLanes ? kBranches : 1] = {};
-  for (int i = 0; i < kBranches && kBranches < kLanes; ++i)
-    for (int lane = 0; lane < kLanes; ++lane) lane_of[i][lane] = (i * kLanes + lane) >> KV;
-  for (int64_t g = 0; g < kGroups; g += kLanes) {
-    Floats best = load<Floats>(s.cost + place(g));
-    Ints chosen = {};
+  RegisterInts lane_of[kBranches < kRegisterLanes ? kBranches : 1] = {};
+  for (int i = 0; i < kBranches && kBranches < kRegisterLanes; ++i)
+    for (int lane = 0; lane < kRegisterLanes; ++lane) lane_of[i][lane] = (i * kRegisterLanes + lane) >> KV;
+  for (int64_t g = 0; g < kGroups; g += kRegisterLanes) {
+    RegisterFloats best = load<RegisterFloats>(s.cost + place(g));
+    RegisterInts chosen = {};
 #pragma GCC unroll 16
     for (int c = 1; c < kBranches; ++c) {
-      Floats cost = load<Floats>(s.cost + place(c * kGroups + g));
-      Ints less = cost < best;
+      RegisterFloats cost = load<RegisterFloats>(s.cost + place(c * kGroups + g));
+      RegisterInts less = cost < best;
       best = less ? cost : best;
-      chosen = less ? c - Ints{} : chosen;
+      chosen = less ? c - RegisterInts{} : chosen;
     }
-    store(choice + g, __builtin_convertvector(chosen, Bytes));
-    alignas(64) float each[kLanes];
-    if constexpr (kBranches >= kLanes) store(each, best);
+    store(choice + g, __builtin_convertvector(chosen, LaneBytes));
+    alignas(64) float each[kRegisterLanes];
+    if constexpr (kBranches >= kRegisterLanes) store(each, best);
 #pragma GCC unroll 16
     for (int i = 0; i < kBranches; ++i) {
-      Floats from;
-      if constexpr (kBranches < kLanes)
+      RegisterFloats from;
+      if constexpr (kBranches < kRegisterLanes)
         from = __builtin_shuffle(best, lane_of[i]);
       else
-        from = each[i * kLanes >> KV] - Floats{};
-      int64_t state = (g << KV) + i * kLanes;
+        from = each[i * kRegisterLanes >> KV] - RegisterFloats{};
+      int64_t state = (g << KV) + i * kRegisterLanes;
       store(s.next + place(state), from + branch<V>(s.values, x, state));
     }
   }
@@ -94,7 +90,7 @@ void search(Search s, const float* target, int first, int64_t overlap, int32_t* 
   constexpr int64_t kGroups = kStates >> KV;
   constexpr int kSteps = kSequence / V;
   const auto at = [&](int i) { return target + (i + first) % kSteps * V; };
-  for (int64_t t = 0; t < kStates; t += kLanes) store(s.cost + place(t), branch<V>(s.values, at(0), t));
+  for (int64_t t = 0; t < kStates; t += kRegisterLanes) store(s.cost + place(t), branch<V>(s.values, at(0), t));
   if (overlap >= 0)
     for (int64_t t = 0; t < kStates; ++t)
       if (t >> KV != overlap) s.cost[place(t)] = kForbidden;
@@ -112,6 +108,5 @@ void tail_biting(const Search& s, const float* target, int32_t* states) {
   search<KV, V>(s, target, 0, states[kHalf] >> KV, states);
 }
 
-}  // namespace search_vectors
 }  // namespace
 }  // namespace quip

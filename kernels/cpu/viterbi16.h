@@ -135,7 +135,6 @@ template <int KV, int V, bool kDouble, class Cost, class Out>
 template <int KV, int V, bool kDouble>
 uint16_t step16(const Search16& s, const Wide16* x, uint16_t taken_off, uint8_t* choice) {
   constexpr int64_t kGroups = kStates >> KV;
-  using search_vectors::place;
   const Spread16<KV> spread;
   Wide16 lowest = splat16(-1);
   for (int64_t g = 0; g < kGroups; g += kWide)
@@ -151,7 +150,6 @@ template <int KV, int V, bool kDouble>
 uint16_t two_steps16(const Search16& s, const Wide16* x, uint16_t taken_off, uint8_t* choice) {
   constexpr int kBranches = 1 << KV;
   constexpr int64_t kGroups = kStates >> KV, kRuns = kGroups >> KV;
-  using search_vectors::place;
   const Spread16<KV> spread;
   alignas(64) uint16_t between[kBranches][kBranches * kWide];
   Wide16 lowest = splat16(-1), unused = lowest;
@@ -180,10 +178,10 @@ void search16(Search16 s, const int16_t* target, int first, int64_t overlap, int
     for (int v = 0; v < 2 * V; ++v) x[v] = splat16(target[((i + first) * V + v) % kSequence]);
   };
   set_targets(0);
-  for (int64_t t = 0; t < kStates; t += kWide) store(s.cost + search_vectors::place(t), branch16<V, kDouble>(s.values, x, t));
+  for (int64_t t = 0; t < kStates; t += kWide) store(s.cost + place(t), branch16<V, kDouble>(s.values, x, t));
   if (overlap >= 0)
     for (int64_t t = 0; t < kStates; ++t)
-      if (t >> KV != overlap) s.cost[search_vectors::place(t)] = 65535;
+      if (t >> KV != overlap) s.cost[place(t)] = 65535;
   uint16_t lowest = 0;
   for (int i = 1, steps; i < kSteps; i += steps) {
     constexpr bool kPairs = KV <= 4;  // beyond, what lies between does not fit that cache
@@ -195,7 +193,7 @@ void search16(Search16 s, const int16_t* target, int first, int64_t overlap, int
     if (steps == 1) lowest = step16<KV, V, kDouble>(s, x, forbidden ? 0 : lowest, s.choice + i * kGroups);
     std::swap(s.cost, s.next);
   }
-  search_vectors::trace_back<KV, kSteps>(s.cost, s.choice, overlap, states);
+  trace_back<KV, kSteps>(s.cost, s.choice, overlap, states);
 }
 
 // Values to integers; returns how many of them are 1.
