@@ -21,6 +21,17 @@ def activations() -> str | None:
     return wanted
 
 
+def dense_rows() -> int:
+    """QUIP_VLLM_DENSE_ROWS: rows of x from which the CUDA backend decodes a whole layer, for cuBLAS to multiply by.
+
+    256 unless set. 0 is never: then a row's bits do not depend on how many rows there are.
+    """
+    wanted = os.environ.get("QUIP_VLLM_DENSE_ROWS") or "256"
+    if not wanted.isdecimal():
+        raise ValueError(f"QUIP_VLLM_DENSE_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
+    return int(wanted)
+
+
 def triton_tune() -> bool:
     """QUIP_VLLM_TRITON_TUNE: 1 takes the fastest shapes of the Triton kernels, timed at load; unset or 0: a table's."""
     wanted = os.environ.get("QUIP_VLLM_TRITON_TUNE") or "0"

@@ -4,14 +4,16 @@
 Usage: python scripts/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...] [--csv FILE]
            [--backends cuda triton]
 
-A row a format, size (outputs x inputs), number of rows and backend: median time of a call within a CUDA graph, after
-the cache of the GPU was overwritten; torch's fp16 matmul of the same shape, measured likewise in the same run; and the
-bound, packed bytes over the bandwidth of a device-to-device copy measured here. Ratios are to those two. Needs a GPU.
+A row a format, size (outputs x inputs), number of rows and backend: the time of a call in a CUDA graph of calls, each
+with weights of its own, four times what the cache of the GPU holds in all, as the layers of a model follow one another;
+torch's fp16 matmul of the same shape, measured likewise in the same run; and the bound, packed bytes over the bandwidth
+of a kernel that copies, measured here. Ratios are to those two. Needs a GPU.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,13 +69,14 @@ def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_
     generator = torch.Generator().manual_seed(0)
     layer = random_layer(spec, random_signs(k, generator), generator)
     prepared = backend.prepare(spec, {key: tensor.cuda() for key, tensor in layer.items()})
-    dense = torch.randn(n, k, device="cuda", dtype=torch.float16)
     packed = n * k * spec.bits // 8
+    layers = [{**prepared, "packed": prepared["packed"].clone()} for _ in range(copies(packed))]
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(copies(2 * n * k))]
     found = []
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        ours = seconds(lambda x=x: backend.linear(spec, x, prepared))
-        cublas = seconds(lambda x=x: x @ dense.T)
+        ours = seconds([partial(backend.linear, spec, x, tensors) for tensors in layers])
+        cublas = seconds([partial(torch.matmul, x, weight.T) for weight in dense])
         bound = packed / (copy_gb_s * 1e9)
         row = {"backend": backend.name, "format": name, "n": n, "k": k, "rows": m, "packed_bytes": packed}
         row |= {"microseconds": ours * 1e6, "cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
@@ -81,31 +84,35 @@ def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_
     return found
 
 
-def seconds(call: Callable[[], Tensor], repeats: int = 30) -> float:
-    """Median time of a call in a CUDA graph; between calls 256 MiB are written, more than any GPU's cache holds."""
-    call()
+def copies(size: int) -> int:
+    """Weights of `size` bytes that are four times the GPU's cache, or 64 of them: no call finds its own there."""
+    return min(64, 4 * torch.cuda.get_device_properties(0).L2_cache_size // size + 2)
+
+
+def seconds(calls: Sequence[Callable[[], Tensor]], repeats: int = 11) -> float:
+    """Median time of a call in a CUDA graph of all."""
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+        for call in calls:
+            call()
     times = []
     for _ in range(repeats):
-        flush.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
     return median(times)
 
 
 def copy_speed() -> float:
-    """Bytes a second that a copy on the device reads and writes together."""
-    source = torch.empty(1 << 29, dtype=torch.int8, device="cuda")
+    """Bytes a second that a kernel reads and writes together (copies between buffers are slower, by other engines)."""
+    source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / seconds([lambda: torch.neg(source, out=target)])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -126,7 +127,13 @@ Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor
 }
 
 // Whether the floats that a row takes fit in shared memory.
-bool fits(int work) { return (work + kLanes) * int(sizeof(float)) <= kSharedLimit; }
+bool fits(int work) { return (work + 2 * kLanes) * int(sizeof(float)) <= kSharedLimit; }
+
+// Weights that are decoded as a whole: their memory is twice that in bytes.
+constexpr int64_t kDenseLimit = int64_t(1) << 28;
+
+// Slices of a rotation of m rows: where these fill a GPU, slices only read the row again.
+int slices_of(int64_t m, bool can) { return can && m <= 128 ? kSlices : 1; }
 
 const void* bias_of(const Tensor& bias, const Tensor& x, int64_t n) {
   STD_TORCH_CHECK(bias.numel() == n && bias.is_contiguous() && bias.device() == x.device(), "bias has ", bias.numel(),
@@ -144,11 +151,48 @@ bool fuses(const Gemm& g, const RotateOut& out) {
   return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.segments, same);
 }
 
+// a b^T of fp16 matrices, float.
+Tensor multiply(const Tensor& a, const Tensor& b) {
+#if defined(__CUDACC__)
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
+                                    torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
+                                    torch::stable::detail::from(ScalarType::Float)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+#else
+  const auto floats = [](const Tensor& t) { return torch::stable::to(t, ScalarType::Float); };
+  return torch::stable::matmul(floats(a), torch::stable::transpose(floats(b), 0, 1));
+#endif
+}
+
+// The layer by way of its whole weight in fp16, which is gone again afterwards.
+std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeInfo& info, const Gemm& g, RotateIn in,
+                           RotateOut out, device::Stream stream) {
+  const int64_t m = in.m, columns = int64_t(g.chunks) * kChunk;
+  Memory scales(x, m), totals(x, 2 * m * in.slices), in_scratch(x, fits(in.work) ? 0 : m * in.slices * in.work);
+  Memory out_scratch(x, fits(out.work) ? 0 : m * out.segments * out.slices * out.work);
+  Tensor rotated = torch::stable::new_empty(x, {m, columns}, ScalarType::Half);
+  Tensor weight = torch::stable::new_empty(x, {int64_t(g.tiles) * kTile, columns}, ScalarType::Half);
+  in.order = XOrder::kRows, in.out = static_cast<unsigned char*>(rotated.mutable_data_ptr());
+  in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
+  in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
+  DecodeDense d{g.packed,    g.table, g.table_stride, g.tiles, g.chunks, info.offset, static_cast<uint16_t*>(weight.mutable_data_ptr()),
+                g.segments, {}};
+  std::copy(g.segment, g.segment + g.segments, d.segment);
+  std::string problem = rotate_in(in, stream);
+  if (problem.empty()) problem = entry.dense(d, stream);
+  if (!problem.empty()) return problem;
+  const Tensor product = multiply(rotated, weight);
+  out.partial = product.const_data_ptr<float>(), out.splits = 1, out.out.offset = 0, out.out.scales = in.scales;
+  return rotate_out(out, stream);
+}
+
 // x [m][k] -> [m][n], plus bias [n], if there is one; shape: chunks of a split, then warps along n and depth for 1, up to 8,
-// up to 16 and more rows.
+// up to 16 and more rows; dense_rows: from how many on the weight is decoded as a whole, and cuBLAS multiplies; 0 is never.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
                    std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
-                   std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape) {
+                   std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape,
+                   int64_t dense_rows) {
   const CodeInfo info = info_of(code, bits);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
@@ -199,35 +243,48 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   in.x = x.const_data_ptr(), in.type = type, in.su = floats(su, x, k, "su");
   in.rotation = rotation_of(bases[0], widths[0], k, x);
   in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
-  in.work = int(in.rotation.q > 1 ? 2 * k : k);
+  const bool aligned = reinterpret_cast<uintptr_t>(in.x) % 16 == 0;
+  in.slices = slices_of(m, aligned && in.rotation.p % kSlices == 0 && info.order != XOrder::kBytes);
+  in.early = code.ends_with("_large");
+  in.growth = int(std::ceil(std::log2(double(in.rotation.q) * in.rotation.p)));
+  in.work = int((in.rotation.q > 1 ? 2 * k : k) / in.slices);
   RotateOut out{};
   out.out.offset = info.offset, out.out.sv = floats(sv, x, n, "sv");
   if (bias) out.out.bias = bias_of(*bias, x, n), out.out.bias_type = type_of(*bias, "bias");
   out.out.y = y.mutable_data_ptr(), out.out.type = type, out.out.n = int(n);
   out.splits = g.splits, out.m = int(m), out.stride = int(tiles * kTile), out.split_stride = m * tiles * kTile;
   out.integers = info.order == XOrder::kBytes;
+  out.slices = kSlices;
   int start = 0;
   for (int64_t i = 0; i < parts; ++i) {
     const int size = int(output_sizes[i]);
     const Rotation rotation = rotation_of(bases[i + 1], widths[i + 1], size, x);
     out.part[i] = {rotation, start, size, unit_of(info, rotation)};
     out.work = std::max(out.work, size);
+    out.slices = std::min(out.slices, slices_of(m, start % kSlices == 0 && rotation.p % kSlices == 0));
     start += size;
   }
-  out.segments = int(parts);
+  out.segments = int(parts), out.work /= out.slices;
+
+  const device::Stream stream = current_stream(x);
+  if (dense_rows > 0 && m >= dense_rows && entry.dense && tiles * kTile * chunks * kChunk <= kDenseLimit) {
+    const std::string problem = multiply_dense(x, entry, info, g, in, out, stream);
+    STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
+    return y;
+  }
 
   const bool fused = fuses(g, out);
   Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
   Memory partial(x, fused ? 0 : g.splits * out.split_stride);
-  Memory scales(x, 2 * m), in_scratch(x, fits(in.work) ? 0 : m * in.work);
-  Memory out_scratch(x, fused || fits(out.work) ? 0 : m * parts * out.work);
+  Memory scales(x, m), totals(x, 2 * m * in.slices), in_scratch(x, fits(in.work) ? 0 : m * in.slices * in.work);
+  Memory out_scratch(x, fused || fits(out.work) ? 0 : m * parts * out.slices * out.work);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
   g.partial = partial.floats, out.partial = partial.floats;
-  in.scales = scales.floats, in.totals = scales.floats + m, out.out.scales = in.scales, out.out.totals = in.totals;
+  in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
+  out.out.scales = in.scales, out.out.totals = in.totals, out.out.slices = in.slices;
   if (fused) g.width = out.part[0].rotation.p, g.unit = out.part[0].unit, g.out = out.out;
   in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
 
-  const device::Stream stream = current_stream(x);
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.run(g, stream);
   if (problem.empty() && !fused) problem = rotate_out(out, stream);
@@ -254,11 +311,11 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   RotateOut out{};
   const Rotation rotation = rotation_of(base, width, k, ids);
   out.part[0] = {rotation, 0, int(k), unit_of(info, rotation)}, out.segments = 1, out.work = int(k);
-  Memory decoded(su, m * k), scales(su, 2 * m), scratch(su, fits(out.work) ? 0 : m * k);
+  out.slices = slices_of(m, rotation.p % kSlices == 0), out.work /= out.slices;
+  Memory decoded(su, m * k), scales(su, m), scratch(su, fits(out.work) ? 0 : m * k);
   d.out = decoded.floats, d.scales = scales.floats;
   out.partial = decoded.floats, out.splits = 1, out.m = int(m), out.stride = int(k);
-  // The offset is off already: a total is multiplied by zero.
-  out.out.scales = scales.floats, out.out.totals = scales.floats, out.out.sv = floats(su, ids, k, "su");
+  out.out.scales = scales.floats, out.out.sv = floats(su, ids, k, "su");  // the offset is off already
   out.out.y = y.mutable_data_ptr(), out.out.type = type_of(y), out.out.n = int(k);
   out.scratch = fits(out.work) ? nullptr : scratch.floats;
   const device::Stream stream = current_stream(ids);

@@ -17,6 +17,7 @@
 #pragma once
 #include "device.h"
 #include "layout.h"
+#include "table_copies.h"
 
 namespace quip {
 
@@ -40,9 +41,7 @@ struct LatticeTables {
         copy(4 * (device::lane_index() & (kCopies - 1))),
         number(static_cast<const uint32_t*>(tables)[3 * 256]) {}
   DEVICE static void fill(unsigned char* memory, const void* tables) {
-    uint32_t* copies = reinterpret_cast<uint32_t*>(memory);
-    for (int i = threadIdx.x; i < kTableBytes / 4; i += blockDim.x)
-      copies[i] = static_cast<const uint32_t*>(tables)[i / kCopies];
+    fill_copies<kTables * 256, kCopies>(memory, [tables](int i) { return static_cast<const uint32_t*>(tables)[i]; });
   }
 
   DEVICE static void follow(Words&) {}  // a lane has whole codes

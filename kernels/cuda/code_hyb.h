@@ -3,6 +3,7 @@
 // first. The small table has 16 copies, side by side, so that two lanes at most meet in a bank; 32 KB. The large one has a
 // copy a lane and 1024 rows, the second half with the sign applied: no conflicts, an operation less, 128 KB.
 #pragma once
+#include "table_copies.h"
 #include "trellis_stream.h"
 
 namespace quip {
@@ -15,9 +16,9 @@ struct HybTable : TrellisCode<bits> {
   // lut: fp16 [512][2], 32 bits a row.
   DEVICE HybTable(const unsigned char* memory, const void*) : table(memory + 4 * (threadIdx.x % kCopies)) {}
   DEVICE static void fill(unsigned char* memory, const void* lut) {
-    uint32_t* copies = reinterpret_cast<uint32_t*>(memory);
-    for (int i = threadIdx.x; i < kRows * kCopies; i += blockDim.x)
-      copies[i] = static_cast<const uint32_t*>(lut)[i / kCopies % 512] ^ (i / kCopies < 512 ? 0 : 0x8000u);
+    fill_copies<kRows, kCopies>(memory, [lut](int i) {
+      return static_cast<const uint32_t*>(lut)[i % 512] ^ (i < 512 ? 0 : 0x8000u);
+    });
   }
 
   template <int half>

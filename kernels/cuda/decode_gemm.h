@@ -80,7 +80,9 @@ struct Loader {
   }
 
   // The next stage, whole: what lies behind a split's last chunk is copied, not used (packed and x are longer for that).
-  DEVICE void load(unsigned char* stage) {
+  DEVICE void load(unsigned char* stage) { load_words(stage), load_x(stage); }
+
+  DEVICE void load_words(unsigned char* stage) {
     unsigned char* words = stage + to;
 #pragma unroll
     for (int j = 0; j < kDepth; j += kChunks) {
@@ -91,6 +93,11 @@ struct Loader {
                            from[i] + j * kWarpsK * (chunk_bytes<Code>() / 4));
       }
     }
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) from[i] += kDepth * kWarpsK * (chunk_bytes<Code>() / 4);
+  }
+
+  DEVICE void load_x(unsigned char* stage) {
     unsigned char* rows = stage + x_to;
     const unsigned char* from_x = x;
     int left = x_units;
@@ -110,8 +117,6 @@ struct Loader {
       if (left > 0) copy(0);
     }
     x += x_bytes;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) from[i] += kDepth * kWarpsK * (chunk_bytes<Code>() / 4);
   }
 };
 
@@ -185,7 +190,7 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
   float* const v = reinterpret_cast<float*>(memory);
 #pragma unroll 1
   for (int row = warp_k; row < rows; row += kWarpsK)
-    v[row * stride + first + lane] = centred(g.out, exchange[row * stride + lane], row0 + row);
+    v[row * stride + first + lane] = centred(g.out, exchange[row * stride + lane], total_of(g.out, row0 + row));
   device::sync_block();
   walsh<8 * kColumnTiles>(v, g.warps_n * kRowTiles * kTile, stride, g.width);
   if (output >= min(end_tile * kTile, g.out.n)) return;
@@ -202,7 +207,6 @@ KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code
   int s = 0;
   while (s + 1 < g.segments && int(blockIdx.x) >= g.segment[s + 1].first_block) ++s;
   const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
-  Code::fill(memory, table);
   const Code code(memory, table);
 
   const int end_tile = g.segment[s].end_tile;
@@ -229,9 +233,18 @@ KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code
   }
   Sums<Code, kColumnTiles> sums = {};
 
+  // What does not need x may be done before rotate_in has written it. Where a multiprocessor has many of these blocks they
+  // start late: among blocks of rotate_in they would not spread evenly.
+  device::start_next();
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (chunks > i * kStageChunks) loader.load(ring + i * size);
+    if (chunks > i * kStageChunks) loader.load_words(ring + i * size);
+  }
+  Code::fill(memory, table);
+  device::wait_for_writes();
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (chunks > i * kStageChunks) loader.load_x(ring + i * size);
     device::copy_commit();
   }
   const auto multiply = [&](const unsigned char* packed, const unsigned char* rows_of_x) {
@@ -310,12 +323,13 @@ int gemm_shared_bytes(int rows, int warps_n, int depth) {
 struct GemmEntry {
   std::string (*run)(Gemm, device::Stream);
   int (*shared)(int rows, int warps_n, int depth);
-  std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers
+  std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers, as the next
+  std::string (*dense)(const DecodeDense&, device::Stream);
 };
 template <class Few, class Many>
 GemmEntry entry_for() {
-  GemmEntry entry{run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr};
-  if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>;
+  GemmEntry entry{run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr, nullptr};
+  if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>, entry.dense = run_dense<Many>;
   return entry;
 }
 template <template <int> class Few, template <int> class Many, int first, int last>

@@ -27,20 +27,25 @@ struct RotateIn {
   Rotation rotation;
   int m, k, chunks;
   XOrder order;
+  int slices;          // 1 or kSlices (rotation.cu), which divides p; with int8 1
+  bool early;          // whether decode_gemm may start as early as it can, see there
+  int growth;          // log2 of q p, rounded up
   unsigned char* out;  // layout.h
   float* scales;       // [m]: rotated x = scale * out
-  float* totals;       // [m]: sum of out, as float, or as the bits of an int32 for int8
-  float* scratch;      // [m][work] where shared memory is too small, else null
-  int work;            // floats a row: k, twice that if q > 1
+  int64_t* totals;     // [m][slices]: sums of out, exact: of int8, or in units of 2^-24
+  float* scratch;      // [m][slices][work] where shared memory is too small, else null
+  int work;            // floats of a slice: k / slices, twice that if q > 1
 };
 
 // Where sums become outputs (output.h).
 struct Output {
-  float offset;                  // what the code's numbers are too large by
-  const float *scales, *totals;  // [m], of rotate_in
-  const float* sv;               // [n]
-  const void* bias;              // [n], or null
-  void* y;                       // [m][n]
+  float offset;           // what the code's numbers are too large by
+  const float* scales;    // [m], of rotate_in
+  const int64_t* totals;  // [m][slices], of rotate_in
+  int slices;
+  const float* sv;   // [n]
+  const void* bias;  // [n], or null
+  void* y;           // [m][n]
   Type bias_type, type;
   int n;
 };
@@ -76,14 +81,15 @@ struct RotateOut {
   int64_t split_stride;
   bool integers;
   Output out;
+  int slices;  // 1 or kSlices (rotation.cu), which divides every p and start
   int segments;
   struct Part {
     Rotation rotation;
     int start, size;  // in y, and in partial
     float unit;       // with the rotation's norm
   } part[kMaxSegments];
-  float* scratch;  // [m][segments][work] where shared memory is too small, else null
-  int work;
+  float* scratch;  // [m][segments][slices][work] where shared memory is too small, else null
+  int work;        // floats of a slice of the largest projection
 };
 
 // Rows ids[0..m) of the weight, decoded, float [m][k], less the code's offset; an id that is not there makes the scale a NaN.
@@ -99,8 +105,23 @@ struct DecodeRows {
   float* scales;  // [m]: sv of the row
 };
 
+// The whole weight, decoded, less the code's offset: fp16 [16 * tiles][64 * chunks].
+struct DecodeDense {
+  const uint32_t* packed;  // layout.h
+  const void* table;
+  int64_t table_stride;
+  int tiles, chunks;
+  float offset;
+  uint16_t* out;
+  int segments;
+  Segment segment[kMaxSegments];
+};
+
 std::string rotate_in(const RotateIn& r, device::Stream stream);
 std::string rotate_out(const RotateOut& r, device::Stream stream);
+
+// Thread blocks that a row's rotation is cut in, where it can be.
+constexpr int kSlices = 8;
 
 // Column tiles of 8 rows of x that a kernel is compiled for.
 constexpr int column_tiles_of(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 8; }

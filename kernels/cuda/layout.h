@@ -35,7 +35,8 @@ constexpr int kBlock = 64;      // bytes of a block of x
 constexpr int kNever = 1 << 10;  // a depth that no kernel has
 constexpr int kMaxSegments = 16;
 
-enum class XOrder : int { kTrellis, kLattice, kBytes };
+// kRows: x as a matrix, for a product that is not ours: [row][64 * chunks] in fp16.
+enum class XOrder : int { kTrellis, kLattice, kBytes, kRows };
 
 // Bytes of a row of x in a chunk.
 constexpr int row_bytes(XOrder order) { return order == XOrder::kBytes ? 4 * kBlock : 2 * kBlock; }

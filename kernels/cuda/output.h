@@ -49,10 +49,20 @@ DEVICE float read(const void* from, Type type, int64_t i) {
   return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
 }
 
+// The sum of a row of rotated x, exact.
+DEVICE int64_t total_of(const Output& out, int row) {
+  int64_t total = 0;
+#pragma unroll 8
+  for (int i = 0; i < out.slices; ++i) total += out.totals[int64_t(row) * out.slices + i];
+  return total;
+}
+
 // A row's sum, less what the code's numbers are too large by; integers: modulo 2^32, for the result is below 2^31.
-DEVICE float centred(const Output& out, float sum, int row) { return fmaf(-out.offset, out.totals[row], sum); }
-DEVICE float centred(const Output& out, int32_t sum, int row) {
-  return float(int32_t(uint32_t(sum) - uint32_t(int(out.offset)) * device::bits_of(out.totals[row])));
+DEVICE float centred(const Output& out, float sum, int64_t total) {
+  return fmaf(-out.offset, float(total) * 0x1p-24f, sum);
+}
+DEVICE float centred(const Output& out, int32_t sum, int64_t total) {
+  return float(int32_t(uint32_t(sum) - uint32_t(int(out.offset)) * uint32_t(total)));
 }
 
 // Writes an element of y; unit: what a rotated sum is multiplied by, beside the row's scale and sv.

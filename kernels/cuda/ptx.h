@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The machine under nvcc (device.h says what it is). All inline PTX of the project is here, one instruction a function.
-// tests/kernels/test_wrappers.py compares each with the emulator and with NumPy.
+// tests/ptx interprets each as nvcc compiled it, beside NumPy.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -52,6 +52,11 @@ DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
 DEVICE uint16_t to_half(float v) {
   uint16_t d;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(v));
+  return d;
+}
+DEVICE uint32_t to_halves(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
 DEVICE float from_half(uint16_t v) {
@@ -109,6 +114,9 @@ DEVICE Uint4 load16(const void* from) {
   return {v.x, v.y, v.z, v.w};
 }
 
+// 16 bytes to an address aligned to 16.
+DEVICE void store16(void* to, const Uint4& v) { *static_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w); }
+
 // A lane's `count` words of those of 32 lanes, which begin at a multiple of 16 bytes: parts of 4, then 2, then 1 word for
 // each lane, [part][lane][words of the part], a load a part.
 template <int count, int size>
@@ -127,13 +135,38 @@ DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size]) {
   if constexpr (count % 2) words[count - 1] = first[32 * (count - 1) + lane];
 }
 
+// Until the kernels before this one in its stream have written all: what a kernel does before it overlaps with them. GPUs
+// before compute capability 9.0 start a kernel after that.
+DEVICE void wait_for_writes() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start, once every block of this one has come here or ended.
+DEVICE void start_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 using Stream = cudaStream_t;
 
-template <class Kernel, class... Args>
-std::string launch(Kernel kernel, dim3 grid, int block, int shared_bytes, Stream stream, Args... args) {
+inline bool overlaps_kernels() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+template <class... Parameters, class... Args>
+std::string launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared_bytes, Stream stream, Args... args) {
   if (shared_bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{grid, dim3(block), size_t(shared_bytes), stream, &overlap, overlaps_kernels() ? 1u : 0u};
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
+  if (error != cudaSuccess) cudaGetLastError();  // an error that stays would be taken for the next launch's
   return error == cudaSuccess ? std::string() : std::string(cudaGetErrorString(error));
 }
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -1,16 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotations around decode_gemm: a thread block a row (and projection), its elements in shared memory as floats.
+// The rotations around decode_gemm: a thread block has a row (of a projection), its elements in shared memory as floats.
 //
 //   rotate_in    x * su, S_p within runs, H_q^T across, then fp16 times a power of two, or int8 of 127ths of the largest
 //   rotate_out   sum of the splits, less the code's offset, S_p, H_q, times sv, plus bias
 //
+// One block a row leaves most of a GPU idle where rows are few, so a row has eight slices: a block makes the elements whose
+// number is its own modulo 8. It reads the whole row; of the first three butterflies of S_p it needs one result in eight,
+// and what follows works on an eighth. These are additions of the whole rotation in their order, so the bits are the same
+// with one slice.
+//
 // A row too long for shared memory is worked on in global memory, by the same code.
+#include <algorithm>
+
 #include "output.h"
 
 namespace quip {
 namespace {
 
 constexpr int kThreads = 512;
+
+// Element `slice` of S_8 of every eight elements in a row. read(i, e): e = elements i .. i + 7.
+template <class F>
+DEVICE void slice_of(float* v, int count, int slice, F read) {
+#pragma unroll 2
+  for (int u = threadIdx.x; u < count / kSlices; u += blockDim.x) {
+    float e[8];
+    read(8 * u, e);
+#pragma unroll
+    for (int half = 1; half < 8; half *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2 * half) e[i] = slice & half ? e[i] - e[i + half] : e[i] + e[i + half];
+    }
+    v[u] = e[0];
+  }
+}
+
+DEVICE void read_floats(const float* from, float (&e)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const auto four = device::load16(from + i);
+    e[i] = device::float_of(four.x), e[i + 1] = device::float_of(four.y);
+    e[i + 2] = device::float_of(four.z), e[i + 3] = device::float_of(four.w);
+  }
+}
+
+// Eight elements from an address aligned to 16.
+DEVICE void read_eight(const void* from, Type type, int64_t i, float (&e)[8]) {
+  if (type == Type::kFloat) return read_floats(static_cast<const float*>(from) + i, e);
+  const auto four = device::load16(static_cast<const uint16_t*>(from) + i);
+  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const uint16_t bits = uint16_t(words[j / 2] >> (16 * (j % 2)));
+    e[j] = type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
+  }
+}
 
 // Calls f(i, element i of H_q across runs of p elements of v). A thread makes four elements of a column at a time, for which
 // it reads the column once and four numbers of H_q in one load.
@@ -23,6 +67,7 @@ DEVICE void mix(const float* v, int count, const Rotation& r, F f) {
   for (int u = threadIdx.x; u < count / 4; u += blockDim.x) {
     const int b = u % r.p, run = u / r.p / (r.q / 4) * r.q * r.p, a = u / r.p % (r.q / 4) * 4;
     float sum[4] = {};
+#pragma unroll 4
     for (int j = 0; j < r.q; ++j) {
       const auto h = device::load16(r.base + j * r.q + a);
       const float x = v[run + j * r.p + b];
@@ -34,10 +79,17 @@ DEVICE void mix(const float* v, int count, const Rotation& r, F f) {
   }
 }
 
-// f(all threads' values), in an order that does not depend on anything; memory: 32 floats.
-template <class F>
-DEVICE float reduce(float v, float* memory, F f) {
-  for (int step = kLanes / 2; step; step /= 2) v = f(v, device::shuffle_xor(v, step));
+DEVICE float shuffle_xor(float v, int mask) { return device::shuffle_xor(v, mask); }
+DEVICE int64_t shuffle_xor(int64_t v, int mask) {
+  const int from = device::lane_index() ^ mask;
+  const uint64_t high = device::shuffle(uint32_t(uint64_t(v) >> 32), from);
+  return int64_t(high << 32 | device::shuffle(uint32_t(v), from));
+}
+
+// f(all threads' values), in an order that does not depend on anything; memory: 32 of them.
+template <class T, class F>
+DEVICE T reduce(T v, T* memory, F f) {
+  for (int step = kLanes / 2; step; step /= 2) v = f(v, shuffle_xor(v, step));
   device::sync_block();
   if (threadIdx.x % kLanes == 0) memory[threadIdx.x / kLanes] = v;
   device::sync_block();
@@ -46,113 +98,161 @@ DEVICE float reduce(float v, float* memory, F f) {
   return v;
 }
 
-// The column that 16-byte unit `unit` of a row's chunk has at place `i` (layout.h); int8 places are four bytes wide.
-DEVICE int column_of(XOrder order, int unit, int i) {
-  const int t = unit % 4, block = unit / 4;
+// Of two magnitudes; a NaN is above infinity as an integer, and makes the whole row's result one.
+DEVICE float larger(float a, float b) {
+  return device::float_of(max(device::bits_of(a) & 0x7FFFFFFFu, device::bits_of(b) & 0x7FFFFFFFu));
+}
+
+// Where column `c` of a chunk lies in a row of it, in bytes (layout.h); an int8 is four bytes wide.
+DEVICE int place_of(XOrder order, int c) {
+  const int t = c % 32 / 16 * 2 + c / 4 % 2;
   switch (order) {
-    case XOrder::kTrellis: return 32 * block + 16 * (t / 2) + 8 * (i / 2 % 2) + 4 * (t % 2) + 2 * (i / 4) + i % 2;
-    case XOrder::kLattice: return 32 * block + 8 * t + i;
-    default: return 32 * (block / 2) + 16 * (t / 2) + 8 * (i % 2) + 4 * (t % 2) + 2 * (block % 2) + i / 2;
+    case XOrder::kTrellis: return c / 32 * kBlock + t * 16 + c / 2 % 2 * 8 + c / 8 % 2 * 4 + c % 2 * 2;
+    case XOrder::kLattice:
+    case XOrder::kRows: return 2 * c;
+    default: return (c / 32 * 2 + c / 2 % 2) * kBlock + t * 16 + c % 2 * 8 + c / 8 % 2 * 4;
   }
+}
+
+// A finite fp16 number in units of 2^-24.
+DEVICE int64_t fixed_point(uint16_t half) {
+  const int exponent = half >> 10 & 31;
+  const int64_t magnitude = int64_t((half & 1023) | (exponent ? 1024 : 0)) << max(exponent - 1, 0);
+  return half & 0x8000 ? -magnitude : magnitude;
 }
 
 KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   SHARED(memory);
-  float* reduction = reinterpret_cast<float*>(memory);
-  const int row = blockIdx.x, k = r.k;
-  float* v = r.scratch ? r.scratch + int64_t(row) * r.work : reduction + kLanes;
-  for (int i = threadIdx.x; i < k; i += blockDim.x) v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];
+  const int row = blockIdx.x, slice = blockIdx.y, k = r.k, count = k / r.slices;
+  const bool bytes = r.order == XOrder::kBytes;
+  float* v = reinterpret_cast<float*>(memory) + 2 * kLanes;
+  if (r.scratch) v = r.scratch + (int64_t(row) * r.slices + slice) * r.work;
+  float largest = 0;
+  if (r.early) device::start_next();
+  device::wait_for_writes();
+  if (r.slices == 1) {
+    for (int i = threadIdx.x; i < k; i += blockDim.x) {
+      v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];
+      largest = larger(largest, v[i]);
+    }
+  } else {
+    slice_of(v, k, slice, [&](int i, float (&e)[8]) {
+      float su[8];
+      read_eight(r.x, r.type, int64_t(row) * k + i, e), read_floats(r.su + i, su);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) e[j] *= su[j], largest = larger(largest, e[j]);
+    });
+  }
   device::sync_block();
-  walsh<1>(v, k, 0, r.rotation.p);
-  if (r.rotation.q > 1) {
-    mix(v, k, r.rotation, [&](int i, float value) { v[k + i] = value; });
-    v += k;
+  const Rotation rotation = {r.rotation.base, r.rotation.q, r.rotation.p / r.slices};
+  walsh<1>(v, count, 0, rotation.p);
+  if (rotation.q > 1) {
+    mix(v, count, rotation, [&](int i, float value) { v[count + i] = value; });
+    v += count;
     device::sync_block();
   }
-  // A NaN is above infinity as an integer, and makes the whole row's result one.
-  float largest = 0;
-  for (int i = threadIdx.x; i < k; i += blockDim.x) {
-    const uint32_t magnitude = device::bits_of(v[i]) & 0x7FFFFFFFu;
-    if (magnitude > device::bits_of(largest)) largest = device::float_of(magnitude);
+  if (bytes) {  // 127ths of what the largest became
+    float rotated = largest > 0 && device::bits_of(largest) < 0x7F800000u ? 0 : largest;
+    for (int i = threadIdx.x; i < k; i += blockDim.x) rotated = larger(rotated, v[i]);
+    largest = rotated;
   }
-  largest = reduce(largest, reduction,
-                   [](float a, float b) { return device::bits_of(a) > device::bits_of(b) ? a : b; });
-  const uint32_t exponent = device::bits_of(largest) >> 23;
-  const bool finite = exponent < 255, zero = largest < 1e-30f, bytes = r.order == XOrder::kBytes;
+  largest = reduce(largest, reinterpret_cast<float*>(memory), larger);
+  // As a power of two: sums of q p numbers are below 2^growth times the largest, and become fp16 numbers below 512.
+  if (!r.early) device::start_next();
+  const uint32_t exponent = (device::bits_of(largest) >> 23) + (bytes ? 0 : r.growth);
+  const bool finite = exponent < 255, zero = largest < 1e-30f;
   const float scale = bytes ? largest / 127.0f : device::float_of((exponent < 9 ? 1 : exponent - 8) << 23);
   const float inverse = !finite || zero ? 0.0f : bytes ? 127.0f / largest : 1.0f / scale;
 
-  const int units = row_bytes(r.order) / 16, row0 = row / kRowBlock * kRowBlock, rows = min(kRowBlock, r.m - row0);
+  const int row0 = row / kRowBlock * kRowBlock, rows = min(kRowBlock, r.m - row0);
   unsigned char* out = r.out + int64_t(row0) * r.chunks * row_bytes(r.order);
-  float total = 0;  // of at most 32768 integers below 128, or of numbers below 512: exact, or rounded as sums are
-  for (int u = threadIdx.x; u < r.chunks * units; u += blockDim.x) {
-    const int chunk = u / units, unit = u % units, block = unit / 4 ^ (row & 1);
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int j = 0; j < (bytes ? 1 : 2); ++j) {
-        const int c = chunk * kChunk + column_of(r.order, unit, bytes ? i : 2 * i + j);
-        // Zero times a NaN is no number: select.
-        const float value = c < k && inverse != 0 ? v[c] * inverse : 0;
-        if (bytes) {
-          const int q = device::to_int(value);
-          word = uint32_t(q & 0xFF) * 0x01010101u;
-          total += float(q);
-        } else {
-          const uint16_t half = device::to_half(value);
-          word |= uint32_t(half) << (16 * j);
-          total += device::from_half(half);
-        }
-      }
-      words[i] = word;
+  int64_t total = 0;
+  for (int i = threadIdx.x; i < r.chunks * kChunk / r.slices; i += blockDim.x) {
+    const int c = i * r.slices + slice;
+    const float value = c < k && inverse != 0 ? v[i] * inverse : 0;  // zero times a NaN is no number: select
+    const int place = place_of(r.order, c % kChunk);
+    unsigned char* to = r.order == XOrder::kRows
+                            ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
+                            : out + (int64_t(c / kChunk) * rows + row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
+    if (bytes) {
+      const int q = device::to_int(value);
+      *reinterpret_cast<uint32_t*>(to) = uint32_t(q & 0xFF) * 0x01010101u;
+      total += q;
+    } else {
+      const uint16_t half = device::to_half(value);
+      *reinterpret_cast<uint16_t*>(to) = half;
+      total += fixed_point(half);
     }
-    const int64_t at = (int64_t(chunk) * rows + row - row0) * row_bytes(r.order) + block * kBlock + unit % 4 * 16;
-    uint32_t* to = reinterpret_cast<uint32_t*>(out + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = words[i];
   }
-  total = reduce(total, reduction, [](float a, float b) { return a + b; });
-  if (threadIdx.x == 0) {
+  total = reduce(total, reinterpret_cast<int64_t*>(memory), [](int64_t a, int64_t b) { return a + b; });
+  if (threadIdx.x != 0) return;
+  r.totals[int64_t(row) * r.slices + slice] = total;
+  if (slice == 0) {
     const float norm = 1.0f / sqrtf(float(r.rotation.q) * float(r.rotation.p));
     r.scales[row] = finite ? (zero ? 0.0f : scale * norm) : device::float_of(0x7FC00000u);
-    r.totals[row] = bytes ? device::float_of(uint32_t(int32_t(total))) : total;
   }
 }
 
 KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   SHARED(memory);
-  const int s = blockIdx.x, row = blockIdx.y;
+  const int s = blockIdx.x, row = blockIdx.y, slice = blockIdx.z;
   const RotateOut::Part& part = r.part[s];
-  float* v = r.scratch ? r.scratch + (int64_t(row) * r.segments + s) * r.work : reinterpret_cast<float*>(memory);
+  float* v = reinterpret_cast<float*>(memory);
+  if (r.scratch) v = r.scratch + ((int64_t(row) * r.segments + s) * r.slices + slice) * r.work;
   const float* from = r.partial + int64_t(row) * r.stride + part.start;
-  for (int i = threadIdx.x; i < part.size; i += blockDim.x) {
-    if (r.integers) {
-      uint32_t sum = 0;
-      for (int j = 0; j < r.splits; ++j) sum += device::bits_of(from[j * r.split_stride + i]);
-      v[i] = centred(r.out, int32_t(sum), row);
-    } else {
-      float sum = from[i];
-      for (int j = 1; j < r.splits; ++j) sum += from[j * r.split_stride + i];
-      v[i] = centred(r.out, sum, row);
+  device::start_next();
+  device::wait_for_writes();
+  const int64_t total = r.out.offset == 0 ? 0 : total_of(r.out, row);
+  if (r.slices > 1) {
+    slice_of(v, part.size, slice, [&](int i, float (&e)[8]) {
+      read_floats(from + i, e);
+#pragma unroll 2
+      for (int j = 1; j < r.splits; ++j) {
+        float more[8];
+        read_floats(from + j * r.split_stride + i, more);
+#pragma unroll
+        for (int l = 0; l < 8; ++l)
+          e[l] = r.integers ? device::float_of(device::bits_of(e[l]) + device::bits_of(more[l])) : e[l] + more[l];
+      }
+#pragma unroll
+      for (int l = 0; l < 8; ++l)
+        e[l] = r.integers ? centred(r.out, int32_t(device::bits_of(e[l])), total) : centred(r.out, e[l], total);
+    });
+  } else {
+    for (int i = threadIdx.x; i < part.size; i += blockDim.x) {
+      if (r.integers) {
+        uint32_t sum = 0;
+        for (int j = 0; j < r.splits; ++j) sum += device::bits_of(from[j * r.split_stride + i]);
+        v[i] = centred(r.out, int32_t(sum), total);
+      } else {
+        float sum = from[i];
+        for (int j = 1; j < r.splits; ++j) sum += from[j * r.split_stride + i];
+        v[i] = centred(r.out, sum, total);
+      }
     }
   }
   device::sync_block();
-  walsh<1>(v, part.size, 0, part.rotation.p);
-  mix(v, part.size, part.rotation, [&](int i, float sum) { write(r.out, part.unit, row, part.start + i, sum); });
+  const Rotation rotation = {part.rotation.base, part.rotation.q, part.rotation.p / r.slices};
+  const int count = part.size / r.slices;
+  walsh<1>(v, count, 0, rotation.p);
+  mix(v, count, rotation, [&](int i, float sum) {
+    write(r.out, part.unit, row, part.start + i * r.slices + slice, sum);
+  });
 }
+
+// Threads that have eight elements of a row each, if there are as many.
+int threads_of(int count) { return std::clamp((count / 8 + kLanes - 1) / kLanes * kLanes, 64, kThreads); }
 
 }  // namespace
 
 std::string rotate_in(const RotateIn& r, device::Stream stream) {
-  const int bytes = (kLanes + (r.scratch ? 0 : r.work)) * int(sizeof(float));
-  return LAUNCH(rotate_in_kernel, dim3(r.m), kThreads, bytes, stream, r);
+  const int bytes = (2 * kLanes + (r.scratch ? 0 : r.work)) * int(sizeof(float));
+  return LAUNCH(rotate_in_kernel, dim3(r.m, r.slices), threads_of(r.k), bytes, stream, r);
 }
 
 std::string rotate_out(const RotateOut& r, device::Stream stream) {
   const int bytes = r.scratch ? 16 : r.work * int(sizeof(float));
-  return LAUNCH(rotate_out_kernel, dim3(r.segments, r.m), kThreads, bytes, stream, r);
+  return LAUNCH(rotate_out_kernel, dim3(r.segments, r.m, r.slices), threads_of(r.work * r.slices), bytes, stream, r);
 }
 
 }  // namespace quip

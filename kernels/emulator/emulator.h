@@ -83,6 +83,7 @@ DEVICE uint16_t to_half(float v) {
   if (size < 0x38800000u) return uint16_t(sign | (bits_of(float_of(size) + 0.5f) - bits_of(0.5f)));
   return uint16_t(sign | (size + 0xFFFu + (size >> 13 & 1) - (112u << 23)) >> 13);
 }
+DEVICE uint32_t to_halves(float low, float high) { return uint32_t(to_half(high)) << 16 | to_half(low); }
 DEVICE float from_half(uint16_t v) {
   const uint32_t sign = uint32_t(v & 0x8000) << 16, size = v & 0x7FFF;
   if (size < 0x400u) return float_of(sign | bits_of(float(size) * 0x1p-24f));
@@ -115,6 +116,12 @@ DEVICE Uint4 load16(const void* from, Site site = Site::current()) {
   const Word* const words = static_cast<const Word*>(from);
   return {words[0], words[1], words[2], words[3]};
 }
+DEVICE void store16(void* to, const Uint4& v, Site site = Site::current()) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) stop("store16 to an address that is not aligned to 16", site);
+  typedef uint32_t __attribute__((may_alias)) Word;
+  Word* const words = static_cast<Word*>(to);
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
 
 template <int count, int size>
 DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size], Site site = Site::current()) {
@@ -144,6 +151,9 @@ DEVICE void copy_wait() {
   const void* from;
   while (copy_ends(pending, &to, &from)) copy16(to, from);
 }
+
+DEVICE void wait_for_writes() {}  // a kernel runs after the one before
+DEVICE void start_next() {}
 
 std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*), const void* kernel);
 

@@ -28,8 +28,8 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self) -> None:
-        # The op's name of the code, and its thread blocks: constants to torch.compile.
-        self.plans: dict[LinearSpec, tuple[str, list[int]]] = {}
+        # The op's name of the code, its thread blocks, rows for the dense weight: constants to torch.compile.
+        self.plans: dict[LinearSpec, tuple[str, list[int], int]] = {}
 
     def refusal(self, spec: LinearSpec) -> str | None:
         problem = gpu_problem() or cuda_library_problem() or sizes_problem(spec)
@@ -46,7 +46,7 @@ class CudaBackend:
         device = tensors["sv"].device
         gpu = _gpu(device)
         code = _code(spec, gpu)
-        self.plans[spec] = code, _shape(spec, code, gpu)
+        self.plans[spec] = code, _shape(spec, code, gpu), envs.dense_rows()
         prepared = {"packed": cuda_layout.packed_words(spec, tensors), "su": tensors["su"].float().contiguous()}
         prepared["sv"] = torch.nn.functional.pad(tensors["sv"].float(), (0, sum(_sizes(spec)) - spec.out_features))
         table = cuda_layout.table(spec, tensors)
@@ -58,7 +58,7 @@ class CudaBackend:
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         widths = [width for _, width in rotations(spec)]
-        code, shape = self.plans[spec]
+        code, shape, dense_rows = self.plans[spec]
         sizes = _sizes(spec)
         if bias is not None and sum(sizes) > spec.out_features:
             bias = torch.nn.functional.pad(bias, (0, sum(sizes) - spec.out_features))
@@ -75,11 +75,12 @@ class CudaBackend:
             code,
             spec.bits,
             shape,
+            dense_rows,
         )
         return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        code, _ = self.plans[spec]
+        code, *_ = self.plans[spec]
         rows = torch.ops.quip_vllm.cuda_embedding(
             ids.reshape(-1).contiguous(),
             tensors["packed"],

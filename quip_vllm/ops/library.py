@@ -17,7 +17,7 @@ _SCHEMAS = (
     "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "
     "ScalarType dtype) -> Tensor",
     "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, Tensor? bias, str code, int bits, int[] shape) -> Tensor",
+    "int[] output_sizes, Tensor? bias, str code, int bits, int[] shape, int dense_rows) -> Tensor",
     "cuda_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth) -> int",
@@ -45,7 +45,7 @@ def _(x, blocks, su, sv, bases, widths, output_sizes, bits, activations):
 
 
 @torch.library.register_fake("quip_vllm::cuda_linear")
-def _(x, packed, table, su, sv, bases, widths, output_sizes, bias, code, bits, shape):
+def _(x, packed, table, su, sv, bases, widths, output_sizes, bias, code, bits, shape, dense_rows):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

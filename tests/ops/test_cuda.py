@@ -36,13 +36,25 @@ def rows(m, k):
 def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
     """Those of the op, with other thread blocks, another variant of the code, or a bias."""
     prepared = cuda.prepare(spec, tensors)
-    planned_code, planned = cuda.plans[spec]
+    planned_code, planned, _ = cuda.plans[spec]
     count = len(spec.output_sizes) + 1
     widths = [p for _, p in rotations(spec)]
     bases = [prepared[f"base{i}"] for i in range(count)]
     packed, table, signs = prepared["packed"], prepared.get("table"), (prepared["su"], prepared["sv"])
     sizes = list(spec.output_sizes)
-    return [x, packed, table, *signs, bases, widths, sizes, bias, code or planned_code, spec.bits, shape or planned]
+    return [x, packed, table, *signs, bases, widths, sizes, bias, code or planned_code, spec.bits, shape or planned, 0]
+
+
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+def test_many_rows_by_the_dense_weight(cuda, method, code, bits, k, sizes, block):
+    spec = LinearSpec(method, code, bits, k, sizes, block)
+    tensors, x, bias = random_layer(spec), rows(7, k), rows(1, sum(sizes))[0]
+    given = arguments(cuda, spec, tensors, x, bias=bias)
+    want = x.double() @ dequantize(spec, tensors).double().T + bias.double()
+    y, dense = (OPS.cuda_linear(*given[:-1], least) for least in (8, 7))
+    assert not torch.equal(y, dense)  # sums have another order
+    assert relative(dense, want) < HALF_ACTIVATIONS and relative(y, want) < HALF_ACTIVATIONS
 
 
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)

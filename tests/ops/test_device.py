@@ -52,6 +52,14 @@ def test_linear_is_the_dequantized_weight_whatever_the_batch(backend, method, co
         assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared), y[:m])
 
 
+@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_many_rows(backend, method, code, bits):
+    spec, tensors, prepared = layer(backend, method, code, bits, 1152, (96, 32, 32))
+    x, bias = rows(300, 1152), rows(1, 160)[0]
+    want = x.double() @ dequantize(spec, tensors).double().T + bias.double()
+    assert relative(backend.linear(spec, x, prepared, bias), want) < HALF_ACTIVATIONS
+
+
 @pytest.mark.parametrize("block", [None, 32, 128])  # narrow ones are rotated in the CUDA product's epilogue
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
 def test_a_bias_is_added_whatever_the_batch(backend, method, code, bits, block):
@@ -63,7 +71,7 @@ def test_a_bias_is_added_whatever_the_batch(backend, method, code, bits, block):
         assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared, bias), y[:m])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
 def test_half_precision_rounds_like_torch(backend, method, code, bits, dtype):
     spec, tensors, prepared = layer(backend, method, code, bits, 576, (192, 64))

@@ -59,7 +59,8 @@ def load_words(at, lane, bits: tl.constexpr):
             e, f = tl.split(load_part(at + 128 + lane * 2, 2))
             if bits == 6:
                 return a, b, c, d, e, f
-            return a, b, c, d, e, f, tl.load(at + 192 + lane)
+            else:  # without it Triton 3.6 takes both returns to be of one function
+                return a, b, c, d, e, f, tl.load(at + 192 + lane)
 
 
 @triton.jit
