@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: from nothing to an answer of a served 2-bit model.   make test: the whole test suite.
 PYTHON ?= python3
-# BACKEND=cuda installs vLLM's CUDA build. The CUDA kernels never ran on hardware, so cpu is what serves unless you ask.
+# BACKEND=cuda installs vLLM's CUDA build. Serving on a GPU is untested, so cpu is what serves unless you ask.
 BACKEND ?= cpu
 SERVER ?=
 PROFILE ?= chat

@@ -128,8 +128,8 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   float* v = reinterpret_cast<float*>(memory) + 2 * kLanes;
   if (r.scratch) v = r.scratch + (int64_t(row) * r.slices + slice) * r.work;
   float largest = 0;
+  device::wait_for_writes();  // before the next may start: what it reads at once may have been written just now
   if (r.early) device::start_next();
-  device::wait_for_writes();
   if (r.slices == 1) {
     for (int i = threadIdx.x; i < k; i += blockDim.x) {
       v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];

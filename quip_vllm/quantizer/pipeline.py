@@ -195,7 +195,8 @@ def _do_layer(
             with collector.original():
                 originals[i] = run_layer(layer, originals[i], arguments)
         if not done:
-            run_layer(layer, x, arguments)
+            with collector.inputs():
+                run_layer(layer, x, arguments)
     groups = collector.close()
     source.empty(index)  # a layer in the compute dtype and one in the checkpoint's are never there together
     if not done:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers.
-// Prints a checksum a case, or the emulator's sentence.
+// Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers; and
+// what the dense weight needs in decode_gemm's place. Prints a checksum a case, or the emulator's sentence.
 //
 //   gemm_check CODE BITS ...      CODE: 1mad, 1mad_int8, 3inst, hyb, hyb_large, lut, e8p, e8p_large
 #include <cstdio>
@@ -17,7 +17,7 @@ namespace {
 
 using namespace quip;
 
-constexpr int kN = 80, kK = 688;  // 20 * 4 and 172 * 4: 5 tiles, and 11 chunks of which the last is not whole
+constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is not whole
 
 struct Known {
   const char* name;
@@ -32,8 +32,9 @@ const Known kCodes[] = {
     {"e8p", lattice_entry, XOrder::kLattice, 772},     {"e8p_large", lattice_large_entry, XOrder::kLattice, 772},
 };
 
-// fused: k whole, and the output rotation, of runs of 16, in decode_gemm's epilogue.
-std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool fused) {
+// cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the output
+// rotation, of runs of 16, in decode_gemm's epilogue.
+std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool cut, bool fused) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk, spare = kWarpsK * kDeep;
@@ -51,17 +52,30 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool
   g.m = m, g.tiles = tiles, g.chunks = chunks, g.warps_n = warps_n, g.depth = depth;
   g.splits = fused ? 1 : 2, g.split_chunks = fused ? chunks : 8;
   g.segments = 1, g.segment[0] = {0, 0, tiles};
-  std::vector<float> partial(g.splits * m * kN), scales(m), totals(m);
+  const bool bytes = code.order == XOrder::kBytes;
+  const int slices = cut ? kSlices : 1, in_slices = bytes ? 1 : slices;
+  std::vector<float> partial(g.splits * m * kN), scales(m);
+  std::vector<int64_t> totals(m * in_slices);
   g.partial = partial.data();
-  const RotateIn in{x.data(), Type::kFloat, su.data(), {base.data(), 172, 4}, m, kK, chunks, code.order, aligned, scales.data(),
-                    totals.data(), nullptr, 2 * kK};
-  const Output output{510, scales.data(), totals.data(), sv.data(), sv.data(), y.data(), Type::kFloat, Type::kFloat, kN};
+  const Rotation runs{base.data(), 1, 16}, of_x = cut ? runs : Rotation{base.data(), 172, 4};
+  const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = cut ? 4 : 10;
+  const RotateIn in{x.data(), Type::kFloat, su.data(), of_x, m, kK, chunks, code.order, in_slices, false, growth, aligned,
+                    scales.data(), totals.data(), nullptr, work};
+  const Output output{510, scales.data(), totals.data(), in_slices, sv.data(), sv.data(), y.data(), Type::kFloat, Type::kFloat, kN};
   if (fused) g.width = 16, g.unit = 1, g.out = output;
-  RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, code.order == XOrder::kBytes, output, 1, {}, nullptr, kN};
-  out.part[0] = {{base.data(), 20, 4}, 0, kN, 1};
+  RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, bytes, output, slices, 1, {}, nullptr, kN / slices};
+  out.part[0] = {cut ? runs : Rotation{base.data(), 20, 4}, 0, kN, 1};
+  const GemmEntry entry = code.entry(bits);
   std::string problem = rotate_in(in, {});
-  if (problem.empty()) problem = code.entry(bits).run(g, {});
+  if (problem.empty()) problem = entry.run(g, {});
   if (problem.empty() && !fused) problem = rotate_out(out, {});
+  if (problem.empty() && entry.dense) {
+    std::vector<uint16_t> weight(kN * chunks * kChunk);
+    RotateIn rows = in;
+    rows.order = XOrder::kRows;
+    problem = rotate_in(rows, {});
+    if (problem.empty()) problem = entry.dense({g.packed, g.table, 0, tiles, chunks, 510, weight.data(), 1, {{0, 0, tiles}}}, {});
+  }
   if (!problem.empty()) return problem;
   uint64_t hash = 14695981039346656037ull;
   for (float v : y) {
@@ -81,7 +95,7 @@ int main(int count, char** words) {
       const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(code.name, "lut") ? 1 : 2;
       for (int m : {2, 9, 17}) {
         for (bool fused : {false, true}) {
-          const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, fused);
+          const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused);
           std::printf("%s %d, %d rows%s: %s\n", code.name, bits, m, fused ? ", fused" : "", answer.c_str());
         }
       }

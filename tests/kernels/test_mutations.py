@@ -25,6 +25,28 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
     "shifted index": ("decode_gemm.h", "lane, words[r]);", "lane ^ 1, words[r]);", "gemm_1mad", RESULTS),
     "wrong selector": ("trellis_stream.h", "0x4421 : 0x4410", "0x4421 : 0x4401", "gemm_1mad", RESULTS),
     "wrong sign": ("output.h", "e[j | half] = a - b", "e[j | half] = b - a", "rotation", RESULTS),
+    "wrong sign in a slice": (
+        "rotation.cu",
+        "slice & half ? e[i] - e[i + half]",
+        "slice & half ? e[i + half] - e[i]",
+        "rotation",
+        RESULTS,
+    ),
+    "a slice without its total": ("output.h", "i < out.slices;", "i < out.slices - 1;", "rotation", RESULTS),
+    "wrong place of a column": (
+        "rotation.cu",
+        "t * 16 + c / 2 % 2 * 8 + c / 8 % 2 * 4",
+        "t * 16 + c / 8 % 2 * 8 + c / 2 % 2 * 4",
+        "rotation",
+        RESULTS,
+    ),
+    "copies of another word": (
+        "table_copies.h",
+        "i + lane / (kCopies / 4)",
+        "i + lane / kCopies",
+        "gemm_hyb",
+        "linear_is_the_dequantized_weight and qtip-hyb-2",
+    ),
     "no barrier": (
         "decode_gemm.h",
         "copy_wait<kStages - 2>();\n    device::sync_block();",
@@ -38,7 +60,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "g.unit, row0 + row, output ^ 1,",
         *FUSED,
     ),
-    "a row's offset of the next": ("decode_gemm.h", "lane], row0 + row);", "lane], row0);", *FUSED),
+    "a row's offset of another": ("decode_gemm.h", "total_of(g.out, row0 + row)", "total_of(g.out, row0)", *FUSED),
     "no barrier before the butterflies": (
         "decode_gemm.h",
         "  device::sync_block();\n  walsh",

@@ -180,6 +180,8 @@ def arrange(x: np.ndarray, order: str) -> np.ndarray:
     """float16 or int8 [m, k] to the bytes that the kernels read (layout.h), without spare chunks."""
     m, k = x.shape
     chunks = np.pad(x, ((0, 0), (0, -k % CHUNK))).reshape(m, -1, CHUNK)
+    if order == "rows":
+        return chunks.ravel().view(np.uint8)
     units = chunks[:, :, _columns(order)]  # row, chunk, block, t, place
     if order == "bytes":
         units = np.repeat(units, 4, axis=-1)
@@ -197,6 +199,10 @@ def arranged_bytes(m: int, k: int, order: str) -> int:
 
 def arranged_index(m: int, k: int, order: str) -> np.ndarray:
     """The byte at which each element of [m, k] begins."""
+    row, column = np.indices((m, k))
+    chunks = -(-k // CHUNK)
+    if order == "rows":
+        return 2 * (row * chunks * CHUNK + column)
     per = 1 if order == "bytes" else 2
     blocks = row_bytes(order) // 64
     where = np.empty((blocks, 4, 16 // (4 if order == "bytes" else 2)), np.int64)
@@ -204,9 +210,7 @@ def arranged_index(m: int, k: int, order: str) -> np.ndarray:
     for parity in range(2):
         b, t, place = np.indices(where.shape)
         inside[parity, _columns(order)] = (b ^ parity) * 64 + t * 16 + place * (4 * per if order == "bytes" else per)
-    row, column = np.indices((m, k))
     rows = np.minimum(ROW_BLOCK, m - row // ROW_BLOCK * ROW_BLOCK)
-    chunks = -(-k // CHUNK)
     at = row // ROW_BLOCK * ROW_BLOCK * chunks + column // CHUNK * rows + row % ROW_BLOCK
     return at * row_bytes(order) + inside[row & 1, column % CHUNK]
 
@@ -323,6 +327,11 @@ class Rotation:
     p: int
     base: torch.Tensor
 
+    @property
+    def growth(self) -> int:
+        """log2 of q p, rounded up: by how much sums may be larger than what is summed."""
+        return (self.q * self.p - 1).bit_length()
+
     def struct(self) -> Struct:
         """struct Rotation; base is not read for q = 1."""
         base = None if self.q == 1 else Pointer(self.base.numpy().copy())
@@ -330,7 +339,7 @@ class Rotation:
 
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ORDERS = {"trellis": 0, "lattice": 1, "bytes": 2}
+ORDERS = {"trellis": 0, "lattice": 1, "bytes": 2, "rows": 3}
 
 
 def numpy_bits(x: torch.Tensor) -> np.ndarray:
@@ -357,8 +366,9 @@ class Output:
     def struct(self, y: np.ndarray, scales: np.ndarray, totals: np.ndarray) -> Struct:
         bias = None if self.bias is None else Pointer(numpy_bits(self.bias))
         types = [TYPES[self.dtype if self.bias is None else self.bias.dtype], TYPES[self.dtype], sum(self.sizes)]
-        pointers = Pointer(scales), Pointer(totals), Pointer(self.sv.float().numpy().copy())
-        return Struct(np.float32(self.offset), *pointers, bias, Pointer(y), np.array(types, np.int32))
+        of_rows = Pointer(scales), Pointer(totals), np.int32(totals.shape[1])
+        sv = Pointer(self.sv.float().numpy().copy())
+        return Struct(np.float32(self.offset), *of_rows, sv, bias, Pointer(y), np.array(types, np.int32))
 
     def empty(self, m: int) -> np.ndarray:
         """y [m, n] before it is written."""
@@ -394,7 +404,8 @@ def multiply(
     split_chunks = block.split_chunks or chunks
     splits = -(-chunks // split_chunks)
     partial = np.full((splits, m, TILE * tiles), np.nan, np.float32)
-    width, unit, rest = 0, np.float32(0), Struct(np.float32(0), *[None] * 5, np.zeros(3, np.int32))
+    width, unit = 0, np.float32(0)
+    rest = Struct(np.float32(0), *[None] * 2, np.int32(0), *[None] * 3, np.zeros(3, np.int32))
     if finish:
         out, *of_rows = finish
         partial = out.empty(m)
@@ -422,7 +433,7 @@ def multiply(
 
 def decode_rows(name: str, made: Layer, ids: np.ndarray, **how) -> tuple[np.ndarray, np.ndarray, Report]:
     """Runs decode_rows_kernel: rows ids of the weight, float32 [m, k], their scales, and what was counted."""
-    kind, (n, k) = KINDS[name], (made.spec.out_features, made.spec.in_features)
+    n, k = made.spec.out_features, made.spec.in_features
     out, scales = np.full((len(ids), k), np.nan, np.float32), np.full(len(ids), 7, np.float32)
     table = None if made.table is None else Pointer(made.table)
     sv = made.tensors["sv"].float().numpy().copy()
@@ -431,21 +442,54 @@ def decode_rows(name: str, made: Layer, ids: np.ndarray, **how) -> tuple[np.ndar
         *(np.array([len(ids), k, -(-k // CHUNK)], np.int32), np.float32(offset_of(name, made.bits))),
         *(Pointer(out), Pointer(scales)),
     )
+    return out, scales, _decode("rows", made, len(ids), argument, **how)
+
+
+def decode_dense(name: str, made: Layer, **how) -> tuple[np.ndarray, Report]:
+    """Runs decode_dense_kernel: the weight, float16 [16 * tiles, 64 * chunks], and what was counted."""
+    kind, tiles, chunks = KINDS[name], -(-made.spec.out_features // TILE), -(-made.spec.in_features // CHUNK)
+    out = np.full((tiles * TILE, chunks * CHUNK), np.nan, np.float16)
+    table = None if made.table is None else Pointer(made.table)
+    parts, _ = segments(made, 1)
+    filled = np.zeros((16, 3), np.int32)
+    filled[: len(parts)] = parts
+    argument = Struct(
+        *(Pointer(made.packed), table, np.int64(2048 if kind.code is Code.HYB else 0)),
+        *(np.array([tiles, chunks], np.int32), np.float32(offset_of(name, made.bits)), Pointer(out)),
+        *(np.int32(len(parts)), filled),
+    )
+    return out, _decode("dense", made, tiles, argument, **how)
+
+
+def _decode(what: str, made: Layer, blocks: int, argument: Struct, **how) -> Report:
+    """Runs a kernel of decode_rows.h."""
+    kind = made.kind
     numbers = "".join(f"Li{number}E" for number in (made.bits, *kind.numbers))
-    kernel = f"decode_rows_kernelINS_{len(kind.template)}{kind.template}I{numbers}EEE"
+    kernel = f"decode_{what}_kernelINS_{len(kind.template)}{kind.template}I{numbers}EEE"
     shared = kind.table_bytes(made.bits) + 16
-    report = kernel_program(kind.file).run(kernel, len(ids), 8 * LANES, [argument], shared_bytes=shared, **how)
-    return out, scales, report
+    return kernel_program(kind.file).run(kernel, blocks, 8 * LANES, [argument], shared_bytes=shared, **how)
 
 
 # The rotations.
 
 
-THREADS = 512
+SLICES = 8
+"""kSlices: thread blocks that a row may be cut in, where it divides p."""
+
+
+def threads_of(count: int) -> int:
+    """Threads of a block whose row has `count` elements: eight for each."""
+    return min(max(-(-(count // 8) // LANES) * LANES, 64), 512)
 
 
 def rotate_in(
-    x: torch.Tensor, su: torch.Tensor, rotation: Rotation, order: str, in_memory: bool = False, **how
+    x: torch.Tensor,
+    su: torch.Tensor,
+    rotation: Rotation,
+    order: str,
+    slices: int = 1,
+    in_memory: bool = False,
+    **how,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Report]:
     """Runs rotate_in_kernel.
 
@@ -453,45 +497,55 @@ def rotate_in(
         x, su: [m, k] and [k].
         rotation: That of k.
         order: Of the activations.
+        slices: Blocks that a row is cut in.
         in_memory: Whether rows are worked on in global memory.
         how: Options of Program.run.
 
     Returns:
-        Activations with spare chunks, their scales, their sums, and what was counted.
+        Activations with spare chunks, their scales, their sums [m, slices], and what was counted.
     """
     (m, k), chunks = x.shape, -(-x.shape[1] // CHUNK)
-    work = 2 * k if rotation.q > 1 else k
+    work = (2 * k if rotation.q > 1 else k) // slices
     out = np.full((m * chunks + SPARE * min(m, ROW_BLOCK)) * row_bytes(order), 0x7F, np.uint8)
-    scales, totals = np.full(m, np.nan, np.float32), np.full(m, np.nan, np.float32)
-    scratch = Pointer(np.full((m, work), np.nan, np.float32)) if in_memory else None
+    scales, totals = np.full(m, np.nan, np.float32), np.full((m, slices), -1, np.int64)
+    scratch = Pointer(np.full((m, slices, work), np.nan, np.float32)) if in_memory else None
     argument = Struct(
         *(Pointer(numpy_bits(x)), np.int32(TYPES[x.dtype]), Pointer(su.float().numpy().copy()), rotation.struct()),
-        *(np.array([m, k, chunks, ORDERS[order]], np.int32), Pointer(out), Pointer(scales), Pointer(totals)),
-        *(scratch, np.int32(work)),
+        *(np.array([m, k, chunks, ORDERS[order], slices], np.int32), np.bool_(False), np.int32(rotation.growth)),
+        *(Pointer(out), Pointer(scales), Pointer(totals), scratch, np.int32(work)),
     )
-    shared = 4 * (LANES + (0 if in_memory else work))
-    report = kernel_program("rotation").run("rotate_in_kernel", m, THREADS, [argument], shared_bytes=shared, **how)
+    shared = 4 * (2 * LANES + (0 if in_memory else work))
+    program = kernel_program("rotation")
+    report = program.run("rotate_in_kernel", (m, slices), threads_of(k), [argument], shared_bytes=shared, **how)
     return out, scales, totals, report
 
 
 def rotate_out(
-    partial: np.ndarray, scales: np.ndarray, totals: np.ndarray, out: Output, in_memory: bool = False, **how
+    partial: np.ndarray,
+    scales: np.ndarray,
+    totals: np.ndarray,
+    out: Output,
+    slices: int = 1,
+    in_memory: bool = False,
+    **how,
 ) -> tuple[torch.Tensor, Report]:
     """Runs rotate_out_kernel.
 
     Args:
         partial: [splits, m, stride], float32 or int32.
-        scales, totals: [m]; totals are the bits of int32 where partial is.
+        scales: [m].
+        totals: int64 [m, slices of rotate_in], in units of 2^-24 where partial is float32.
         out: The rest.
+        slices: Blocks that a row is cut in.
         in_memory: Whether rows are worked on in global memory.
         how: Options of Program.run.
 
     Returns:
         y [m, n], and what was counted.
     """
-    (splits, m, stride), count, work = partial.shape, len(out.sizes), max(out.sizes)
+    (splits, m, stride), count, work = partial.shape, len(out.sizes), max(out.sizes) // slices
     y = out.empty(m)
-    scratch = Pointer(np.full((m, count, work), np.nan, np.float32)) if in_memory else None
+    scratch = Pointer(np.full((m, count, slices, work), np.nan, np.float32)) if in_memory else None
     starts = np.cumsum([0, *out.sizes])[:-1]
     parts = [
         Struct(rotation.struct(), np.array([start, size], np.int32), unit)
@@ -500,10 +554,10 @@ def rotate_out(
     parts += [Struct(None, np.zeros(5, np.int32))] * (16 - count)
     argument = Struct(
         *(Pointer(partial), np.array([splits, m, stride], np.int32), np.int64(m * stride)),
-        *(np.bool_(partial.dtype == np.int32), out.struct(y, scales, totals), np.int32(count), *parts),
-        *(scratch, np.int32(work)),
+        *(np.bool_(partial.dtype == np.int32), out.struct(y, scales, totals), np.array([slices, count], np.int32)),
+        *(*parts, scratch, np.int32(work)),
     )
+    program, threads = kernel_program("rotation"), threads_of(max(out.sizes))
     shared = 16 if in_memory else 4 * work
-    program = kernel_program("rotation")
-    report = program.run("rotate_out_kernel", (count, m), THREADS, [argument], shared_bytes=shared, **how)
+    report = program.run("rotate_out_kernel", (count, m, slices), threads, [argument], shared_bytes=shared, **how)
     return torch.from_numpy(y).view(out.dtype), report

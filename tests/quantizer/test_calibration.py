@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from quip_vllm.quantizer.calibration import calibration_tokens
+from quip_vllm.quantizer.calibration import calibration_tokens, reserve
 
 
 @pytest.fixture
@@ -116,3 +116,25 @@ def test_self_of_a_broken_model_is_refused(damaged, make_settings):
     settings = make_settings(folder, calibration="self", sequences=2, sequence_length=4)
     with pytest.raises(ValueError, match="logits hold a NaN or an infinity: mend its weights"):
         calibration_tokens(settings, str(folder))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2"])  # every other layer of the second has a window
+def test_a_reserved_cache_changes_no_bit(tiny_model, architecture):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def logits(reserved):
+        out = model(ids[:, :3], use_cache=True)
+        found, cache = [out.logits], out.past_key_values
+        if reserved:
+            reserve(cache, 12)
+        for i in range(3, 12):
+            found.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1), [type(layer).__name__ for layer in cache.layers]
+
+    usual, reserved = logits(False), logits(True)
+    assert torch.equal(usual[0], reserved[0])
+    assert "Reserved" in reserved[1]

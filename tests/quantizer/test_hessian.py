@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quip_vllm.quantizer.hessian import Group, HessianCollector, drift_correction, regularise
+from quip_vllm.quantizer.hessian import Group, HessianCollector, drift_correction, gram, regularise
 
 
 class Block(nn.Module):
@@ -38,6 +38,16 @@ def test_groups_are_the_readers_of_one_activation():
     assert torch.equal(groups[0].hessian, before) and groups[0].tokens == 20
 
 
+@pytest.mark.parametrize("k", [1, 255, 256, 700])
+def test_gram(k):
+    x = torch.randn(20, k)
+    found = gram(x)
+    torch.testing.assert_close(
+        found.double(), x.double().T @ x.double(), rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS
+    )
+    assert torch.equal(found[:, -1], found[-1])
+
+
 @torch.inference_mode()
 def test_drift_is_between_the_two_runs():
     block = Block()
@@ -46,11 +56,33 @@ def test_drift_is_between_the_two_runs():
     for x0, x in pairs:
         with collector.original():
             block(x0)
-        block(x)
+        with collector.inputs():
+            block(x)
     q = next(group for group in collector.close() if group.names == ["q"])
     x0, x = (torch.cat(side).reshape(-1, 8).double() for side in zip(*pairs, strict=True))
     torch.testing.assert_close(q.drift, (x0 - x).T @ x, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
     assert q.tokens == 20
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_pass_ends_with_the_last_input_unless_a_linear_reads_twice(twice):
+    block, x = Block(), torch.randn(2, 5, 8)
+    collector = HessianCollector({"down": block.down, "q": block.q})
+    outputs = []
+    block.down.register_forward_hook(lambda *_: outputs.append(True))
+
+    def run():
+        block(x)
+        if twice:
+            block.q(x)
+
+    with collector.original():
+        run()
+    with collector.inputs():
+        run()
+    assert len(outputs) == 1 + twice
+    assert {group.names[0]: group.tokens for group in collector.close()} == {"q": 10 + 10 * twice, "down": 10}
 
 
 def test_drift_correction_is_the_least_squares_answer():
