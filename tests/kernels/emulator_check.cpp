@@ -254,6 +254,7 @@ KERNEL(32) outside_kernel(uint32_t* x) {
   copy_async(shared + 48, x);
 }
 KERNEL(32) misaligned_load_kernel(uint32_t* x) { x[0] = load16(x + 1).x; }
+KERNEL(32) misaligned_store_kernel(uint32_t* x) { store16(x + 1, {}); }
 KERNEL(32) misaligned_words_kernel(uint32_t* x) {
   uint32_t words[6];
   load_words<6>(x + 1, 0, words);
@@ -334,6 +335,7 @@ const std::map<std::string, std::function<Answer()>> kChecks = {
     {"misaligned_copy", FAULT(misaligned_kernel, 32)},
     {"copy_outside", FAULT(outside_kernel, 32)},
     {"misaligned_load", FAULT(misaligned_load_kernel, 32)},
+    {"misaligned_store", FAULT(misaligned_store_kernel, 32)},
     {"misaligned_words", FAULT(misaligned_words_kernel, 32)},
     {"too_many_threads", FAULT(overflow_kernel, 1025)},
     {"convert", convert},

@@ -122,6 +122,7 @@ FAULTS = {
     "misaligned_copy": (", thread 0: copy_async between addresses that are not aligned to 16, at ",),
     "copy_outside": (", thread 0: copy_async to a place outside shared memory, at ",),
     "misaligned_load": (", thread 0: load16 from an address that is not aligned to 16, at ",),
+    "misaligned_store": (", thread 0: store16 to an address that is not aligned to 16, at ",),
     "misaligned_words": (", thread 0: load_words from an address that is not aligned to its loads, at ",),
 }
 

@@ -26,7 +26,7 @@ from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, cuda_layout
 from quip_vllm.ops.reference import decode
 
-FLAGS = ("-ptx", "-arch=sm_80", "-std=c++20", "-O3", "--expt-relaxed-constexpr")
+FLAGS = ("-ptx", "-std=c++20", "-O3", "--expt-relaxed-constexpr")
 CACHE = KERNELS.parents[1] / "build" / "ptx"
 CHUNK, TILE, LANES, WARPS_K, ROW_TILES, ROW_BLOCK, SPARE = 64, 16, 32, 2, 2, 64, 8
 ONE_MAD_UNIT = 147.800537109375
@@ -103,13 +103,14 @@ def _with_headers(name: str, text: str) -> dict[str, str]:
     return found
 
 
-def kernel_ptx(name: str, source: str | None = None, edits: Edits | None = None) -> str:
+def kernel_ptx(name: str, source: str | None = None, edits: Edits | None = None, arch: str = "sm_80") -> str:
     """The PTX of kernels/cuda/`name`.cu, kept in build/ptx while no source changes; skips the test without nvcc.
 
     Args:
         name: The file; with `source`, any name.
         source: The C++ text to compile in its place.
         edits: File of kernels/cuda -> (text that stands there once, another one), for planted mistakes.
+        arch: The GPU that it is for; the interpreter knows sm_80.
     """
     if NVCC is None:
         pytest.skip(NO_NVCC)
@@ -117,23 +118,24 @@ def kernel_ptx(name: str, source: str | None = None, edits: Edits | None = None)
     for file, (old, new) in (edits or {}).items():
         assert files[file].count(old) == 1, f"{old} stands {files[file].count(old)} times in {file}"
         files[file] = files[file].replace(old, new)
-    key = hashlib.sha256(repr((_version(), FLAGS, sorted(files.items()))).encode()).hexdigest()[:16]
-    kept = CACHE / f"{name}.{key}.ptx"
+    key = hashlib.sha256(repr((_version(), FLAGS, arch, sorted(files.items()))).encode()).hexdigest()[:16]
+    kept = CACHE / f"{name}.{arch}.{key}.ptx"
     if not kept.exists():
-        _compile(name, files, kept)
+        _compile(name, files, arch, kept)
     return kept.read_text(encoding="utf-8")
 
 
-def _compile(name: str, files: Mapping[str, str], kept: Path) -> None:
+def _compile(name: str, files: Mapping[str, str], arch: str, kept: Path) -> None:
     """Compiles a copy of the files, and forgets what was made of earlier ones."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         for file, text in files.items():
             Path(folder, file).write_text(text, encoding="utf-8")
-        done = subprocess.run([NVCC, *FLAGS, f"{name}.cu", "-o", "out"], cwd=folder, capture_output=True, text=True)
+        command = [NVCC, *FLAGS, f"-arch={arch}", f"{name}.cu", "-o", "out"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
-        for old in CACHE.glob(f"{name}.*.ptx"):
+        for old in CACHE.glob(f"{name}.{arch}.*.ptx"):
             old.unlink(missing_ok=True)
         Path(folder, "out").replace(kept)
 

@@ -385,6 +385,20 @@ def test_costs_of_the_epilogue():
     assert all(passes(site) <= 4 for site in [*report.select("ld.shared"), *report.select("st.shared")])
 
 
+# Launches that overlap.
+
+
+@pytest.mark.parametrize("file", ["rotation", "gemm_hyb"])
+def test_kernels_wait_once_for_the_one_before_and_then_write(file):
+    """Only a GPU from 9.0 on overlaps launches, so nothing that runs here would miss the instruction."""
+    _, *entries = re.split(r"^(?:\.visible )?\.entry ", kernels.kernel_ptx(file, arch="sm_90"), flags=re.M)
+    assert len(entries) > 1
+    for entry in entries:
+        assert entry.count("griddepcontrol.wait") == 1, entry.split("(")[0]
+        before, after = entry.split("griddepcontrol.wait")
+        assert "st.global" not in before and "st.global" in after, entry.split("(")[0]
+
+
 # The three launches, and the op that the emulator runs.
 
 
