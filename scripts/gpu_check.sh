@@ -14,10 +14,12 @@
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
 # exit status is 1 if one failed. --without-gpu runs what needs no GPU (machine) and lists the rest as skipped.
-# Needs `make venv BACKEND=cuda`; compute-sanitizer comes with the CUDA toolkit.
+# Needs `make venv BACKEND=cuda`, or PYTHON=another with torch's CUDA build, pytest and, for serve, vLLM and transformers;
+# compute-sanitizer comes with the CUDA toolkit.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=.venv/bin/python
+python=${PYTHON:-.venv/bin/python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 report=build/gpu_report
 steps=()
 gpu=yes
@@ -29,8 +31,8 @@ for word in "$@"; do
   esac
 done
 [ ${#steps[@]} -gt 0 ] || steps=(machine build results sanitizer bench serve)
-if [ ! -x "$python" ]; then
-  echo "gpu_check: $python is not there: run make venv BACKEND=cuda" >&2
+if ! command -v "$python" > /dev/null; then
+  echo "gpu_check: $python is not there: run make venv BACKEND=cuda, or set PYTHON" >&2
   exit 2
 fi
 if [ $gpu = yes ] && ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
