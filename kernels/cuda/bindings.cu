@@ -165,25 +165,36 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
 #endif
 }
 
+// What the rotations write beside their results, while it is needed.
+struct RotationMemory {
+  Memory scales, totals, in_scratch, out_scratch;
+  RotationMemory(const Tensor& x, RotateIn& in, RotateOut& out)
+      : scales(x, in.m),
+        totals(x, 2 * int64_t(in.m) * in.slices),
+        in_scratch(x, fits(in.work) ? 0 : int64_t(in.m) * in.slices * in.work),
+        out_scratch(x, fits(out.work) ? 0 : int64_t(in.m) * out.segments * out.slices * out.work) {
+    in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
+    out.out.scales = in.scales, out.out.totals = in.totals, out.out.slices = in.slices;
+    in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
+  }
+};
+
 // The layer by way of its whole weight in fp16, which is gone again afterwards.
 std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeInfo& info, const Gemm& g, RotateIn in,
                            RotateOut out, device::Stream stream) {
-  const int64_t m = in.m, columns = int64_t(g.chunks) * kChunk;
-  Memory scales(x, m), totals(x, 2 * m * in.slices), in_scratch(x, fits(in.work) ? 0 : m * in.slices * in.work);
-  Memory out_scratch(x, fits(out.work) ? 0 : m * out.segments * out.slices * out.work);
-  Tensor rotated = torch::stable::new_empty(x, {m, columns}, ScalarType::Half);
+  const int64_t columns = int64_t(g.chunks) * kChunk;
+  const RotationMemory memory(x, in, out);
+  Tensor rotated = torch::stable::new_empty(x, {in.m, columns}, ScalarType::Half);
   Tensor weight = torch::stable::new_empty(x, {int64_t(g.tiles) * kTile, columns}, ScalarType::Half);
   in.order = XOrder::kRows, in.out = static_cast<unsigned char*>(rotated.mutable_data_ptr());
-  in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
-  in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
-  DecodeDense d{g.packed,    g.table, g.table_stride, g.tiles, g.chunks, info.offset, static_cast<uint16_t*>(weight.mutable_data_ptr()),
-                g.segments, {}};
+  uint16_t* const decoded = static_cast<uint16_t*>(weight.mutable_data_ptr());
+  DecodeDense d{g.packed, g.table, g.table_stride, g.tiles, g.chunks, info.offset, decoded, g.segments, {}};
   std::copy(g.segment, g.segment + g.segments, d.segment);
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.dense(d, stream);
   if (!problem.empty()) return problem;
   const Tensor product = multiply(rotated, weight);
-  out.partial = product.const_data_ptr<float>(), out.splits = 1, out.out.offset = 0, out.out.scales = in.scales;
+  out.partial = product.const_data_ptr<float>(), out.splits = 1, out.out.offset = 0;
   return rotate_out(out, stream);
 }
 
@@ -276,14 +287,10 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   const bool fused = fuses(g, out);
   Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
   Memory partial(x, fused ? 0 : g.splits * out.split_stride);
-  Memory scales(x, m), totals(x, 2 * m * in.slices), in_scratch(x, fits(in.work) ? 0 : m * in.slices * in.work);
-  Memory out_scratch(x, fused || fits(out.work) ? 0 : m * parts * out.slices * out.work);
+  const RotationMemory memory(x, in, out);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
   g.partial = partial.floats, out.partial = partial.floats;
-  in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
-  out.out.scales = in.scales, out.out.totals = in.totals, out.out.slices = in.slices;
   if (fused) g.width = out.part[0].rotation.p, g.unit = out.part[0].unit, g.out = out.out;
-  in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
 
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.run(g, stream);
