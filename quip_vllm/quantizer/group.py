@@ -59,7 +59,7 @@ def quantize_group(
     """Quantizes the layers of one group.
 
     Args:
-        group: names and Hessian of the activation that they read.
+        group: names and Hessian of the activation that they read, in the order of the weights.
         weights: full module name -> weight [n, k] of any float dtype.
         bits: full module name -> bits.
         settings: method, code, seed, rotation, damping.
@@ -76,7 +76,8 @@ def quantize_group(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or leave it out (--ignore)")
     k = hessian.shape[0]
-    correction = None if group.drift is None else settings.drift_correction * drift_correction(group, hessian)
+    correction = drift_correction(group, hessian) if group.crossed or group.drift is not None else None
+    short = dict(zip(weights, group.names, strict=True))
     su = signs(k, settings.seed, "su:" + next(iter(weights)))
     rotated = rotate_hessian(hessian, su, block)
     factor, added = feedback(rotated, _encoder(settings.method, settings.code, settings.bits).columns)
@@ -89,7 +90,7 @@ def quantize_group(
         for name in names:
             weight = weights[name].float()
             if correction is not None:
-                weight = weight + weight @ correction
+                weight = weight + settings.drift_correction * correction(short[name], weight)
             weight = weight.masked_fill(dead, 0.0)
             sv = signs(weight.shape[0], settings.seed, "sv:" + name)
             turned = rotate_weight(weight, su, sv, block)

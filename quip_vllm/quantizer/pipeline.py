@@ -191,6 +191,9 @@ def _do_layer(
     began = time.monotonic()
     for i, x in enumerate(tqdm(hidden, desc=f"layer {index}: Hessians", leave=False)):
         arguments = kwargs_for(kwargs, x)
+        if originals and index == 0:  # both are the same yet
+            originals[i] = run_layer(layer, x, arguments)
+            continue
         if originals:
             with collector.original():
                 originals[i] = run_layer(layer, originals[i], arguments)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One group of linear layers: every format, the proxy loss it reports, LDLQ against plain rounding, hard weights."""
 
+from dataclasses import replace
 from functools import cache
 
 import numerics
@@ -90,7 +91,8 @@ def test_8_bits_are_nearly_exact():
 def test_readers_share_su_and_keep_their_rows():
     chosen = settings(Method.QTIP, Code.ONE_MAD, 2, overrides=(("v", 4),))
     weights = {"q": draw(64, K, seed=3), "k": 5 * draw(32, K, seed=4), "v": 0.01 * draw(32, K, seed=5)}
-    results = quantize_group(WHITE, weights, {"q": 2, "k": 2, "v": 4}, chosen)
+    group = replace(WHITE, names=list(weights))
+    results = quantize_group(group, weights, {"q": 2, "k": 2, "v": 4}, chosen)
     assert list(results) == ["q", "k", "v"]
     for name, weight in weights.items():
         assert torch.equal(results[name].tensors["su"], results["q"].tensors["su"])

@@ -85,14 +85,41 @@ def test_a_pass_ends_with_the_last_input_unless_a_linear_reads_twice(twice):
     assert {group.names[0]: group.tokens for group in collector.close()} == {"q": 10 + 10 * twice, "down": 10}
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_of_few_outputs_are_crossed(biased):
+    """Both readers of x have fewer outputs together than x has inputs; with a third they have not."""
+    layers = nn.ModuleDict({name: nn.Linear(8, n, bias=biased) for name, n in (("a", 3), ("b", 4), ("c", 2))})
+    pairs = [(torch.randn(2, 5, 8), torch.randn(2, 5, 8)) for _ in range(2)]
+    x0, x = (torch.cat(side).reshape(-1, 8).double() for side in zip(*pairs, strict=True))
+    for names in (["a", "b"], ["a", "b", "c"]):
+        collector = HessianCollector({name: layers[name] for name in names})
+        for original, own in pairs:
+            with collector.original():
+                [layers[name](original) for name in names]
+            with collector.inputs():
+                [layers[name](own) for name in names]
+        (group,) = collector.close()
+        assert group.names == names and group.tokens == 20
+        assert (group.drift is None) == (len(names) == 2) and set(group.crossed) == set(
+            names[: 2 if len(names) == 2 else 0]
+        )
+        for name, crossed in group.crossed.items():
+            want = (x0 @ layers[name].weight.T.double()).T @ x
+            torch.testing.assert_close(crossed, want, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
+
+
 def test_drift_correction_is_the_least_squares_answer():
     x0 = torch.randn(500, 6, dtype=torch.float64)
     x = x0 @ torch.randn(6, 6, dtype=torch.float64) + 0.1 * torch.randn(500, 6, dtype=torch.float64)
     weight = torch.randn(3, 6)
     group = Group(["a"], x.T @ x, 500, (x0 - x).T @ x)
     hessian, _ = regularise(group.hessian, 500, damping=0.0)
-    found = weight + weight @ drift_correction(group, hessian)
+    found = weight + drift_correction(group, hessian)("a", weight)
     best = torch.linalg.lstsq(x, x0 @ weight.T.double()).solution.T
+    torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
+    group.drift, group.crossed = None, {"a": (x0 @ weight.T.double()).T @ x}
+    found = weight + drift_correction(group, hessian)("a", weight)
     torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
 
 
