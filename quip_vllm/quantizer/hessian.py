@@ -124,9 +124,10 @@ class HessianCollector:
         group.drift += (original - own).T @ own  # of a few percent: the activations' own dtype is precise enough
 
     def close(self) -> list[Group]:
-        """Removes the hooks and returns the groups."""
+        """Removes the hooks, lets go of the last batch, and returns the groups."""
         for handle in self._handles:
             handle.remove()
+        self._originals, self._products = {}, {}
         for group in self.groups:
             group._latest = None
         return self.groups
