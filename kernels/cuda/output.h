@@ -43,10 +43,13 @@ DEVICE void walsh(float* v, int count, int stride, int p) {
   if (span * 2 <= p) butterflies<2, kRows>(v, count, stride, span);
 }
 
+DEVICE float from_16_bits(Type type, uint16_t bits) {
+  return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
+}
+
 DEVICE float read(const void* from, Type type, int64_t i) {
   if (type == Type::kFloat) return static_cast<const float*>(from)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
+  return from_16_bits(type, static_cast<const uint16_t*>(from)[i]);
 }
 
 // The sum of a row of rotated x, exact.

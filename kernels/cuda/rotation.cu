@@ -50,10 +50,7 @@ DEVICE void read_eight(const void* from, Type type, int64_t i, float (&e)[8]) {
   const auto four = device::load16(static_cast<const uint16_t*>(from) + i);
   const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const uint16_t bits = uint16_t(words[j / 2] >> (16 * (j % 2)));
-    e[j] = type == Type::kHalf ? device::from_half(bits) : device::from_bfloat(bits);
-  }
+  for (int j = 0; j < 8; ++j) e[j] = from_16_bits(type, uint16_t(words[j / 2] >> (16 * (j % 2))));
 }
 
 // Calls f(i, element i of H_q across runs of p elements of v). A thread makes four elements of a column at a time, for which
@@ -203,6 +200,13 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   device::start_next();
   device::wait_for_writes();
   const int64_t total = r.out.offset == 0 ? 0 : total_of(r.out, row);
+  // With integers what is read and added are their bits.
+  const auto add = [&](float a, float b) {
+    return r.integers ? device::float_of(device::bits_of(a) + device::bits_of(b)) : a + b;
+  };
+  const auto ready = [&](float sum) {
+    return r.integers ? centred(r.out, int32_t(device::bits_of(sum)), total) : centred(r.out, sum, total);
+  };
   if (r.slices > 1) {
     slice_of(v, part.size, slice, [&](int i, float (&e)[8]) {
       read_floats(from + i, e);
@@ -211,24 +215,16 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
         float more[8];
         read_floats(from + j * r.split_stride + i, more);
 #pragma unroll
-        for (int l = 0; l < 8; ++l)
-          e[l] = r.integers ? device::float_of(device::bits_of(e[l]) + device::bits_of(more[l])) : e[l] + more[l];
+        for (int l = 0; l < 8; ++l) e[l] = add(e[l], more[l]);
       }
 #pragma unroll
-      for (int l = 0; l < 8; ++l)
-        e[l] = r.integers ? centred(r.out, int32_t(device::bits_of(e[l])), total) : centred(r.out, e[l], total);
+      for (int l = 0; l < 8; ++l) e[l] = ready(e[l]);
     });
   } else {
     for (int i = threadIdx.x; i < part.size; i += blockDim.x) {
-      if (r.integers) {
-        uint32_t sum = 0;
-        for (int j = 0; j < r.splits; ++j) sum += device::bits_of(from[j * r.split_stride + i]);
-        v[i] = centred(r.out, int32_t(sum), total);
-      } else {
-        float sum = from[i];
-        for (int j = 1; j < r.splits; ++j) sum += from[j * r.split_stride + i];
-        v[i] = centred(r.out, sum, total);
-      }
+      float sum = from[i];
+      for (int j = 1; j < r.splits; ++j) sum = add(sum, from[j * r.split_stride + i]);
+      v[i] = ready(sum);
     }
   }
   device::sync_block();
