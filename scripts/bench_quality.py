@@ -23,6 +23,7 @@ from quip_vllm import cli
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
+from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
@@ -36,6 +37,8 @@ CONFIGURATIONS |= {
     for short, block in ROTATIONS.items()
 }
 CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in CONFIGURATIONS.items()}
+SELF = ["--calibration", "self", "--sequences", str(SELF_SEQUENCES), "--sequence-length", str(SELF_SEQUENCE_LENGTH)]
+CONFIGURATIONS |= {f"{name}2self": [*CONFIGURATIONS[f"{name}2"], *SELF] for name in METHODS}
 COLUMNS = ["name", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "bits_per_weight", "bytes"]
 COLUMNS += ["mean_proxy_loss", "arguments", "windows", "commit", "machine"]
 
@@ -51,12 +54,12 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/quality.csv"))
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=list(CONFIGURATIONS))
     args = parser.parse_args()
-    sequences = ["--calibration", args.calibration, "--sequences", "64", "--sequence-length", "1024"]
+    usual = ["--calibration", args.calibration, "--sequences", "64", "--sequence-length", "1024"]
     for name in args.only:
         out = args.work / name
         if not (out / "config.json").exists():
             more = ["--resume"] if (out / ".quantize").exists() else []
-            code = cli.main(["quantize", args.model, str(out), *CONFIGURATIONS[name], *sequences, *more])
+            code = cli.main(["quantize", args.model, str(out), *usual, *CONFIGURATIONS[name], *more])
             if code:
                 return code
     windows = windows_of(args.text, AutoTokenizer.from_pretrained(args.model), 2048, args.windows)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: from a text file, from a data set, or written by the model itself."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip_vllm.quantizer.model import fast_dtype
@@ -92,6 +93,19 @@ def reserve(cache: Any, length: int) -> None:
             cache.layers[i].update(layer.keys, layer.values)
 
 
+def prepack(model: nn.Module, rows: int) -> None:
+    """Lays the weights of a model's linear layers out once as oneDNN multiplies `rows` rows by them; for CPUs only.
+
+    Otherwise each call does that again: a fifth of the time at 64 rows. Nothing else may read the weights afterwards.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            multiply = torch.ops.mkldnn._linear_pointwise
+            module.forward = partial(multiply, W=weight, B=module.bias, attr="none", scalars=[], algorithm="")
+
+
 @torch.inference_mode()
 def _self_written(settings: Settings, model_path: str) -> Tensor:
     """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
@@ -100,6 +114,7 @@ def _self_written(settings: Settings, model_path: str) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     dtype = fast_dtype(AutoConfig.from_pretrained(model_path).dtype)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, use_safetensors=True).eval()
+    prepack(model, settings.sequences)
     generator = torch.Generator().manual_seed(settings.seed)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     count, length = settings.sequences, settings.sequence_length
@@ -111,10 +126,11 @@ def _self_written(settings: Settings, model_path: str) -> Tensor:
             cache = out.past_key_values
             reserve(cache, length)
         # torch.multinomial would draw a random number for each token of the vocabulary.
-        sums = out.logits[:, -1].float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        sums = out.logits[:, -1].float().softmax(-1).cumsum(-1)
         if not torch.isfinite(sums[:, -1]).all():
             raise ValueError("the model's logits hold a NaN or an infinity: mend its weights")
-        drawn = torch.rand(count, 1, generator=generator, dtype=sums.dtype) * sums[:, -1:]
-        latest = torch.searchsorted(sums, drawn, right=True)
+        drawn = torch.rand(count, 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+        latest = torch.searchsorted(sums, drawn.float(), right=True)
+        latest.clamp_(max=sums.shape[-1] - 1)  # rounded to float32, a draw can reach the last sum
         tokens = torch.cat([tokens, latest], dim=1)
     return tokens[:, 1:].clone()

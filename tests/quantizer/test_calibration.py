@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from numerics import FLOAT32_LAYERS
 
-from quip_vllm.quantizer.calibration import calibration_tokens, reserve
+from quip_vllm.quantizer.calibration import calibration_tokens, prepack, reserve
 
 
 @pytest.fixture
@@ -138,3 +139,20 @@ def test_a_reserved_cache_changes_no_bit(tiny_model, architecture):
     usual, reserved = logits(False), logits(True)
     assert torch.equal(usual[0], reserved[0])
     assert "Reserved" in reserved[1]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral"])  # tied head; biases; a head of its own
+def test_prepacked_layers_give_the_same_logits(tiny_model, architecture):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (5, 3), generator=torch.Generator().manual_seed(0))
+    usual = model(ids).logits
+    prepack(model, 5)
+    for rows in (ids, ids[:, :1]):  # other numbers of rows than the layout was made for, too
+        torch.testing.assert_close(
+            model(rows).logits, usual[:, : rows.shape[1]], rtol=FLOAT32_LAYERS, atol=FLOAT32_LAYERS
+        )
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert linears and all(module.weight.is_mkldnn == torch.backends.mkldnn.is_available() for module in linears)
