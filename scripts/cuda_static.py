@@ -132,7 +132,7 @@ def measure_built(library: Path = LIBRARY) -> tuple[list[Row], list[str]]:
     extractor, disassembler = find_tool("cuobjdump"), find_tool("nvdisasm")
     newest = max(path.stat().st_mtime for path in SOURCES.iterdir())
     if not library.exists() or library.stat().st_mtime < newest:
-        raise StaticError(f"{library} is not there, or older than its sources: run python kernels/build.py cuda.")
+        raise StaticError(f"{library} is not there, or older than its sources: run make build.")
     tools = f"the library's nvcc, {_version('nvdisasm', disassembler)}"
     rows: list[Row] = []
     problems: list[str] = []

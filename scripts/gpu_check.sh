@@ -19,6 +19,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+export PATH=$(dirname "$(command -v "$python" || echo .)"):$PATH  # cmake looks there for ninja
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 report=build/gpu_report
 steps=()
@@ -50,7 +51,7 @@ machine() {
   nvcc --version || echo "no nvcc"
   $python -m quip_vllm.cli doctor
 }
-build() { $python kernels/build.py cuda; }
+build() { $python -m cmake -S kernels --preset release && $python -m cmake --build build/release --target install; }
 results() { $python -m pytest -q tests/ops/test_device.py --durations 10; }
 sanitizer() {
   local status=0
@@ -68,7 +69,7 @@ bench() {
 }
 serve() {
   export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
-  $python scripts/smollm2_checkpoint.py $report/model &&
+  $python scripts/demo/smollm2_checkpoint.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
     $python scripts/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
     QUIP_VLLM_BACKEND=triton $python scripts/check_serving.py $report/quantized --dtype bfloat16 \

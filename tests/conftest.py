@@ -3,16 +3,15 @@
 
 import importlib.util
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
+from compiled import compiled
 from safetensors.torch import load_file, save_file
-
-ROOT = Path(__file__).resolve().parents[1]
 
 if importlib.util.find_spec("transformers") is None:
     collect_ignore = ["quantizer", "evaluation", "test_cli.py"]
@@ -25,6 +24,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # they share the cores, and so do the processes that they start
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     library = config.getoption("--cpu-library")
     if library is not None:
         from quip_vllm.ops import extension
@@ -43,8 +47,7 @@ def cuda(request):
 
     library = request.config.getoption("--cuda-library")
     if library is None:
-        subprocess.run([sys.executable, "kernels/build.py", "emulator"], cwd=ROOT, check=True)
-        library = ROOT / "build" / "emulator" / "libquip_vllm_cuda.so"
+        library = compiled("emulator") / "libquip_vllm_cuda.so"
     extension.CUDA_LIBRARY = library.resolve()
     extension.cuda_library_problem.cache_clear()
     assert extension.cuda_library_problem() is None

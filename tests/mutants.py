@@ -15,7 +15,7 @@ def link(folder: Path, objects: Path, file: str, old: str, new: str, unit: str, 
 
     Args:
         folder: an empty one, for the copy.
-        objects: where the unchanged objects are.
+        objects: the folder with the unchanged objects.
         file, old, new, unit: of kernels/cuda.
         flags: of the compiler and of the linker.
         target: what is linked, in ``folder``.
@@ -28,6 +28,6 @@ def link(folder: Path, objects: Path, file: str, old: str, new: str, unit: str, 
     source.write_text(text.replace(old, new))
     compile_ = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", *flags, "-xc++", "-c"]
     subprocess.run([*compile_, str(folder / "cuda" / f"{unit}.cu"), "-o", str(fresh)], check=True)
-    others = [str(path) for path in objects.glob("*.o") if path.stem != unit]
+    others = [str(path) for path in objects.rglob("*.o") if path.name != f"{unit}.cu.o"]
     subprocess.run([COMPILER, *others, str(fresh), *flags, "-o", str(folder / target)], check=True)
     return folder / target

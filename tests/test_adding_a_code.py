@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adding_a_format.md"
@@ -119,7 +120,8 @@ def copy(tmp_path_factory):
         (folder / name).write_text(text)
     for name, text in NEW.items():
         (folder / name).write_text(text)
-    subprocess.run([sys.executable, "kernels/build.py", "cpu", "emulator"], cwd=folder, check=True)
+    compiled("cpu", folder)
+    compiled("emulator", folder)
     return folder
 
 

@@ -38,7 +38,8 @@ def test_doctor_without_the_library(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "cpu_library_problem", extension.cpu_library_problem.__wrapped__)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    why = f"the compiled library {tmp_path / 'gone.so'} is not there: run `make build` (needs g++)"
+    why = extension.cpu_library_problem.__wrapped__()
+    assert why.startswith(f"the compiled library {tmp_path / 'gone.so'} is not there: install quip-vllm again")
     assert f"CPU library   {why}" in out
     assert out.count(f"cpu no ({why})") == 5 and "cpu yes" not in out
 
@@ -51,7 +52,7 @@ def test_doctor_with_a_broken_library(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     report = doctor.report()
     assert "CPU library   the compiled library does not load (" in report
-    assert "delete it and run `make build` with this torch" in report
+    assert "install quip-vllm again beside this torch" in report
     assert "vllm          not installed" in report and "nvcc          not found" in report
 
 

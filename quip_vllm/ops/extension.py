@@ -15,7 +15,7 @@ CUDA_LIBRARY = CPU_LIBRARY.with_name("libquip_vllm_cuda.so")
 @cache
 def cpu_library_problem() -> str | None:
     """Loads the CPU library once. Returns None when it is loaded, else one sentence with the remedy."""
-    return _load(CPU_LIBRARY, "g++")
+    return _load(CPU_LIBRARY, "a C++20 compiler")
 
 
 @cache
@@ -26,11 +26,14 @@ def cuda_library_problem() -> str | None:
 
 def _load(path: Path, compiler: str) -> str | None:
     if not path.exists():
-        return f"the compiled library {path} is not there: run `make build` (needs {compiler})"
+        return (
+            f"the compiled library {path} is not there: install quip-vllm again where {compiler} is on the "
+            "PATH, or run `make build` in its source tree"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the compiled library does not load ({error}): delete it and run `make build` with this torch"
+        return f"the compiled library does not load ({error}): install quip-vllm again beside this torch"
     return None
 
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the kernels of a tier over std::thread, as bindings.cpp does with parallel_for, and compares with one thread bit
-// for bit. kernels/build.py --sanitize builds it; tests/kernels/test_sanitizers.py runs it.
+// for bit. kernels/tests.cmake builds it; tests/kernels/test_sanitizers.py runs it.
 //
 // Usage: panels TIER                                   exit 0, or 1 where bits differ
 //        panels_planted TIER read|misaligned|race      an error on purpose, which the sanitizer must report
@@ -173,7 +173,7 @@ int plant(const Kernels& ops, const std::string& error) {
 
 int main(int argc, char** argv) {
   const Kernels* ops = argc > 1 ? kernels_of(argv[1]) : nullptr;
-  if (!ops) return std::fprintf(stderr, "tier %s: give one of those in kernels/build.py\n", argc > 1 ? argv[1] : "missing"), 2;
+  if (!ops) return std::fprintf(stderr, "tier %s: give one of those in kernels/CMakeLists.txt\n", argc > 1 ? argv[1] : "missing"), 2;
 #ifdef QUIP_PLANTED
   return argc > 2 ? plant(*ops, argv[2]) : 2;
 #else

@@ -3,10 +3,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiled import compiled
 from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def builds(request):
     if not request.config.getoption("--sanitize"):
         pytest.skip("builds and runs for minutes: make sanitize")
     for sanitizer in ("address", "thread"):
-        subprocess.run([sys.executable, "kernels/build.py", "emulator", "--sanitize", sanitizer], cwd=ROOT, check=True)
+        compiled(sanitizer)
 
 
 def run(program, cases, order):
@@ -32,7 +32,7 @@ def run(program, cases, order):
 
 @pytest.mark.parametrize("order", ["deferred", "eager,reverse"])
 def test_no_address_is_wrong(order):
-    result = run(BUILD / "emulator_address" / "gemm_check", " ".join(ALL), order)
+    result = run(BUILD / "address" / "gemm_check", " ".join(ALL), order)
     assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
     answers = [line.split(": ", 1)[1] for line in result.stdout.splitlines()]
     assert len(answers) == 6 * len(ALL) and all(answer.isdigit() for answer in answers)
@@ -41,14 +41,15 @@ def test_no_address_is_wrong(order):
 @pytest.mark.parametrize("order", ["deferred", "eager"])
 @pytest.mark.parametrize("cases", RACES)
 def test_no_race(cases, order):
-    result = run(BUILD / "emulator_thread" / "gemm_check", cases, order)
+    result = run(BUILD / "thread" / "gemm_check", cases, order)
     assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
 
 
 def test_a_missing_barrier_is_a_race(tmp_path):
     barrier = "copy_wait<kStages - 2>();\n    device::sync_block();"
     change = ("decode_gemm.h", barrier, "copy_wait<kStages - 2>();", "gemm_1mad")
-    program = link(tmp_path, BUILD / "emulator_thread", *change, ["-g1", "-fsanitize=thread"], "gemm_check")
+    objects = BUILD / "thread" / "CMakeFiles" / "gemm_check.dir"
+    program = link(tmp_path, objects, *change, ["-g1", "-fsanitize=thread"], "gemm_check")
     result = run(program, "1mad 2", "deferred")
     assert result.returncode != 0
     assert "data race" in result.stderr and "decode_gemm.h" in result.stderr

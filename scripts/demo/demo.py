@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole path on one machine: a bf16 model, quantized to 2 bits, served by vLLM, asked over the OpenAI API.
 
-Usage: python scripts/demo.py [--run COMMAND]
+Usage: python scripts/demo/demo.py [--run COMMAND]
   --run COMMAND   instead of asking a question, run COMMAND ({server} becomes the server's address)
 
 What exists already in demo/ is used again. The server's log is demo/server.log.
@@ -24,7 +24,7 @@ from pathlib import Path
 from openai import OpenAI
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "demo"
 ORIGINAL = FOLDER / "SmolLM2-135M-Instruct"
 QUANTIZED = FOLDER / "SmolLM2-135M-Instruct-quip_sharp-2bit"
@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 QUESTION = "What is the capital of France?"
 START_LIMIT_S = 900
 
-CONVERT = [sys.executable, "scripts/smollm2_checkpoint.py", str(ORIGINAL.relative_to(ROOT))]
+CONVERT = [sys.executable, "scripts/demo/smollm2_checkpoint.py", str(ORIGINAL.relative_to(ROOT))]
 QUANTIZE = [str(BIN / "quip-vllm"), "quantize", str(ORIGINAL.relative_to(ROOT)), str(QUANTIZED.relative_to(ROOT))]
 QUANTIZE += ["--method", "quip_sharp", "--bits", "2"]
 SERVE = [str(BIN / "vllm"), "serve", str(QUANTIZED.relative_to(ROOT)), "--served-model-name", "demo"]
