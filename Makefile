@@ -61,10 +61,10 @@ demo: venv
 	$(BIN)/python scripts/demo/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -n auto -m "not exhaustive"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not exhaustive"
 
 test-all: venv
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(INSTALLED)
 	ruff check .
