@@ -17,10 +17,10 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 EXTRAS := vllm,quantize,dev
 PIP := $(BIN)/pip install --progress-bar off
 SAY := scripts/logged.sh
-CHECKED := kernels tests/kernels
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv build wheel demo test test-all check sanitize loadtest lint-docker clean
+.PHONY: help venv build wheel demo test test-all check lint format types words rules sanitize loadtest \
+	lint-docker clean
 
 help:
 	@echo "make demo      quantize SmolLM2-135M to 2 bits, serve it, ask it a question"
@@ -66,11 +66,21 @@ test: venv
 test-all: venv
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-check: $(INSTALLED)
+check: lint format types words rules
+
+lint: $(INSTALLED)
 	ruff check .
+
+format: $(INSTALLED)
 	ruff format --check .
+
+types: $(INSTALLED)
 	mypy
+
+words: $(INSTALLED)
 	typos
+
+rules: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 sanitize: venv
