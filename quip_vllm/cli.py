@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quip_vllm import __version__
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import FORMATS, methods
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +51,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
-    parser.add_argument("--method", required=True, choices=[method.value for method in Method])
+    parser.add_argument("--method", required=True, choices=list(methods()))
     parser.add_argument("--bits", required=True, type=int, help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4)")
     parser.add_argument(
         "--code",
-        choices=[code.value for code in Code],
-        help="trellis code of qtip (default: hyb up to 2 bits, 1mad above)",
+        choices=list(FORMATS),
+        help="code of the method (default of qtip: hyb up to 2 bits, 1mad above)",
     )
     parser.add_argument(
         "--calibration",
@@ -97,16 +97,15 @@ def _quantize(args: argparse.Namespace) -> int:
 
     if args.device not in ("auto", "cpu"):
         raise ValueError(f"--device is {args.device}: the encoders of this version run on the CPU; give auto or cpu")
-    method = Method(args.method)
-    if args.code and method is not Method.QTIP:
-        raise ValueError(f"--code is {args.code} for {method.value}: only qtip has trellis codes; leave it away")
-    code = args.code or default_code(method, args.bits)
+    code = args.code or default_code(args.method, args.bits)
+    method = FORMATS[code].method
+    if method != args.method:
+        raise ValueError(f"--code is {code}, which belongs to {method}: give --method {method}, or leave --code away")
     written_by_itself = args.calibration == "self"
     settings = Settings(
         model=args.model,
-        method=method,
+        code=code,
         bits=args.bits,
-        code=Code(code) if code else None,
         calibration=args.calibration,
         sequences=_or(args.sequences, SELF_SEQUENCES if written_by_itself else 256),
         sequence_length=_or(args.sequence_length, SELF_SEQUENCE_LENGTH if written_by_itself else 2048),

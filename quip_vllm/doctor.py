@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quip_vllm import __version__
-from quip_vllm.formats.methods import Code, Method, supported_bits
+from quip_vllm.formats.spec import FORMATS, Format
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import int8_activations
 from quip_vllm.ops.dispatch import Backend, answers
@@ -41,8 +41,7 @@ def report() -> str:
     lines.append(f"GPU           {_gpu()}")
     lines += ["", "which backend serves what: the first yes of a line"]
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        for method, code in ((Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)):
-            lines.append(_row(device, method, code))
+        lines += [_row(device, format) for format in FORMATS.values()]
     return "\n".join(lines)
 
 
@@ -56,14 +55,17 @@ def _tier(name: str, flags: set[str]) -> str:
     return f"{name:11} {answer}"
 
 
-def _row(device: str, method: Method, code: Code | None) -> str:
-    bits = supported_bits(method, code)
-    label = f"  {device:5} {method.value} {code.value if code else 'E8P'}, {bits[0]} to {bits[-1]} bits:"
+def _row(device: str, format: Format) -> str:
+    label = f"  {device:5} {format.method} {format.name}, {format.bits[0]} to {format.bits[-1]} bits:"
     found = [
-        f"{backend.name} {_served(backend, method, code) if why_not is None else f'no ({why_not})'}"
-        for backend, why_not in answers(LinearSpec(method, code, bits[0], 4096, (4096,)), device)
+        f"{backend.name} {_served(backend, format) if why_not is None else f'no ({why_not})'}"
+        for backend, why_not in answers(_sample(format, format.bits[0]), device)
     ]
     return f"{label:40} {'; '.join(found)}"
+
+
+def _sample(format: Format, bits: int) -> LinearSpec:
+    return LinearSpec(format.name, bits, 4096, (4096,))
 
 
 def _gpu() -> str:
@@ -73,13 +75,11 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
 
 
-def _served(backend: Backend, method: Method, code: Code | None) -> str:
+def _served(backend: Backend, format: Format) -> str:
     """ "yes", and on the CPU at which bits 16-bit activations are rounded to int8."""
     if backend.name != "cpu":
         return "yes"
-    levels = supported_bits(method, code)
-    specs = {bits: LinearSpec(method, code, bits, 4096, (4096,)) for bits in levels}
-    rounded = [bits for bits, spec in specs.items() if int8_activations(spec, torch.bfloat16)]
+    rounded = [bits for bits in format.bits if int8_activations(_sample(format, bits), torch.bfloat16)]
     return f"yes (int8 activations at {rounded[0]} to {rounded[-1]} bits)" if rounded else "yes (exact activations)"
 
 

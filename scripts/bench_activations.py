@@ -49,15 +49,13 @@ def with_kernels(folder: Path, activations: str) -> nn.Module:
     os.environ["QUIP_VLLM_ACTIVATIONS"] = activations
     model, config, reader = load_model(str(folder)), read_config(folder), CheckpointReader(folder)
     for name in quantized_layers(reader, config):
-        bits = config.bits_of(name)
-        if bits is None or config.is_head(name):
+        stored = config.layer_format(name)
+        if stored is None or config.is_head(name):
             continue
         own = [full for full in reader.names() if full.startswith(name + ".") and not full.endswith(".bias")]
         tensors = {full.removeprefix(name + "."): tensor for full, tensor in reader.read(own).items()}
-        if "lut" in tensors:
-            tensors["lut"] = tensors["lut"][None]
         k, n = tensors["su"].shape[0], tensors["sv"].shape[0]
-        spec = LinearSpec(config.method, config.code, bits, k, (n,), config.hadamard_block)
+        spec = LinearSpec(*stored, k, (n,), config.hadamard_block)
         parent, _, leaf = name.rpartition(".")
         bias = model.get_submodule(name).bias
         setattr(model.get_submodule(parent), leaf, KernelLinear(spec, tensors, bias))

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from benchmarking import COMMON, FORMATS, ORIGIN, format_name, origin, seconds, write_rows
 
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.store import read_json
 from quip_vllm.formats import e8p
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.formats.trellis import SEQUENCE
-from quip_vllm.formats.trellis_codes import default_lut, state_values
+from quip_vllm.formats.trellis_codes import TrellisCode
 from quip_vllm.ops import cpu_tier, encode_e8p, encode_trellis
 from quip_vllm.quantizer.encoders import code_rms
 
@@ -40,7 +40,7 @@ COLUMNS += ["tier", *ORIGIN]
 def main() -> int:
     """Runs the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trellis = [name for name in COMMON if FORMATS[name][1] is not None]
+    trellis = [name for name in COMMON if isinstance(FORMATS[name].format, TrellisCode)]
     parser.add_argument("--formats", nargs="*", default=trellis, choices=trellis, metavar="FORMAT")
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--vectors", type=int, default=1 << 18)
@@ -63,9 +63,7 @@ def main() -> int:
 
     add(lattice(args.vectors))
     for name in args.formats:
-        _, code, bits = FORMATS[name]
-        assert code is not None  # `choices`
-        add(viterbi(code, bits, args.sequences))
+        add(viterbi(FORMATS[name], args.sequences))
     for name in args.runs if args.model else ():
         add(quantize(name, args.model, args.calibration, args.threads))
     return 0
@@ -77,27 +75,29 @@ def lattice(count: int) -> dict[str, Any]:
     taken = seconds(lambda: encode_e8p(targets * LATTICE_SCALE))
     decoded = e8p.decode(encode_e8p(targets * LATTICE_SCALE)[:, None]) / LATTICE_SCALE
     distortion = float((decoded - targets).square().mean())
-    return _row("e8p", format_name(Method.QUIP_SHARP, None, 2), count, taken, 8 * count) | {"distortion": distortion}
+    return _row("e8p", format_name(LayerFormat("e8p", 2)), count, taken, 8 * count) | {"distortion": distortion}
 
 
-def viterbi(code: Code, bits: int, count: int) -> dict[str, Any]:
+def viterbi(stored: LayerFormat, count: int) -> dict[str, Any]:
     """The row of one trellis code at one rate."""
-    values = state_values(code, default_lut(code, bits))
+    code, bits = stored.format, stored.bits
+    assert isinstance(code, TrellisCode)  # `choices`
+    values = code.values(code.table(bits))
     rms = code_rms(code, values)
     targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
     taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)
     decoded = values[encode_trellis(targets * rms, values, bits).long()].flatten(1) / rms
-    row = _row("viterbi", format_name(Method.QTIP, code, bits), count, taken, SEQUENCE * count)
+    row = _row("viterbi", format_name(stored), count, taken, SEQUENCE * count)
     return row | {"distortion": float((decoded - targets).square().mean())}
 
 
 def quantize(name: str, model: str, calibration: str, threads: int) -> dict[str, Any]:
     """The row of a whole run of the quantizer."""
-    method, code, bits = FORMATS[name]
+    stored = FORMATS[name]
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", model, f"{scratch}/out"]
-        command += ["--method", method.value, "--bits", str(bits), "--calibration", calibration]
-        command += ["--code", code.value] if code else []
+        command += ["--method", stored.format.method, "--bits", str(stored.bits), "--calibration", calibration]
+        command += ["--code", stored.code]
         begin = time.perf_counter()
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
         taken = time.perf_counter() - begin

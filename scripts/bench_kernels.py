@@ -92,8 +92,8 @@ def decoding_speed(name: str) -> float:
 
 def quantized_layers(name: str, n: int, k: int, working_set: int) -> tuple[list[Layer], int]:
     """Layers of one format that fill ``working_set`` MiB (one at least), and the bytes of each in a checkpoint."""
-    method, code, bits = FORMATS[name]
-    spec = LinearSpec(method, code, bits, k, (n,))
+    code, bits = FORMATS[name]
+    spec = LinearSpec(code, bits, k, (n,))
     backend = select_backend(spec, "cpu")
     generator = torch.Generator().manual_seed(0)
     tensors = random_layer(spec, random_signs(k, generator), generator)

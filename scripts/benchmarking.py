@@ -15,33 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import check_bits
-from quip_vllm.formats.methods import Code, Method, supported_bits
-from quip_vllm.formats.trellis_codes import default_lut
-from quip_vllm.ops import LinearSpec
-from quip_vllm.ops.tensors import layout
+from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.formats import spec as specs
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SU, SV, Follows, layout, tensor_specs
+from quip_vllm.formats.trellis_codes import HYB
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("quip_vllm", "kernels", "scripts", "pyproject.toml")
 ORIGIN = ["threads", "commit", "machine", "command"]
 """Columns that every benchmark's CSV ends with; see ``origin``."""
 
-Format = tuple[Method, Code | None, int]
+
+def format_name(stored: LayerFormat) -> str:
+    """quip_sharp-2, qtip-1mad-2: method, code where the method has several, bits."""
+    method = stored.format.method
+    return "-".join([method, *([stored.code] if method == "qtip" else []), str(stored.bits)])
 
 
-def format_name(method: Method, code: Code | None, bits: int) -> str:
-    """quip_sharp-2, qtip-1mad-2: method, code where there is one, bits."""
-    return "-".join([method.value, *([code.value] if code else []), str(bits)])
-
-
-FORMATS: dict[str, Format] = {
-    format_name(method, code, bits): (method, code, bits)
-    for method, code in ((Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code))
-    for bits in supported_bits(method, code)
+FORMATS: dict[str, LayerFormat] = {
+    format_name(LayerFormat(code, bits)): LayerFormat(code, bits)
+    for code, format in specs.FORMATS.items()
+    for bits in format.bits
 }
 """Every format by its name."""
 
-COMMON = [name for name, (_, _, bits) in FORMATS.items() if 2 <= bits <= 4]
+COMMON = [name for name, stored in FORMATS.items() if 2 <= stored.bits <= 4]
 """Formats that the benchmarks measure unless told otherwise: every code at 2 to 4 bits."""
 
 
@@ -49,25 +48,25 @@ def random_layer(spec: LinearSpec, su: Tensor, generator: torch.Generator) -> di
     """Random codes in the tensors of a checkpoint, so scaled that unit inputs give outputs of about unit size.
 
     Args:
-        spec: a single projection or several fused ones.
+        spec: a layer of one part or several.
         su: fp16 [k], the input signs.
         generator: source of the codes and of the output signs.
 
     Returns:
-        The tensors that ``quip_vllm.ops.tensors.layout`` names; each owns its memory.
+        The tensors that ``quip_vllm.formats.tensors.layout`` names; each owns its memory.
     """
-    check_bits(spec.method, spec.code, spec.bits)
-    tensors = {}
-    for name, (shape, dtypes) in layout(spec).items():
-        if name == "su":
-            tensors[name] = su.clone()
-        elif name == "sv":
-            tensors[name] = random_signs(spec.out_features, generator) * spec.in_features**-0.5
-        elif name == "lut":
-            tensors[name] = torch.stack([default_lut(Code.HYB, spec.bits)] * shape[0])
+    types, tensors = layout(spec), {}
+    for one in tensor_specs(spec):
+        shape, dtype = types[one.name].shape, one.dtypes[0]
+        if one.name == SU.name:
+            tensors[one.name] = su.clone()
+        elif one.name == SV.name:
+            tensors[one.name] = random_signs(spec.out_features, generator) * spec.in_features**-0.5
+        elif one.follows is Follows.PART:
+            tensors[one.name] = HYB.table(spec.bits).repeat(len(spec.output_sizes), 1)
         else:
-            kind = torch.iinfo(dtypes[0])
-            tensors[name] = torch.randint(kind.min, kind.max + 1, shape, dtype=dtypes[0], generator=generator)
+            kind = torch.iinfo(dtype)
+            tensors[one.name] = torch.randint(kind.min, kind.max + 1, shape, dtype=dtype, generator=generator)
     return tensors
 
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from gpu_model import GPUS, TARGETS
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, cuda, cuda_shapes
 from quip_vllm.ops.cuda_shapes import Candidate, Gpu, Problem
 from quip_vllm.ops.extension import cuda_library_problem
@@ -47,7 +46,7 @@ def main() -> int:
         for name in ("A100", "H100", "RTX 4090"):
             product, target = GPUS[name], TARGETS[GPUS[name].target]
             gpu = Gpu(product.multiprocessors, target.shared_block, target.shared)
-            spec = LinearSpec(Method.QTIP, Code.HYB, 2, k, (n,), 128)
+            spec = LinearSpec("hyb", 2, k, (n,), 128)
             sizes = cuda._problem(spec, cuda._code(spec, gpu))
             cells = [
                 f"{cycles / product.ghz / 1000:.1f}" for cycles in (apart(sizes, gpu), two(sizes, gpu), one(sizes, gpu))

@@ -19,10 +19,9 @@ import torch
 from benchmarking import random_layer, random_signs
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import CheckpointConfig, Head
+from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
 from quip_vllm.checkpoint.store import shard_name, write_index, write_json, write_shard
-from quip_vllm.formats.methods import Code, Method
-from quip_vllm.ops import LinearSpec
+from quip_vllm.formats.spec import LinearSpec, methods
 
 Shape = tuple[int, int]
 Linear = Callable[[Shape, Tensor], dict[str, Tensor]]
@@ -51,9 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
-    parser.add_argument("--format", required=True, choices=["bf16", "gptq-int4", *(method.value for method in Method)])
+    parser.add_argument("--format", required=True, choices=["bf16", "gptq-int4", *methods()])
     parser.add_argument("--bits", type=int, default=2, help="of quip_sharp and qtip (default 2)")
-    parser.add_argument("--code", choices=[code.value for code in Code], default="1mad", help="of qtip (default 1mad)")
+    trellis = [format.name for format in methods()["qtip"]]
+    parser.add_argument("--code", choices=trellis, default="1mad", help="of qtip (default 1mad)")
+        "--code", choices=[format.name for format in methods()["qtip"]], default="1mad", help="of qtip (default 1mad)"
+    )
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=16)
@@ -102,13 +104,12 @@ def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[
         group = math.gcd(MAX_GROUP, args.hidden, args.mlp)
         described = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
         return {"quantization_config": described | {"lm_head": False}}, lambda shape, su: _int4(shape, group, generator)
-    method, code, block = _own_format(args)
-    head = None if args.lm_head is None else Head(EMBEDDING, args.lm_head, tied=True)
-    config = CheckpointConfig(method, args.bits, code, block, modules_to_not_convert=("lm_head",), head=head)
+    code, block = _own_format(args)
+    head = None if args.lm_head is None else Head(EMBEDDING, LayerFormat(code, args.lm_head), tied=True)
+    config = CheckpointConfig(LayerFormat(code, args.bits), block, modules_to_not_convert=("lm_head",), head=head)
 
     def ours(shape: Shape, su: Tensor) -> dict[str, Tensor]:
-        tensors = random_layer(LinearSpec(method, code, args.bits, shape[1], shape[:1], block), su, generator)
-        return tensors | ({"lut": tensors["lut"][0].clone()} if "lut" in tensors else {})
+        return random_layer(LinearSpec(code, args.bits, shape[1], shape[:1], block), su, generator)
 
     return {"quantization_config": config.to_dict()}, ours
 
@@ -136,23 +137,22 @@ def _embedding(args: argparse.Namespace, generator: torch.Generator) -> dict[str
     """The tied embedding: bf16, or in the format of the layers at --lm-head bits."""
     if args.lm_head is None:
         return {f"{EMBEDDING}.weight": _dense((args.vocab, args.hidden), generator)}
-    method, code, block = _own_format(args)
-    spec = LinearSpec(method, code, args.lm_head, args.hidden, (args.vocab,), block, rotate_output=False)
+    code, block = _own_format(args)
+    spec = LinearSpec(code, args.lm_head, args.hidden, (args.vocab,), block, rotate_output=False)
     tensors = random_layer(spec, random_signs(args.hidden, generator), generator)
-    return {f"{EMBEDDING}.{name}": t[0].clone() if name == "lut" else t for name, t in tensors.items()}
+    return {f"{EMBEDDING}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _own_format(args: argparse.Namespace) -> tuple[Method, Code | None, int | None]:
-    """Method, code and rotation of a checkpoint of ours. Raises ValueError for a flag that does not fit."""
-    if args.format not in (method.value for method in Method):
+def _own_format(args: argparse.Namespace) -> tuple[str, int | None]:
+    """Code and rotation of a checkpoint of ours. Raises ValueError for a flag that does not fit."""
+    if args.format not in methods():
         raise ValueError(
             f"--lm-head is {args.lm_head} for {args.format}: only quip_sharp and qtip have a quantized head"
         )
-    method = Method(args.format)
     if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
         raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")
     block = None if args.hadamard_block == "full" else int(args.hadamard_block)
-    return method, Code(args.code) if method is Method.QTIP else None, block
+    return args.code if args.format == "qtip" else "e8p", block
 
 
 def _dense(shape: Shape, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from quip_vllm.formats.methods import Code
-from quip_vllm.formats.trellis_codes import hyb_table, state_values
+from quip_vllm.formats.trellis_codes import HYB, hyb_table
 from quip_vllm.ops import encode_trellis
 
 TILES, ROUNDS = 512, 40
@@ -25,7 +24,7 @@ FIRST_STD = {1: 0.95, 2: 1.05, 3: 1.25, 4: 1.55}  # of the quantiles to begin wi
 
 def search(tiles: Tensor, table: Tensor, bits: int) -> tuple[Tensor, float]:
     """The states of tiles [T, 256] and their mean squared error."""
-    values = state_values(Code.HYB, table)
+    values = HYB.values(table)
     states = encode_trellis(tiles, values, bits).long()
     return states, float((values[states].flatten(1) - tiles).square().mean())
 

@@ -25,9 +25,8 @@ import sass
 from benchmarking import ROOT, write_rows
 from cuda_static_page import find, launched, read, write_tables
 from gpu_model import TARGETS
-from tqdm import tqdm
-
 from quip_vllm.formats.methods import Code, Method, supported_bits
+from tqdm import tqdm
 
 ROWS = (8, 64)
 SHARED_LIMIT = 99 * 1024

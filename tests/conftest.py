@@ -94,11 +94,10 @@ def damaged(tiny_model, tmp_path):
 @pytest.fixture(scope="session")
 def make_settings(tiny_text):
     """make_settings(model, ...): quip_sharp at 2 bits with 8 sequences of 48 tokens, unless told otherwise."""
-    from quip_vllm.formats.methods import Method
     from quip_vllm.quantizer.settings import Settings
 
     def make_settings(model, **changes):
-        usual = {"method": Method.QUIP_SHARP, "bits": 2, "calibration": str(tiny_text)}
+        usual = {"method": "quip_sharp", "bits": 2, "calibration": str(tiny_text)}
         return Settings(str(model), **{**usual, "sequences": 8, "sequence_length": 48, **changes})
 
     return make_settings

@@ -24,7 +24,7 @@ EDITS = {  # file -> what is there, what is put before it
             "def _toy(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:\n"
             "    return ((state & 255) - 128).to(torch.float32)[:, None]\n\n\n",
         ),
-        ("    Code.LUT: _lut,\n", "    Code.TOY: _toy,\n"),
+        ("    "lut": _lut,\n", "    Code.TOY: _toy,\n"),
     ],
     "kernels/cpu/kernels.h": [("kLut };", "kToy, ")],
     "kernels/cpu/decode_trellis.h": [
@@ -84,7 +84,6 @@ import importlib.util, pathlib, sys
 sys.path.insert(0, "tests")
 import torch
 from random_layers import random_layer
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize, extension
 extension.CUDA_LIBRARY = pathlib.Path("build/emulator/libquip_vllm_cuda.so").resolve()
 from quip_vllm.ops.cpu import CpuBackend
@@ -94,7 +93,7 @@ for backend in (CpuBackend(), CudaBackend(), TritonBackend()):
     if backend.name == "triton" and importlib.util.find_spec("triton") is None:
         continue
     for bits in (1, 2, 3, 8):
-        spec = LinearSpec(Method.QTIP, Code("toy"), bits, 80, (48, 16))
+        spec = LinearSpec("qtip", Code("toy"), bits, 80, (48, 16))
         assert backend.refusal(spec) is None, backend.refusal(spec)
         tensors = random_layer(spec)
         x = torch.randn(3, 80, generator=torch.Generator().manual_seed(1))

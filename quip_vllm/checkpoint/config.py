@@ -3,11 +3,27 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from quip_vllm.formats.methods import STATE_BITS, Code, Method, supported_bits, vector_dim
+from quip_vllm.formats.spec import Format, format_of, methods
 
 FORMAT_VERSION = 1
+
+
+class LayerFormat(NamedTuple):
+    """How a layer is stored: the code's name, and code bits per weight."""
+
+    code: str
+    bits: int
+
+    @property
+    def format(self) -> Format:
+        """The format. Raises ValueError for a code that there is not."""
+        return format_of(self.code)
+
+    def check(self) -> None:
+        """Raises ValueError unless the code exists and has these bits."""
+        self.format.check_bits(self.bits)
 
 
 @dataclass(frozen=True)
@@ -16,12 +32,12 @@ class Head:
 
     Attributes:
         module: the name its tensors have: the input embedding's where the two are tied, else the head's own.
-        bits: code bits per weight.
+        stored: code and bits.
         tied: the tensors are those of the input embedding as well.
     """
 
     module: str
-    bits: int
+    stored: LayerFormat
     tied: bool
 
     @classmethod
@@ -30,13 +46,13 @@ class Head:
         if raw is None:
             return None
         if not isinstance(raw, Mapping):
-            raise ValueError(f"head is {raw!r:.200}: it must be an object with module, bits and tied")
+            raise ValueError(f"head is {raw!r:.200}: it must be an object with module, stored and tied")
         module, tied = raw.get("module"), raw.get("tied")
         if not isinstance(module, str) or not module:
             raise ValueError(f"head.module is {module!r:.200}: it must be the module name of the quantized head")
         if not isinstance(tied, bool):
             raise ValueError(f"head.tied is {tied!r:.200}: it must be true (the embedding is the head) or false")
-        return cls(module, raw.get("bits"), tied)  # type: ignore[arg-type]  # checked by CheckpointConfig
+        return cls(module, _layer_format(raw.get("stored"), "head.stored"), tied)
 
 
 @dataclass(frozen=True)
@@ -44,47 +60,44 @@ class CheckpointConfig:
     """What a checkpoint says of itself.
 
     Attributes:
-        method: the quantization method of every quantized layer.
-        bits: code bits per weight, where ``overrides`` names nothing else.
-        code: the trellis code; None for quip_sharp.
+        default: code and bits of every quantized layer that `layers` does not name.
         hadamard_block: None for the full-width rotation, else the largest block of the blockwise one (a power of two).
         modules_to_not_convert: module names that keep an ordinary weight. A name covers itself and everything below it.
-        overrides: module name -> bits of that layer.
+        layers: module name -> code and bits of that layer, where they differ from the default.
         head: the quantized output head; None where head and embedding keep an ordinary weight.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the rule and the remedy.
     """
 
-    method: Method
-    bits: int
-    code: Code | None = None
+    default: LayerFormat
     hadamard_block: int | None = None
     modules_to_not_convert: tuple[str, ...] = ()
-    overrides: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        if (self.method is Method.QTIP) != (self.code is not None):
-            raise ValueError(f"code is {self.code} for method {self.method.value}: qtip needs one, quip_sharp has none")
-        for bits in (self.bits, *self.overrides.values(), *([] if self.head is None else [self.head.bits])):
-            check_bits(self.method, self.code, bits)
+        for described in (self.default, *self.layers.values(), *([] if self.head is None else [self.head.stored])):
+            described.check()
         block = self.hadamard_block
         if block is not None and (type(block) is not int or block < 2 or block & (block - 1)):
             raise ValueError(f"hadamard_block is {block!r}: give a power of two of at least 2, or null for full width")
-
-        if self.head is not None and (self.head.module in self.overrides or self._skips(self.head.module)):
+        if self.head is not None and (self.head.module in self.layers or self._skips(self.head.module)):
             raise ValueError(
-                f"head.module is {self.head.module!r}, which overrides or modules_to_not_convert name as well: head "
+                f"head.module is {self.head.module!r}, which layers or modules_to_not_convert name as well: head "
                 "alone says how it is stored; requantize"
             )
 
-    def bits_of(self, name: str) -> int | None:
-        """Bits of the linear layer or head ``name`` (its Hugging Face name), or None where it is not quantized."""
-        if self.is_head(name):
-            assert self.head is not None
-            return self.head.bits
-        return None if self._skips(name) else self.overrides.get(name, self.bits)
+    @property
+    def method(self) -> str:
+        """`quant_method` in config.json: the family of the default code."""
+        return self.default.format.method
+
+    def layer_format(self, name: str) -> LayerFormat | None:
+        """Code and bits of the linear layer or head ``name`` (its Hugging Face name); None where it has a weight."""
+        if self.head is not None and self.is_head(name):
+            return self.head.stored
+        return None if self._skips(name) else self.layers.get(name, self.default)
 
     def is_head(self, name: str) -> bool:
         """Whether the tensors under ``name`` are the quantized output head."""
@@ -95,66 +108,56 @@ class CheckpointConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` object, ready for JSON."""
-        trellis: dict[str, Any] = {}
-        if self.code is not None:
-            trellis = {"code": self.code.value, "state_bits": STATE_BITS, "vector_dim": vector_dim(self.code)}
+        head = {} if self.head is None else {"head": {**asdict(self.head), "stored": self.head.stored._asdict()}}
         return {
-            "quant_method": self.method.value,
+            "quant_method": self.method,
             "format_version": FORMAT_VERSION,
-            "bits": self.bits,
-            **trellis,
+            **self.default._asdict(),
             "hadamard_block": self.hadamard_block,
             "modules_to_not_convert": list(self.modules_to_not_convert),
-            "overrides": {name: {"bits": bits} for name, bits in self.overrides.items()},
-            **({} if self.head is None else {"head": asdict(self.head)}),
+            "layers": {name: stored._asdict() for name, stored in self.layers.items()},
+            **head,
         }
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "CheckpointConfig":
-        """Reads ``quantization_config``. The input is untrusted: what is ill-typed or out of range is refused.
+        """Reads the ``quantization_config`` object. Unknown keys are ignored, other versions are refused.
 
         Raises:
             ValueError: names the key, its value and what is allowed.
         """
-        method = _member(Method, raw.get("quant_method"), "quant_method")
+        method, families = raw.get("quant_method"), methods()
+        if method not in families:
+            raise ValueError(f"quant_method is {method!r}: it must be one of {', '.join(families)}")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
             )
-        code = _member(Code, raw.get("code"), "code") if method is Method.QTIP else None
-        if code is not None:
-            for key, want in (("state_bits", STATE_BITS), ("vector_dim", vector_dim(code))):
-                if raw.get(key, want) != want:
-                    raise ValueError(f"{key} is {raw[key]!r}: code {code.value} is served with {want} only; requantize")
-        overrides = raw.get("overrides") or {}
+        default = _layer_format(raw, "quantization_config")
+        if default.format.method != method:
+            raise ValueError(
+                f"code is {default.code!r}: it belongs to quant_method {default.format.method}, not {method}"
+            )
+        layers = raw.get("layers") or {}
         skip = raw.get("modules_to_not_convert") or []
-        if not isinstance(overrides, Mapping) or not all(isinstance(v, Mapping) for v in overrides.values()):
-            raise ValueError(f"overrides is {overrides!r:.200}: it must map a layer's name to an object with its bits")
+        if not isinstance(layers, Mapping):
+            raise ValueError(f"layers is {layers!r:.200}: it must map a layer's name to an object with code and bits")
         if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
             raise ValueError(f"modules_to_not_convert is {skip!r:.200}: it must be a list of module names")
         return cls(
-            method=method,
-            bits=raw.get("bits"),  # type: ignore[arg-type]  # checked by __post_init__
-            code=code,
+            default=default,
             hadamard_block=raw.get("hadamard_block"),
             modules_to_not_convert=tuple(skip),
-            overrides={str(name): item.get("bits") for name, item in overrides.items()},
+            layers={str(name): _layer_format(item, f"layers.{name}") for name, item in layers.items()},
             head=Head.from_dict(raw.get("head")),
         )
 
 
-def check_bits(method: Method, code: Code | None, bits: object) -> None:
-    """Raises ValueError unless the method (and code) has ``bits`` bits per weight."""
-    allowed = supported_bits(method, code)
-    if type(bits) is not int or bits not in allowed:
-        label = method.value if code is None else f"{method.value} with code {code.value}"
-        raise ValueError(f"bits is {bits!r}: {label} has {', '.join(map(str, allowed))}; choose one of them")
-
-
-def _member(kind: Any, value: object, key: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        choices = ", ".join(str(member.value) for member in kind)
-        raise ValueError(f"{key} is {value!r}: it must be one of {choices}") from None
+def _layer_format(raw: object, key: str) -> LayerFormat:
+    """Code and bits of an object of config.json. Raises ValueError for anything else."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{key} is {raw!r:.200}: it must be an object with code and bits")
+    stored = LayerFormat(raw.get("code"), raw.get("bits"))  # type: ignore[arg-type]  # checked next
+    stored.check()
+    return stored

@@ -6,15 +6,15 @@ from typing import Any
 
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
-
-TENSORS = ("packed", "codes", "residual_codes", "su", "sv", "lut")
+from quip_vllm.formats.spec import FORMATS
+from quip_vllm.formats.tensors import SU, SV
 
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Reads headers only.
 
     Returns:
-        ``layers``: name, method, code, bits, shape [n, k], bytes, proxy_loss (null where the report is gone);
+        ``layers``: name, code, bits, shape [n, k], bytes, proxy_loss (null where the report is gone);
         ``totals``: layers, weights, bits_per_weight (all tensors of quantized layers but biases, over their weights),
         quantized_bytes, bytes (everything).
 
@@ -26,14 +26,15 @@ def inspect(folder: Path) -> dict[str, Any]:
     losses = _losses(folder / "quantization_report.json")
     layers: list[dict[str, Any]] = []
     for name in quantized_layers(reader, config):
-        shape = [reader.shapes[f"{name}.sv"][0], reader.shapes[f"{name}.su"][0]]
-        size = sum(reader.bytes_of.get(f"{name}.{key}", 0) for key in TENSORS)
+        shape = [reader.shapes[f"{name}.{vector.name}"][0] for vector in (SV, SU)]
+        size = sum(reader.bytes_of.get(f"{name}.{key}", 0) for key in _tensor_names())
+        stored = config.layer_format(name)
+        assert stored is not None  # quantized_layers
         layers.append(
             {
                 "name": name,
-                "method": config.method.value,
-                "code": config.code.value if config.code else None,
-                "bits": config.bits_of(name),
+                "code": stored.code,
+                "bits": stored.bits,
                 "shape": shape,
                 "bytes": size,
                 "proxy_loss": losses.get(name),
@@ -65,16 +66,22 @@ def quantized_layers(reader: CheckpointReader, config: CheckpointConfig) -> list
     Raises:
         ValueError: one of them lacks a vector ``su`` or ``sv``, or ``config`` says that it is not quantized.
     """
-    names = {owner for owner, _, leaf in (name.rpartition(".") for name in reader.names()) if leaf in TENSORS}
+    names = {owner for owner, _, leaf in (name.rpartition(".") for name in reader.names()) if leaf in _tensor_names()}
     for name in names:
-        for vector in ("su", "sv"):
+        for vector in (SU.name, SV.name):
             if len(reader.shapes.get(f"{name}.{vector}", ())) != 1:
                 raise ValueError(
                     f"{name} has no vector {vector}: the checkpoint is damaged; fetch or quantize it again"
                 )
-        if config.bits_of(name) is None:
+        if config.layer_format(name) is None:
             raise ValueError(f"{name} holds quantized tensors: config.json says that it has none; quantize again")
     return sorted(names, key=_natural)
+
+
+def _tensor_names() -> set[str]:
+    """Names of all tensors that some format has."""
+    specs = (one for format in FORMATS.values() for bits in format.bits for one in format.tensors(bits))
+    return {SU.name, SV.name, *(one.name for one in specs)}
 
 
 def _losses(report: Path) -> dict[str, float]:
@@ -94,12 +101,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def format_inspection(found: dict[str, Any]) -> str:
     """A table for a person."""
     width = max((len(layer["name"]) for layer in found["layers"]), default=5)
-    lines = [f"{'layer':{width}}  method      code   bits  {'shape':>14}  {'bytes':>12}  proxy loss"]
+    lines = [f"{'layer':{width}}  code   bits  {'shape':>14}  {'bytes':>12}  proxy loss"]
     for layer in found["layers"]:
         loss = "-" if layer["proxy_loss"] is None else f"{layer['proxy_loss']:.5f}"
         shape = "x".join(map(str, layer["shape"]))
         lines.append(
-            f"{layer['name']:{width}}  {layer['method']:10}  {layer['code'] or '-':5}  {layer['bits']:>4}  "
+            f"{layer['name']:{width}}  {layer['code']:5}  {layer['bits']:>4}  "
             f"{shape:>14}  {layer['bytes']:>12,}  {loss:>10}"
         )
     totals = found["totals"]

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from quip_vllm.checkpoint.inspection import quantized_layers, read_config
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
-from quip_vllm.formats.methods import Method
+from quip_vllm.formats.spec import methods
+from quip_vllm.formats.tensors import SU, SV
 from quip_vllm.ops import LinearSpec, dequantize
-
-OWN_METHODS = {method.value for method in Method}
 
 
 def is_own(folder: Path) -> bool:
@@ -23,7 +22,7 @@ def is_own(folder: Path) -> bool:
         raise ValueError(
             f"{folder / 'config.json'} has quantization_config {described!r:.200}: it must name quant_method"
         )
-    return method in OWN_METHODS
+    return method in methods()
 
 
 def load_model(model: str) -> Any:
@@ -69,13 +68,11 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
         else:
             state[name] = tensor
     for owner, tensors in layers.items():
-        bits = described.bits_of(owner)
-        assert bits is not None  # quantized_layers
-        if "lut" in tensors:
-            tensors["lut"] = tensors["lut"][None]
-        n, k = tensors["sv"].shape[0], tensors["su"].shape[0]
+        stored = described.layer_format(owner)
+        assert stored is not None  # quantized_layers
+        n, k = tensors[SV.name].shape[0], tensors[SU.name].shape[0]
         rotate_output = not described.is_head(owner)
-        spec = LinearSpec(described.method, described.code, bits, k, (n,), described.hadamard_block, rotate_output)
+        spec = LinearSpec(*stored, k, (n,), described.hadamard_block, rotate_output)
         try:
             state[f"{owner}.weight"] = dequantize(spec, tensors)
         except ValueError as error:

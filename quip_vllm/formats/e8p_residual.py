@@ -10,17 +10,20 @@ Values are in codebook units: the rotated weight divided by one scalar, which is
 
 import functools
 import itertools
+from fractions import Fraction
 
 import torch
 
 from quip_vllm.formats import e8p
+from quip_vllm.formats.spec import Format, TileOrder, register
+from quip_vllm.formats.tensors import Follows, TensorSpec
 
 RESIDUAL_SCALE: dict[int, float] = {3: 2.04, 4: 3.45}
 """By bits: codebook units of the second stage per codebook unit of the first (what the residual is multiplied by before
 its own rounding, and divided by after)."""
 
-OPT_SCALE: dict[int, float] = {2: 1.03, 3: 0.98, 4: 1.03}
-"""By bits: the root mean square, in codebook units, to which a Gaussian weight is scaled for the least error."""
+CODES, RESIDUAL_CODES = "codes", "residual_codes"
+"""Names of the tensors: both have one code per eight weights of a row."""
 
 
 @functools.cache
@@ -67,15 +70,28 @@ def decode(codes: torch.Tensor, residual_codes: torch.Tensor | None, bits: int) 
     return first + second / RESIDUAL_SCALE[bits]
 
 
-def decode_weight(codes: torch.Tensor, residual_codes: torch.Tensor | None, bits: int) -> torch.Tensor:
-    """Decodes a stored weight: codes [n, k/8] (and residual codes likewise, see `decode`) to float32 [n, k].
+class Lattice(Format):
+    """QuIP#: E8P, with a second stage at 3 and 4 bits."""
 
-    Raises:
-        ValueError: if codes is not a matrix, or as `decode`.
-    """
-    if codes.ndim != 2:
-        raise ValueError(f"codes {list(codes.shape)} are not [n, k/8]: a weight's codes form a matrix; reshape them")
-    return decode(codes, residual_codes, bits)
+    name, method = "e8p", "quip_sharp"
+    bits = (2, 3, 4)
+    multiple_in, multiple_out = 8, 1
+
+    def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
+        """See Format."""
+        eighth = Fraction(1, 8)
+        codes = TensorSpec(CODES, Follows.BOTH, (torch.int16,), columns_per_input=eighth)
+        if bits == 2:
+            return (codes,)
+        dtype = torch.uint8 if bits == 3 else torch.int16
+        return (codes, TensorSpec(RESIDUAL_CODES, Follows.BOTH, (dtype,), columns_per_input=eighth))
+
+    def decode(self, tensors: dict[str, torch.Tensor], bits: int, tile_order: TileOrder) -> torch.Tensor:
+        """See Format; the order of tiles means nothing here."""
+        return decode(tensors[CODES], tensors.get(RESIDUAL_CODES), bits)
+
+
+register(Lattice())
 
 
 def _check_residual(codes: torch.Tensor, residual_codes: torch.Tensor | None, bits: int) -> None:

@@ -31,6 +31,8 @@ Position t in the sequence of the weight at (row, col):
 
 import torch
 
+from quip_vllm.formats.spec import TileOrder
+
 TILE = 16
 """Rows and columns of a tile, in weights."""
 
@@ -42,18 +44,24 @@ TILE_ROW = 8 * ((_POSITION >> 1) & 1) + (_POSITION >> 5)
 TILE_COL = 8 * ((_POSITION >> 2) & 1) + 2 * ((_POSITION >> 3) & 3) + (_POSITION & 1)
 """Column in the tile of each sequence position, int64 [256]."""
 
-_TO_SEQUENCE = TILE_ROW * TILE + TILE_COL
-_TO_TILE = torch.argsort(_TO_SEQUENCE)
+_TO_SEQUENCE = {
+    TileOrder.MMA: TILE_ROW * TILE + TILE_COL,
+    TileOrder.MMA_SWAPPED: (TILE_ROW % 8 + 8 * (TILE_COL // 8)) * TILE + TILE_COL % 8 + 8 * (TILE_ROW // 8),
+    TileOrder.ROW_MAJOR: _POSITION,
+}
+_TO_TILE = {order: torch.argsort(positions) for order, positions in _TO_SEQUENCE.items()}
 
 
-def weight_to_sequences(w: torch.Tensor) -> torch.Tensor:
+def weight_to_sequences(w: torch.Tensor, order: TileOrder = TileOrder.MMA) -> torch.Tensor:
     """Cuts a weight in tiles and each tile in sequence order.
 
     Args:
         w: any dtype [n, k], n and k multiples of 16.
+        order: of the sequence; see the module's docstring for MMA. MMA_SWAPPED exchanges C and R in t, ROW_MAJOR has
+            t = 16 row + col.
 
     Returns:
-        [n/16, k/16, 256]; element [i, j, t] is w[16 i + TILE_ROW[t], 16 j + TILE_COL[t]].
+        [n/16, k/16, 256]; with MMA, element [i, j, t] is w[16 i + TILE_ROW[t], 16 j + TILE_COL[t]].
 
     Raises:
         ValueError: if w is not such a matrix.
@@ -65,14 +73,15 @@ def weight_to_sequences(w: torch.Tensor) -> torch.Tensor:
         )
     rows, columns = w.shape[0] // TILE, w.shape[1] // TILE
     tiles = w.reshape(rows, TILE, columns, TILE).permute(0, 2, 1, 3).reshape(rows, columns, TILE * TILE)
-    return tiles[..., _TO_SEQUENCE.to(w.device)]
+    return tiles[..., _TO_SEQUENCE[order].to(w.device)]
 
 
-def sequences_to_weight(sequences: torch.Tensor) -> torch.Tensor:
+def sequences_to_weight(sequences: torch.Tensor, order: TileOrder = TileOrder.MMA) -> torch.Tensor:
     """Inverse of `weight_to_sequences`.
 
     Args:
         sequences: any dtype [n/16, k/16, 256].
+        order: see `weight_to_sequences`.
 
     Returns:
         [n, k].
@@ -86,5 +95,5 @@ def sequences_to_weight(sequences: torch.Tensor) -> torch.Tensor:
             f"{TILE}x{TILE} tile; reshape to tile rows, tile columns, positions"
         )
     rows, columns, _ = sequences.shape
-    tiles = sequences[..., _TO_TILE.to(sequences.device)].reshape(rows, columns, TILE, TILE)
+    tiles = sequences[..., _TO_TILE[order].to(sequences.device)].reshape(rows, columns, TILE, TILE)
     return tiles.permute(0, 2, 1, 3).reshape(rows * TILE, columns * TILE)

@@ -15,8 +15,10 @@ The first bit of a window is the most significant of the state, and likewise of 
 
 import torch
 
-from quip_vllm.formats.methods import STATE_BITS
 from quip_vllm.formats.tile import TILE
+
+STATE_BITS = 16
+"""Bits in a trellis state: the window of the bit stream that decides one step's weights."""
 
 SEQUENCE = TILE * TILE
 """Weights in one sequence, that is in one tile."""

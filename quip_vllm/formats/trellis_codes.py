@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trellis codes: how a 16-bit state becomes one or two weights (QTIP, arXiv 2406.11235).
 
-A code is one function of an int64 tensor of states [S] that returns float32 values [S, vector_dim], and one row in
-`_CODES`. "mod 2^32" is what 32-bit registers do; kernels compute the same in fewer instructions.
+A code is one function of an int64 tensor of states [S] that returns float32 values [S, vector_dim], and one `register`
+at the end of this file. "mod 2^32" is what 32-bit registers do; kernels compute the same in fewer instructions.
 """
 
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
 from quip_vllm.formats import tile, trellis
-from quip_vllm.formats.methods import STATE_BITS, Code, vector_dim
+from quip_vllm.formats.spec import Format, TileOrder, register
+from quip_vllm.formats.tensors import FLOATS, Follows, TensorSpec
+from quip_vllm.formats.trellis import STATE_BITS
 
-HYB_LUT_BITS = 9
-"""log2 of the rows of HYB's default table."""
+PACKED, TABLE = "packed", "table"
+"""Names of the tensors: the words of all tiles, and a stored table of the code."""
+
+HYB_TABLE_BITS = 9
+"""log2 of the rows of HYB's stored table."""
 
 # Of each bit width: a unit, and the points and lines of the grid (hyb_table) in that unit, for weights of N(0, 1).
 # scripts/train_hyb_table.py found them. They are at most 63: exact in integer kernels, and four products with int8 fit
@@ -50,14 +56,14 @@ _STATES = 1 << STATE_BITS
 _WORD = 0xFFFFFFFF
 
 
-def _one_mad(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
+def _one_mad(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """1MAD: the sum of the four bytes of one multiply-add, centred and scaled to about N(0, 1)."""
     y = state * 34038481 + 76625530 & _WORD
     total = (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
     return ((total - 510).to(torch.float32) / 147.800537109375)[:, None]
 
 
-def _three_inst(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
+def _three_inst(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """3INST: a multiply-add, a masked XOR, and the sum of the two fp16 numbers in the halves of the result.
 
     The sum is rounded to fp16, as a half-precision adder does. Its standard deviation is 1.2437, not 1.
@@ -67,24 +73,22 @@ def _three_inst(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
     return (_as_half(z >> 16) + _as_half(z & 0xFFFF)).to(torch.float32)[:, None]
 
 
-def _hyb(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
+def _hyb(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """HYB: bits 14.. of x^2 + x choose a row of the table (9 bits: 14..6), bit 15 negates its component 0."""
-    if lut is None:
+    if table is None:
+        raise ValueError("code hyb without a table: it needs [2^b, 2]; pass the stored table, or HYB.table(bits)")
+    table_bits = table.shape[0].bit_length() - 1
+    if table.ndim != 2 or table.shape[1] != 2 or table.shape[0] != 1 << table_bits or not 1 <= table_bits <= 15:
         raise ValueError(
-            "code hyb without a table: it needs lut [2^b, 2]; pass the stored lut, or default_lut(Code.HYB)"
-        )
-    lut_bits = lut.shape[0].bit_length() - 1
-    if lut.ndim != 2 or lut.shape[1] != 2 or lut.shape[0] != 1 << lut_bits or not 1 <= lut_bits <= 15:
-        raise ValueError(
-            f"lut {list(lut.shape)}: code hyb needs [2^b, 2] with b in 1..15; pass the table stored with the weight"
+            f"table {list(table.shape)}: code hyb needs [2^b, 2] with b in 1..15; pass the table stored with the weight"
         )
     h = state * state + state
-    vector = lut.to(torch.float32)[h >> (15 - lut_bits) & ((1 << lut_bits) - 1)]
+    vector = table.to(torch.float32)[h >> (15 - table_bits) & ((1 << table_bits) - 1)]
     sign = 1 - 2 * (h >> 15 & 1)
     return torch.stack([vector[:, 0] * sign, vector[:, 1]], dim=1)
 
 
-def _lut(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
+def _lut(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     """LUT: a Gaussian quantile for every state, fp16(ndtri((mix(x) + 1/2) / 65536)), in shuffled order.
 
     mix is a fixed bijection of 16 bits (xor-shifts and odd multipliers) in place of the paper's random table, so that
@@ -98,41 +102,6 @@ def _lut(state: torch.Tensor, lut: torch.Tensor | None) -> torch.Tensor:
     x = x ^ x >> 8
     quantile = torch.special.ndtri((x.to(torch.float64) + 0.5) / _STATES)
     return quantile.to(torch.float32).to(torch.float16).to(torch.float32)[:, None]
-
-
-_CODES: dict[Code, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    Code.ONE_MAD: _one_mad,
-    Code.THREE_INST: _three_inst,
-    Code.HYB: _hyb,
-    Code.LUT: _lut,
-}
-
-
-def state_values(code: Code, lut: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns what every state decodes to.
-
-    Args:
-        code: the trellis code.
-        lut: for HYB, floating [2^b, 2], or None for `default_lut(Code.HYB)`, that of 2 bits; None for the other codes.
-
-    Returns:
-        float32 [65536, vector_dim], on lut's device, or the CPU. Without lut it is cached and shared: do not
-        write to it.
-
-    Raises:
-        ValueError: if the code takes no table, or the table has the wrong shape.
-    """
-    if lut is None:
-        return _default_values(code)
-    if code is not Code.HYB:
-        raise ValueError(f"code {code.value} with a lut: only hyb has a table; leave lut out")
-    return _CODES[code](torch.arange(_STATES, dtype=torch.int64, device=lut.device), lut)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _default_values(code: Code) -> torch.Tensor:
-    return _CODES[code](torch.arange(_STATES, dtype=torch.int64, device="cpu"), default_lut(code))
 
 
 def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
@@ -153,72 +122,142 @@ def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
     return torch.cat([half, half * torch.tensor([1.0, -1.0], device=half.device)]).to(torch.float16)
 
 
-@functools.cache
-@torch.inference_mode(False)
-def default_lut(code: Code, bits: int = 2) -> torch.Tensor | None:
-    """Returns the table that the quantizer stores, or None for codes without a table.
+def _as_half(bits: torch.Tensor) -> torch.Tensor:
+    """The fp16 numbers with these bit patterns 0..65535."""
+    return ((bits ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16)
 
-    HYB: a grid trained for Gaussian weights at this bit width. At 2 bits it loses no more than K-means centroids do
-    (the paper's choice); at each width it is decoded by look-ups of 16 entries.
 
-    Args:
-        code: the trellis code.
-        bits: stored bits per weight, 1 to 4.
+def _hyb_default_table(bits: int) -> torch.Tensor:
+    """The grid trained for Gaussian weights at this bit width.
 
-    Returns:
-        fp16 [512, 2] on the CPU, cached and shared (do not write to it), or None.
+    At 2 bits it loses no more than K-means centroids do (the paper's choice); at each width it is decoded by look-ups
+    of 16 entries.
     """
-    if code is not Code.HYB:
-        return None
     unit, *numbers = _HYB_GRIDS[bits]
     first, second, lines = (torch.tensor(row, dtype=torch.float32, device="cpu") * unit for row in numbers)
     return hyb_table(torch.stack([first, second]), lines)
 
 
-def decode_sequences(packed: torch.Tensor, bits: int, code: Code, lut: torch.Tensor | None = None) -> torch.Tensor:
-    """Decodes packed sequences to values in sequence order.
+class TrellisCode(Format):
+    """QTIP with one code.
 
     Args:
-        packed: int16 [..., 16*bits].
-        bits: stored bits per weight.
-        code: the trellis code.
-        lut: see `state_values`.
-
-    Returns:
-        float32 [..., 256] on packed's device.
-
-    Raises:
-        ValueError: as `trellis.unpack` and `state_values`.
+        name: of the code.
+        function: int64 states [S], and the table of a code that stores one -> float32 values [S, vector_dim].
+        vector_dim: weights per trellis step.
+        bits: allowed code bits per weight.
+        default_table: bits -> the table that the quantizer stores, float16 [2^b, vector_dim]; None for a code without.
     """
-    states = trellis.unpack(packed, bits, vector_dim(code))
-    return state_values(code, lut).to(packed.device)[states].reshape(*packed.shape[:-1], trellis.SEQUENCE)
 
+    method = "qtip"
+    multiple_in = multiple_out = tile.TILE
 
-def decode_weight(packed: torch.Tensor, bits: int, code: Code, lut: torch.Tensor | None = None) -> torch.Tensor:
-    """Decodes a stored weight.
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        vector_dim: int = 1,
+        bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
+        default_table: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        self.name, self.vector_dim, self.bits = name, vector_dim, bits
+        self._function, self._default_table = function, default_table
 
-    Args:
-        packed: int16 [n/16, k/16 * 16*bits]; tile (i, j) is words 16*bits*j .. of row i.
-        bits: stored bits per weight.
-        code: the trellis code.
-        lut: see `state_values`.
-
-    Returns:
-        float32 [n, k] on packed's device.
-
-    Raises:
-        ValueError: if packed is not a matrix of whole tiles, or as `decode_sequences`.
-    """
-    words = STATE_BITS * bits
-    if packed.ndim != 2 or bits < 1 or packed.shape[1] % words:
-        raise ValueError(
-            f"packed {list(packed.shape)} with bits={bits}: need [n/16, tiles * {words}], 16 * bits words a tile; "
-            "check bits against the checkpoint's config"
+    def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
+        """See Format."""
+        packed = TensorSpec(
+            PACKED, Follows.BOTH, (torch.int16,), outputs_per_row=tile.TILE, columns_per_input=Fraction(bits)
         )
-    tiles = packed.reshape(packed.shape[0], packed.shape[1] // words, words)
-    return tile.sequences_to_weight(decode_sequences(tiles, bits, code, lut))
+        if self._default_table is None:
+            return (packed,)
+        shape = (1 << HYB_TABLE_BITS, self.vector_dim)
+        return (packed, TensorSpec(TABLE, Follows.PART, FLOATS, part_shape=shape))
+
+    def decode(self, tensors: dict[str, torch.Tensor], bits: int, tile_order: TileOrder) -> torch.Tensor:
+        """See Format."""
+        return self.decode_weight(tensors[PACKED], bits, tensors.get(TABLE), tile_order)
+
+    @functools.cache  # noqa: B019  # formats live as long as the process
+    def table(self, bits: int) -> torch.Tensor | None:
+        """Returns the table that the quantizer stores, on the CPU, or None. Cached and shared: do not write to it."""
+        return None if self._default_table is None else self._default_table(bits)
+
+    def values(self, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns what every state decodes to.
+
+        Args:
+            table: floating [2^b, 2] for a code that stores a table, or None for that of 2 bits; None for other codes.
+
+        Returns:
+            float32 [65536, vector_dim], on the table's device, or the CPU. Without a table it is cached and shared: do
+            not write to it.
+
+        Raises:
+            ValueError: if the code stores no table, or the table has the wrong shape.
+        """
+        if table is None:
+            return self._default_values()
+        if self._default_table is None:
+            raise ValueError(f"code {self.name} with a table: it stores none; leave the table out")
+        return self._function(torch.arange(_STATES, dtype=torch.int64, device=table.device), table)
+
+    @functools.cache  # noqa: B019
+    def _default_values(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return self._function(torch.arange(_STATES, dtype=torch.int64, device="cpu"), self.table(2))
+
+    def decode_sequences(self, packed: torch.Tensor, bits: int, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Decodes packed sequences to values in sequence order.
+
+        Args:
+            packed: int16 [..., 16*bits].
+            bits: stored bits per weight.
+            table: see `values`.
+
+        Returns:
+            float32 [..., 256] on packed's device.
+
+        Raises:
+            ValueError: as `trellis.unpack` and `values`.
+        """
+        states = trellis.unpack(packed, bits, self.vector_dim)
+        return self.values(table).to(packed.device)[states].reshape(*packed.shape[:-1], trellis.SEQUENCE)
+
+    def decode_weight(
+        self,
+        packed: torch.Tensor,
+        bits: int,
+        table: torch.Tensor | None = None,
+        tile_order: TileOrder = TileOrder.MMA,
+    ) -> torch.Tensor:
+        """Decodes a stored weight.
+
+        Args:
+            packed: int16 [n/16, k/16 * 16*bits]; tile (i, j) is words 16*bits*j .. of row i.
+            bits: stored bits per weight.
+            table: see `values`.
+            tile_order: of the sequences.
+
+        Returns:
+            float32 [n, k] on packed's device.
+
+        Raises:
+            ValueError: if packed is not a matrix of whole tiles, or as `decode_sequences`.
+        """
+        words = STATE_BITS * bits
+        if packed.ndim != 2 or bits < 1 or packed.shape[1] % words:
+            raise ValueError(
+                f"packed {list(packed.shape)} with bits={bits}: need [n/16, tiles * {words}], 16 * bits words per "
+                "tile; check bits against the checkpoint's config"
+            )
+        tiles = packed.reshape(packed.shape[0], packed.shape[1] // words, words)
+        return tile.sequences_to_weight(self.decode_sequences(tiles, bits, table), tile_order)
 
 
-def _as_half(bits: torch.Tensor) -> torch.Tensor:
-    """The fp16 numbers with these bit patterns 0..65535."""
-    return ((bits ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16)
+ONE_MAD = TrellisCode("1mad", _one_mad)
+THREE_INST = TrellisCode("3inst", _three_inst)
+# HYB stops at 4 bits: its 1024 distinct vectors of two weights carry at most 5 bits per weight.
+HYB = TrellisCode("hyb", _hyb, vector_dim=2, bits=(1, 2, 3, 4), default_table=_hyb_default_table)
+LUT = TrellisCode("lut", _lut)
+for _code in (ONE_MAD, THREE_INST, HYB, LUT):
+    register(_code)

@@ -4,10 +4,10 @@
 import torch
 from torch import Tensor
 
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.dispatch import Backend, select_backend
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.ops.reference import dequantize
-from quip_vllm.ops.spec import LinearSpec
 
 __all__ = ["Backend", "LinearSpec", "dequantize", "encode_e8p", "encode_trellis", "select_backend"]
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from quip_vllm import envs
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import check
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import state_values
+from quip_vllm.formats.trellis_codes import LUT, TABLE
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
+from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 
 LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
@@ -21,7 +21,7 @@ LARGEST = 1023
 @cache
 def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
     """LUT's table as float32 [65536], as int16 [65537] (value / unit; the kernels read pairs), and the unit [1]."""
-    values = state_values(Code.LUT).flatten().contiguous()
+    values = LUT.values().flatten().contiguous()
     unit = values.abs().amax() / LARGEST
     numbers = torch.nn.functional.pad((values / unit).round(), (0, 1))
     return values, numbers.to(torch.int16), unit[None]
@@ -40,9 +40,9 @@ def _lut_bytes(lut: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _takes_int8(code: Code | None, bits: int) -> bool:
+def _takes_int8(code: str, bits: int) -> bool:
     require_cpu_library()
-    return torch.ops.quip_vllm.cpu_takes_int8(code.value if code else "", bits)
+    return torch.ops.quip_vllm.cpu_takes_int8("" if code == "e8p" else code, bits)
 
 
 def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
@@ -71,7 +71,7 @@ class CpuBackend:
         problem = cpu_library_problem()
         if problem is not None:
             return problem
-        problem = sizes_problem(spec)
+        problem = kernels_problem(spec)
         if problem is not None:
             return problem
         if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
@@ -88,14 +88,15 @@ class CpuBackend:
             name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in tensors.items()
         }
-        if spec.method is Method.QUIP_SHARP:
+        if spec.code == "e8p":
             require_cpu_library()
             codes, rest = prepared.pop("codes"), prepared.pop("residual_codes", None)
             sizes = list(spec.output_sizes)
             prepared["blocks"] = torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, sizes, spec.bits)
-        if spec.code is Code.HYB:
+        if spec.code == "hyb":
+            prepared["lut"] = prepared.pop(TABLE).unflatten(0, (len(spec.output_sizes), -1))
             prepared["lut_integers"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
-        if spec.code is Code.LUT:
+        if spec.code == "lut":
             prepared["lut"], prepared["lut_integers"], prepared["lut_units"] = _lut_values()
         return prepared | {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
 
@@ -104,11 +105,10 @@ class CpuBackend:
         matrices = [tensors[f"base{i}"] for i in range(len(widths))]
         rows = x.reshape(-1, spec.in_features).contiguous()
         sv, sizes = tensors["sv"], list(spec.output_sizes)
-        unused = 0 if spec.rotate_output or spec.method is not Method.QTIP else -spec.out_features % TILE
+        unused = 0 if spec.rotate_output or spec.code == "e8p" else -spec.out_features % TILE
         if unused:
             sv, sizes = torch.nn.functional.pad(sv, (0, unused)), [spec.out_features + unused]
-        if spec.method is Method.QTIP:
-            assert spec.code is not None
+        if spec.code != "e8p":
             y = torch.ops.quip_vllm.qtip_linear(
                 rows,
                 tensors["packed"],
@@ -120,7 +120,7 @@ class CpuBackend:
                 matrices,
                 widths,
                 sizes,
-                spec.code.value,
+                spec.code,
                 spec.bits,
                 self.activations,
             )
@@ -143,10 +143,9 @@ class CpuBackend:
         flat = ids.reshape(-1).contiguous()
         rotation = (tensors["inverse_base"], rotations(spec)[0][1])
         signs = (tensors["su"], tensors["sv"])
-        if spec.method is Method.QTIP:
-            assert spec.code is not None
+        if spec.code != "e8p":
             rows = torch.ops.quip_vllm.qtip_embedding(
-                flat, tensors["packed"], *signs, tensors.get("lut"), *rotation, spec.code.value, spec.bits, dtype
+                flat, tensors["packed"], *signs, tensors.get("lut"), *rotation, spec.code, spec.bits, dtype
             )
         else:
             rows = torch.ops.quip_vllm.quip_sharp_embedding(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from quip_vllm import envs
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import check
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, cuda_shapes
 from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
+from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 
 INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1}
 """Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
@@ -32,12 +32,12 @@ class CudaBackend:
         self.plans: dict[LinearSpec, tuple[str, list[int], int]] = {}
 
     def refusal(self, spec: LinearSpec) -> str | None:
-        problem = gpu_problem() or cuda_library_problem() or sizes_problem(spec)
+        problem = gpu_problem() or cuda_library_problem() or kernels_problem(spec)
         if problem is not None:
             return problem
         if len(spec.output_sizes) > 16:
             return f"{len(spec.output_sizes)} fused projections: the kernels take 16"
-        if envs.activations() == "int8" and spec.code is not Code.ONE_MAD:
+        if envs.activations() == "int8" and spec.code != "1mad":
             return "QUIP_VLLM_ACTIVATIONS is int8, which on a GPU only code 1mad has: unset it"
         return None
 
@@ -98,7 +98,7 @@ class CudaBackend:
 
 def _sizes(spec: LinearSpec) -> list[int]:
     """The outputs of the op: an output head of a trellis has whole tiles."""
-    if spec.rotate_output or spec.method is not Method.QTIP:
+    if spec.rotate_output or spec.code == "e8p":
         return list(spec.output_sizes)
     return [spec.out_features + -spec.out_features % TILE]
 
@@ -114,9 +114,9 @@ def _gpu(device: torch.device) -> cuda_shapes.Gpu:
 
 def _code(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     """The op's name of the code: which kernels of it run here."""
-    if spec.code is Code.ONE_MAD and envs.activations() == "int8":
+    if spec.code == "1mad" and envs.activations() == "int8":
         return "1mad_int8"
-    code = spec.code_name
+    code = spec.code
     if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
         return f"{code}_large"
     return code
@@ -142,7 +142,7 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         spec.bits,
         INSTRUCTIONS[code.removesuffix("_large")],
         table_words.get(code, 0),
-        spec.code is Code.LUT,
+        spec.code == "lut",
         _shared(code, spec.bits),
         0 if others or order > 1 else width,
     )

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
-from quip_vllm.formats.methods import Code, Method, vector_dim
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import state_values
-from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.formats.trellis_codes import LUT, TABLE, TrellisCode
 
 CHUNK = 64
 """Columns of the weight that a warp decodes at a time."""
@@ -36,7 +35,7 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     Returns:
         int32 [(tiles * chunks + SPARE_CHUNKS) * 32 * bits]: tiles of 16 rows, chunks of 64 columns.
     """
-    tiles, lattice = -(-spec.out_features // TILE), spec.method is Method.QUIP_SHARP
+    tiles, lattice = -(-spec.out_features // TILE), spec.code == "e8p"
     codes = {name: tensors[name] for name in ("codes", "residual_codes", "packed") if name in tensors}
     parts = []
     for tile in range(0, tiles, TILES_AT_A_TIME):
@@ -52,9 +51,9 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     """int64 [tiles, chunks, 32, bits] (kernels/cuda/trellis_stream.h)."""
     bits = spec.bits
-    assert spec.code is not None
     words = packed.view(packed.shape[0], -1, 16 * bits).to(torch.int64) & 0xFFFF
-    step = bits * vector_dim(spec.code)
+    assert isinstance(spec.format, TrellisCode)
+    step = bits * spec.format.vector_dim
     # The stream of a tile, one step later: word w of the rolled stream ends `step` bits before word w does.
     words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))
@@ -106,20 +105,20 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST: its constant, four times.
     LUT's and the lattice's are one copy a device, shared by all layers: do not write to them.
     """
-    if spec.code is Code.HYB:
-        return tensors["lut"].half().contiguous().view(torch.int32).flatten()
+    if spec.code == "hyb":
+        return tensors[TABLE].half().contiguous().view(torch.int32).flatten()
     device = tensors["sv"].device
-    if spec.code is Code.LUT:
+    if spec.code == "lut":
         return _lut_table(device)
-    if spec.code is Code.THREE_INST:
+    if spec.code == "3inst":
         return torch.full((4,), THREE_INST_FLIPS, dtype=torch.int32, device=device)
-    return _lattice_tables(device) if spec.code is None else None
+    return _lattice_tables(device) if spec.code == "e8p" else None
 
 
 @cache
 @torch.inference_mode(False)
 def _lut_table(device: torch.device) -> Tensor:
-    return state_values(Code.LUT).half().flatten().view(torch.int32).to(device)
+    return LUT.values().half().flatten().view(torch.int32).to(device)
 
 
 @cache

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm import envs
-from quip_vllm.formats.methods import Code, Method
-from quip_vllm.ops.spec import LinearSpec
+from quip_vllm.formats.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ class Backend(Protocol):
     """Something that can run a LinearSpec. Tensors are those of the checkpoint, fused along dimension 0:
 
     ``packed`` int16 [n/16, k*bits] or ``codes`` int16 [n, k/8] and ``residual_codes`` (uint8 or int16) [n, k/8];
-    ``su`` [k], ``sv`` [n]; ``lut`` fp16 [projections, 512, 2] for HYB.
+    ``su`` [k], ``sv`` [n]; ``table`` fp16 [parts * 512, 2] for HYB.
     """
 
     name: str
@@ -85,13 +84,12 @@ def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
     refusals = []
     for backend, why_not in answers(spec, device_type):
         if why_not is None:
-            _log_choice(backend.name, device_type, spec.method, spec.code, spec.bits)
+            _log_choice(backend.name, device_type, spec.code, spec.bits)
             return backend
         refusals.append(f"{backend.name}: {why_not}")
     raise ValueError(f"no backend runs {spec} on {device_type}: " + "; ".join(refusals))
 
 
 @cache
-def _log_choice(name: str, device_type: str, method: Method, code: Code | None, bits: int) -> None:
-    label = method.value if code is None else f"{method.value} {code.value}"
-    logger.info("quip_vllm: %s at %d bits runs on the %s backend (device %s)", label, bits, name, device_type)
+def _log_choice(name: str, device_type: str, code: str, bits: int) -> None:
+    logger.info("quip_vllm: code %s at %d bits runs on the %s backend (device %s)", code, bits, name, device_type)

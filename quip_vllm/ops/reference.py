@@ -1,39 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: the whole linear layer in plain torch, slow and in fp32, on any device."""
+"""The oracle: the whole linear layer in plain torch, slow and in fp32, on any device and for every LinearSpec."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, pad
 
-from quip_vllm.formats import e8p_residual, trellis_codes
-from quip_vllm.formats.methods import Method
-from quip_vllm.formats.tile import TILE
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import check
+from quip_vllm.formats.decode import decode_parts
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SU, SV, check, split
 from quip_vllm.transforms.hadamard import hadamard
-from quip_vllm.transforms.incoherence import unrotate_weight
-
-
-def decode(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """The rotated weight, float32 [n, k]: codes to values, nothing else."""
-    if spec.method is Method.QUIP_SHARP:
-        return e8p_residual.decode_weight(tensors["codes"], tensors.get("residual_codes"), spec.bits)
-    assert spec.code is not None
-    parts, start = [], 0
-    for i, size in enumerate(spec.output_sizes):
-        lut = tensors["lut"][i] if "lut" in tensors else None
-        rows = tensors["packed"][start // TILE : -(-(start + size) // TILE)]
-        parts.append(trellis_codes.decode_weight(rows, spec.bits, spec.code, lut)[:size])
-        start += size
-    return torch.cat(parts)
 
 
 def dequantize(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     """The dense weight, float32 [n, k], that the quantized layer stands for: y = x W^T exactly."""
     check(spec, tensors)
-    su = tensors["su"].float()
-    weights, signs = decode(spec, tensors).split(spec.output_sizes), tensors["sv"].float().split(spec.output_sizes)
-    options = (spec.hadamard_block, spec.rotate_output)
-    return torch.cat([unrotate_weight(w, su, sv, *options) for w, sv in zip(weights, signs, strict=True)])
+    parts = split(spec, tensors)
+    # Rows of U_n What U_k^T; the output side is turned as columns of the transpose.
+    turned = [_turn(weight, spec, spec.input_chunks, transpose=False) for weight in decode_parts(spec, tensors)]
+    columns = _outputs(spec, [weight.T for weight in turned], parts)
+    su = [part[SU.name].float()[: spec.in_features, None] for part in parts]
+    return torch.cat([(one[: spec.in_features] * s).T for one, s in _served(spec, columns, su)]).contiguous()
+
+
+def _linear(spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """float32 x [..., k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, cut and ordered as served."""
+    x = pad(x, (0, spec.stored_in - spec.in_features))
+    parts = split(spec, tensors)
+    rotated = [_turn(x * part[SU.name].float(), spec, spec.input_chunks, transpose=True) for part in parts]
+    products = [r @ weight.T for r, weight in zip(rotated, decode_parts(spec, tensors), strict=True)]
+    outputs = _outputs(spec, products, parts)
+    return torch.cat([y for y, _ in _served(spec, outputs, outputs)], dim=-1)
+
+
+def _outputs(spec: LinearSpec, products: list[Tensor], parts: list[dict[str, Tensor]]) -> list[Tensor]:
+    """sv * U_n(product) of each part, padding cut: [..., stored n] -> [..., n]."""
+    if spec.rotate_output and spec.fused_rotation:
+        fused = _turn(torch.cat(products, dim=-1), spec, spec.output_chunks, transpose=False)
+        products = list(fused.split(spec.stored_outputs, dim=-1))
+    elif spec.rotate_output:
+        products = [_turn(y, spec, spec.output_chunks, transpose=False) for y in products]
+    scaled = [y * part[SV.name].float() for y, part in zip(products, parts, strict=True)]
+    return [y[..., :n] for y, n in zip(scaled, spec.output_sizes, strict=True)]
+
+
+def _served(spec: LinearSpec, *of_parts: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """What belongs to each part, in the order in which the parts are served."""
+    together = list(zip(*of_parts, strict=True))
+    return [together[i] for i in spec.part_order or range(len(together))]
+
+
+def _turn(x: Tensor, spec: LinearSpec, chunks: int, transpose: bool) -> Tensor:
+    """The rotation along the last dimension, in equal chunks."""
+    return hadamard(x.unflatten(-1, (chunks, -1)), spec.hadamard_block, transpose).flatten(-2)
 
 
 class ReferenceBackend:
@@ -49,14 +67,8 @@ class ReferenceBackend:
         return dict(tensors)
 
     def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        block = spec.hadamard_block
-        rotated = hadamard(x.float() * tensors["su"].float(), block, transpose=True)
-        y = rotated @ decode(spec, tensors).T
-        if spec.rotate_output:
-            parts = y.split(spec.output_sizes, dim=-1)
-            y = torch.cat([hadamard(part.contiguous(), block) for part in parts], dim=-1)
-        y = (y * tensors["sv"].float()).to(x.dtype)
+        y = _linear(spec, x.float(), tensors).to(x.dtype)
         return y if bias is None else y + bias
 
     def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return torch.nn.functional.embedding(ids, dequantize(spec, tensors)).to(dtype)
+        return embedding(ids, dequantize(spec, tensors)).to(dtype)

@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.formats import e8p, e8p_residual
-from quip_vllm.formats.methods import Code, Method, vector_dim
 from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
 from quip_vllm.formats.trellis import pack
-from quip_vllm.formats.trellis_codes import default_lut, state_values
+from quip_vllm.formats.trellis_codes import HYB, PACKED, TABLE, TrellisCode
 from quip_vllm.ops import encode_e8p, encode_trellis
 
 # Root mean square of the rotated weight, in units of the lattice, of what HYB's grid was made for, or of the trellis
@@ -68,31 +68,29 @@ class TrellisEncoder:
 
     columns = TILE
 
-    def __init__(self, code: Code, bits: int):
+    def __init__(self, code: TrellisCode, bits: int):
         self.bits, self.code = bits, code
-        self.lut = default_lut(code, bits)
-        self.values = state_values(code, self.lut)
-        self.rms = (HYB_RMS[bits] if code is Code.HYB else TRELLIS_RMS) * code_rms(code, self.values)
+        self.table = code.table(bits)
+        self.values = code.values(self.table)
+        self.rms = (HYB_RMS[bits] if code is HYB else TRELLIS_RMS) * code_rms(code, self.values)
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = weight_to_sequences(block).squeeze(1)
         states = encode_trellis(sequences, self.values, self.bits)
         values = self.values[states.long()].flatten(1)
-        packed = pack(states, self.bits, vector_dim(self.code))
-        return sequences_to_weight(values[:, None]), {"packed": packed}
+        packed = pack(states, self.bits, self.code.vector_dim)
+        return sequences_to_weight(values[:, None]), {PACKED: packed}
 
     def constants(self) -> dict[str, Tensor]:
-        return {} if self.lut is None else {"lut": self.lut.clone()}  # a file holds no tensor twice
+        return {} if self.table is None else {TABLE: self.table.clone()}  # a file holds no tensor twice
 
 
-def code_rms(code: Code, values: Tensor) -> float:
+def code_rms(code: TrellisCode, values: Tensor) -> float:
     """Root mean square of the weights that a code's values [65536, V] are made for: HYB's grids 1, else their own."""
-    return 1.0 if code is Code.HYB else float(values.square().mean().sqrt())
+    return 1.0 if code is HYB else float(values.square().mean().sqrt())
 
 
-def make_encoder(method: Method, code: Code | None, bits: int) -> Encoder:
+def make_encoder(stored: LayerFormat) -> Encoder:
     """The encoder of a format."""
-    if method is Method.QUIP_SHARP:
-        return LatticeEncoder(bits)
-    assert code is not None
-    return TrellisEncoder(code, bits)
+    code = stored.format
+    return TrellisEncoder(code, stored.bits) if isinstance(code, TrellisCode) else LatticeEncoder(stored.bits)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.quantizer.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.hessian import Group, drift_correction, regularise
 from quip_vllm.quantizer.ldl import feedback
@@ -43,8 +43,8 @@ class QuantizedLinear:
 
 
 @cache
-def _encoder(method: Method, code: Code | None, bits: int) -> Encoder:
-    return make_encoder(method, code, bits)
+def _encoder(code: str, bits: int) -> Encoder:
+    return make_encoder(LayerFormat(code, bits))
 
 
 def signs(size: int, seed: int, name: str) -> Tensor:
@@ -80,11 +80,11 @@ def quantize_group(
     short = dict(zip(weights, group.names, strict=True))
     su = signs(k, settings.seed, "su:" + next(iter(weights)))
     rotated = rotate_hessian(hessian, su, block)
-    factor, added = feedback(rotated, _encoder(settings.method, settings.code, settings.bits).columns)
+    factor, added = feedback(rotated, _encoder(settings.code, settings.bits).columns)
 
     results: dict[str, QuantizedLinear] = {}
     for level in sorted(set(bits.values())):
-        encoder = _encoder(settings.method, settings.code, level)
+        encoder = _encoder(settings.code, level)
         names = [name for name in weights if bits[name] == level]
         parts, sv_of = [], {}
         for name in names:

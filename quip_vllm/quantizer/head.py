@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.store import read_json, write_json, write_shard
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import LinearSpec
@@ -38,9 +39,7 @@ def check_head(settings: Settings, source: LayeredModel) -> None:
             "transformers does; leave --lm-head away"
         )
     n, k = source.head.weight.shape
-    problem = CpuBackend().refusal(
-        LinearSpec(settings.method, settings.code, settings.lm_head, k, (n,), settings.hadamard_block, False)
-    )
+    problem = CpuBackend().refusal(LinearSpec(settings.code, settings.lm_head, k, (n,), settings.hadamard_block, False))
     if problem is not None:
         raise ValueError(f"{source.head_name} cannot be quantized: {problem}")
 
@@ -99,7 +98,7 @@ def quantize_head(name: str, weight: Tensor, group: Group, settings: Settings) -
     n, k = weight.shape
     su = signs(k, settings.seed, "su:" + name)
     rotated = rotate_hessian(hessian, su, settings.hadamard_block)
-    encoder = make_encoder(settings.method, settings.code, settings.lm_head)
+    encoder = make_encoder(LayerFormat(settings.code, settings.lm_head))
     factor, added = feedback(rotated, encoder.columns)
     codes: dict[str, list[Tensor]] = {}
     scales, lost, total = [], 0.0, 0.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip_vllm import __version__
-from quip_vllm.checkpoint.config import CheckpointConfig, Head
+from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
 from quip_vllm.checkpoint.store import (
     CheckpointReader,
     local_folder,
@@ -29,7 +29,6 @@ from quip_vllm.checkpoint.store import (
     write_json,
     write_shard,
 )
-from quip_vllm.formats.methods import STATE_BITS, Method
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.quantizer.calibration import calibration_tokens
@@ -39,7 +38,6 @@ from quip_vllm.quantizer.hessian import Group, HessianCollector
 from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.settings import Settings
 
-assert STATE_BITS == 16
 RECORD = ".quantize"
 REPORT = "quantization_report.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -149,7 +147,7 @@ def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
 
 def _spec(settings: Settings, weight_shape: tuple[int, ...], bits: int) -> LinearSpec:
     n, k = weight_shape
-    return LinearSpec(settings.method, settings.code, bits, k, (n,), settings.hadamard_block)
+    return LinearSpec(settings.code, bits, k, (n,), settings.hadamard_block)
 
 
 def _layer_bits(settings: Settings, source: LayeredModel, index: int) -> dict[str, int]:
@@ -216,8 +214,6 @@ def _do_layer(
     for name, level in bits.items():
         own = read_shard(shard, prefix + name + ".")
         own.pop("bias", None)
-        if "lut" in own:
-            own["lut"] = own["lut"][None]
         shape = source.reader.shapes[prefix + name + ".weight"]
         rounded[name + ".weight"] = dequantize(_spec(settings, shape, level), own).to(source.compute_dtype)
     layer = source.fill(index, rounded)
@@ -273,18 +269,16 @@ def _finish(
     quantized = {entry["name"]: entry["bits"] for entry in report["layers"]}
     head = None
     if settings.lm_head is not None:
-        head = Head(source.head_name, quantized.pop(source.head_name), source.tied)
+        head = Head(source.head_name, LayerFormat(settings.code, quantized.pop(source.head_name)), source.tied)
     skipped = [name for name in source.other_linears if head is None or name != head.module]
     for index, layer in enumerate(source.layers):
         names = (f"{source.prefix}.{index}.{name}" for name in _linears(layer))
         skipped += [name for name in names if name not in quantized]
     described = CheckpointConfig(
-        settings.method,
-        settings.bits,
-        settings.code,
+        LayerFormat(settings.code, settings.bits),
         settings.hadamard_block,
         tuple(skipped),
-        {name: bits for name, bits in quantized.items() if bits != settings.bits},
+        {name: LayerFormat(settings.code, bits) for name, bits in quantized.items() if bits != settings.bits},
         head,
     )
     config = read_json(folder / "config.json")
@@ -295,12 +289,12 @@ def _finish(
     shutil.rmtree(out / RECORD)
 
 
-def default_code(method: Method, bits: int) -> str | None:
-    """The trellis code used where none is named (docs/benchmarks: quality.md, cpu.md).
+def default_code(method: str, bits: int) -> str:
+    """The code of a method used where none is named (docs/benchmarks: quality.md, cpu.md).
 
     HYB up to 2 bits: on a CPU it is served 1.6 times as fast as 1MAD or more, for 1 % of perplexity. 1MAD above, where
     HYB's 1024 vectors lose more (a sixth of the proxy loss at 4 bits), and end at 4 bits.
     """
-    if method is not Method.QTIP:
-        return None
+    if method == "quip_sharp":
+        return "e8p"
     return "hyb" if bits <= 2 else "1mad"

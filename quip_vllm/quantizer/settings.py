@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from quip_vllm.checkpoint.config import check_bits
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.checkpoint.config import LayerFormat
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,8 @@ class Settings:
     """
 
     model: str
-    method: Method
+    code: str
     bits: int
-    code: Code | None = None
     calibration: str = "self"
     sequences: int = 256
     sequence_length: int = 2048
@@ -41,7 +39,7 @@ class Settings:
     def __post_init__(self) -> None:
         head = [] if self.lm_head is None else [self.lm_head]
         for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
-            check_bits(self.method, self.code, bits)
+            LayerFormat(self.code, bits).check()
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
             try:
                 re.compile(pattern)
@@ -68,8 +66,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         raw = dataclasses.asdict(self)
-        raw["method"] = self.method.value
-        raw["code"] = None if self.code is None else self.code.value
         raw["ignore"] = list(self.ignore)
         raw["overrides"] = [list(item) for item in self.overrides]
         return raw

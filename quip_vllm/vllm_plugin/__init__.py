@@ -15,6 +15,6 @@ def register() -> None:
     from quip_vllm.vllm_plugin.config import QtipConfig, QuipSharpConfig
 
     for config in (QtipConfig, QuipSharpConfig):
-        register_quantization_config(config.method.value)(config)
+        register_quantization_config(config.method)(config)
     # vLLM shows what reaches its own logger only, and the choice of a backend has to be seen.
     logging.getLogger("quip_vllm").parent = logging.getLogger("vllm")

@@ -8,7 +8,6 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.formats.methods import Method
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -26,7 +25,7 @@ class _QuipConfig(QuantizationConfig):
         checkpoint: the checked config, module names as in vLLM once `apply_vllm_mapper` has run.
     """
 
-    method: ClassVar[Method]
+    method: ClassVar[str]
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
@@ -35,7 +34,7 @@ class _QuipConfig(QuantizationConfig):
 
     def get_name(self) -> str:
         """The method's name, ``quant_method`` of config.json."""
-        return self.method.value
+        return self.method
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Dtypes of the activations."""
@@ -59,10 +58,10 @@ class _QuipConfig(QuantizationConfig):
             ValueError: something in it is unknown, ill-typed or out of range.
         """
         checkpoint = CheckpointConfig.from_dict(config)
-        if checkpoint.method is not cls.method:
+        if checkpoint.method != cls.method:
             raise ValueError(
-                f"quant_method is {checkpoint.method.value!r}, served as {cls.method.value!r}: "
-                f"leave out --quantization, or give --quantization {checkpoint.method.value}"
+                f"quant_method is {checkpoint.method!r}, served as {cls.method!r}: "
+                f"leave out --quantization, or give --quantization {checkpoint.method}"
             )
         return cls(checkpoint)
 
@@ -81,7 +80,7 @@ class _QuipConfig(QuantizationConfig):
             self.checkpoint,
             head=head and replace(head, module=rename(head.module)),
             modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
-            overrides={rename(name): bits for name, bits in self.checkpoint.overrides.items()},
+            layers={rename(name): stored for name, stored in self.checkpoint.layers.items()},
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -105,7 +104,7 @@ class _QuipConfig(QuantizationConfig):
 
         from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
 
-        if isinstance(layer, RoutedExperts) and self.checkpoint.bits_of(prefix) is not None:
+        if isinstance(layer, RoutedExperts) and self.checkpoint.layer_format(prefix) is not None:
             raise ValueError(
                 f"{prefix} is a mixture of experts: {self.get_name()} serves linear layers only; requantize with "
                 "the experts in modules_to_not_convert"
@@ -115,12 +114,12 @@ class _QuipConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         names = self._names_on_disk(prefix)
-        bits = tuple(self.checkpoint.bits_of(name) for name in names)
-        quantized = tuple(b for b in bits if b is not None)
+        stored = tuple(self.checkpoint.layer_format(name) for name in names)
+        quantized = tuple(one for one in stored if one is not None)
         if not quantized:
             return UnquantizedLinearMethod()
-        if len(quantized) < len(bits):
-            skipped = ", ".join(name for name, b in zip(names, bits, strict=True) if b is None)
+        if len(quantized) < len(stored):
+            skipped = ", ".join(name for name, one in zip(names, stored, strict=True) if one is None)
             raise ValueError(
                 f"{prefix} fuses {', '.join(names)}, but modules_to_not_convert names only {skipped}: quantize all of "
                 "them or none"
@@ -166,10 +165,10 @@ class _QuipConfig(QuantizationConfig):
 class QtipConfig(_QuipConfig):
     """QTIP: trellis-coded weights (arXiv 2406.11235)."""
 
-    method = Method.QTIP
+    method = "qtip"
 
 
 class QuipSharpConfig(_QuipConfig):
     """QuIP#: E8 lattice codebooks (arXiv 2402.04396)."""
 
-    method = Method.QUIP_SHARP
+    method = "quip_sharp"

@@ -9,10 +9,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.utils import set_weight_attrs
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head
-from quip_vllm.formats.methods import Method
-from quip_vllm.formats.tile import TILE
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import layout
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import Follows, TensorSpec, layout, tensor_specs
 from quip_vllm.vllm_plugin.linear_method import install, weights_are_dummies
 
 
@@ -47,20 +45,23 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
             ValueError: the size has no such format, or a tile would cross the edge of a tensor-parallel shard.
         """
         rows = sum(output_partition_sizes)
-        if layer.tp_size > 1 and self.checkpoint.method is Method.QTIP and rows % TILE:
+        together = max(one.outputs_per_row for one in self.head.stored.format.tensors(self.head.stored.bits))
+        if layer.tp_size > 1 and rows % together:
             raise ValueError(
-                f"{self.head.module}: {output_size} rows (padded) in tensor-parallel shards of {rows}: qtip needs "
-                f"multiples of {TILE}; serve with fewer ranks, or requantize without --lm-head"
+                f"{self.head.module}: {output_size} rows (padded) in tensor-parallel shares of {rows}: code "
+                f"{self.head.stored.code} needs multiples of {together}; serve with fewer ranks, or requantize without "
+                "--lm-head"
             )
         spec = self._spec(rows, input_size)
         layer.quip_dtype = params_dtype
         layer.quip_missing = set() if weights_are_dummies() else set(layout(spec))
         stored = layout(self._spec(layer.org_vocab_size, input_size))
-        for name, (shape, dtypes) in layout(spec).items():
-            param = Parameter(torch.zeros(shape, dtype=dtypes[0]), requires_grad=False)
-            loader = _Loader(layer, name, stored[name][0], self.head.module)
+        types = layout(spec)
+        for one in tensor_specs(spec):
+            param = Parameter(torch.zeros(types[one.name].shape, dtype=one.dtypes[0]), requires_grad=False)
+            loader = _Loader(layer, one, stored[one.name].shape, self.head.module)
             set_weight_attrs(param, {"weight_loader": loader})
-            layer.register_parameter(name, param)
+            layer.register_parameter(one.name, param)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Repacks the loaded tensors for the backend and frees them. Does nothing the second time.
@@ -102,10 +103,7 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         return embed_tokens
 
     def _spec(self, rows: int, k: int) -> LinearSpec:
-        config = self.checkpoint
-        return LinearSpec(
-            config.method, config.code, self.head.bits, k, (rows,), config.hadamard_block, rotate_output=False
-        )
+        return LinearSpec(*self.head.stored, k, (rows,), self.checkpoint.hadamard_block, rotate_output=False)
 
 
 def unserved(head: Head) -> str:
@@ -119,23 +117,21 @@ def unserved(head: Head) -> str:
 class _Loader:
     """The ``weight_loader`` of one tensor: copies this rank's rows; those beyond stay zero."""
 
-    def __init__(self, layer: VocabParallelEmbedding, name: str, stored: tuple[int, ...], label: str) -> None:
-        self.layer, self.name, self.stored, self.label = layer, name, stored, label
+    def __init__(self, layer: VocabParallelEmbedding, spec: TensorSpec, stored: tuple[int, ...], label: str) -> None:
+        self.layer, self.spec, self.stored, self.label = layer, spec, stored, label
 
     def __call__(self, param: Parameter, loaded: Tensor) -> None:
         """Raises ValueError unless ``loaded`` is the whole vocabulary's tensor."""
-        found = loaded[None] if self.name == "lut" else loaded
-        if tuple(found.shape) != self.stored or found.dtype != param.dtype:
+        if tuple(loaded.shape) != self.stored or loaded.dtype != param.dtype:
             raise ValueError(
-                f"{self.label}: tensor {self.name} is {loaded.dtype} {list(loaded.shape)}, expected {param.dtype} "
+                f"{self.label}: tensor {self.spec.name} is {loaded.dtype} {list(loaded.shape)}, expected {param.dtype} "
                 f"{list(self.stored)}: the checkpoint is damaged or does not belong to its config.json; copy it again "
                 "or requantize"
             )
-        if self.name in ("su", "lut"):
-            param.data.copy_(found)
+        if self.spec.follows in (Follows.INPUTS, Follows.PART):
+            param.data.copy_(loaded)
         else:
-            shard = self.layer.shard_indices
-            height = TILE if self.name == "packed" else 1  # tokens in a row of this tensor
-            start, end = shard.org_vocab_start_index // height, -(-shard.org_vocab_end_index // height)
-            param.data[: end - start].copy_(found[start:end])
-        self.layer.quip_missing = self.layer.quip_missing - {self.name}
+            run, height = self.layer.shard_indices, self.spec.outputs_per_row
+            start, end = run.org_vocab_start_index // height, -(-run.org_vocab_end_index // height)
+            param.data[: end - start].copy_(loaded[start:end])
+        self.layer.quip_missing = self.layer.quip_missing - {self.spec.name}

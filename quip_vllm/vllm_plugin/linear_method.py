@@ -10,10 +10,10 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import Follows, layout, tensor_specs
 from quip_vllm.ops.dispatch import Backend, select_backend
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import layout
 from quip_vllm.vllm_plugin.parameters import (
     InputParameter,
     OutputParameter,
@@ -23,7 +23,7 @@ from quip_vllm.vllm_plugin.parameters import (
     check_split,
 )
 
-_PARAMETERS: dict[str, type[QuipParameter]] = {"su": InputParameter, "lut": TableParameter}
+_PARAMETERS: dict[Follows, type[QuipParameter]] = {Follows.INPUTS: InputParameter, Follows.PART: TableParameter}
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ class QuipLinearMethod(LinearMethodBase):
         checkpoint: the checkpoint's config.
         prefix: the layer's name in vLLM.
         names: the linear layers on disk that it is made of, in order.
-        bits: code bits per weight of each.
+        formats: code and bits of each.
     """
 
     def __init__(
-        self, checkpoint: CheckpointConfig, prefix: str, names: tuple[str, ...], bits: tuple[int, ...]
+        self, checkpoint: CheckpointConfig, prefix: str, names: tuple[str, ...], formats: tuple[LayerFormat, ...]
     ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.names = names
-        self.bits = bits
+        self.formats = formats
 
     def create_weights(
         self,
@@ -90,30 +90,28 @@ class QuipLinearMethod(LinearMethodBase):
         Raises:
             ValueError: the layer's sizes have no such format, or its rotation cannot be split over the ranks.
         """
-        names, bits = self._of_each_shard(len(output_partition_sizes))
+        names, formats = self._of_each_shard(len(output_partition_sizes))
         replicas = getattr(layer, "num_kv_head_replicas", 1)
         sharding = Sharding(
             prefix=self.prefix,
             names=names,
-            method=self.checkpoint.method,
-            code=self.checkpoint.code,
             hadamard_block=self.checkpoint.hadamard_block,
-            bits=bits,
+            formats=formats,
             in_features=input_size_per_partition,
             output_sizes=tuple(output_partition_sizes),
             in_parts=input_size // input_size_per_partition,
             out_parts=output_size // sum(output_partition_sizes),
-            replicas=(1, *[replicas] * (len(bits) - 1)),
+            replicas=(1, *[replicas] * (len(formats) - 1)),
         )
         _check_sizes(sharding)
-        types = sharding.tensor_types(max(bits), sum(output_partition_sizes), input_size_per_partition)
-        for name, (shape, dtype) in types.items():
-            shape = (len(bits), *shape) if name == "lut" else shape
-            kind = _PARAMETERS.get(name, OutputParameter)
-            param = kind(torch.empty(shape, dtype=dtype), name=name, sharding=sharding)
+        widest = LinearSpec(*max(formats), input_size_per_partition, tuple(output_partition_sizes))
+        types = layout(widest)
+        for one in tensor_specs(widest):
+            kind = _PARAMETERS.get(one.follows, OutputParameter)
+            param = kind(torch.empty(types[one.name].shape, dtype=one.dtypes[0]), name=one.name, sharding=sharding)
             if weights_are_dummies():
-                param.loaded = frozenset((shard,) for shard in range(len(bits)))
-            layer.register_parameter(name, param)
+                param.loaded = frozenset((shard,) for shard in range(len(formats)))
+            layer.register_parameter(one.name, param)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Repacks the loaded tensors for the backend and frees them. Does nothing the second time.
@@ -129,8 +127,8 @@ class QuipLinearMethod(LinearMethodBase):
             _check_loaded(param)
         projections = sorted(layer.sv.loaded)
         segments = []
-        for bits, run in itertools.groupby(projections, key=lambda shards: sharding.bits[shards[0]]):
-            spec, tensors = _segment_tensors(params, sharding, bits, list(run))
+        for stored, run in itertools.groupby(projections, key=lambda shards: sharding.formats[shards[0]]):
+            spec, tensors = _segment_tensors(params, sharding, stored, list(run))
             segments.append(install(layer, len(segments), spec, tensors))
         for name in params:
             delattr(layer, name)
@@ -143,23 +141,28 @@ class QuipLinearMethod(LinearMethodBase):
         outputs = [s.backend.linear(s.spec, x, s.tensors(layer), b) for s, b in zip(segments, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _of_each_shard(self, count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Name on disk and bits of each of a layer's shards."""
+    def _of_each_shard(self, count: int) -> tuple[tuple[str, ...], tuple[LayerFormat, ...]]:
+        """Name on disk, and code and bits, of each of a layer's shards."""
         if len(self.names) == count:
-            return self.names, self.bits
-        label = ", ".join(self.names)
-        if len(set(self.bits)) > 1:
+            if len({one.code for one in self.formats}) > 1:
+                codes = ", ".join(one.code for one in self.formats)
+                raise ValueError(
+                    f"{self.prefix} fuses parts with codes {codes}: one code per fused layer is served; requantize"
+                )
+            return self.names, self.formats
+        label, bits = ", ".join(self.names), [one.bits for one in self.formats]
+        if len(set(self.formats)) > 1:
             raise ValueError(
-                f"{self.prefix} has {count} shards made of {label} with {self.bits} bits: projections that do not "
+                f"{self.prefix} has {count} shards made of {label} with {bits} bits: parts that do not "
                 "match the shards one to one need the same bits; requantize with one rate for them"
             )
-        return (label,) * count, self.bits[:1] * count
+        return (label,) * count, self.formats[:1] * count
 
 
 def _check_sizes(sharding: Sharding) -> None:
     """Raises ValueError unless this rank's part of the layer consists of whole tiles and whole Hadamard blocks."""
     try:
-        layout(LinearSpec(sharding.method, sharding.code, 2, sharding.in_features, sharding.output_sizes))
+        layout(LinearSpec(*sharding.formats[0], sharding.in_features, sharding.output_sizes))
     except ValueError as error:
         ranks = max(sharding.in_parts, sharding.out_parts)
         raise ValueError(f"{sharding.prefix}, on each of {ranks} tensor-parallel ranks: {error}") from error
@@ -182,7 +185,7 @@ def _check_loaded(param: QuipParameter) -> None:
     """Raises ValueError unless every shard that has this tensor got it exactly once."""
     sharding, name = param.sharding, param.tensor_name
     covered = sorted(itertools.chain.from_iterable(param.loaded))
-    needed = [shard for shard, bits in enumerate(sharding.bits) if name in sharding.tensor_types(bits, 0, 0)]
+    needed = [shard for shard, stored in enumerate(sharding.formats) if name in sharding.tensor_types(stored, 0, 0)]
     missing = [shard for shard in needed if shard not in covered]
     if missing:
         raise ValueError(
@@ -197,22 +200,21 @@ def _check_loaded(param: QuipParameter) -> None:
 
 
 def _segment_tensors(
-    params: dict[str, QuipParameter], sharding: Sharding, bits: int, run: list[tuple[int, ...]]
+    params: dict[str, QuipParameter], sharding: Sharding, stored: LayerFormat, run: list[tuple[int, ...]]
 ) -> tuple[LinearSpec, dict[str, Tensor]]:
     """Describes a run of projections with equal bits and cuts out their tensors, without spare columns."""
     output_sizes = tuple(sum(sharding.output_sizes[shard] for shard in shards) for shards in run)
     before = sum(sharding.output_sizes[: run[0][0]])
-    types = sharding.tensor_types(bits, sum(output_sizes), sharding.in_features)
-    tensors = {}
-    for name, (shape, dtype) in types.items():
-        data = params[name].data
-        if name == "lut":
-            data = data[[shards[0] for shards in run]]
-        elif name != "su":
+    spec = LinearSpec(*stored, sharding.in_features, output_sizes, sharding.hadamard_block)
+    types, tensors = layout(spec), {}
+    for one in tensor_specs(spec):
+        shape, data = types[one.name].shape, params[one.name].data
+        if one.follows is Follows.PART:
+            data = data.view(len(sharding.formats), *one.part_shape)[[shards[0] for shards in run]].flatten(0, 1)
+        elif one.follows is not Follows.INPUTS:
             data = data.narrow(0, before * shape[0] // sum(output_sizes), shape[0])
             data = data if data.ndim == 1 else data.narrow(1, 0, shape[1])
         shared = data.untyped_storage().nbytes() > data.numel() * data.element_size()
         # A slice would keep the whole parameter alive.
-        tensors[name] = data.to(dtype, memory_format=torch.contiguous_format, copy=shared)
-    spec = LinearSpec(sharding.method, sharding.code, bits, sharding.in_features, output_sizes, sharding.hadamard_block)
+        tensors[one.name] = data.to(one.dtypes[0], memory_format=torch.contiguous_format, copy=shared)
     return spec, tensors

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from vllm.model_executor.parameter import BasevLLMParameter
 
-from quip_vllm.formats.methods import Code, Method
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import layout
+from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import Stored, layout
 from quip_vllm.transforms.hadamard import block_size
 
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -28,8 +28,8 @@ class Sharding:
     Attributes:
         prefix: the layer's name in vLLM.
         names: the name on disk of each shard, for messages.
-        method, code, hadamard_block: of the checkpoint.
-        bits: code bits per weight of each shard.
+        hadamard_block: of the checkpoint.
+        formats: code and bits of each shard; the code is the same for all.
         in_features: inputs on this rank.
         output_sizes: outputs of each shard on this rank.
         in_parts, out_parts: over how many ranks inputs and outputs are split; 1 where they are not.
@@ -39,20 +39,17 @@ class Sharding:
 
     prefix: str
     names: tuple[str, ...]
-    method: Method
-    code: Code | None
     hadamard_block: int | None
-    bits: tuple[int, ...]
+    formats: tuple[LayerFormat, ...]
     in_features: int
     output_sizes: tuple[int, ...]
     in_parts: int
     out_parts: int
     replicas: tuple[int, ...]
 
-    def tensor_types(self, bits: int, n: int, k: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor on disk of a linear layer (n, k) in this format, bias aside."""
-        types = layout(LinearSpec(self.method, self.code, bits, k, (n,)))
-        return {name: (shape[1:] if name == "lut" else shape, dtypes[0]) for name, (shape, dtypes) in types.items()}
+    def tensor_types(self, stored: LayerFormat, n: int, k: int) -> dict[str, Stored]:
+        """Shape and dtypes of each tensor on disk of a linear layer (n, k) in this format, bias aside."""
+        return layout(LinearSpec(*stored, k, (n,)))
 
     def full_size(self, shard: int) -> int:
         """Outputs of a shard over all ranks, as stored on disk."""
@@ -149,12 +146,16 @@ class QuipParameter(BasevLLMParameter):
         """
         sharding = self.sharding
         label = sharding.label(shards)
-        bits = {sharding.bits[shard] for shard in shards}
-        if len(bits) > 1:
-            raise ValueError(f"{label} is one tensor in the checkpoint but has {sorted(bits)} bits: give it one rate")
+        formats = {sharding.formats[shard] for shard in shards}
+        if len(formats) > 1:
+            raise ValueError(
+                f"{label} is one tensor in the checkpoint but has {sorted(one.bits for one in formats)} bits: give it "
+                "one rate"
+            )
         n = sum(map(sharding.full_size, shards))
-        types = sharding.tensor_types(bits.pop(), n, sharding.in_features * sharding.in_parts)
-        shape, dtype = types.get(self.tensor_name, (None, None))
+        types = sharding.tensor_types(formats.pop(), n, sharding.in_features * sharding.in_parts)
+        wanted = types.get(self.tensor_name)
+        shape, dtype = (None, None) if wanted is None else (wanted.shape, wanted.dtypes[0])
         if tuple(loaded.shape) != shape or loaded.dtype != dtype:
             expected = "none" if shape is None else f"{dtype} {list(shape)}"
             raise ValueError(
@@ -226,8 +227,8 @@ class InputParameter(QuipParameter):
 
 
 class TableParameter(QuipParameter):
-    """``lut``: a table for each projection, [shards, 512, 2]. One that covers several shards is kept at the first."""
+    """A table per part, [shards * 512, 2]. One that covers several shards is kept at the first."""
 
     def load_shards(self, loaded: Tensor, shards: tuple[int, ...]) -> None:
         super().load_shards(loaded, shards)
-        self.data[shards[0]].copy_(loaded)
+        self.data.narrow(0, shards[0] * loaded.shape[0], loaded.shape[0]).copy_(loaded)

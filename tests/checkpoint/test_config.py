@@ -4,14 +4,13 @@
 import pytest
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head
-from quip_vllm.formats.methods import Code, Method
 
-QTIP = CheckpointConfig(Method.QTIP, 2, Code.HYB, 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": 4})
+QTIP = CheckpointConfig("qtip", 2, "hyb", 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": 4})
 HEAD = {"module": "model.embed_tokens", "bits": 4, "tied": True}
-TIED = CheckpointConfig(Method.QUIP_SHARP, 2, modules_to_not_convert=("lm_head",), head=Head(**HEAD))
+TIED = CheckpointConfig("quip_sharp", 2, modules_to_not_convert=("lm_head",), head=Head(**HEAD))
 
 
-@pytest.mark.parametrize("config", [QTIP, CheckpointConfig(Method.QUIP_SHARP, 3), TIED])
+@pytest.mark.parametrize("config", [QTIP, CheckpointConfig("quip_sharp", 3), TIED])
 def test_round_trip(config):
     assert CheckpointConfig.from_dict(config.to_dict()) == config
 
@@ -114,6 +113,6 @@ def test_hostile(changes, message):
 
 def test_code_goes_with_qtip_only():
     with pytest.raises(ValueError, match="quip_sharp has none"):
-        CheckpointConfig(Method.QUIP_SHARP, 2, Code.LUT)
+        CheckpointConfig("quip_sharp", 2, "lut")
     with pytest.raises(ValueError, match="qtip needs one"):
-        CheckpointConfig(Method.QTIP, 2)
+        CheckpointConfig("qtip", 2)

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.inspection import format_inspection, inspect
 from quip_vllm.checkpoint.store import read_json, write_json
-from quip_vllm.formats.methods import Code, Method
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def checkpoint(tmp_path):
         tensors[f"layers.{layer}.up.lut"] = torch.ones(512, 2, dtype=torch.float16)
         tensors[f"layers.{layer}.up.bias"] = torch.ones(32, dtype=torch.float16)
     save_file(tensors, tmp_path / "model.safetensors")
-    config = CheckpointConfig(Method.QTIP, 2, Code.HYB, overrides={"layers.2.up": 4})
+    config = CheckpointConfig("qtip", 2, "hyb", overrides={"layers.2.up": 4})
     write_json(tmp_path / "config.json", {"quantization_config": config.to_dict()})
     write_json(tmp_path / "quantization_report.json", {"layers": [{"name": "layers.2.up", "proxy_loss": 0.0123}]})
     return tmp_path

@@ -4,10 +4,9 @@
 import pytest
 import torch
 
-from quip_vllm.formats.methods import Code, Method, supported_bits, vector_dim
 from quip_vllm.formats.trellis import pack, unpack
 
-RATES = sorted({(bits, vector_dim(code)) for code in Code for bits in supported_bits(Method.QTIP, code)} | {(8, 2)})
+RATES = sorted({(bits, FORMATS[code].vector_dim) for code in Code for bits in supported_bits(code)} | {(8, 2)})
 
 
 def random_words(*shape, seed=0):
@@ -23,18 +22,18 @@ def states_of_stream(words, bits, dim):
 
 
 def test_supported_bits():
-    assert supported_bits(Method.QUIP_SHARP) == (2, 3, 4)
-    assert supported_bits(Method.QTIP, Code.HYB) == (1, 2, 3, 4)
-    for code in (Code.ONE_MAD, Code.THREE_INST, Code.LUT):
-        assert supported_bits(Method.QTIP, code) == tuple(range(1, 9))
-        assert vector_dim(code) == 1
-    assert vector_dim(Code.HYB) == 2
+    assert supported_bits("quip_sharp") == (2, 3, 4)
+    assert supported_bits"hyb" == (1, 2, 3, 4)
+    for code in ("1mad", "3inst", "lut"):
+        assert supported_bits(code) == tuple(range(1, 9))
+        assert FORMATS[code].vector_dim == 1
+    assert vector_dim("hyb") == 2
     assert [code.value for code in Code] == ["1mad", "3inst", "hyb", "lut"]
     assert [method.value for method in Method] == ["qtip", "quip_sharp"]
     with pytest.raises(ValueError, match="without a code"):
-        supported_bits(Method.QTIP)
+        supported_bits("qtip")
     with pytest.raises(ValueError, match="'lut' with method 'quip_sharp'"):
-        supported_bits(Method.QUIP_SHARP, Code.LUT)
+        supported_bits("quip_sharp", "lut")
 
 
 @pytest.mark.parametrize(("bits", "dim"), RATES)

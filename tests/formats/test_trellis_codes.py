@@ -9,7 +9,6 @@ import pytest
 import torch
 from numerics import FORMULA_DIGITS, SAMPLE_MOMENT, TABLE_INTEGERS
 
-from quip_vllm.formats.methods import Code, Method, supported_bits, vector_dim
 from quip_vllm.formats.tile import TILE_COL, TILE_ROW
 from quip_vllm.formats.trellis import unpack
 from quip_vllm.formats.trellis_codes import (
@@ -20,7 +19,7 @@ from quip_vllm.formats.trellis_codes import (
     state_values,
 )
 
-RATES = [(code, bits) for code in Code for bits in supported_bits(Method.QTIP, code)]
+RATES = [(code, bits) for code in Code for bits in supported_bits(code)]
 
 
 def half(bits):
@@ -58,27 +57,27 @@ def lut(x):
 
 @pytest.mark.parametrize("code", list(Code))
 def test_all_states(code):
-    rows = default_lut(Code.HYB).tolist()
-    scalar = {Code.ONE_MAD: one_mad, Code.THREE_INST: three_inst, Code.HYB: lambda x: hyb(x, rows), Code.LUT: lut}[code]
-    values = state_values(code)
-    assert values.dtype is torch.float32 and values.shape == (65536, vector_dim(code))
+    rows = HYB.table().tolist()
+    scalar = {"1mad": one_mad, "3inst": three_inst, "hyb": lambda x: hyb(x, rows), "lut": lut}[code]
+    values = FORMATS[code].values()
+    assert values.dtype is torch.float32 and values.shape == (65536, FORMATS[code].vector_dim)
     assert values.tolist() == [scalar(x) for x in range(65536)]
 
 
 @pytest.mark.parametrize(
     ("code", "first"),
     [
-        (Code.ONE_MAD, [-1.25169, -0.83897, -0.42625, -0.01353]),
-        (Code.THREE_INST, [0.76807, -0.91943, 0.93164, 0.29443]),
+        ("1mad", [-1.25169, -0.83897, -0.42625, -0.01353]),
+        ("3inst", [0.76807, -0.91943, 0.93164, 0.29443]),
     ],
 )
 def test_first_states_as_published(code, first):
-    found = state_values(code)[:4, 0].tolist()
+    found = FORMATS[code].values()[:4, 0].tolist()
     assert all(abs(a - b) <= FORMULA_DIGITS for a, b in zip(found, first, strict=True))
 
 
 def test_moments_as_published():
-    mad, inst = state_values(Code.ONE_MAD), state_values(Code.THREE_INST)
+    mad, inst = ONE_MAD.values(), THREE_INST.values()
     assert len(mad.unique()) == 908
     assert abs(mad.mean().item() + 0.00039) < FORMULA_DIGITS
     assert abs(mad.std(correction=0).item() - 1.00009) < FORMULA_DIGITS
@@ -87,29 +86,29 @@ def test_moments_as_published():
 
 def test_hyb_reaches_every_row_and_sign_equally_often():
     rows = torch.stack([torch.arange(512.0) + 1, torch.zeros(512)], dim=1)
-    values, counts = state_values(Code.HYB, rows)[:, 0].unique(return_counts=True)
+    values, counts = HYB.values(rows)[:, 0].unique(return_counts=True)
     assert torch.equal(values, torch.cat([-torch.arange(512.0, 0, -1), torch.arange(512.0) + 1]))
     assert counts.tolist() == [64] * 1024
-    assert state_values(Code.HYB, rows)[0x1234, 0] == 436  # row 435, not negated
+    assert HYB.values(rows)[0x1234, 0] == 436  # row 435, not negated
 
 
 def test_hyb_negates_component_0_only():
-    values = state_values(Code.HYB, torch.ones(512, 2))
+    values = HYB.values(torch.ones(512, 2))
     assert set(values[:, 0].tolist()) == {-1.0, 1.0} and set(values[:, 1].tolist()) == {1.0}
 
 
 @pytest.mark.parametrize("lut_bits", [1, 8, 11])
 def test_hyb_tables_of_other_sizes(lut_bits):
     rows = torch.stack([torch.arange(2.0**lut_bits), torch.arange(2.0**lut_bits)], dim=1)
-    values = state_values(Code.HYB, rows)
+    values = HYB.values(rows)
     for x in (0, 1, 0x1234, 0xFFFF):
         h = x * x + x
         assert values[x, 1] == h // 2 ** (15 - lut_bits) % 2**lut_bits
 
 
-@pytest.mark.parametrize("bits", supported_bits(Method.QTIP, Code.HYB))
+@pytest.mark.parametrize("bits", supported_bits"hyb")
 def test_default_hyb_table_is_a_grid(bits):
-    table = default_lut(Code.HYB, bits)
+    table = HYB.table(bits)
     assert table.dtype is torch.float16 and table.shape == (512, 2)
     for row in range(512):  # what kernels look for
         j, i = row // 16 % 16, row % 16
@@ -120,14 +119,14 @@ def test_default_hyb_table_is_a_grid(bits):
 
 
 def test_lut_is_a_permutation_of_gaussian_quantiles():
-    values = state_values(Code.LUT)[:, 0].double()
+    values = LUT.values()[:, 0].double()
     expected = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().half()
     assert torch.equal(values.sort().values, expected.double())
 
 
 @pytest.mark.parametrize("shift", range(1, 9))
 def test_lut_of_successive_states_is_uncorrelated(shift):
-    values = state_values(Code.LUT)[:, 0].double()
+    values = LUT.values()[:, 0].double()
     state = torch.arange(65536)
     successors = values.reshape(-1, 1 << shift).mean(dim=1)  # mean over the new bits, by the bits that stay
     assert abs((values * successors[state & (0xFFFF >> shift)]).mean().item()) < SAMPLE_MOMENT
@@ -138,13 +137,13 @@ def test_decode_weight_places_every_state(code, bits):
     n, k = 32, 48
     packed = torch.randint(-32768, 32768, (n // 16, k * bits), generator=torch.Generator().manual_seed(bits))
     packed = packed.to(torch.int16)
-    w = decode_weight(packed, bits, code)
+    w = FORMATS[code].decode_weight(packed, bits)
     assert w.dtype is torch.float32 and w.shape == (n, k)
     i, j = 1, 2
     words = packed[i, j * 16 * bits : (j + 1) * 16 * bits]
-    dim, values = vector_dim(code), state_values(code)
+    dim, values = FORMATS[code].vector_dim, FORMATS[code].values()
     states = unpack(words, bits, dim).tolist()
-    sequence = decode_sequences(words, bits, code)
+    sequence = FORMATS[code].decode_sequences(words, bits)
     assert sequence.shape == (256,)
     for t in range(256):
         expected = values[states[t // dim], t % dim]
@@ -154,12 +153,12 @@ def test_decode_weight_places_every_state(code, bits):
 
 def test_trained_table_is_used():
     packed = torch.randint(-32768, 32768, (1, 32), generator=torch.Generator().manual_seed(0)).to(torch.int16)
-    doubled = default_lut(Code.HYB) * 2
-    assert torch.equal(decode_weight(packed, 2, Code.HYB, doubled), 2 * decode_weight(packed, 2, Code.HYB))
+    doubled = HYB.table() * 2
+    assert torch.equal(decode_weight(packed, 2, "hyb", doubled), 2 * decode_weight(packed, 2, "hyb"))
 
 
 def test_tables_only_for_hyb():
-    for code in (Code.ONE_MAD, Code.THREE_INST, Code.LUT):
+    for code in ("1mad", "3inst", "lut"):
         assert default_lut(code) is None
         with pytest.raises(ValueError, match=f"code {code.value} with a lut.*leave lut out"):
             state_values(code, torch.zeros(512, 2))
@@ -168,18 +167,18 @@ def test_tables_only_for_hyb():
 @pytest.mark.parametrize("shape", [(512,), (500, 2), (512, 1), (1, 2), (65536, 2)])
 def test_table_of_wrong_shape(shape):
     with pytest.raises(ValueError, match=r"lut \[.*needs \[2\^b, 2\]"):
-        state_values(Code.HYB, torch.zeros(shape))
+        HYB.values(torch.zeros(shape))
 
 
 def test_not_whole_tiles():
     with pytest.raises(ValueError, match=r"\[2, 40\] with bits=2.*32\], 16 \* bits words"):
-        decode_weight(torch.zeros(2, 40, dtype=torch.int16), 2, Code.ONE_MAD)
+        decode_weight(torch.zeros(2, 40, dtype=torch.int16), 2, "1mad")
     with pytest.raises(ValueError, match="bits=0"):
-        decode_weight(torch.zeros(2, 40, dtype=torch.int16), 0, Code.ONE_MAD)
+        decode_weight(torch.zeros(2, 40, dtype=torch.int16), 0, "1mad")
 
 
 def test_cached_values_are_usable_in_autograd():
     _default_values.cache_clear()
     with torch.inference_mode():
-        values = state_values(Code.ONE_MAD)
+        values = ONE_MAD.values()
     assert not values.is_inference()

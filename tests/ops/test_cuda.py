@@ -8,10 +8,9 @@ import torch
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR
 from random_layers import FORMAT_IDS, FORMATS, random_layer
 
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.decode import decode
+from quip_vllm.formats.tensors import rotations
 from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
-from quip_vllm.ops.reference import decode
-from quip_vllm.ops.tensors import rotations
 from quip_vllm.transforms.hadamard import hadamard
 
 OPS = torch.ops.quip_vllm
@@ -45,10 +44,10 @@ def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
     return [x, packed, table, *signs, bases, widths, sizes, bias, code or planned_code, spec.bits, shape or planned, 0]
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
-def test_many_rows_by_the_dense_weight(cuda, method, code, bits, k, sizes, block):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_many_rows_by_the_dense_weight(cuda, code, bits, k, sizes, block):
+    spec = LinearSpec(code, bits, k, sizes, block)
     tensors, x, bias = random_layer(spec), rows(7, k), rows(1, sum(sizes))[0]
     given = arguments(cuda, spec, tensors, x, bias=bias)
     want = x.double() @ dequantize(spec, tensors).double().T + bias.double()
@@ -57,10 +56,10 @@ def test_many_rows_by_the_dense_weight(cuda, method, code, bits, k, sizes, block
     assert relative(dense, want) < HALF_ACTIVATIONS and relative(y, want) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
-def test_linear_is_the_dequantized_weight(cuda, method, code, bits, k, sizes, block):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
+    spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
     everything = rows(max(ROWS), k)
@@ -76,7 +75,7 @@ def test_linear_is_the_dequantized_weight(cuda, method, code, bits, k, sizes, bl
 @pytest.mark.parametrize("n", [1, 12, 36])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(cuda, n, k, bits):
-    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n, 4))
+    spec = LinearSpec("e8p", bits, k, (n, 4))
     tensors = random_layer(spec)
     x = rows(5, k)
     y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
@@ -84,9 +83,9 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(cuda, n, k, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_half_precision_rounds_like_torch(cuda, method, code, bits, dtype):
-    spec = LinearSpec(method, code, bits, 576, (192, 64))
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_half_precision_rounds_like_torch(cuda, code, bits, dtype):
+    spec = LinearSpec(code, bits, 576, (192, 64))
     tensors = random_layer(spec)
     x = rows(3, 576).to(dtype)
     weight = dequantize(spec, tensors)
@@ -101,7 +100,7 @@ def test_half_precision_rounds_like_torch(cuda, method, code, bits, dtype):
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_int8_activations_are_the_rounded_ones(cuda, monkeypatch, bits, k, sizes, block):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, bits, k, sizes, block)
+    spec = LinearSpec("1mad", bits, k, sizes, block)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
     x = rows(20, k)
@@ -115,17 +114,17 @@ def test_int8_activations_are_the_rounded_ones(cuda, monkeypatch, bits, k, sizes
         assert torch.equal(cuda.linear(spec, x[:m].contiguous(), prepared), y[:m])
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS[::2], ids=FORMAT_IDS[::2])
-def test_every_thread_block_gives_the_same_result(cuda, method, code, bits):
-    spec = LinearSpec(method, code, bits, 1216, (112, 48))  # 19 chunks: odd in every split
+@pytest.mark.parametrize(("code", "bits"), FORMATS[::2], ids=FORMAT_IDS[::2])
+def test_every_thread_block_gives_the_same_result(cuda, code, bits):
+    spec = LinearSpec(code, bits, 1216, (112, 48))  # 19 chunks: odd in every split
     tensors = random_layer(spec)
     spec_code = code.value if code else "e8p"
     wanted = {}
-    depths = (2, 4) if bits <= 4 and code is not Code.LUT else (1,)
+    depths = (2, 4) if bits <= 4 and code != "lut" else (1,)
     for name, warps, depth in itertools.product((spec_code, MORE.get(spec_code)), (1, 2, 4, 8), depths):
         if (
             name is None
-            or (code is Code.LUT and warps == 8)
+            or (code == "lut" and warps == 8)
             or OPS.cuda_shared_bytes(name, bits, 12, warps, depth) > 227 * 1024
         ):
             continue
@@ -146,14 +145,14 @@ FUSED = [  # k, output sizes, block, warps whose outputs are a multiple of the b
 ]
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block", "warps"), FUSED, ids=str)
-def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, method, code, bits, k, sizes, block, warps):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, code, bits, k, sizes, block, warps):
+    spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
     x, bias = rows(66, k), torch.randn(sum(sizes), generator=torch.Generator().manual_seed(k))
-    least = 2 if bits <= 4 and code is not Code.LUT else 1
-    few, many = min(warps, 4 if code is Code.LUT else 8), min(warps, 4)
+    least = 2 if bits <= 4 and code != "lut" else 1
+    few, many = min(warps, 4 if code == "lut" else 8), min(warps, 4)
     shape = [16, *[few, least] * 3, many]
     together = arguments(cuda, spec, tensors, x, shape, bias=bias)
     apart = list(together)
@@ -168,7 +167,7 @@ def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, method, code, 
 
 @pytest.mark.parametrize("block", [4, 8])
 def test_the_epilogue_takes_blocks_within_a_tile(cuda, block):
-    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 40, (12, 40, 4) if block == 4 else (24, 16), block)
+    spec = LinearSpec("e8p", 3, 40, (12, 40, 4) if block == 4 else (24, 16), block)
     tensors, x = random_layer(spec), rows(5, 40)
     y = OPS.cuda_linear(*arguments(cuda, spec, tensors, x, [8, 2, 2, 2, 2, 2, 2, 2]))
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
@@ -176,10 +175,10 @@ def test_the_epilogue_takes_blocks_within_a_tile(cuda, block):
 
 @pytest.mark.parametrize("sizes", [(96, 32), (37,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.HYB)])
-def test_a_bias_is_added_before_the_only_rounding(cuda, method, code, dtype, sizes):
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_a_bias_is_added_before_the_only_rounding(cuda, code, dtype, sizes):
     for block in (None, 32):
-        spec = LinearSpec(method, code, 2, 272, sizes, block, rotate_output=len(sizes) > 1)
+        spec = LinearSpec(code, 2, 272, sizes, block, rotate_output=len(sizes) > 1)
         prepared = cuda.prepare(spec, random_layer(spec))
         x, bias = rows(5, 272).to(dtype), torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)).to(dtype)
         exact = cuda.linear(spec, x.float(), prepared).double() + bias.double()
@@ -190,9 +189,9 @@ def test_a_bias_is_added_before_the_only_rounding(cuda, method, code, dtype, siz
 
 
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS[::3], ids=FORMAT_IDS[::3])
-def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, method, code, bits, order):
-    spec = LinearSpec(method, code, bits, 656, (80, 48), 16)
+@pytest.mark.parametrize(("code", "bits"), FORMATS[::3], ids=FORMAT_IDS[::3])
+def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, code, bits, order):
+    spec = LinearSpec(code, bits, 656, (80, 48), 16)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
     usual = [cuda.linear(spec, rows(m, 656), prepared) for m in (3, 12, 70)]
@@ -202,9 +201,9 @@ def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, method
 
 
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
-@pytest.mark.parametrize("code", [Code.ONE_MAD, Code.HYB])
+@pytest.mark.parametrize("code", ["1mad", "hyb"])
 def test_the_order_of_threads_does_not_show_in_the_epilogue(cuda, monkeypatch, code, order):
-    spec = LinearSpec(Method.QTIP, code, 2, 272, (128, 256), 128)
+    spec = LinearSpec(code, 2, 272, (128, 256), 128)
     given = arguments(cuda, spec, random_layer(spec), rows(70, 272), [16, *[4, 2] * 3, 4])
     usual = [OPS.cuda_linear(given[0][:m].contiguous(), *given[1:]) for m in (3, 12, 70)]
     monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
@@ -213,8 +212,8 @@ def test_the_order_of_threads_does_not_show_in_the_epilogue(cuda, monkeypatch, c
 
 
 def test_a_head_without_output_rotation(cuda):
-    for method, code, n in ((Method.QUIP_SHARP, None, 37), (Method.QTIP, Code.THREE_INST, 37)):
-        spec = LinearSpec(method, code, 4, 80, (n,), rotate_output=False)
+    for code, n in (("e8p", 37), ("3inst", 37)):
+        spec = LinearSpec(code, 4, 80, (n,), rotate_output=False)
         tensors = random_layer(spec)
         x = rows(3, 80)
         y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
@@ -222,10 +221,10 @@ def test_a_head_without_output_rotation(cuda):
         assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize("k", [80, 576])
-def test_rows_of_an_embedding(cuda, method, code, bits, k):
-    spec = LinearSpec(method, code, bits, k, (45,), rotate_output=False)
+def test_rows_of_an_embedding(cuda, code, bits, k):
+    spec = LinearSpec(code, bits, k, (45,), rotate_output=False)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
     ids = torch.tensor([[0, 44, 7], [15, 16, 31]])
@@ -239,7 +238,7 @@ def test_rows_of_an_embedding(cuda, method, code, bits, k):
 
 @pytest.mark.parametrize(("n", "k"), [(16, 28 * 512), (52 * 512, 64)])
 def test_rows_too_long_for_shared_memory(cuda, n, k):
-    spec = LinearSpec(Method.QUIP_SHARP, None, 2, k, (n,))
+    spec = LinearSpec("e8p", 2, k, (n,))
     tensors = random_layer(spec)
     x = rows(2, k)
     y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
@@ -250,7 +249,7 @@ def test_rows_too_long_for_shared_memory(cuda, n, k):
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 def test_a_bad_value_spoils_its_row_only(cuda, monkeypatch, bad, activations):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", activations)
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 80, (48, 16))
+    spec = LinearSpec("1mad", 2, 80, (48, 16))
     prepared = cuda.prepare(spec, random_layer(spec))
     x = rows(9, 80)
     clean = cuda.linear(spec, x, prepared)
@@ -263,7 +262,7 @@ def test_a_bad_value_spoils_its_row_only(cuda, monkeypatch, bad, activations):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e30])
 def test_activations_of_any_size(cuda, scale):
-    spec = LinearSpec(Method.QUIP_SHARP, None, 2, 80, (48,))
+    spec = LinearSpec("e8p", 2, 80, (48,))
     tensors = random_layer(spec)
     x = rows(2, 80) * scale
     y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
@@ -275,7 +274,7 @@ def test_activations_of_any_size(cuda, scale):
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 64), (2, 3, 64), (64,)])
 def test_leading_dimensions(cuda, shape):
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32, 16))
+    spec = LinearSpec("1mad", 2, 64, (32, 16))
     tensors = random_layer(spec)
     x = torch.randn(shape)
     y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
@@ -283,7 +282,7 @@ def test_leading_dimensions(cuda, shape):
 
 
 def hyb_arguments(cuda):
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
+    spec = LinearSpec("hyb", 2, 64, (32, 16))
     return arguments(cuda, spec, random_layer(spec), torch.randn(3, 64))
 
 
@@ -321,7 +320,7 @@ def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
 
 def test_opcheck(cuda):
     torch.library.opcheck(OPS.cuda_linear.default, hyb_arguments(cuda))
-    spec = LinearSpec(Method.QUIP_SHARP, None, 2, 64, (40,), rotate_output=False)
+    spec = LinearSpec("e8p", 2, 64, (40,), rotate_output=False)
     t = cuda.prepare(spec, random_layer(spec))
     signs = (t["su"], t["sv"], t["inverse_base"])
     given = (torch.tensor([3, 39]), t["packed"], t["table"], *signs, 64, "e8p", 2, torch.bfloat16)
@@ -351,7 +350,7 @@ def test_fake_cuda_tensors_and_tracing(cuda):
 
 @pytest.mark.parametrize("method", list(Method))
 def test_compiles_as_one_graph(cuda, method):
-    spec = LinearSpec(method, Code.HYB if method is Method.QTIP else None, 2, 64, (32, 16))
+    spec = LinearSpec(method, "hyb" if method == "qtip" else None, 2, 64, (32, 16))
     prepared = cuda.prepare(spec, random_layer(spec))
     compiled = torch.compile(lambda x: cuda.linear(spec, x * 2, prepared) + 1, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64)
@@ -365,15 +364,15 @@ GPUS = {
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 8192), (16, 64), (28672, 8192), (5120, 13824)])
-def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, method, code, bits, n, k):
+def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n, k):
     from quip_vllm.ops.cuda import _code, _problem
 
-    spec = LinearSpec(method, code, bits, k, (n,))
+    spec = LinearSpec(code, bits, k, (n,))
     name = _code(spec, GPUS[gpu])
     if bits == 2:
-        assert name.endswith("_large") == (gpu == "A100" and (code is Code.HYB or code is None))
+        assert name.endswith("_large") == (gpu == "A100" and (code == "hyb" or code is None))
     problem = _problem(spec, name)
     split, *blocks = cuda_shapes.choose(problem, GPUS[gpu])
     assert split % cuda_layout.SPARE_CHUNKS == 0
@@ -393,7 +392,7 @@ def test_the_model_weighs_a_launch_against_parts_of_k(cuda, gpu):
     from quip_vllm.ops.cuda import _problem
 
     for n, block, together in ((28672, 32, True), (4096, 128, False), (28672, None, False), (128, None, False)):
-        problem = _problem(LinearSpec(Method.QTIP, Code.HYB, 2, 4096, (n,), block), "hyb")
+        problem = _problem(LinearSpec("hyb", 2, 4096, (n,), block), "hyb")
         split, warps, depth, *_ = cuda_shapes.choose(problem, GPUS[gpu])
         assert cuda_shapes.fuses(cuda_shapes.Candidate(warps, depth, split), problem) is together
     assert problem.width == 128  # one projection of a power of two: its full width is a block

@@ -6,13 +6,11 @@ import torch
 from numerics import DISTORTION, FLOAT32_DISTANCE
 
 from quip_vllm.formats import e8p
-from quip_vllm.formats.methods import Code, Method, supported_bits, vector_dim
 from quip_vllm.formats.trellis import pack, unpack
-from quip_vllm.formats.trellis_codes import decode_sequences, state_values
 from quip_vllm.ops import encode_e8p, encode_trellis
 from quip_vllm.quantizer.encoders import code_rms
 
-TRELLIS = [(code, bits) for code in Code for bits in supported_bits(Method.QTIP, code)]
+TRELLIS = [(code, bits) for code in Code for bits in supported_bits(code)]
 
 
 def squared_error(states, values, targets):
@@ -22,16 +20,16 @@ def squared_error(states, values, targets):
 @pytest.mark.parametrize(("code", "bits"), TRELLIS, ids=lambda v: str(getattr(v, "value", v)))
 def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
     packed = torch.randint(-32768, 32768, (2, 16 * bits), dtype=torch.int16)
-    targets = decode_sequences(packed, bits, code)
-    values = state_values(code)
+    targets = FORMATS[code].decode_sequences(packed, bits)
+    values = FORMATS[code].values()
     states = encode_trellis(targets, values, bits)
     assert squared_error(states, values, targets).max() == 0
-    assert torch.equal(unpack(pack(states, bits, vector_dim(code)), bits, vector_dim(code)), states)
+    assert torch.equal(unpack(pack(states, bits, FORMATS[code].vector_dim), bits, FORMATS[code].vector_dim), states)
 
 
-@pytest.mark.parametrize(("code", "published"), [(Code.ONE_MAD, 0.069), (Code.THREE_INST, 0.069), (Code.HYB, 0.071)])
+@pytest.mark.parametrize(("code", "published"), [("1mad", 0.069), ("3inst", 0.069), ("hyb", 0.071)])
 def test_gaussian_distortion_at_two_bits(code, published):
-    values = state_values(code)
+    values = FORMATS[code].values()
     rms = code_rms(code, values)
     targets = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
     states = encode_trellis(targets * rms, values, 2)
@@ -62,10 +60,10 @@ def test_every_lattice_code_is_its_own_nearest():
     assert torch.equal(encode_e8p(e8p.decode(codes[:, None])), codes)
 
 
-@pytest.mark.parametrize(("code", "bits"), [(Code.ONE_MAD, 2), (Code.HYB, 3)], ids=str)
+@pytest.mark.parametrize(("code", "bits"), [("1mad", 2), ("hyb", 3)], ids=str)
 def test_search_beats_any_small_change(code, bits):
     """No other bit stream one bit away is closer: a local minimum at least, for a target inside the code's range."""
-    values, dim = state_values(code), vector_dim(code)
+    values, dim = FORMATS[code].values(), FORMATS[code].vector_dim
     targets = torch.randn(1, 256, generator=torch.Generator().manual_seed(3))
     states = encode_trellis(targets, values, bits)
     best = squared_error(states, values, targets)
@@ -77,10 +75,10 @@ def test_search_beats_any_small_change(code, bits):
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4, 1e4])
-@pytest.mark.parametrize(("code", "bits"), [(Code.ONE_MAD, 1), (Code.THREE_INST, 4), (Code.HYB, 4)], ids=str)
+@pytest.mark.parametrize(("code", "bits"), [("1mad", 1), ("3inst", 4), ("hyb", 4)], ids=str)
 def test_targets_outside_the_range_still_give_a_walk(code, bits, value):
-    states = encode_trellis(torch.full((1, 256), value), state_values(code), bits)
-    assert pack(states, bits, vector_dim(code)).shape == (1, 16 * bits)
+    states = encode_trellis(torch.full((1, 256), value), FORMATS[code].values(), bits)
+    assert pack(states, bits, FORMATS[code].vector_dim).shape == (1, 16 * bits)
 
 
 def test_bad_arguments_are_refused():

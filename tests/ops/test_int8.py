@@ -11,17 +11,15 @@ from numerics import FLOAT32_LINEAR, INT8_ROUNDING
 from random_layers import every_lattice_code, random_layer
 
 from quip_vllm.formats import trellis_codes
-from quip_vllm.formats.methods import Code, Method
-from quip_vllm.formats.trellis_codes import default_lut
+from quip_vllm.formats.decode import decode
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
-from quip_vllm.ops.reference import decode
 from quip_vllm.transforms.hadamard import hadamard
 
 CPU = CpuBackend()
-FORMATS = [(Method.QUIP_SHARP, None, bits) for bits in (2, 3, 4)]
-FORMATS += [(Method.QTIP, code, bits) for code in Code for bits in (1, 2, 3, 4)]
-IDS = [f"{method.value}-{code.value if code else 'e8p'}-{bits}" for method, code, bits in FORMATS]
+FORMATS = [("e8p", bits) for bits in (2, 3, 4)]
+FORMATS += [(code, bits) for code in Code for bits in (1, 2, 3, 4)]
+IDS = [f"{method.value}-{code.value if code else 'e8p'}-{bits}" for code, bits in FORMATS]
 SHAPES = [  # k, output sizes, block
     (16, (16,), None),
     (272, (48, 16), 16),
@@ -50,13 +48,13 @@ exact_values = trellis_codes._default_values
 @cache
 def integer_values(code):
     """What the kernels make of the states: LUT in 1023rds of its largest, 3INST in 256ths before its sum is rounded."""
-    if code is Code.THREE_INST:
+    if code == "3inst":
         y = torch.arange(65536) * 89226354 + 64248484 & 0xFFFFFFFF
         z = y & 0x8FFF8FFF ^ 0x3B603B60
         halves = [half.to(torch.int16).view(torch.float16).float() for half in (z >> 16, z & 0xFFFF)]
         return (sum(halves) * 256).round()[:, None] / 256
     values = exact_values(code)
-    if code is Code.LUT:
+    if code == "lut":
         unit = values.abs().amax() / 1023
         return (values / unit).round() * unit
     return values
@@ -70,7 +68,7 @@ def expected(spec, tensors, x):
         tensors["lut"] = (lut / unit).round() * unit
     with patch.object(trellis_codes, "_default_values", integer_values):
         weight = decode(spec, tensors).double()
-    if spec.method is Method.QUIP_SHARP and spec.bits > 2:
+    if spec.code == "e8p" and spec.bits > 2:
         first = decode(replace(spec, bits=2), {"codes": tensors["codes"]}).double()
         weight = first + (weight - first) * (2.04 / 2 if spec.bits == 3 else 3.45 / 3.5)
     rotated = hadamard(x.float() * tensors["su"].float(), spec.hadamard_block, transpose=True)
@@ -82,9 +80,9 @@ def expected(spec, tensors, x):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("m", [1, 3, 40])
 def test_the_quantizers_own_table_takes_the_short_way_to_the_same_integers(bits, m):
-    spec = LinearSpec(Method.QTIP, Code.HYB, bits, 272, (48, 16), 16)
+    spec = LinearSpec("hyb", bits, 272, (48, 16), 16)
     tensors = random_layer(spec)
-    tensors["lut"] = default_lut(Code.HYB, bits)[None].repeat(2, 1, 1)
+    tensors["lut"] = HYB.table(bits)[None].repeat(2, 1, 1)
     x = torch.randn(m, 272)
     assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
 
@@ -101,10 +99,10 @@ def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
-def test_integers_are_those_of_the_rounded_activations(method, code, bits, k, sizes, block):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_integers_are_those_of_the_rounded_activations(code, bits, k, sizes, block):
+    spec = LinearSpec(code, bits, k, sizes, block)
     assert _takes_int8(code, bits)
     tensors = random_layer(spec)
     prepared = CPU.prepare(spec, tensors)

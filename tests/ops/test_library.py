@@ -5,8 +5,6 @@ import pytest
 import torch
 from random_layers import random_layer
 
-from quip_vllm.formats.methods import Code, Method
-from quip_vllm.formats.trellis_codes import state_values
 from quip_vllm.ops import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 
@@ -15,7 +13,7 @@ CPU = CpuBackend()
 
 
 def qtip_arguments():
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32, 16))
+    spec = LinearSpec("hyb", 2, 64, (32, 16))
     t = CPU.prepare(spec, random_layer(spec))
     bases = [t["base0"], t["base1"], t["base2"]]
     luts = [t["lut"], t["lut_integers"], t["lut_units"]]
@@ -23,7 +21,7 @@ def qtip_arguments():
 
 
 def quip_sharp_arguments():
-    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 64, (32,))
+    spec = LinearSpec("e8p", 3, 64, (32,))
     t = CPU.prepare(spec, random_layer(spec))
     bases = [t["base0"], t["base1"]]
     return [torch.randn(3, 64), t["blocks"], t["su"], t["sv"], bases, [64, 32], [32], 3, ""]
@@ -34,20 +32,20 @@ def quip_sharp_arguments():
     [
         ("qtip_linear", qtip_arguments),
         ("quip_sharp_linear", quip_sharp_arguments),
-        ("viterbi_encode", lambda: [torch.randn(2, 256), state_values(Code.ONE_MAD).T.contiguous(), 2]),
+        ("viterbi_encode", lambda: [torch.randn(2, 256), ONE_MAD.values().T.contiguous(), 2]),
         ("e8p_nearest", lambda: [torch.randn(5, 8)]),
     ],
 )
 def test_opcheck(name, arguments):
-    CPU.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (32,)))  # loads the library
+    CPU.refusal(LinearSpec("e8p", 2, 64, (32,)))  # loads the library
     torch.library.opcheck(getattr(OPS, name).default, arguments())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", list(Method))
 def test_compiles_as_one_graph(method, dtype):
-    code = Code.ONE_MAD if method is Method.QTIP else None
-    spec = LinearSpec(method, code, 2, 64, (32, 16))
+    code = "1mad" if method == "qtip" else None
+    spec = LinearSpec(code, 2, 64, (32, 16))
     tensors = CPU.prepare(spec, random_layer(spec))
     compiled = torch.compile(lambda x: CPU.linear(spec, x * 2, tensors) + 1, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64).to(dtype)

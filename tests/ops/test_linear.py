@@ -6,11 +6,10 @@ import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR
 from random_layers import FORMAT_IDS, FORMATS, every_lattice_code, random_layer
 
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.tensors import rotation_base
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend, _lut_values
 from quip_vllm.ops.reference import ReferenceBackend
-from quip_vllm.ops.tensors import rotation_base
 
 CPU = CpuBackend()
 SHAPES = [  # k, output sizes, block
@@ -31,10 +30,10 @@ def run(spec, tensors, x):
     return CPU.linear(spec, x, CPU.prepare(spec, tensors))
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
-def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
+    spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
     x = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
     expected = x.double() @ dequantize(spec, tensors).double().T
@@ -55,17 +54,17 @@ def test_linear_is_the_dequantized_weight_for_every_lattice_code(bits):
 @pytest.mark.parametrize("n", [1, 2, 12, 36])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits):
-    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n,))
+    spec = LinearSpec("e8p", bits, k, (n,))
     tensors = random_layer(spec)
     x = torch.randn(5, k)
     assert relative(run(spec, tensors, x), x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_half_precision_rounds_like_torch(method, code, bits, dtype, monkeypatch):
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_half_precision_rounds_like_torch(code, bits, dtype, monkeypatch):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
-    spec = LinearSpec(method, code, bits, 576, (192, 64))
+    spec = LinearSpec(code, bits, 576, (192, 64))
     tensors = random_layer(spec)
     x = torch.randn(3, 576).to(dtype)
     weight = dequantize(spec, tensors)
@@ -78,7 +77,7 @@ def test_half_precision_rounds_like_torch(method, code, bits, dtype, monkeypatch
 
 @pytest.mark.parametrize("shape", [(0, 64), (1, 64), (2, 3, 64), (64,)])
 def test_leading_dimensions(shape):
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32, 16))
+    spec = LinearSpec("1mad", 2, 64, (32, 16))
     tensors = random_layer(spec)
     x = torch.randn(shape)
     y = run(spec, tensors, x)
@@ -87,9 +86,9 @@ def test_leading_dimensions(shape):
         assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR
 
 
-@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.HYB)])
-def test_bits_do_not_depend_on_threads_or_batch(method, code):
-    spec = LinearSpec(method, code, 3, 576, (192, 64))
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_bits_do_not_depend_on_threads_or_batch(code):
+    spec = LinearSpec(code, 3, 576, (192, 64))
     prepared = CPU.prepare(spec, random_layer(spec))
     x = torch.randn(23, 576)
     threads = torch.get_num_threads()
@@ -106,7 +105,7 @@ def test_bits_do_not_depend_on_threads_or_batch(method, code):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_row_spoils_only_itself(bad):
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (32,))
+    spec = LinearSpec("1mad", 2, 64, (32,))
     prepared = CPU.prepare(spec, random_layer(spec))
     x = torch.randn(5, 64)
     clean = CPU.linear(spec, x, prepared)
@@ -116,16 +115,16 @@ def test_a_bad_row_spoils_only_itself(bad):
     assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.ONE_MAD)])
-def test_only_the_packed_weight_is_kept(method, code):
-    spec = LinearSpec(method, code, 2, 2048, (2048,))
+@pytest.mark.parametrize("code", ["e8p", "1mad"])
+def test_only_the_packed_weight_is_kept(code):
+    spec = LinearSpec(code, 2, 2048, (2048,))
     tensors = random_layer(spec)
     held = sum(tensor.numel() * tensor.element_size() for tensor in CPU.prepare(spec, tensors).values())
     assert held < 1.1 * spec.in_features * spec.out_features * spec.bits / 8
 
 
 def broken(name, change):
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 64, (32,))
+    spec = LinearSpec("hyb", 2, 64, (32,))
     tensors = random_layer(spec)
     tensors[name] = change(tensors[name])
     return spec, tensors
@@ -149,7 +148,7 @@ def test_a_damaged_tensor_is_named(name, change):
 
 
 def test_missing_tensor_is_named():
-    spec = LinearSpec(Method.QUIP_SHARP, None, 3, 64, (32,))
+    spec = LinearSpec("e8p", 3, 64, (32,))
     tensors = random_layer(spec)
     del tensors["residual_codes"]
     with pytest.raises(ValueError, match="residual_codes"):
@@ -159,22 +158,22 @@ def test_missing_tensor_is_named():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (24,)), "multiples of 16"),
-        (LinearSpec(Method.QUIP_SHARP, None, 2, 44, (16,)), "multiples of 8"),
-        (LinearSpec(Method.QUIP_SHARP, None, 2, 64, (26,)), "--hadamard-block 2"),
-        (LinearSpec(Method.QUIP_SHARP, None, 2, 64, (13,), 4), "13"),
+        (LinearSpec("1mad", 2, 64, (24,)), "multiples of 16"),
+        (LinearSpec("e8p", 2, 44, (16,)), "multiples of 8"),
+        (LinearSpec("e8p", 2, 64, (26,)), "--hadamard-block 2"),
+        (LinearSpec("e8p", 2, 64, (13,), 4), "13"),
     ],
 )
 def test_refusals_say_why(spec, words):
     assert words in CPU.refusal(spec)
 
 
-@pytest.mark.parametrize(("method", "code"), [(Method.QUIP_SHARP, None), (Method.QTIP, Code.LUT)])
-def test_prepare_does_not_depend_on_the_default_dtype(method, code):
+@pytest.mark.parametrize("code", ["e8p", "lut"])
+def test_prepare_does_not_depend_on_the_default_dtype(code):
     """vLLM builds its layers with the model's dtype as torch's default."""
     rotation_base.cache_clear()
     _lut_values.cache_clear()
-    spec = LinearSpec(method, code, 2, 64, (32,))
+    spec = LinearSpec(code, 2, 64, (32,))
     tensors = random_layer(spec)
     x = torch.randn(3, 64)
     assert CPU.refusal(spec) is None

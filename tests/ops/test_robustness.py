@@ -9,7 +9,6 @@ import pytest
 import torch
 from random_layers import FORMATS, random_layer
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, cpu_tier, extension
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8, int8_activations
 
@@ -20,18 +19,18 @@ ROWS = (2, 21)  # fewer and more than are multiplied while decoding
 
 
 def case_id(case):
-    method, code, bits, activations = case
+    code, bits, activations = case
     return f"{method.value}-{code.value if code else 'e8p'}-{bits}-{activations}"
 
 
 @pytest.fixture(params=CASES, ids=case_id)
 def layer(request, monkeypatch):
     """(spec, prepared tensors) of a format, with its activations chosen."""
-    method, code, bits, activations = request.param
+    code, bits, activations = request.param
     if activations == "int8" and not _takes_int8(code, bits):
         pytest.skip(f"tier {cpu_tier()} has no int8 activations for this format")
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", activations)
-    spec = LinearSpec(method, code, bits, K, SIZES)
+    spec = LinearSpec(code, bits, K, SIZES)
     assert CPU.refusal(spec) is None
     return spec, CPU.prepare(spec, random_layer(spec))
 
@@ -133,8 +132,8 @@ def test_threads_do_not_change_bits(layer, m):
 def digests():
     """A digest of the result of each format, for bfloat16 activations."""
     found = []
-    for method, code in ((Method.QUIP_SHARP, None), (Method.QTIP, Code.ONE_MAD), (Method.QTIP, Code.HYB)):
-        spec = LinearSpec(method, code, 2, 576, (192, 64))
+    for method, code in ("e8p", "1mad", "hyb"):
+        spec = LinearSpec(code, 2, 576, (192, 64))
         assert CPU.refusal(spec) is None
         y = CPU.linear(spec, rows(21, 576).bfloat16(), CPU.prepare(spec, random_layer(spec)))
         found.append(hashlib.sha256(y.float().numpy().tobytes()).hexdigest())
@@ -158,7 +157,7 @@ def test_two_processes_at_once_give_the_same_bits(request):
 @pytest.mark.parametrize(("sizes", "order"), [([], 1), ([16], 0), ([1 << 62] * 4, 1)])
 def test_absurd_sizes_are_refused(sizes, order):
     """No projections, a rotation of order 0, sizes whose sum overflows."""
-    CPU.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 16, (16,)))  # loads the library
+    CPU.refusal(LinearSpec("e8p", 2, 16, (16,)))  # loads the library
     widths = [16] * (len(sizes) + 1)
     matrices = [torch.ones(order, order)] * len(widths)
     sv = torch.ones(16 if len(sizes) == 1 else 0)

@@ -17,7 +17,6 @@ from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_D
 from random_layers import FORMAT_IDS, FORMATS, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import backend as module
@@ -31,8 +30,8 @@ ONLY_INTERPRETED = pytest.mark.skipif(not INTERPRETED, reason="runs in the inter
 GUARD = 512
 """Bytes before and behind every buffer: all ones, which is no number in any floating type."""
 
-ONE_MAD = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 48, (32,))
-CODES = [(Method.QUIP_SHARP, None), *((Method.QTIP, code) for code in Code)]
+ONE_MAD = LinearSpec("1mad", 2, 48, (32,))
+CODES = list(FORMATS)
 
 
 class Guarded:
@@ -107,14 +106,14 @@ def test_in_the_interpreter():
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 @pytest.mark.parametrize(
     ("k", "sizes", "block", "m"),
     [(48, (16,), 16, 3), (80, (48, 16), None, 1)],  # 20 * 4, 12 * 4
     ids=str,
 )
-def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block, m, guarded):
-    spec = LinearSpec(method, code, bits, k, sizes, block)
+def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block, m, guarded):
+    spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
     x = rows(m, k)
     y = run(spec, tensors, x, guarded)
@@ -122,14 +121,14 @@ def test_linear_is_the_dequantized_weight(method, code, bits, k, sizes, block, m
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
+@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
 @pytest.mark.parametrize(
     ("k", "sizes", "block", "m", "split_chunks"),
     [(144, (48, 16, 16), None, 1, 1), (272, (80, 48), 16, 17, 2), (16, (96,), None, 65, 1)],
     ids=str,
 )
-def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_chunks, guarded):
-    spec = LinearSpec(method, code, 3, k, sizes, block)
+def test_more_tiles_rows_and_parts_of_k(code, k, sizes, block, m, split_chunks, guarded):
+    spec = LinearSpec(code, 3, k, sizes, block)
     tensors = random_layer(spec)
     x = rows(m, k)
     y = run(spec, tensors, x, guarded, split_chunks)
@@ -139,7 +138,7 @@ def test_more_tiles_rows_and_parts_of_k(method, code, k, sizes, block, m, split_
 @ONLY_INTERPRETED
 @pytest.mark.parametrize("warps", [1, 2, 8])
 def test_projections_with_tables_of_their_own_are_cut_by_any_warps(warps, monkeypatch, guarded):
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 48, (48, 16, 80))
+    spec = LinearSpec("hyb", 2, 48, (48, 16, 80))
     monkeypatch.setattr(shapes, "_chosen", {})
     monkeypatch.setattr(shapes, "WARPS", {8: (warps,)})
     tensors, x = random_layer(spec), rows(2, 48)
@@ -152,7 +151,7 @@ def test_projections_with_tables_of_their_own_are_cut_by_any_warps(warps, monkey
 @pytest.mark.parametrize("n", [1, 2, 12, 36])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits, guarded):
-    spec = LinearSpec(Method.QUIP_SHARP, None, bits, k, (n,))
+    spec = LinearSpec("e8p", bits, k, (n,))
     tensors = random_layer(spec)
     x = rows(3, k)
     y = run(spec, tensors, x, guarded)
@@ -160,9 +159,9 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits, guarded)
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
-def test_an_output_head_of_any_size_and_its_rows(method, code, guarded):
-    spec = LinearSpec(method, code, 2, 80, (17,), None, rotate_output=False)
+@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
+def test_an_output_head_of_any_size_and_its_rows(code, guarded):
+    spec = LinearSpec(code, 2, 80, (17,), None, rotate_output=False)
     tensors = random_layer(spec)
     x = rows(2, 80)
     weight = dequantize(spec, tensors)
@@ -181,9 +180,9 @@ def test_an_output_head_of_any_size_and_its_rows(method, code, guarded):
 
 @ONLY_INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("method", "code"), CODES, ids=lambda value: value and value.value)
-def test_half_precision_rounds_like_torch(method, code, dtype, guarded):
-    spec = LinearSpec(method, code, 2, 576, (48,))
+@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
+def test_half_precision_rounds_like_torch(code, dtype, guarded):
+    spec = LinearSpec(code, 2, 576, (48,))
     tensors = random_layer(spec)
     x = rows(3, 576, dtype)
     weight = dequantize(spec, tensors)
@@ -233,11 +232,11 @@ def test_leading_dimensions(shape):
 )
 def test_rotations_of_every_kind(size, block, guarded):
     """In and out of one row, without a layer between, which an interpreter takes long for."""
-    from quip_vllm.ops.tensors import rotation_base
-    from quip_vllm.ops.tensors import rotations as rotations_of
+    from quip_vllm.formats.tensors import rotation_base
+    from quip_vllm.formats.tensors import rotations as rotations_of
     from quip_vllm.ops.triton import launch
 
-    order, width = rotations_of(LinearSpec(Method.QUIP_SHARP, None, 2, size, (size,), block))[0]
+    order, width = rotations_of(LinearSpec("e8p", 2, size, (size,), block))[0]
     x, signs = rows(1, size), guarded.copy(rows(2, size)[1])
     base = guarded.copy(launch.base(rotation_base(order, transpose=True), width))
     turn = launch._Rotation(size, base, width)
@@ -258,7 +257,7 @@ def test_rotations_of_every_kind(size, block, guarded):
 @ONLY_INTERPRETED
 @pytest.mark.parametrize(
     "spec",
-    [LinearSpec(Method.QTIP, Code.HYB, 1, 32, (16, 16)), LinearSpec(Method.QUIP_SHARP, None, 2, 8, (4,), None, False)],
+    [LinearSpec("hyb", 1, 32, (16, 16)), LinearSpec("e8p", 2, 8, (4,), None, False)],
     ids=["hyb", "e8p"],
 )
 def test_fakes_and_schemas(spec):
@@ -328,8 +327,8 @@ def test_an_amd_gpu_is_refused_in_a_sentence(monkeypatch):
 def test_refusals_say_why(monkeypatch):
     backend = TritonBackend()
     if not NEEDS_TRITON.args[0]:
-        assert "multiples of 16" in backend.refusal(LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 64, (24,)))
-        assert "--hadamard-block 2" in backend.refusal(LinearSpec(Method.QUIP_SHARP, None, 2, 64, (26,)))
+        assert "multiples of 16" in backend.refusal(LinearSpec("1mad", 2, 64, (24,)))
+        assert "--hadamard-block 2" in backend.refusal(LinearSpec("e8p", 2, 64, (26,)))
         monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
         assert "unset it" in backend.refusal(ONE_MAD)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)

@@ -17,7 +17,6 @@ import triton_static
 from ptx.interpreter import Pointer, Program
 from ptx.memory import Buffers
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.triton import launch, rotation, shapes
 from quip_vllm.ops.triton.backend import TritonBackend
@@ -116,22 +115,22 @@ def check_linear(spec, m, dtype, ran, split_chunks):
     assert relative(y, exact) < max(HALF_ACTIVATIONS, SAME_DTYPE_FACTOR * relative(x @ weight.to(dtype).T, exact))
     assert any(name.startswith("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") for name in ran)
     if m <= 16:
-        assert any(name.startswith("dp4a") for name in ran) == (spec.code is Code.ONE_MAD)
+        assert any(name.startswith("dp4a") for name in ran) == (spec.code == "1mad")
     if m > 1:
         assert torch.equal(backend.linear(spec, x[:1], prepared), y[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_ptx_of_every_format(method, code, bits, dtype, ran):
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_ptx_of_every_format(code, bits, dtype, ran):
     """Three tiles of a program's four, two rows of its eight, a chunk and a quarter, in two parts of k."""
-    check_linear(LinearSpec(method, code, bits, 80, (48,)), 2, dtype, ran, 1)
+    check_linear(LinearSpec(code, bits, 80, (48,)), 2, dtype, ran, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_ptx_of_the_rows_of_every_embedding(method, code, bits, dtype, ran):
-    spec = LinearSpec(method, code, bits, 80, (17,), rotate_output=False)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_ptx_of_the_rows_of_every_embedding(code, bits, dtype, ran):
+    spec = LinearSpec(code, bits, 80, (17,), rotate_output=False)
     tensors, backend = random_layer(spec), TritonBackend()
     ids = torch.tensor([0, 16, 9])
     wanted = dequantize(spec, tensors)[ids]
@@ -140,26 +139,26 @@ def test_ptx_of_the_rows_of_every_embedding(method, code, bits, dtype, ran):
     assert relative(found, wanted) < HALF_ACTIVATIONS + SAME_DTYPE_FACTOR * relative(wanted.to(dtype), wanted)
 
 
-CASES = [  # method, code, bits, k, outputs, block, rows, dtype
-    (Method.QUIP_SHARP, None, 2, 80, (17,), None, 3, torch.float32),
-    (Method.QUIP_SHARP, None, 4, 72, (80,), 8, 17, torch.float16),
-    (Method.QTIP, Code.ONE_MAD, 2, 144, (80,), 16, 9, torch.bfloat16),
-    (Method.QTIP, Code.ONE_MAD, 7, 80, (48, 16), None, 65, torch.float32),
-    (Method.QTIP, Code.THREE_INST, 5, 80, (48,), None, 17, torch.bfloat16),
-    (Method.QTIP, Code.HYB, 2, 144, (80, 16), 16, 3, torch.bfloat16),
-    (Method.QTIP, Code.HYB, 3, 80, (48,), None, 9, torch.float16),
-    (Method.QTIP, Code.LUT, 6, 80, (48,), None, 33, torch.bfloat16),
+CASES = [  # code, bits, k, outputs, block, rows, dtype
+    ("e8p", 2, 80, (17,), None, 3, torch.float32),
+    ("e8p", 4, 72, (80,), 8, 17, torch.float16),
+    ("1mad", 2, 144, (80,), 16, 9, torch.bfloat16),
+    ("1mad", 7, 80, (48, 16), None, 65, torch.float32),
+    ("3inst", 5, 80, (48,), None, 17, torch.bfloat16),
+    ("hyb", 2, 144, (80, 16), 16, 3, torch.bfloat16),
+    ("hyb", 3, 80, (48,), None, 9, torch.float16),
+    ("lut", 6, 80, (48,), None, 33, torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize(("method", "code", "bits", "k", "sizes", "block", "m", "dtype"), CASES, ids=str)
-def test_ptx_of_more_rows_and_tiles(method, code, bits, k, sizes, block, m, dtype, ran):
-    check_linear(LinearSpec(method, code, bits, k, sizes, block, rotate_output=sizes != (17,)), m, dtype, ran, 2)
+def test_ptx_of_more_rows_and_tiles(code, bits, k, sizes, block, m, dtype, ran):
+    check_linear(LinearSpec(code, bits, k, sizes, block, rotate_output=sizes != (17,)), m, dtype, ran, 2)
 
 
 def test_every_shape_gives_the_same_bits(ran, monkeypatch):
     """So a clock may choose between them."""
-    spec = LinearSpec(Method.QTIP, Code.ONE_MAD, 2, 144, (80, 16))
+    spec = LinearSpec("1mad", 2, 144, (80, 16))
     backend, x = TritonBackend(), torch.randn(9, 144, generator=torch.Generator().manual_seed(0))
     prepared = backend.prepare(spec, random_layer(spec))
     y = backend.linear(spec, x, prepared)

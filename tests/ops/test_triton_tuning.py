@@ -9,13 +9,12 @@ from random_layers import random_layer
 
 pytest.importorskip("triton")
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec
 from quip_vllm.ops.triton import launch, rotation, shapes
 from quip_vllm.ops.triton.backend import TritonBackend
 from quip_vllm.ops.triton.shapes import ROWS, WARPS, Shape, candidates
 
-SPEC = LinearSpec(Method.QTIP, Code.HYB, 2, 80, (80, 16))
+SPEC = LinearSpec("hyb", 2, 80, (80, 16))
 
 
 class Kernel:
@@ -99,7 +98,7 @@ def test_every_candidate_is_timed_once_a_process_and_none_by_a_call(tuned):
     assert clock.shapes == [(rows, shape) for rows in ROWS for shape in candidates(rows, WARPS[8])]
     linear(1), linear(40), prepared()(7)
     assert len(clock.shapes) == sum(len(candidates(rows, WARPS[8])) for rows in ROWS)
-    prepared(LinearSpec(Method.QTIP, Code.HYB, 2, 80, (96, 16)))
+    prepared(LinearSpec("hyb", 2, 80, (96, 16)))
     assert len(clock.shapes) == 2 * sum(len(candidates(rows, WARPS[8])) for rows in ROWS)
 
 
@@ -152,7 +151,7 @@ def test_candidates_fit_the_registers_and_multiply_alike(major, warps):
 
 
 def test_parts_of_k_do_not_depend_on_the_choice(tuned):
-    spec = LinearSpec(Method.QTIP, Code.HYB, 2, 4096, (272,))
+    spec = LinearSpec("hyb", 2, 4096, (272,))
     device = torch.device("cpu")
     usual = shapes.split_chunks(spec, device)
     assert usual == 11  # of 64 chunks: 17 tiles are 5 programs of the table's 4 warps, which leave 6 parts

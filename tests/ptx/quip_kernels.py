@@ -20,9 +20,9 @@ import pytest
 import torch
 from ptx.compilers import KERNELS, NO_NVCC, NVCC
 from ptx.interpreter import Pointer, Program, Report, Struct
+from quip_vllm.formats.methods import Code, Method
 from random_layers import random_layer
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.ops import LinearSpec, cuda_layout
 from quip_vllm.ops.reference import decode
 

@@ -15,8 +15,8 @@ from numerics import FLOAT32_PRODUCTS, FLOAT32_STEP, FLOAT32_TRANSFORM, ROUNDED_
 from ptx import quip_kernels as kernels
 from ptx.interpreter import Program, PtxError
 from ptx.quip_kernels import EVERY, KINDS, Layer, Output, Rotation, ThreadBlock
-
 from quip_vllm.ops.tensors import rotation_base, rotations
+
 from quip_vllm.transforms.hadamard import factor, hadamard
 
 LONG, SPLIT = 1104, 16

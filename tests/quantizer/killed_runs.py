@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from quip_vllm.checkpoint import store
-from quip_vllm.formats.methods import Method
 from quip_vllm.quantizer import head, pipeline
 from quip_vllm.quantizer.settings import Settings
 
@@ -79,7 +78,7 @@ def run(settings, out, resume, prepare):
 
 
 def main(model, text, folder):
-    settings = Settings(model, Method.QUIP_SHARP, 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
+    settings = Settings(model, "quip_sharp", 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
     pipeline.tqdm.monitor_interval = 0  # no thread before a fork
     pipeline.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}

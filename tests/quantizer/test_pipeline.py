@@ -14,7 +14,6 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.evaluation.loading import dense_state, load_model
 from quip_vllm.evaluation.report import evaluate
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.quantizer import pipeline
 from quip_vllm.quantizer.calibration import calibration_tokens
 from quip_vllm.quantizer.pipeline import quantize
@@ -109,8 +108,8 @@ def test_shared_su(quantized):
 
 def test_ignore_overrides_and_blocks(quantized):
     out = quantized(
-        method=Method.QTIP,
-        code=Code.HYB,
+        method="qtip",
+        code="hyb",
         bits=1,
         hadamard_block=32,
         ignore=("layers.1.self_attn", "o_proj"),

@@ -5,12 +5,11 @@ import json
 
 import pytest
 
-from quip_vllm.formats.methods import Code, Method
 from quip_vllm.quantizer.settings import Settings
 
 
 def settings(**changes):
-    return Settings(**{"model": "m", "method": Method.QTIP, "bits": 2, "code": Code.ONE_MAD, **changes})
+    return Settings(**{"model": "m", "method": "qtip", "bits": 2, "code": "1mad", **changes})
 
 
 def test_bits_of():
@@ -26,15 +25,15 @@ def test_to_dict_is_json():
     raw = settings(overrides=(("a", 3),), ignore=("b",)).to_dict()
     assert json.loads(json.dumps(raw)) == raw
     assert (raw["method"], raw["code"], raw["overrides"], raw["ignore"]) == ("qtip", "1mad", [["a", 3]], ["b"])
-    assert settings(method=Method.QUIP_SHARP, code=None).to_dict()["code"] is None
+    assert settings(method="quip_sharp", code=None).to_dict()["code"] is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"bits": 9}, "bits is 9: qtip with code 1mad has 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"bits": 5, "code": Code.HYB}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
-        ({"bits": 5, "method": Method.QUIP_SHARP, "code": None}, "bits is 5: quip_sharp has 2, 3, 4"),
+        ({"bits": 5, "code": "hyb"}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
+        ({"bits": 5, "method": "quip_sharp", "code": None}, "bits is 5: quip_sharp has 2, 3, 4"),
         ({"overrides": (("a", 0),)}, "bits is 0: "),
         ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),

@@ -37,7 +37,7 @@ def test_a_synthetic_checkpoint_loads_and_its_logits_are_finite(name, head, tmp_
     if head and name not in FORMATS:
         pytest.skip("only our formats have a quantized head")
     if name in FORMATS:
-        method, code, bits = FORMATS[name]
+        code, bits = FORMATS[name]
         described = [method.value, "--bits", str(bits), *(["--code", code.value] if code else [])]
     model = load_model(str(synthetic(tmp_path / "out", "--format", *described, *head)))
     with torch.inference_mode():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.formats.methods import Code, Method
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -42,8 +41,8 @@ def quant_config():
 
     from quip_vllm.vllm_plugin.config import QtipConfig, QuipSharpConfig
 
-    def quant_config(bits=2, code=Code.ONE_MAD, **kwargs):
-        method = Method.QUIP_SHARP if code is None else Method.QTIP
+    def quant_config(bits=2, code="1mad", **kwargs):
+        method = "quip_sharp" if code is None else "qtip"
         config = (QuipSharpConfig if code is None else QtipConfig)(CheckpointConfig(method, bits, code, **kwargs))
         config.packed_modules_mapping = dict(FUSED)
         return config
@@ -73,7 +72,7 @@ def random_tensors():
                 tensors["residual_codes"] = words(n, k // 8, dtype=torch.uint8 if bits == 3 else torch.int16)
         else:
             tensors["packed"] = words(n // 16, k * bits)
-        if code is Code.HYB:
+        if code == "hyb":
             tensors["lut"] = torch.randn(512, 2, generator=generator).half()
         return tensors
 

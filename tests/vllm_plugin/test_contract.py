@@ -16,7 +16,6 @@ import torch
 import vllm
 import vllm_contract as contract
 
-from quip_vllm.formats.methods import Method
 from quip_vllm.vllm_plugin import config, embedding_method, linear_method, parameters
 
 PLUGIN = {n: v for m in (config, embedding_method, linear_method, parameters) for n, v in vars(m).items()}

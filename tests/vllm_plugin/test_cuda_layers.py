@@ -20,11 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quip_vllm.checkpoint.config import Head
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops import cuda as cuda_module
 from quip_vllm.ops import cuda_layout, dispatch, tensors
 from quip_vllm.ops.reference import dequantize
-from quip_vllm.ops.spec import LinearSpec
 
 K = 576
 HALVES = [torch.float16, torch.bfloat16]
@@ -34,7 +33,7 @@ SIZES = [(2048, [2048, 512, 512]), (1536, [1536, 256, 256]), (4864, [896])]
 SHARED = 4 * (32768 + 76 * 76 + 28 * 28)
 """Bytes that layers may share: the values of LUT and the Hadamard matrices of these sizes."""
 
-HEAD_FORMATS = [(None, 2), (None, 4), (Code.ONE_MAD, 4), (Code.HYB, 2), (Code.LUT, 3)]
+HEAD_FORMATS = [(None, 2), (None, 4), ("1mad", 4), ("hyb", 2), ("lut", 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +74,8 @@ def apply(layer, x, bias=None):
 
 def dense(found, bits, code, block=None, rotate_output=True):
     """The weight, float32 [n, k], of one projection on disk."""
-    method = Method.QUIP_SHARP if code is None else Method.QTIP
-    spec = LinearSpec(method, code, bits, len(found["su"]), (len(found["sv"]),), block, rotate_output)
+    method = "quip_sharp" if code is None else "qtip"
+    spec = LinearSpec(code, bits, len(found["su"]), (len(found["sv"]),), block, rotate_output)
     return dequantize(spec, found | ({"lut": found["lut"][None]} if "lut" in found else {}))
 
 
@@ -99,8 +98,8 @@ def assert_near(found, exact, torchs):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_every_format(set_rank, quant_config, random_tensors, load, method, code, bits, dtype):
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_every_format(set_rank, quant_config, random_tensors, load, code, bits, dtype):
     found = random_tensors(bits, code, 192, K)
     layer = build(ReplicatedLinear, quant_config(bits, code), K, 192, dtype=dtype, bias=True)
     load(layer, found)
@@ -112,7 +111,7 @@ def test_every_format(set_rank, quant_config, random_tensors, load, method, code
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 3, 3)), (None, (3, 4, 2)), (Code.ONE_MAD, (2, 6, 2))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 3, 3)), (None, (3, 4, 2)), ("1mad", (2, 6, 2))])
 def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, load, code, rates, dtype):
     config = quant_config(2, code, overrides={f"{s}_proj": bits for s, bits in zip("qkv", rates, strict=True)})
     layer = build(QKVParallelLinear, config, K, 64, 9, 3, prefix="qkv_proj", dtype=dtype, bias=True)
@@ -126,7 +125,7 @@ def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, l
     assert len(layer.quip_segments) == len([b for i, b in enumerate(rates) if i == 0 or rates[i - 1] != b])
 
 
-@pytest.mark.parametrize("code", [None, Code.HYB, Code.LUT])
+@pytest.mark.parametrize("code", [None, "hyb", "lut"])
 def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, load, code):
     disk = [random_tensors(3, code, 128, K, seed=seed) for seed in range(2)]
     weights = [dense(found, 3, code, block=64) for found in disk]
@@ -139,7 +138,7 @@ def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, lo
         assert_rounds_like_torch(apply(finish(layer), rows(4)), rows(4), torch.cat([w.chunk(2)[rank] for w in weights]))
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 4), (Code.THREE_INST, 2), (Code.HYB, 3)])
+@pytest.mark.parametrize(("code", "bits"), [(None, 4), ("3inst", 2), ("hyb", 3)])
 def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, load, code, bits):
     found, y = random_tensors(bits, code, 192, K), 0
     for rank in range(3):  # 192 inputs each
@@ -151,8 +150,8 @@ def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, loa
 
 
 def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load):
-    disk = {s: random_tensors(2, Code.ONE_MAD, n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
-    weights = {s: dense(found, 2, Code.ONE_MAD, block=32) for s, found in disk.items()}
+    disk = {s: random_tensors(2, "1mad", n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
+    weights = {s: dense(found, 2, "1mad", block=32) for s, found in disk.items()}
     for rank in range(4):
         set_rank(rank, 4)
         layer = build(QKVParallelLinear, quant_config(hadamard_block=32), K, 32, 8, 2, prefix="qkv_proj")
@@ -204,7 +203,7 @@ def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, c
     assert_rounds_like_torch(torch.cat(logits, dim=1)[:, :201], rows(3, dtype), weight)
 
 
-@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 4)), (Code.LUT, (2, 2)), (None, (3, 3))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 4)), ("lut", (2, 2)), (None, (3, 3))])
 def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, random_tensors, load, code, rates):
     config = quant_config(2, code, overrides={"gate_proj": rates[0], "up_proj": rates[1]})
     layer = build(MergedColumnParallelLinear, config, K, [192, 192], prefix="gate_up_proj", bias=True)
@@ -222,9 +221,9 @@ def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, ra
 
 
 def test_head_compiles_to_one_graph(set_rank, quant_config, random_tensors, load):
-    config = quant_config(2, Code.ONE_MAD, head=Head("lm_head", 4, tied=False))
+    config = quant_config(2, "1mad", head=Head("lm_head", 4, tied=False))
     layer = build(ParallelLMHead, config, 201, K, prefix="lm_head")
-    load(layer, vocabulary(random_tensors, 4, Code.ONE_MAD, 201))
+    load(layer, vocabulary(random_tensors, 4, "1mad", 201))
     finish(layer)
     compiled = torch.compile(lambda x: apply(layer, x * 2)[:, :201], fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
@@ -238,9 +237,9 @@ def held(layer):
 
 
 @pytest.mark.parametrize(("k", "sizes"), SIZES, ids=str)
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 def test_a_loaded_layer_holds_its_packed_weight(
-    set_rank, quant_config, random_tensors, load, method, code, bits, k, sizes
+    set_rank, quant_config, random_tensors, load, code, bits, k, sizes
 ):
     packed, layers = sum(sizes) * k * bits // 8, []
     for seed in range(2):  # both alive, so that no address is used twice
@@ -298,9 +297,9 @@ def test_fake_tensors_on_a_gpu_stay_there(set_rank, quant_config, random_tensors
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, load, dtype):
-    config = quant_config(2, Code.HYB, head=Head("embed_tokens", 3, tied=True))
+    config = quant_config(2, "hyb", head=Head("embed_tokens", 3, tied=True))
     layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
-    load(layer, vocabulary(random_tensors, 3, Code.HYB, 201))
+    load(layer, vocabulary(random_tensors, 3, "hyb", 201))
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
@@ -311,9 +310,9 @@ def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, 
     assert embedded.shape == (2, 5, K) and logits.shape == (2, 5, 256)
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, method, code, bits):
-    spec = LinearSpec(method, code, bits, K, (192,))
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, code, bits):
+    spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(bits, code, 192, K)
     found |= {"lut": found["lut"][None]} if "lut" in found else {}
     real = cuda.prepare(spec, found)
@@ -331,11 +330,11 @@ def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, 
     assert {t.device.type for t in fake.values()} == {"cuda"}
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 3), (Code.HYB, 2), (Code.LUT, 2), (Code.ONE_MAD, 3)])
+@pytest.mark.parametrize(("code", "bits"), [(None, 3), ("hyb", 2), ("lut", 2), ("1mad", 3)])
 def test_constants_do_not_depend_on_defaults(cuda, random_tensors, code, bits):
     """A model may be loaded under its own dtype, and another device than the CPU may be the default."""
-    method = Method.QUIP_SHARP if code is None else Method.QTIP
-    spec = LinearSpec(method, code, bits, K, (192,))
+    method = "quip_sharp" if code is None else "qtip"
+    spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(bits, code, 192, K)
     found |= {"lut": found["lut"][None]} if "lut" in found else {}
     usual = cuda.prepare(spec, found)

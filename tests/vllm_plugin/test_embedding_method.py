@@ -12,13 +12,12 @@ from vllm.model_executor.layers import vocab_parallel_embedding as vllm_layers
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from quip_vllm.checkpoint.config import Head
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.ops.reference import dequantize
-from quip_vllm.ops.spec import LinearSpec
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
-FORMATS = [(None, 2), (None, 3), (None, 4), (Code.ONE_MAD, 4), (Code.HYB, 2), (Code.LUT, 1)]
+FORMATS = [(None, 2), (None, 3), (None, 4), ("1mad", 4), ("hyb", 2), ("lut", 1)]
 K = 64
 NAME = "model.embed_tokens"
 
@@ -52,8 +51,8 @@ def stored(random_tensors):
     def stored(bits, code, rows, block=None):
         tensors = random_tensors(bits, code, -(-rows // 16) * 16, K)
         tensors = {name: t[:rows] if name in ("sv", "codes", "residual_codes") else t for name, t in tensors.items()}
-        method = Method.QUIP_SHARP if code is None else Method.QTIP
-        spec = LinearSpec(method, code, bits, K, (rows,), block, rotate_output=False)
+        method = "quip_sharp" if code is None else "qtip"
+        spec = LinearSpec(code, bits, K, (rows,), block, rotate_output=False)
         fused = tensors | ({"lut": tensors["lut"][None]} if "lut" in tensors else {})
         return tensors, dequantize(spec, fused)
 
@@ -91,7 +90,7 @@ def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block
     finish(layer)
 
 
-@pytest.mark.parametrize(("code", "rows"), [(None, 201), (Code.HYB, 201), (Code.ONE_MAD, 256), (None, 130)])
+@pytest.mark.parametrize(("code", "rows"), [(None, 201), ("hyb", 201), ("1mad", 256), (None, 130)])
 def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
     tensors, weight = stored(4, code, rows)
     ids, x = torch.tensor([0, 31, 64, 100, rows - 1]), torch.randn(3, K)
@@ -109,7 +108,7 @@ def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
 def test_tiles_cannot_be_split(set_rank, config_of):
     set_rank(0, 8)
     with pytest.raises(ValueError, match="64 rows .padded. in tensor-parallel shards of 8: qtip needs multiples of 16"):
-        build(VocabParallelEmbedding, config_of(2, Code.ONE_MAD), 64)
+        build(VocabParallelEmbedding, config_of(2, "1mad"), 64)
     build(VocabParallelEmbedding, config_of(2, None), 64)
 
 
@@ -178,13 +177,13 @@ def test_missing_and_damaged_tensors_are_named(set_rank, config_of, stored, load
 
 def test_dummy_weights_need_no_checkpoint(set_rank, config_of):
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
-        layer = build(VocabParallelEmbedding, config_of(4, Code.ONE_MAD), 64)
+        layer = build(VocabParallelEmbedding, config_of(4, "1mad"), 64)
     assert not finish(layer)(torch.arange(64)).any()
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 4), (Code.HYB, 3), (Code.LUT, 2)])
+@pytest.mark.parametrize(("code", "bits"), [(None, 4), ("hyb", 3), ("lut", 2)])
 def test_cpu_backend_compiles_to_one_graph(set_rank, config_of, stored, load, monkeypatch, code, bits):
-    if CpuBackend().refusal(LinearSpec(Method.QUIP_SHARP, None, 2, K, (16,))) is not None:
+    if CpuBackend().refusal(LinearSpec("e8p", 2, K, (16,))) is not None:
         pytest.skip("the compiled CPU library is not built: make build")
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
     tensors, weight = stored(bits, code, 100)

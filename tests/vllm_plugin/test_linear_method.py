@@ -15,15 +15,14 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from quip_vllm.formats.methods import Code, Method
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.ops.reference import dequantize
-from quip_vllm.ops.spec import LinearSpec
 
-FORMATS = [(None, 2), (None, 3), (None, 4), (Code.ONE_MAD, 2), (Code.THREE_INST, 3), (Code.HYB, 4), (Code.LUT, 1)]
+FORMATS = [(None, 2), (None, 3), (None, 4), ("1mad", 2), ("3inst", 3), ("hyb", 4), ("lut", 1)]
 K, N = 64, 128
 needs_cpu_library = pytest.mark.skipif(
-    CpuBackend().refusal(LinearSpec(Method.QTIP, Code.ONE_MAD, 2, K, (N,))) is not None,
+    CpuBackend().refusal(LinearSpec("1mad", 2, K, (N,))) is not None,
     reason="the compiled CPU library is not built: make build",
 )
 
@@ -34,8 +33,8 @@ def build(kind, config, *sizes, prefix="m.layer", **kwargs):
 
 def dense(tensors, bits, code, block=None):
     """The weight, float32 [n, k], of one projection on disk."""
-    method = Method.QUIP_SHARP if code is None else Method.QTIP
-    spec = LinearSpec(method, code, bits, len(tensors["su"]), (len(tensors["sv"]),), block)
+    method = "quip_sharp" if code is None else "qtip"
+    spec = LinearSpec(code, bits, len(tensors["su"]), (len(tensors["sv"]),), block)
     fused = tensors | ({"lut": tensors["lut"][None]} if "lut" in tensors else {})
     return dequantize(spec, fused)
 
@@ -73,12 +72,12 @@ def test_every_format(set_rank, quant_config, random_tensors, load, x, code, bit
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtype_and_leading_dimensions_are_those_of_the_input(set_rank, quant_config, random_tensors, load, dtype):
     layer = build(ColumnParallelLinear, quant_config(), K, N)
-    load(layer, random_tensors(2, Code.ONE_MAD, N, K))
+    load(layer, random_tensors(2, "1mad", N, K))
     y = apply(finish(layer), torch.ones(2, 5, K, dtype=dtype))
     assert y.dtype == dtype and y.shape == (2, 5, N)
 
 
-@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 2, 2)), (Code.HYB, (2, 4, 4)), (None, (3, 4, 2))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 2, 2)), ("hyb", (2, 4, 4)), (None, (3, 4, 2))])
 def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, load, x, code, rates):
     overrides = {f"{s}_proj": bits for s, bits in zip("qkv", rates, strict=True)}
     config = quant_config(2, code, overrides=overrides)
@@ -97,8 +96,8 @@ def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, l
 def test_only_the_stored_bits_stay_in_memory_and_twice_is_once(set_rank, quant_config, random_tensors, load, x):
     config = quant_config(2, overrides={"gate_proj": 6})
     layer = build(MergedColumnParallelLinear, config, K, [32, N], prefix="gate_up_proj")
-    load(layer, random_tensors(6, Code.ONE_MAD, 32, K), 0)
-    load(layer, random_tensors(2, Code.ONE_MAD, N, K), 1)
+    load(layer, random_tensors(6, "1mad", 32, K), 0)
+    load(layer, random_tensors(2, "1mad", N, K), 1)
     before = apply(finish(layer), x)
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layer.parameters()}
     assert sum(held.values()) == (32 * 6 + N * 2) * K // 8 + 2 * (32 + N) + 2 * K
@@ -108,11 +107,11 @@ def test_only_the_stored_bits_stay_in_memory_and_twice_is_once(set_rank, quant_c
 
 
 def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, load, x):
-    disk = [random_tensors(2, Code.HYB, n, K, seed=n) for n in (64, N)]
-    weights = [dense(tensors, 2, Code.HYB, block=32) for tensors in disk]
+    disk = [random_tensors(2, "hyb", n, K, seed=n) for n in (64, N)]
+    weights = [dense(tensors, 2, "hyb", block=32) for tensors in disk]
     for rank in range(2):
         set_rank(rank, 2)
-        config = quant_config(2, Code.HYB, hadamard_block=32)
+        config = quant_config(2, "hyb", hadamard_block=32)
         layer = build(MergedColumnParallelLinear, config, K, [64, N], prefix="gate_up_proj")
         for shard, tensors in enumerate(disk):
             load(layer, tensors, shard)
@@ -130,8 +129,8 @@ def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, loa
 
 
 def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load, x):
-    disk = {s: random_tensors(2, Code.ONE_MAD, n, K, seed=n) for s, n in (("q", 128), ("k", 32), ("v", 32))}
-    weights = {s: dense(tensors, 2, Code.ONE_MAD, block=16) for s, tensors in disk.items()}
+    disk = {s: random_tensors(2, "1mad", n, K, seed=n) for s, n in (("q", 128), ("k", 32), ("v", 32))}
+    weights = {s: dense(tensors, 2, "1mad", block=16) for s, tensors in disk.items()}
     for rank in range(4):
         set_rank(rank, 4)
         layer = build(QKVParallelLinear, quant_config(hadamard_block=16), K, 16, 8, 2, prefix="qkv_proj")
@@ -143,11 +142,11 @@ def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load
 
 @pytest.mark.parametrize(("size", "block"), [(1, None), (1, 64), (2, 16)])
 def test_projection_fused_on_disk_has_one_rotation(set_rank, quant_config, random_tensors, load, x, size, block):
-    tensors = random_tensors(2, Code.HYB, N, K)
-    shards = dense(tensors, 2, Code.HYB, block).split([64, 32, 32])
+    tensors = random_tensors(2, "hyb", N, K)
+    shards = dense(tensors, 2, "hyb", block).split([64, 32, 32])
     for rank in range(size):
         set_rank(rank, size)
-        config = quant_config(2, Code.HYB, hadamard_block=block)
+        config = quant_config(2, "hyb", hadamard_block=block)
         layer = build(QKVParallelLinear, config, K, 16, 4, 2, prefix="qkv_proj")
         load(layer, tensors, None)
         assert_close(apply(finish(layer), x), x @ torch.cat([w.chunk(size)[rank] for w in shards]).T)
@@ -155,13 +154,13 @@ def test_projection_fused_on_disk_has_one_rotation(set_rank, quant_config, rando
 
 
 def test_several_shards_in_one_tensor(set_rank, quant_config, random_tensors, load, x):
-    config = quant_config(2, Code.HYB)
+    config = quant_config(2, "hyb")
     config.packed_modules_mapping["in_proj_qkvz"] = ["in_proj_qkv", "in_proj_z"]
     layer = build(MergedColumnParallelLinear, config, K, [32, 32, 64, 64], prefix="in_proj_qkvz")
-    qkv, z = (random_tensors(2, Code.HYB, n, K, seed=n) for n in (128, 64))
+    qkv, z = (random_tensors(2, "hyb", n, K, seed=n) for n in (128, 64))
     load(layer, z, 3)
     load(layer, qkv, (0, 1, 2))
-    assert_close(apply(finish(layer), x), x @ torch.cat([dense(t, 2, Code.HYB) for t in (qkv, z)]).T)
+    assert_close(apply(finish(layer), x), x @ torch.cat([dense(t, 2, "hyb") for t in (qkv, z)]).T)
 
 
 @pytest.mark.parametrize("name", ["residual_codes", "codes", "su", "sv"])
@@ -176,8 +175,8 @@ def test_missing_tensor_is_named(set_rank, quant_config, random_tensors, load, n
 
 def test_projection_stored_twice_is_refused(set_rank, quant_config, random_tensors, load):
     layer = build(MergedColumnParallelLinear, quant_config(), K, [N, N], prefix="gate_up_proj")
-    load(layer, random_tensors(2, Code.ONE_MAD, 2 * N, K), None)
-    load(layer, random_tensors(2, Code.ONE_MAD, N, K), 0)
+    load(layer, random_tensors(2, "1mad", 2 * N, K), None)
+    load(layer, random_tensors(2, "1mad", N, K), 0)
     with pytest.raises(ValueError, match="both fused and by projection"):
         finish(layer)
 
@@ -191,7 +190,7 @@ def test_dummy_weights_need_no_checkpoint(set_rank, quant_config):
 
 
 @needs_cpu_library
-@pytest.mark.parametrize(("code", "rates"), [(Code.HYB, (2, 4)), (Code.LUT, (2, 2)), (None, (3, 3))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 4)), ("lut", (2, 2)), (None, (3, 3))])
 def test_cpu_backend_compiles_to_one_graph(set_rank, quant_config, random_tensors, load, x, monkeypatch, code, rates):
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
     config = quant_config(2, code, overrides={"gate_proj": rates[0], "up_proj": rates[1]})

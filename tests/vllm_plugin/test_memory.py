@@ -6,8 +6,8 @@ import torch
 from random_layers import FORMAT_IDS, FORMATS
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
-from quip_vllm.ops.spec import LinearSpec
 
 SIZE = 2048
 
@@ -18,11 +18,11 @@ def held(layer):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-@pytest.mark.parametrize(("method", "code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
 def test_a_loaded_layer_holds_its_packed_weight(
-    set_rank, quant_config, random_tensors, load, monkeypatch, method, code, bits
+    set_rank, quant_config, random_tensors, load, monkeypatch, code, bits
 ):
-    problem = CpuBackend().refusal(LinearSpec(method, code, bits, SIZE, (SIZE,)))
+    problem = CpuBackend().refusal(LinearSpec(code, bits, SIZE, (SIZE,)))
     if problem is not None:
         pytest.skip(problem)
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from quip_vllm import envs
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import check
 from quip_vllm.ops import library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.extension import gpu_problem
-from quip_vllm.ops.spec import LinearSpec
-from quip_vllm.ops.tensors import bases, check, rotation_base, rotations, sizes_problem
+from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 from quip_vllm.ops.triton import shapes
 
 
@@ -26,7 +27,7 @@ class TritonBackend:
     def refusal(self, spec: LinearSpec) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: run `pip install triton`"
-        problem = gpu_problem() or sizes_problem(spec)
+        problem = gpu_problem() or kernels_problem(spec)
         if problem is not None:
             return problem
         if envs.activations() == "int8":
@@ -60,7 +61,7 @@ class TritonBackend:
 
         packed = prepared["packed"]
         x = torch.zeros(rows, launch.padded(spec.in_features), dtype=torch.float16, device=packed.device)
-        layer = prepared.get("table"), list(spec.output_sizes), spec.code_name, spec.bits, self.split_chunks[spec]
+        layer = prepared.get("table"), list(spec.output_sizes), spec.code, spec.bits, self.split_chunks[spec]
         launch.multiply(x, packed, *layer, shape)
 
     def _compile(self, spec: LinearSpec, prepared: dict[str, Tensor], device: torch.device) -> None:
@@ -82,7 +83,7 @@ class TritonBackend:
             [tensors[f"base{i}"] for i in range(len(widths))],
             widths,
             list(spec.output_sizes),
-            spec.code_name,
+            spec.code,
             spec.bits,
             self.split_chunks[spec],
         )
@@ -98,7 +99,7 @@ class TritonBackend:
             tensors["sv"],
             tensors["inverse_base"],
             rotations(spec)[0][1],
-            spec.code_name,
+            spec.code,
             spec.bits,
             dtype,
         )

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from quip_vllm import envs
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout
-from quip_vllm.ops.spec import LinearSpec
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], o
     Raises:
         ValueError: QUIP_VLLM_TRITON_TUNE has another value than it may.
     """
-    layer = (spec.code_name, spec.bits, spec.in_features, spec.output_sizes, device)
+    layer = (spec.code, spec.bits, spec.in_features, spec.output_sizes, device)
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for rows in ROWS:
         if (layer, rows) in _chosen:
@@ -76,7 +76,7 @@ def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], o
             logger.info(
                 "quip_vllm: %s at %d bits, outputs %s, %d inputs, up to %d rows on %s: "
                 "warps, rows, unroll %s take %.4f ms, the table's %s %.4f ms",
-                *(spec.code_name, spec.bits, spec.output_sizes, spec.in_features, rows, device),
+                *(spec.code, spec.bits, spec.output_sizes, spec.in_features, rows, device),
                 *(tuple(best), times[best], tuple(first), times[first]),
             )
             first = best

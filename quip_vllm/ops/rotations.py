@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rotations of a layer as kernels want them: sizes (q, p) and the matrices H_q."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.transforms.hadamard import block_size, factor
+from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
+
+
+def rotations(spec: LinearSpec) -> list[tuple[int, int]]:
+    """(q, p) of the input and of each output. Raises ValueError for a size that has none."""
+    outputs = [sum(spec.stored_outputs)] if spec.fused_rotation else spec.stored_outputs
+    turned = [
+        _rotation(n // spec.output_chunks, spec.hadamard_block) if spec.rotate_output else (1, 1) for n in outputs
+    ]
+    return [_rotation(spec.stored_in // spec.input_chunks, spec.hadamard_block), *turned]
+
+
+def _rotation(n: int, block: int | None) -> tuple[int, int]:
+    """(q, p): the row is rotated in runs of q*p."""
+    return factor(n) if block is None else (1, block_size(n, block))
+
+
+def bases(spec: LinearSpec) -> list[tuple[str, int, int, bool]]:
+    """(name, q, p, whether H_q is transposed) of each rotation's matrix among the tensors of ``prepare``."""
+    first, *others = rotations(spec)
+    found = [("base0", *first, True), *((f"base{i}", *one, False) for i, one in enumerate(others, 1))]
+    return found if spec.rotate_output else [*found, ("inverse_base", *first, False)]
+
+
+def sizes_problem(spec: LinearSpec) -> str | None:
+    """Why the format or the rotations have no such sizes, or None."""
+    try:
+        spec.check_sizes()
+        for size, chunks in (
+            (spec.stored_in, spec.input_chunks),
+            *((n, spec.output_chunks) for n in spec.stored_outputs),
+        ):
+            if size % chunks:
+                raise ValueError(f"size {size} cannot be rotated in {chunks} equal chunks: the checkpoint is damaged")
+        rotations(spec)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def kernels_problem(spec: LinearSpec) -> str | None:
+    """`sizes_problem`, or the property that no kernel has, in one sentence; None where the kernels take the layer."""
+    beyond = spec.beyond_kernels()
+    return sizes_problem(spec) or (f"a layer with {beyond}: only the reference backend has that" if beyond else None)
+
+
+@cache
+@torch.inference_mode(False)
+def rotation_base(order: int, transpose: bool, device: torch.device | None = None) -> Tensor:
+    """H_q or its transpose, float32 [q, q] on a device, or the CPU; one copy for all layers: do not write to it."""
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")  # vLLM has other defaults while it loads a model
+    matrix = one if order == 1 else hadamard_matrix(order).float()
+    return (matrix.T if transpose else matrix).contiguous().to(device or "cpu")
