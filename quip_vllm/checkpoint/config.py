@@ -127,7 +127,7 @@ class CheckpointConfig:
             ValueError: names the key, its value and what is allowed.
         """
         method, families = raw.get("quant_method"), methods()
-        if method not in families:
+        if not isinstance(method, str) or method not in families:
             raise ValueError(f"quant_method is {method!r}: it must be one of {', '.join(families)}")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:

@@ -172,3 +172,7 @@ class QuipSharpConfig(_QuipConfig):
     """QuIP#: E8 lattice codebooks (arXiv 2402.04396)."""
 
     method = "quip_sharp"
+
+
+CONFIGS: dict[str, type[_QuipConfig]] = {config.method: config for config in (QtipConfig, QuipSharpConfig)}
+"""The class of each `quant_method`."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.checkpoint.inspection import format_inspection, inspect
 from quip_vllm.checkpoint.store import read_json, write_json
 
@@ -18,10 +18,10 @@ def checkpoint(tmp_path):
         tensors[f"layers.{layer}.up.packed"] = torch.zeros(2, 64 * bits, dtype=torch.int16)
         tensors[f"layers.{layer}.up.su"] = torch.ones(64, dtype=torch.float16)
         tensors[f"layers.{layer}.up.sv"] = torch.ones(32, dtype=torch.float16)
-        tensors[f"layers.{layer}.up.lut"] = torch.ones(512, 2, dtype=torch.float16)
+        tensors[f"layers.{layer}.up.table"] = torch.ones(512, 2, dtype=torch.float16)
         tensors[f"layers.{layer}.up.bias"] = torch.ones(32, dtype=torch.float16)
     save_file(tensors, tmp_path / "model.safetensors")
-    config = CheckpointConfig("qtip", 2, "hyb", overrides={"layers.2.up": 4})
+    config = CheckpointConfig(LayerFormat("hyb", 2), layers={"layers.2.up": LayerFormat("hyb", 4)})
     write_json(tmp_path / "config.json", {"quantization_config": config.to_dict()})
     write_json(tmp_path / "quantization_report.json", {"layers": [{"name": "layers.2.up", "proxy_loss": 0.0123}]})
     return tmp_path
@@ -30,7 +30,7 @@ def checkpoint(tmp_path):
 def test_inspect(checkpoint):
     found = inspect(checkpoint)
     sizes = {4: 2 * 2 * 256 + 2 * 96 + 2 * 1024, 2: 2 * 2 * 128 + 2 * 96 + 2 * 1024}
-    common = {"method": "qtip", "code": "hyb", "shape": [32, 64]}
+    common = {"code": "hyb", "shape": [32, 64]}
     assert found["layers"] == [
         {"name": "layers.2.up", **common, "bits": 4, "bytes": sizes[4], "proxy_loss": 0.0123},
         {"name": "layers.10.up", **common, "bits": 2, "bytes": sizes[2], "proxy_loss": None},
@@ -46,8 +46,8 @@ def test_inspect(checkpoint):
     assert found["quantization_config"] == read_json(checkpoint / "config.json")["quantization_config"]
     table = format_inspection(found).splitlines()
     assert len(table) == 4
-    assert table[1].split() == ["layers.2.up", "qtip", "hyb", "4", "32x64", "3,264", "0.01230"]
-    assert table[2].split() == ["layers.10.up", "qtip", "hyb", "2", "32x64", "2,752", "-"]
+    assert table[1].split() == ["layers.2.up", "hyb", "4", "32x64", "3,264", "0.01230"]
+    assert table[2].split() == ["layers.10.up", "hyb", "2", "32x64", "2,752", "-"]
     assert table[3] == f"2 layers, 4,096 weights, 11.750 bits per weight; 6,016 of {total:,} bytes"
 
 

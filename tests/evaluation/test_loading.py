@@ -38,12 +38,12 @@ def test_loads(copied):
     [
         ("su", None, f"{LAYER} has no vector su"),
         ("sv", None, f"{LAYER} has no vector sv"),
-        ("codes", None, f"{LAYER}: a quip_sharp layer has tensors"),
+        ("codes", None, f"{LAYER}: a layer of code e8p has tensors"),
         ("codes", torch.zeros(64, 8, dtype=torch.int16), r"codes is torch.int16 \(64, 8\): "),
         ("codes", torch.zeros(128, 8, dtype=torch.int32), r"codes is torch.int32 \(128, 8\): "),
         ("su", torch.full((64,), float("nan")), "su holds a NaN"),
         ("su", torch.ones(72), "is wanted"),
-        ("weight", torch.zeros(128, 64), f"{LAYER}: a quip_sharp layer has tensors"),
+        ("weight", torch.zeros(128, 64), f"{LAYER}: a layer of code e8p has tensors"),
     ],
 )
 def test_damaged_tensors(copied, name, value, message):
@@ -62,9 +62,9 @@ def test_damaged_tensors(copied, name, value, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 4}, "a quip_sharp layer has tensors"),
+        ({"bits": 4}, "a layer of code e8p has tensors"),
         ({"bits": 10**9}, "bits is 1000000000: "),
-        ({"quant_method": "qtip"}, "code is None: "),
+        ({"quant_method": "qtip"}, "code is 'e8p': it belongs to"),
         ({"quant_method": "qtip", "code": "5mad"}, "code is '5mad': "),
         ({"format_version": 9}, "format_version is 9: "),
         ({"modules_to_not_convert": [LAYER]}, f"{LAYER} holds quantized tensors: config.json says that it has none"),

@@ -78,7 +78,7 @@ def run(settings, out, resume, prepare):
 
 
 def main(model, text, folder):
-    settings = Settings(model, "quip_sharp", 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
+    settings = Settings(model, "e8p", 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
     pipeline.tqdm.monitor_interval = 0  # no thread before a fork
     pipeline.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}

@@ -7,6 +7,7 @@ from functools import cache
 import numerics
 import pytest
 import torch
+from random_layers import RATE_IDS, RATES
 
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.quantizer import group as group_module
@@ -14,8 +15,6 @@ from quip_vllm.quantizer.group import quantize_group, signs
 from quip_vllm.quantizer.hessian import Group
 from quip_vllm.quantizer.settings import Settings
 
-FORMATS = list(FORMATS)
-COMBINATIONS = [(code, bits) for method, code in FORMATS for bits in supported_bits(code)]
 N = K = 64
 
 
@@ -33,13 +32,13 @@ def coloured():
 
 
 def settings(code, bits, **changes):
-    return Settings("m", method, bits, code, **changes)
+    return Settings("m", code, bits, **changes)
 
 
 def dense(result, chosen, shape):
     tensors = dict(result.tensors)
     n, k = shape
-    spec = LinearSpec(chosen.method, chosen.code, result.bits, k, (n,), chosen.hadamard_block)
+    spec = LinearSpec(chosen.code, result.bits, k, (n,), chosen.hadamard_block)
     return dequantize(spec, tensors)
 
 
@@ -48,22 +47,22 @@ def loss_in_the_original_space(weight, restored, hessian):
     return float((error @ hessian * error).sum() / (weight.double() @ hessian * weight.double()).sum())
 
 
-@pytest.mark.parametrize(("code", "bits"), COMBINATIONS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_white_loss_is_near_the_rate_distortion_bound(code, bits):
     chosen = settings(code, bits, damping=1e-6)
     weight = draw(N, K)
     result = quantize_group(WHITE, {"a": weight}, {"a": bits}, chosen)["a"]
-    kind = "lattice" if code is None else "trellis" if bits <= 4 else "trellis, 5 to 8 bits"
+    kind = "lattice" if code == "e8p" else "trellis" if bits <= 4 else "trellis, 5 to 8 bits"
     assert 1.0 < result.proxy_loss * 4**bits < numerics.LOSS_OVER_SHANNON[kind]
     expected = loss_in_the_original_space(weight, dense(result, chosen, (N, K)), WHITE.hessian)
     assert result.proxy_loss == pytest.approx(expected, rel=numerics.LOSS_IN_TWO_SPACES)
     assert result.tensors["su"].dtype == result.tensors["sv"].dtype == torch.float16
     assert set(result.tensors["su"].tolist()) == {1.0, -1.0}
-    assert ("lut" in result.tensors) == (code == "hyb")
-    assert ("residual_codes" in result.tensors) == (method == "quip_sharp" and bits > 2)
+    assert ("table" in result.tensors) == (code == "hyb")
+    assert ("residual_codes" in result.tensors) == (code == "e8p" and bits > 2)
 
 
-@pytest.mark.parametrize(("method", "code", "block"), [(*FORMATS[0], None), (*FORMATS[1], None), (*FORMATS[1], 32)])
+@pytest.mark.parametrize(("code", "block"), [("e8p", None), ("1mad", None), ("1mad", 32)])
 def test_feedback_beats_plain_rounding(code, block, monkeypatch):
     chosen = settings(code, 2, hadamard_block=block, damping=1e-6)
     weight = draw(N, K)

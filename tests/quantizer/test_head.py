@@ -22,7 +22,7 @@ from quip_vllm.quantizer.model import LayeredModel, run_layer
 from quip_vllm.quantizer.pipeline import kwargs_for, quantize
 from quip_vllm.quantizer.settings import Settings
 
-QTIP = {"method": "qtip", "code": "hyb"}
+QTIP = {"code": "hyb"}
 CASES = [  # architecture, its config, settings, name of the head, what keeps its weight
     ("Llama", {}, {}, "model.embed_tokens", ["lm_head"]),
     ("Gemma2", {}, QTIP, "model.embed_tokens", ["lm_head"]),
@@ -37,8 +37,12 @@ def test_architectures(architecture, changes, format, name, skipped, tiny_model,
     model = tiny_model(architecture, **changes)
     report = quantize(make_settings(model, lm_head=4, **format), tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert described["head"] == {"module": name, "bits": 4, "tied": bool(skipped)}
-    assert described["modules_to_not_convert"] == skipped and described["overrides"] == {}
+    assert described["head"] == {
+        "module": name,
+        "stored": {"code": format.get("code", "e8p"), "bits": 4},
+        "tied": bool(skipped),
+    }
+    assert described["modules_to_not_convert"] == skipped and described["layers"] == {}
     layer = next(layer for layer in inspect(tmp_path)["layers"] if layer["name"] == name)
     assert layer["bits"] == 4 and layer["proxy_loss"] == report["layers"][-1]["proxy_loss"] < 0.02
     original = CheckpointReader(model).read([f"{name}.weight"])[f"{name}.weight"].float()
@@ -99,15 +103,13 @@ def group_of(k, seed=1):
     return Group(["head"], x.T @ x, 500)
 
 
-def settings(method="quip_sharp", code=None, bits=4, **changes):
-    return Settings("m", method, 2, code, lm_head=bits, **changes)
+def settings(code="e8p", bits=4, **changes):
+    return Settings("m", code, 2, lm_head=bits, **changes)
 
 
 def dense(result, chosen, n, k):
     tensors = dict(result.tensors)
-    return dequantize(
-        LinearSpec(chosen.method, chosen.code, result.bits, k, (n,), chosen.hadamard_block, False), tensors
-    )
+    return dequantize(LinearSpec(chosen.code, result.bits, k, (n,), chosen.hadamard_block, False), tensors)
 
 
 @pytest.mark.parametrize("code", ["e8p", "1mad"])
@@ -156,7 +158,7 @@ def test_weights_that_cannot_be_stored(value, message):
 
 
 def test_refusals(tiny_model, make_settings, tmp_path):
-    with pytest.raises(ValueError, match="bits is 7: quip_sharp has 2, 3, 4"):
+    with pytest.raises(ValueError, match="bits is 7: quip_sharp with code e8p has 2, 3, 4"):
         make_settings(tiny_model(), lm_head=7)
     model = tiny_model("Llama", hidden_size=8 * 47 * 3, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(ValueError, match="model.embed_tokens cannot be quantized: .*--hadamard-block"):

@@ -71,10 +71,11 @@ def test_files_and_report(quantized, tiny_model, make_settings):
     assert described == {
         "quant_method": "quip_sharp",
         "format_version": 1,
+        "code": "e8p",
         "bits": 2,
         "hadamard_block": None,
         "modules_to_not_convert": ["lm_head"],
-        "overrides": {},
+        "layers": {},
     }
     assert (
         AutoTokenizer.from_pretrained(out)("ab")["input_ids"]
@@ -108,7 +109,6 @@ def test_shared_su(quantized):
 
 def test_ignore_overrides_and_blocks(quantized):
     out = quantized(
-        method="qtip",
         code="hyb",
         bits=1,
         hadamard_block=32,
@@ -126,8 +126,8 @@ def test_ignore_overrides_and_blocks(quantized):
         "model.layers.0.self_attn.o_proj",
         *(f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"),
     ]
-    assert described["overrides"]["model.layers.1.mlp.down_proj"] == {"bits": 4}
-    assert load_file(out / "model-00001-of-00003.safetensors")["model.layers.0.mlp.up_proj.lut"].shape == (512, 2)
+    assert described["layers"]["model.layers.1.mlp.down_proj"] == {"code": "hyb", "bits": 4}
+    assert load_file(out / "model-00001-of-00003.safetensors")["model.layers.0.mlp.up_proj.table"].shape == (512, 2)
     load_model(str(out))
 
 

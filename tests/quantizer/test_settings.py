@@ -9,7 +9,7 @@ from quip_vllm.quantizer.settings import Settings
 
 
 def settings(**changes):
-    return Settings(**{"model": "m", "method": "qtip", "bits": 2, "code": "1mad", **changes})
+    return Settings(**{"model": "m", "bits": 2, "code": "1mad", **changes})
 
 
 def test_bits_of():
@@ -24,8 +24,7 @@ def test_bits_of():
 def test_to_dict_is_json():
     raw = settings(overrides=(("a", 3),), ignore=("b",)).to_dict()
     assert json.loads(json.dumps(raw)) == raw
-    assert (raw["method"], raw["code"], raw["overrides"], raw["ignore"]) == ("qtip", "1mad", [["a", 3]], ["b"])
-    assert settings(method="quip_sharp", code=None).to_dict()["code"] is None
+    assert (raw["code"], raw["overrides"], raw["ignore"]) == ("1mad", [["a", 3]], ["b"])
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ def test_to_dict_is_json():
     [
         ({"bits": 9}, "bits is 9: qtip with code 1mad has 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"bits": 5, "code": "hyb"}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
-        ({"bits": 5, "method": "quip_sharp", "code": None}, "bits is 5: quip_sharp has 2, 3, 4"),
+        ({"bits": 5, "code": "e8p"}, "bits is 5: quip_sharp with code e8p has 2, 3, 4"),
         ({"overrides": (("a", 0),)}, "bits is 0: "),
         ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),

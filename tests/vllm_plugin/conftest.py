@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -37,13 +37,14 @@ def reference_backend(monkeypatch):
 
 @pytest.fixture
 def quant_config():
-    """quant_config(bits, code, ...): a config for vLLM; without a code, QuIP#."""
+    """quant_config(code, bits, layers={name: (code, bits)}, ...): a config for vLLM."""
 
-    from quip_vllm.vllm_plugin.config import QtipConfig, QuipSharpConfig
+    from quip_vllm.vllm_plugin.config import CONFIGS
 
-    def quant_config(bits=2, code="1mad", **kwargs):
-        method = "quip_sharp" if code is None else "qtip"
-        config = (QuipSharpConfig if code is None else QtipConfig)(CheckpointConfig(method, bits, code, **kwargs))
+    def quant_config(code="1mad", bits=2, layers=None, **kwargs):
+        formats = {name: LayerFormat(*stored) for name, stored in (layers or {}).items()}
+        checkpoint = CheckpointConfig(LayerFormat(code, bits), layers=formats, **kwargs)
+        config = CONFIGS[checkpoint.method](checkpoint)
         config.packed_modules_mapping = dict(FUSED)
         return config
 
@@ -52,9 +53,9 @@ def quant_config():
 
 @pytest.fixture
 def random_tensors():
-    """random_tensors(bits, code, n, k, seed): a linear layer as checkpoint format 1 stores it, written out by hand."""
+    """random_tensors(code, bits, n, k, seed): a linear layer as checkpoint format 1 stores it, written out by hand."""
 
-    def random_tensors(bits, code, n, k, seed=0):
+    def random_tensors(code, bits, n, k, seed=0):
         generator = torch.Generator().manual_seed(1000 * seed + bits)
 
         def words(*shape, dtype=torch.int16):
@@ -62,18 +63,18 @@ def random_tensors():
             return torch.randint(info.min, info.max + 1, shape, generator=generator).to(dtype)
 
         tensors = {
-            # The seed leaves su alone: projections of one layer share it.
+            # The seed leaves su alone: parts of one layer share it.
             "su": torch.randint(0, 2, (k,), generator=torch.Generator().manual_seed(k)).mul(2).sub(1).half(),
             "sv": torch.randn(n, generator=generator).half(),
         }
-        if code is None:
+        if code == "e8p":
             tensors["codes"] = words(n, k // 8)
             if bits > 2:
                 tensors["residual_codes"] = words(n, k // 8, dtype=torch.uint8 if bits == 3 else torch.int16)
         else:
             tensors["packed"] = words(n // 16, k * bits)
         if code == "hyb":
-            tensors["lut"] = torch.randn(512, 2, generator=generator).half()
+            tensors["table"] = torch.randn(512, 2, generator=generator).half()
         return tensors
 
     return random_tensors

@@ -24,11 +24,10 @@ def blank(kind):
 def test_from_config():
     config = QtipConfig.from_config(RAW)
     assert config.get_name() == "qtip" and config.get_min_capability() == 80 and config.get_config_filenames() == []
-    assert config.checkpoint.code == "1mad"
+    assert config.checkpoint.default == ("1mad", 2)
     assert set(config.get_supported_act_dtypes()) == {torch.float16, torch.bfloat16, torch.float32}
-    assert (
-        QuipSharpConfig.from_config({"quant_method": "quip_sharp", "format_version": 1, "bits": 3}).checkpoint.bits == 3
-    )
+    raw = {"quant_method": "quip_sharp", "format_version": 1, "code": "e8p", "bits": 3}
+    assert QuipSharpConfig.from_config(raw).checkpoint.default == ("e8p", 3)
 
 
 def test_other_method_is_refused():
@@ -62,10 +61,10 @@ def test_mixture_of_experts_is_refused_unless_skipped(quant_config):
 
 
 def test_bits_of_each_fused_projection(quant_config):
-    config = quant_config(2, overrides={"qkv_proj.0.k_proj": 3, "qkv_proj.0.v_proj": 4})
+    config = quant_config("1mad", 2, layers={"qkv_proj.0.k_proj": ("1mad", 3), "qkv_proj.0.v_proj": ("e8p", 4)})
     method = config.get_quant_method(blank(ReplicatedLinear), "qkv_proj.0.qkv_proj")
     assert method.names == ("qkv_proj.0.q_proj", "qkv_proj.0.k_proj", "qkv_proj.0.v_proj")
-    assert method.bits == (2, 3, 4)
+    assert method.formats == (("1mad", 2), ("1mad", 3), ("e8p", 4))
 
 
 def test_fused_layer_is_skipped_as_a_whole_or_not_at_all(quant_config):
@@ -76,19 +75,21 @@ def test_fused_layer_is_skipped_as_a_whole_or_not_at_all(quant_config):
 
 
 def test_names_are_mapped_to_vllms(quant_config):
-    config = quant_config(modules_to_not_convert=("model.visual", "lm_head"), overrides={"model.text.layers.0.up": 4})
+    config = quant_config(
+        modules_to_not_convert=("model.visual", "lm_head"), layers={"model.text.layers.0.up": ("1mad", 4)}
+    )
     mapper = WeightsMapper(
         orig_to_new_prefix={"model.visual.": "visual.", "model.text.": "language_model."},
         orig_to_new_substr={".up": ".up_proj"},
     )
     config.apply_vllm_mapper(mapper)
     assert config.checkpoint.modules_to_not_convert == ("visual", "lm_head")
-    assert dict(config.checkpoint.overrides) == {"language_model.layers.0.up_proj": 4}
-    assert config.checkpoint.bits == 2 and config.checkpoint.code == "1mad"
+    assert dict(config.checkpoint.layers) == {"language_model.layers.0.up_proj": ("1mad", 4)}
+    assert config.checkpoint.default == ("1mad", 2)
 
 
 def test_config_travels_to_the_engine_process(quant_config):
-    config = quant_config(2, "hyb", hadamard_block=64, modules_to_not_convert=("a",), overrides={"b": 4})
+    config = quant_config("hyb", 2, hadamard_block=64, modules_to_not_convert=("a",), layers={"b": ("e8p", 4)})
     copy = pickle.loads(pickle.dumps(config))
     assert type(copy) is type(config) and copy.checkpoint == config.checkpoint
     assert copy.packed_modules_mapping == config.packed_modules_mapping

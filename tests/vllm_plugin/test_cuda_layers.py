@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from numerics import SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS
+from random_layers import RATE_IDS, RATES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
@@ -19,10 +19,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from quip_vllm.checkpoint.config import Head
+from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops import cuda as cuda_module
-from quip_vllm.ops import cuda_layout, dispatch, tensors
+from quip_vllm.ops import cuda_layout, dispatch, rotations
 from quip_vllm.ops.reference import dequantize
 
 K = 576
@@ -33,7 +33,7 @@ SIZES = [(2048, [2048, 512, 512]), (1536, [1536, 256, 256]), (4864, [896])]
 SHARED = 4 * (32768 + 76 * 76 + 28 * 28)
 """Bytes that layers may share: the values of LUT and the Hadamard matrices of these sizes."""
 
-HEAD_FORMATS = [(None, 2), (None, 4), ("1mad", 4), ("hyb", 2), ("lut", 3)]
+HEAD_FORMATS = [("e8p", 2), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,10 @@ def apply(layer, x, bias=None):
     return layer.quant_method.apply(layer, x, bias)
 
 
-def dense(found, bits, code, block=None, rotate_output=True):
+def dense(found, code, bits, block=None, rotate_output=True):
     """The weight, float32 [n, k], of one projection on disk."""
-    method = "quip_sharp" if code is None else "qtip"
     spec = LinearSpec(code, bits, len(found["su"]), (len(found["sv"]),), block, rotate_output)
-    return dequantize(spec, found | ({"lut": found["lut"][None]} if "lut" in found else {}))
+    return dequantize(spec, found)
 
 
 def rows(m, dtype=torch.float16, k=K):
@@ -98,60 +97,60 @@ def assert_near(found, exact, torchs):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_every_format(set_rank, quant_config, random_tensors, load, code, bits, dtype):
-    found = random_tensors(bits, code, 192, K)
-    layer = build(ReplicatedLinear, quant_config(bits, code), K, 192, dtype=dtype, bias=True)
+    found = random_tensors(code, bits, 192, K)
+    layer = build(ReplicatedLinear, quant_config(code, bits), K, 192, dtype=dtype, bias=True)
     load(layer, found)
     layer.bias.data.copy_(torch.randn(192))
     finish(layer)
     for m in (1, 5, 20):
         y, _ = layer(rows(m, dtype))
-        assert_rounds_like_torch(y, rows(m, dtype), dense(found, bits, code), layer.bias.data)
+        assert_rounds_like_torch(y, rows(m, dtype), dense(found, code, bits), layer.bias.data)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 3, 3)), (None, (3, 4, 2)), ("1mad", (2, 6, 2))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 3, 3)), ("e8p", (3, 4, 2)), ("1mad", (2, 6, 2))])
 def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, load, code, rates, dtype):
-    config = quant_config(2, code, overrides={f"{s}_proj": bits for s, bits in zip("qkv", rates, strict=True)})
+    config = quant_config(code, 2, layers={f"{s}_proj": (code, bits) for s, bits in zip("qkv", rates, strict=True)})
     layer = build(QKVParallelLinear, config, K, 64, 9, 3, prefix="qkv_proj", dtype=dtype, bias=True)
-    disk = [random_tensors(b, code, n, K, seed=n) for b, n in zip(rates, (576, 192, 192), strict=True)]
+    disk = [random_tensors(code, b, n, K, seed=n) for b, n in zip(rates, (576, 192, 192), strict=True)]
     for shard, found in zip("qkv", disk, strict=True):
         load(layer, found, shard)
     layer.bias.data.copy_(torch.randn(960))
-    weight = torch.cat([dense(found, bits, code) for found, bits in zip(disk, rates, strict=True)])
+    weight = torch.cat([dense(found, code, bits) for found, bits in zip(disk, rates, strict=True)])
     y, _ = finish(layer)(rows(6, dtype).view(2, 3, K))
     assert_rounds_like_torch(y.flatten(0, 1), rows(6, dtype), weight, layer.bias.data)
     assert len(layer.quip_segments) == len([b for i, b in enumerate(rates) if i == 0 or rates[i - 1] != b])
 
 
-@pytest.mark.parametrize("code", [None, "hyb", "lut"])
+@pytest.mark.parametrize("code", ["e8p", "hyb", "lut"])
 def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, load, code):
-    disk = [random_tensors(3, code, 128, K, seed=seed) for seed in range(2)]
-    weights = [dense(found, 3, code, block=64) for found in disk]
+    disk = [random_tensors(code, 3, 128, K, seed=seed) for seed in range(2)]
+    weights = [dense(found, code, 3, block=64) for found in disk]
     for rank in range(2):
         set_rank(rank, 2)
-        config = quant_config(3, code, hadamard_block=64)
+        config = quant_config(code, 3, hadamard_block=64)
         layer = build(MergedColumnParallelLinear, config, K, [128, 128], prefix="gate_up_proj")
         for shard, found in enumerate(disk):
             load(layer, found, shard)
         assert_rounds_like_torch(apply(finish(layer), rows(4)), rows(4), torch.cat([w.chunk(2)[rank] for w in weights]))
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 4), ("3inst", 2), ("hyb", 3)])
+@pytest.mark.parametrize(("code", "bits"), [("e8p", 4), ("3inst", 2), ("hyb", 3)])
 def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, load, code, bits):
-    found, y = random_tensors(bits, code, 192, K), 0
+    found, y = random_tensors(code, bits, 192, K), 0
     for rank in range(3):  # 192 inputs each
         set_rank(rank, 3)
-        layer = build(RowParallelLinear, quant_config(bits, code, hadamard_block=64), K, 192, dtype=torch.bfloat16)
+        layer = build(RowParallelLinear, quant_config(code, bits, hadamard_block=64), K, 192, dtype=torch.bfloat16)
         load(layer, found)
         y = y + apply(finish(layer), rows(4, torch.bfloat16).chunk(3, dim=1)[rank]).float()
-    assert_rounds_like_torch(y.bfloat16(), rows(4, torch.bfloat16), dense(found, bits, code, block=64))
+    assert_rounds_like_torch(y.bfloat16(), rows(4, torch.bfloat16), dense(found, code, bits, block=64))
 
 
 def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load):
-    disk = {s: random_tensors(2, "1mad", n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
-    weights = {s: dense(found, 2, "1mad", block=32) for s, found in disk.items()}
+    disk = {s: random_tensors("1mad", 2, n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
+    weights = {s: dense(found, "1mad", 2, block=32) for s, found in disk.items()}
     for rank in range(4):
         set_rank(rank, 4)
         layer = build(QKVParallelLinear, quant_config(hadamard_block=32), K, 32, 8, 2, prefix="qkv_proj")
@@ -162,9 +161,9 @@ def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load
         assert_rounds_like_torch(apply(finish(layer), rows(3)), rows(3), weight)
 
 
-def vocabulary(random_tensors, bits, code, count):
+def vocabulary(random_tensors, code, bits, count):
     """A head's tensors on disk: whole tiles of codes, and everything else for ``count`` tokens."""
-    found = random_tensors(bits, code, count + -count % 16, K)
+    found = random_tensors(code, bits, count + -count % 16, K)
     return {name: t[:count] if name in ("sv", "codes", "residual_codes") else t for name, t in found.items()}
 
 
@@ -172,11 +171,11 @@ def vocabulary(random_tensors, bits, code, count):
 @pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_language_model_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
-    found = vocabulary(random_tensors, bits, code, 201)
-    weight, logits = dense(found, bits, code, rotate_output=False), []
+    found = vocabulary(random_tensors, code, bits, 201)
+    weight, logits = dense(found, code, bits, rotate_output=False), []
     for rank in range(size):
         set_rank(rank, size)
-        config = quant_config(2, code, head=Head("lm_head", bits, tied=False))
+        config = quant_config(code, 2, head=Head("lm_head", LayerFormat(code, bits), tied=False))
         layer = build(ParallelLMHead, config, 201, K, prefix="lm_head", dtype=dtype)
         load(layer, found)
         logits.append(apply(finish(layer), rows(3, dtype)))
@@ -189,11 +188,11 @@ def test_language_model_head(set_rank, quant_config, random_tensors, load, code,
 @pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
 @pytest.mark.parametrize("size", [1, 2])
 def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
-    found, ids = vocabulary(random_tensors, bits, code, 201), torch.tensor([[0, 63], [128, 200]])
-    weight, embedded, logits = dense(found, bits, code, rotate_output=False), 0, []
+    found, ids = vocabulary(random_tensors, code, bits, 201), torch.tensor([[0, 63], [128, 200]])
+    weight, embedded, logits = dense(found, code, bits, rotate_output=False), 0, []
     for rank in range(size):
         set_rank(rank, size)
-        config = quant_config(2, code, head=Head("embed_tokens", bits, tied=True))
+        config = quant_config(code, 2, head=Head("embed_tokens", LayerFormat(code, bits), tied=True))
         layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
         load(layer, found)
         embedded = embedded + finish(layer)(ids)
@@ -203,12 +202,12 @@ def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, c
     assert_rounds_like_torch(torch.cat(logits, dim=1)[:, :201], rows(3, dtype), weight)
 
 
-@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 4)), ("lut", (2, 2)), (None, (3, 3))])
+@pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 4)), ("lut", (2, 2)), ("e8p", (3, 3))])
 def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, random_tensors, load, code, rates):
-    config = quant_config(2, code, overrides={"gate_proj": rates[0], "up_proj": rates[1]})
+    config = quant_config(code, 2, layers={"gate_proj": (code, rates[0]), "up_proj": (code, rates[1])})
     layer = build(MergedColumnParallelLinear, config, K, [192, 192], prefix="gate_up_proj", bias=True)
     for shard, bits in enumerate(rates):
-        load(layer, random_tensors(bits, code, 192, K, seed=shard), shard)
+        load(layer, random_tensors(code, bits, 192, K, seed=shard), shard)
     layer.bias.data.copy_(torch.randn(384))
     compiled = torch.compile(finish(layer), fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
@@ -221,9 +220,9 @@ def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, ra
 
 
 def test_head_compiles_to_one_graph(set_rank, quant_config, random_tensors, load):
-    config = quant_config(2, "1mad", head=Head("lm_head", 4, tied=False))
+    config = quant_config("1mad", 2, head=Head("lm_head", LayerFormat("1mad", 4), tied=False))
     layer = build(ParallelLMHead, config, 201, K, prefix="lm_head")
-    load(layer, vocabulary(random_tensors, 4, "1mad", 201))
+    load(layer, vocabulary(random_tensors, "1mad", 4, 201))
     finish(layer)
     compiled = torch.compile(lambda x: apply(layer, x * 2)[:, :201], fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
@@ -237,15 +236,13 @@ def held(layer):
 
 
 @pytest.mark.parametrize(("k", "sizes"), SIZES, ids=str)
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_a_loaded_layer_holds_its_packed_weight(
-    set_rank, quant_config, random_tensors, load, code, bits, k, sizes
-):
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_a_loaded_layer_holds_its_packed_weight(set_rank, quant_config, random_tensors, load, code, bits, k, sizes):
     packed, layers = sum(sizes) * k * bits // 8, []
     for seed in range(2):  # both alive, so that no address is used twice
-        layer = build(MergedColumnParallelLinear, quant_config(bits, code), k, sizes, prefix=f"m.{seed}")
+        layer = build(MergedColumnParallelLinear, quant_config(code, bits), k, sizes, prefix=f"m.{seed}")
         for shard, n in enumerate(sizes):
-            load(layer, random_tensors(bits, code, n, k, seed=10 * seed + shard), shard)
+            load(layer, random_tensors(code, bits, n, k, seed=10 * seed + shard), shard)
         layers.append(finish(layer))
     first, second = map(held, layers)
     own = sum(size for address, size in second.items() if address not in first)
@@ -282,10 +279,10 @@ def on_gpu(found):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_fake_tensors_on_a_gpu_stay_there(set_rank, quant_config, random_tensors, load, dtype):
-    config = quant_config(2, None, overrides={"up_proj": 3})
+    config = quant_config("e8p", 2, layers={"up_proj": ("e8p", 3)})
     layer = build(MergedColumnParallelLinear, config, K, [192, 64], prefix="gate_up_proj", dtype=dtype)
     for shard, (bits, n) in enumerate(((2, 192), (3, 64))):
-        load(layer, random_tensors(bits, None, n, K), shard)
+        load(layer, random_tensors("e8p", bits, n, K), shard)
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
@@ -297,9 +294,9 @@ def test_fake_tensors_on_a_gpu_stay_there(set_rank, quant_config, random_tensors
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, load, dtype):
-    config = quant_config(2, "hyb", head=Head("embed_tokens", 3, tied=True))
+    config = quant_config("hyb", 2, head=Head("embed_tokens", LayerFormat("hyb", 3), tied=True))
     layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
-    load(layer, vocabulary(random_tensors, 3, "hyb", 201))
+    load(layer, vocabulary(random_tensors, "hyb", 3, 201))
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
@@ -310,11 +307,10 @@ def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, 
     assert embedded.shape == (2, 5, K) and logits.shape == (2, 5, 256)
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, code, bits):
     spec = LinearSpec(code, bits, K, (192,))
-    found = random_tensors(bits, code, 192, K)
-    found |= {"lut": found["lut"][None]} if "lut" in found else {}
+    found = random_tensors(code, bits, 192, K)
     real = cuda.prepare(spec, found)
     gpu = cuda_module._gpu(torch.device("cpu"))
     monkeypatch.setattr(cuda_module, "check", lambda spec, tensors: None)  # it reads values
@@ -322,23 +318,21 @@ def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, 
     # Constants are made on the CPU, outside of the fake world, and moved.
     table = cuda_layout.table(spec, found)
     monkeypatch.setattr(cuda_layout, "table", lambda spec, found: None if table is None else on_gpu(table))
-    tensors.rotation_base.cache_clear()
+    rotations.rotation_base.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), Indexing():
         fake = cuda.prepare(spec, {name: on_gpu(tensor) for name, tensor in found.items()})
-    tensors.rotation_base.cache_clear()
+    rotations.rotation_base.cache_clear()
     assert {n: (t.shape, t.dtype) for n, t in fake.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
     assert {t.device.type for t in fake.values()} == {"cuda"}
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 3), ("hyb", 2), ("lut", 2), ("1mad", 3)])
+@pytest.mark.parametrize(("code", "bits"), [("e8p", 3), ("hyb", 2), ("lut", 2), ("1mad", 3)])
 def test_constants_do_not_depend_on_defaults(cuda, random_tensors, code, bits):
     """A model may be loaded under its own dtype, and another device than the CPU may be the default."""
-    method = "quip_sharp" if code is None else "qtip"
     spec = LinearSpec(code, bits, K, (192,))
-    found = random_tensors(bits, code, 192, K)
-    found |= {"lut": found["lut"][None]} if "lut" in found else {}
+    found = random_tensors(code, bits, 192, K)
     usual = cuda.prepare(spec, found)
-    caches = (tensors.rotation_base, cuda_layout.lattice_tables, cuda_layout._lattice_tables, cuda_layout._lut_table)
+    caches = (rotations.rotation_base, cuda_layout.lattice_tables, cuda_layout._lattice_tables, cuda_layout._lut_table)
     for function in caches:
         function.cache_clear()
     with set_default_torch_dtype(torch.bfloat16), torch.device("meta"):

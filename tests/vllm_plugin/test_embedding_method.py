@@ -11,13 +11,13 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_layers
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from quip_vllm.checkpoint.config import Head
+from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.ops.reference import dequantize
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
-FORMATS = [(None, 2), (None, 3), (None, 4), ("1mad", 4), ("hyb", 2), ("lut", 1)]
+FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 1)]
 K = 64
 NAME = "model.embed_tokens"
 
@@ -35,26 +35,24 @@ def set_rank(monkeypatch):
 
 @pytest.fixture
 def config_of(quant_config):
-    """config_of(bits, code, tied, ...): a config whose linear layers have 2 bits and whose head has ``bits``."""
+    """config_of(code, bits, tied, ...): a config whose linear layers have 2 bits and whose head has ``bits``."""
 
-    def config_of(bits, code, tied=True, **kwargs):
-        head = Head(NAME if tied else "lm_head", bits, tied)
-        return quant_config(2 if code is None else 1, code, head=head, **kwargs)
+    def config_of(code, bits, tied=True, **kwargs):
+        head = Head(NAME if tied else "lm_head", LayerFormat(code, bits), tied)
+        return quant_config(code, 2 if code == "e8p" else 1, head=head, **kwargs)
 
     return config_of
 
 
 @pytest.fixture
 def stored(random_tensors):
-    """stored(bits, code, rows): a head's tensors in the checkpoint, and the weight that they stand for."""
+    """stored(code, bits, rows): a head's tensors in the checkpoint, and the weight that they stand for."""
 
-    def stored(bits, code, rows, block=None):
-        tensors = random_tensors(bits, code, -(-rows // 16) * 16, K)
+    def stored(code, bits, rows, block=None):
+        tensors = random_tensors(code, bits, -(-rows // 16) * 16, K)
         tensors = {name: t[:rows] if name in ("sv", "codes", "residual_codes") else t for name, t in tensors.items()}
-        method = "quip_sharp" if code is None else "qtip"
         spec = LinearSpec(code, bits, K, (rows,), block, rotate_output=False)
-        fused = tensors | ({"lut": tensors["lut"][None]} if "lut" in tensors else {})
-        return tensors, dequantize(spec, fused)
+        return tensors, dequantize(spec, tensors)
 
     return stored
 
@@ -77,8 +75,8 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("rows", [128, 83])
 @pytest.mark.parametrize(("code", "bits"), FORMATS)
 def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block):
-    tensors, weight = stored(bits, code, rows, block)
-    layer = build(VocabParallelEmbedding, config_of(bits, code, hadamard_block=block), rows, prefix="")
+    tensors, weight = stored(code, bits, rows, block)
+    layer = build(VocabParallelEmbedding, config_of(code, bits, hadamard_block=block), rows, prefix="")
     load(layer, tensors)
     finish(layer)
     ids = torch.tensor([[0, rows - 1], [5, 17]])
@@ -90,14 +88,14 @@ def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block
     finish(layer)
 
 
-@pytest.mark.parametrize(("code", "rows"), [(None, 201), ("hyb", 201), ("1mad", 256), (None, 130)])
+@pytest.mark.parametrize(("code", "rows"), [("e8p", 201), ("hyb", 201), ("1mad", 256), ("e8p", 130)])
 def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
-    tensors, weight = stored(4, code, rows)
+    tensors, weight = stored(code, 4, rows)
     ids, x = torch.tensor([0, 31, 64, 100, rows - 1]), torch.randn(3, K)
     embedded, logits = 0, []
     for rank in range(4):
         set_rank(rank, 4)
-        layer = build(VocabParallelEmbedding, config_of(4, code), rows)
+        layer = build(VocabParallelEmbedding, config_of(code, 4), rows)
         load(layer, tensors)
         embedded = embedded + finish(layer)(ids)
         logits.append(layer.quant_method.apply(layer, x))
@@ -107,21 +105,23 @@ def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
 
 def test_tiles_cannot_be_split(set_rank, config_of):
     set_rank(0, 8)
-    with pytest.raises(ValueError, match="64 rows .padded. in tensor-parallel shards of 8: qtip needs multiples of 16"):
-        build(VocabParallelEmbedding, config_of(2, "1mad"), 64)
-    build(VocabParallelEmbedding, config_of(2, None), 64)
+    with pytest.raises(
+        ValueError, match="64 rows .padded. in tensor-parallel shares of 8: code 1mad needs multiples of 16"
+    ):
+        build(VocabParallelEmbedding, config_of("1mad", 2), 64)
+    build(VocabParallelEmbedding, config_of("e8p", 2), 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_embeddings_have_the_dtype_of_the_model(set_rank, config_of, stored, load, dtype):
-    tensors, weight = stored(4, None, 64)
-    layer = build(VocabParallelEmbedding, config_of(4, None), 64, dtype=dtype)
+    tensors, weight = stored("e8p", 4, 64)
+    layer = build(VocabParallelEmbedding, config_of("e8p", 4), 64, dtype=dtype)
     load(layer, tensors)
     assert torch.equal(finish(layer)(torch.arange(64)), weight.to(dtype))
 
 
 def test_a_tied_head_is_the_embedding(set_rank, config_of):
-    config = config_of(4, None)
+    config = config_of("e8p", 4)
     embedding = build(VocabParallelEmbedding, config, 64, prefix="")
     head = build(ParallelLMHead, config, 64, prefix="lm_head")
     assert head.tie_weights(embedding) is embedding
@@ -134,7 +134,7 @@ def test_who_is_ours(set_rank, config_of, quant_config):
     def is_ours(config, kind, prefix):
         return isinstance(config.get_quant_method(kind.__new__(kind), prefix), QuipEmbeddingMethod)
 
-    tied, untied = config_of(4, None), config_of(4, None, tied=False)
+    tied, untied = config_of("e8p", 4), config_of("e8p", 4, tied=False)
     assert is_ours(tied, ParallelLMHead, "lm_head") and is_ours(untied, ParallelLMHead, "lm_head")
     for prefix, ours in (("", True), (NAME, True), ("vision.embed_tokens", False)):
         assert is_ours(tied, VocabParallelEmbedding, prefix) == ours
@@ -147,27 +147,27 @@ def test_who_is_ours(set_rank, config_of, quant_config):
 def test_a_model_that_does_not_ask_is_told(config_of, monkeypatch, tied, kind):
     group = SimpleNamespace(is_first_rank=tied, is_last_rank=not tied)
     monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
-    config = config_of(4, None, tied)
+    config = config_of("e8p", 4, tied)
     with pytest.raises(ValueError, match="vLLM's code of this model does not ask"):
         config.get_checkpoint_weight_mapper()
     config.get_quant_method(kind.__new__(kind), config.checkpoint.head.module)
     config.get_checkpoint_weight_mapper()
     group.is_first_rank = group.is_last_rank = False  # a pipeline stage in the middle has neither
-    config_of(4, None, tied).get_checkpoint_weight_mapper()
+    config_of("e8p", 4, tied).get_checkpoint_weight_mapper()
 
 
 def test_renamed_head(config_of):
     from vllm.model_executor.models.utils import WeightsMapper
 
-    config = config_of(4, None)
+    config = config_of("e8p", 4)
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
-    assert config.checkpoint.head == Head("language_model.model.embed_tokens", 4, True)
+    assert config.checkpoint.head == Head("language_model.model.embed_tokens", LayerFormat("e8p", 4), True)
 
 
 @pytest.mark.parametrize("name", ["codes", "residual_codes", "su", "sv"])
 def test_missing_and_damaged_tensors_are_named(set_rank, config_of, stored, load, name):
-    tensors, _ = stored(4, None, 64)
-    layer = build(VocabParallelEmbedding, config_of(4, None), 64)
+    tensors, _ = stored("e8p", 4, 64)
+    layer = build(VocabParallelEmbedding, config_of("e8p", 4), 64)
     with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is .* expected .*requantize"):
         load(layer, {name: tensors[name][:-1]})
     load(layer, {other: tensor for other, tensor in tensors.items() if other != name})
@@ -177,17 +177,17 @@ def test_missing_and_damaged_tensors_are_named(set_rank, config_of, stored, load
 
 def test_dummy_weights_need_no_checkpoint(set_rank, config_of):
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
-        layer = build(VocabParallelEmbedding, config_of(4, "1mad"), 64)
+        layer = build(VocabParallelEmbedding, config_of("1mad", 4), 64)
     assert not finish(layer)(torch.arange(64)).any()
 
 
-@pytest.mark.parametrize(("code", "bits"), [(None, 4), ("hyb", 3), ("lut", 2)])
+@pytest.mark.parametrize(("code", "bits"), [("e8p", 4), ("hyb", 3), ("lut", 2)])
 def test_cpu_backend_compiles_to_one_graph(set_rank, config_of, stored, load, monkeypatch, code, bits):
     if CpuBackend().refusal(LinearSpec("e8p", 2, K, (16,))) is not None:
         pytest.skip("the compiled CPU library is not built: make build")
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
-    tensors, weight = stored(bits, code, 100)
-    layer = build(VocabParallelEmbedding, config_of(bits, code), 100)
+    tensors, weight = stored(code, bits, 100)
+    layer = build(VocabParallelEmbedding, config_of(code, bits), 100)
     load(layer, tensors)
     finish(layer)
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from random_layers import FORMAT_IDS, FORMATS
+from random_layers import RATE_IDS, RATES
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from quip_vllm.formats.spec import LinearSpec
@@ -18,21 +18,19 @@ def held(layer):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
-def test_a_loaded_layer_holds_its_packed_weight(
-    set_rank, quant_config, random_tensors, load, monkeypatch, code, bits
-):
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_a_loaded_layer_holds_its_packed_weight(set_rank, quant_config, random_tensors, load, monkeypatch, code, bits):
     problem = CpuBackend().refusal(LinearSpec(code, bits, SIZE, (SIZE,)))
     if problem is not None:
         pytest.skip(problem)
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
     layers = []
     for seed in range(2):
-        config = quant_config(bits, code)
+        config = quant_config(code, bits)
         layer = ReplicatedLinear(
             SIZE, SIZE, bias=False, quant_config=config, prefix=f"m.{seed}", params_dtype=torch.bfloat16
         )
-        load(layer, random_tensors(bits, code, SIZE, SIZE, seed))
+        load(layer, random_tensors(code, bits, SIZE, SIZE, seed))
         layer.quant_method.process_weights_after_loading(layer)
         layers.append(layer)  # alive, so that no address is used twice
     packed = SIZE * SIZE * bits // 8
