@@ -18,8 +18,7 @@ from benchmarking import ORIGIN, origin, write_rows
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from quip_vllm.checkpoint.inspection import quantized_layers, read_config
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.layers import read_layers
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
 from quip_vllm.ops import LinearSpec
@@ -47,18 +46,12 @@ class KernelLinear(nn.Module):
 def with_kernels(folder: Path, activations: str) -> nn.Module:
     """The checkpoint as a transformers model whose quantized decoder linears run on the kernels."""
     os.environ["QUIP_VLLM_ACTIVATIONS"] = activations
-    model, config, reader = load_model(str(folder)), read_config(folder), CheckpointReader(folder)
-    for name in quantized_layers(reader, config):
-        stored = config.layer_format(name)
-        if stored is None or config.is_head(name):
-            continue
-        own = [full for full in reader.names() if full.startswith(name + ".") and not full.endswith(".bias")]
-        tensors = {full.removeprefix(name + "."): tensor for full, tensor in reader.read(own).items()}
-        k, n = tensors["su"].shape[0], tensors["sv"].shape[0]
-        spec = LinearSpec(*stored, k, (n,), config.hadamard_block)
-        parent, _, leaf = name.rpartition(".")
-        bias = model.get_submodule(name).bias
-        setattr(model.get_submodule(parent), leaf, KernelLinear(spec, tensors, bias))
+    model = load_model(str(folder))
+    for name, spec, tensors in read_layers(folder):
+        if spec.rotate_output:  # the head stays as it is
+            parent, _, leaf = name.rpartition(".")
+            bias = model.get_submodule(name).bias
+            setattr(model.get_submodule(parent), leaf, KernelLinear(spec, tensors, bias))
     return model
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,7 +43,11 @@ def local_folder(model: str) -> Path:
 
 
 class CheckpointReader:
-    """Tensors of a local safetensors checkpoint by name, read one at a time.
+    """The tensors of a local safetensors checkpoint by name; each is read when it is asked for.
+
+    Attributes:
+        folder: where the files are.
+        shapes, dtypes, bytes_of: from the headers, by name.
 
     Raises:
         ValueError: no safetensors file is there, or one is truncated; the message names the file and the remedy.
@@ -70,12 +75,14 @@ class CheckpointReader:
             )
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self.bytes_of: dict[str, int] = {}
         for file in files:
             with _open(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
                     self._file_of[name] = file
-                    self.shapes[name], self.bytes_of[name] = _shape_and_bytes(handle, file, name)
+                    self.shapes[name], self.dtypes[name] = _header(handle, file, name)
+                    self.bytes_of[name] = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -97,8 +104,24 @@ class CheckpointReader:
         return found
 
 
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-_BITS |= {"U16": 16, "U32": 32, "U64": 64, "F8_E4M3": 8, "F8_E5M2": 8}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names of dtypes in a safetensors header."""
 
 
 def _open(file: Path) -> Any:
@@ -110,13 +133,12 @@ def _open(file: Path) -> Any:
         ) from None
 
 
-def _shape_and_bytes(handle: Any, file: Path, name: str) -> tuple[tuple[int, ...], int]:
-    """From the header alone, without reading the tensor."""
+def _header(handle: Any, file: Path, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a tensor, without reading it."""
     part = handle.get_slice(name)
-    shape = tuple(part.get_shape())
-    if part.get_dtype() not in _BITS:
+    if part.get_dtype() not in _DTYPES:
         raise ValueError(f"{file} holds {name} as {part.get_dtype()}: fetch the model in bf16 or fp32")
-    return shape, math.prod(shape) * _BITS[part.get_dtype()] // 8
+    return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,5 +200,6 @@ def write_index(folder: Path, count: int) -> None:
         with _open(folder / shard_name(i, count)) as handle:
             for name in handle.keys():  # noqa: SIM118  # not a dict
                 weight_map[name] = shard_name(i, count)
-                total += _shape_and_bytes(handle, folder / shard_name(i, count), name)[1]
+                shape, dtype = _header(handle, folder / shard_name(i, count), name)
+                total += math.prod(shape) * dtype.itemsize
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

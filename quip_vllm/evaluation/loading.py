@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.inspection import quantized_layers, read_config
+from quip_vllm.checkpoint.layers import layer_specs, read_config, read_layer
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
 from quip_vllm.formats.spec import methods
-from quip_vllm.formats.tensors import SU, SV
-from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.formats.tensors import layout
+from quip_vllm.ops import dequantize
 
 
 def is_own(folder: Path) -> bool:
@@ -57,24 +57,13 @@ def load_model(model: str) -> Any:
 
 def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
-    described = read_config(folder)
     reader = CheckpointReader(folder)
-    state: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {name: {} for name in quantized_layers(reader, described)}
-    for name, tensor in reader.read(reader.names()).items():
-        owner, _, leaf = name.rpartition(".")
-        if owner in layers and leaf != "bias":
-            layers[owner][leaf] = tensor
-        else:
-            state[name] = tensor
-    for owner, tensors in layers.items():
-        stored = described.layer_format(owner)
-        assert stored is not None  # quantized_layers
-        n, k = tensors[SV.name].shape[0], tensors[SU.name].shape[0]
-        rotate_output = not described.is_head(owner)
-        spec = LinearSpec(*stored, k, (n,), described.hadamard_block, rotate_output)
+    specs = layer_specs(reader, read_config(folder))
+    quantized = {f"{name}.{leaf}" for name, spec in specs.items() for leaf in layout(spec)}
+    state = reader.read(name for name in reader.names() if name not in quantized)
+    for name, spec in specs.items():
         try:
-            state[f"{owner}.weight"] = dequantize(spec, tensors)
+            state[f"{name}.weight"] = dequantize(spec, read_layer(reader, name, spec))
         except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
     return state

@@ -56,36 +56,3 @@ def test_damaged_report(checkpoint, report):
     write_json(checkpoint / "quantization_report.json", report)
     with pytest.raises(ValueError, match="quantization_report.json is damaged: delete it"):
         inspect(checkpoint)
-
-
-@pytest.mark.parametrize("gone", ["su", "sv"])
-def test_missing_vector(checkpoint, gone):
-    tensors = load_file(checkpoint / "model.safetensors")
-    del tensors[f"layers.2.up.{gone}"]
-    save_file(tensors, checkpoint / "model.safetensors")
-    with pytest.raises(ValueError, match=f"layers.2.up has no vector {gone}: "):
-        inspect(checkpoint)
-
-
-@pytest.mark.parametrize("shape", [(), (8, 8)])
-def test_vector_of_another_rank(checkpoint, shape):
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors["layers.2.up.su"] = torch.ones(shape)
-    save_file(tensors, checkpoint / "model.safetensors")
-    with pytest.raises(ValueError, match="layers.2.up has no vector su: "):
-        inspect(checkpoint)
-
-
-def test_config_that_denies_a_layer(checkpoint):
-    config = read_json(checkpoint / "config.json")
-    config["quantization_config"]["modules_to_not_convert"] = ["layers.2"]
-    write_json(checkpoint / "config.json", config)
-    with pytest.raises(ValueError, match="layers.2.up holds quantized tensors: config.json says that it has none"):
-        inspect(checkpoint)
-
-
-@pytest.mark.parametrize("config", [{}, {"quantization_config": "qtip"}, {"quantization_config": None}])
-def test_not_a_quantized_checkpoint(checkpoint, config):
-    write_json(checkpoint / "config.json", config)
-    with pytest.raises(ValueError, match="has no quantization_config: this is not a quantized checkpoint"):
-        inspect(checkpoint)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way from a checkpoint's folder to its quantized layers: name, LinearSpec, tensors.
+
+Headers are read and checked first, all of them; the tensors follow layer by layer, when they are asked for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.store import CheckpointReader, read_json
+from quip_vllm.formats.spec import FORMATS, LinearSpec
+from quip_vllm.formats.tensors import FLOATS, SU, SV, layout
+
+DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; fetch or quantize it again"
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """What config.json says of a quantized checkpoint. Raises ValueError for any other."""
+    raw = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
+    return CheckpointConfig.from_dict(raw)
+
+
+def read_layers(folder: Path) -> Iterator[tuple[str, LinearSpec, dict[str, Tensor]]]:
+    """Yields every quantized layer of a folder, in order: its name, what it is, and its tensors without their prefix.
+
+    One layer's tensors are read at a time; a bias is not among them.
+
+    Raises:
+        ValueError: as `layer_specs`.
+    """
+    reader = CheckpointReader(folder)
+    for name, spec in layer_specs(reader, read_config(folder)).items():
+        yield name, spec, read_layer(reader, name, spec)
+
+
+def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str, LinearSpec]:
+    """Name -> spec of every quantized layer, in order, from the headers alone.
+
+    Raises:
+        ValueError: a layer's tensors are not those of the code and bits that `config` gives it, or `config` names a
+            layer that the files do not hold.
+    """
+    leaves: dict[str, set[str]] = {}
+    for full in reader.names():
+        name, _, leaf = full.rpartition(".")
+        leaves.setdefault(name, set()).add(leaf)
+    leaves = {name: own - {"bias"} for name, own in leaves.items() if own & _tensor_names()}
+    named = [*config.layers, *([] if config.head is None else [config.head.module])]
+    for name in named:
+        if name not in leaves:
+            raise ValueError(f"{name} is quantized by config.json, but its tensors are not there: {DAMAGED}")
+    return {name: _spec(reader, config, name, leaves[name]) for name in sorted(leaves, key=_natural)}
+
+
+def read_layer(reader: CheckpointReader, name: str, spec: LinearSpec) -> dict[str, Tensor]:
+    """The tensors of one layer, named as `formats.tensors.layout` names them."""
+    return {leaf: reader.read([f"{name}.{leaf}"])[f"{name}.{leaf}"] for leaf in layout(spec)}
+
+
+def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves: set[str]) -> LinearSpec:
+    stored = config.layer_format(name)
+    if stored is None:
+        raise ValueError(f"{name} holds quantized tensors, but config.json says that it has none: {DAMAGED}")
+    for vector in (SU.name, SV.name):
+        if len(reader.shapes.get(f"{name}.{vector}", ())) != 1:
+            raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
+    n, k = (reader.shapes[f"{name}.{vector}"][0] for vector in (SV.name, SU.name))
+    dtype = reader.dtypes[f"{name}.{SU.name}"]
+    spec = LinearSpec(*stored, k, (n,), config.hadamard_block, rotate_output=not config.is_head(name))
+    spec = replace(spec, vector_dtype=dtype) if dtype in FLOATS else spec
+    try:
+        wanted = layout(spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    described = f"{name}, said to be {stored.code} at {stored.bits} bits,"
+    if leaves != set(wanted):
+        raise ValueError(f"{described} has tensors {sorted(leaves)} in place of {sorted(wanted)}: {DAMAGED}")
+    for leaf, one in wanted.items():
+        shape, dtype = reader.shapes[f"{name}.{leaf}"], reader.dtypes[f"{name}.{leaf}"]
+        if shape != one.shape or dtype not in one.dtypes:
+            kinds = " or ".join(map(str, one.dtypes))
+            raise ValueError(f"{described} has {leaf} {dtype} {shape} in place of {kinds} {one.shape}: {DAMAGED}")
+    return spec
+
+
+@cache
+def _tensor_names() -> set[str]:
+    """Names of all tensors that some format has."""
+    specs = (one for format in FORMATS.values() for bits in format.bits for one in format.tensors(bits))
+    return {SU.name, SV.name, *(one.name for one in specs)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
