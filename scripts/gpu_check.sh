@@ -9,7 +9,7 @@
 #   build       the CUDA library, from these sources
 #   results     tests/ops/test_device.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile, tuning
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
-#   bench       scripts/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth
+#   bench       scripts/bench/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth
 #   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
@@ -63,18 +63,18 @@ sanitizer() {
 }
 bench() {
   local status=0
-  $python scripts/bench_cuda.py --csv $report/cuda_kernels.csv || status=1
-  QUIP_VLLM_TRITON_TUNE=1 $python scripts/bench_cuda.py --backends triton --csv $report/triton_tuned.csv || status=1
+  $python scripts/bench/bench_cuda.py --csv $report/cuda_kernels.csv || status=1
+  QUIP_VLLM_TRITON_TUNE=1 $python scripts/bench/bench_cuda.py --backends triton --csv $report/triton_tuned.csv || status=1
   return $status
 }
 serve() {
   export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
   $python scripts/demo/smollm2_checkpoint.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
-    $python scripts/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
-    QUIP_VLLM_BACKEND=triton $python scripts/check_serving.py $report/quantized --dtype bfloat16 \
+    $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
+    QUIP_VLLM_BACKEND=triton $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 \
       --json $report/serving_triton.json &&
-    $python scripts/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
+    $python scripts/bench/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
   local status=$?
   rm -rf $report/model $report/quantized
   return $status

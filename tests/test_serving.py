@@ -72,7 +72,7 @@ def quantize(model, out, code, bits, *more):
 def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path, code, bits):
     checkpoint = quantize(first_layers, tmp_path / "out", code, bits, *HEAD.get((code, bits), []))
     result = tmp_path / "figures.json"
-    call(sys.executable, "scripts/check_serving.py", str(checkpoint), "--json", str(result))
+    call(sys.executable, "scripts/bench/check_serving.py", str(checkpoint), "--json", str(result))
     figures = json.loads(result.read_text())
     assert figures["positions"] > 40
     assert figures["max_difference"] < SERVED_LOG_PROBABILITY, figures

@@ -15,7 +15,7 @@ from quip_vllm.ops import encode_e8p, encode_trellis
 
 # Root mean square of the rotated weight, in units of the lattice, of what HYB's grid was made for, or of the trellis
 # code's own rms. LDLQ adds feedback to the weight, so the best is lower than for a Gaussian (1.03 for the lattice);
-# these gave the lowest proxy loss on SmolLM2-135M (scripts/sweep_scale.py, docs/benchmarks/quality.md).
+# these gave the lowest proxy loss on SmolLM2-135M (scripts/research/sweep_scale.py, docs/benchmarks/quality.md).
 LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
 HYB_RMS = {1: 0.9, 2: 0.95, 3: 1.0, 4: 1.05}
 TRELLIS_RMS = 0.9

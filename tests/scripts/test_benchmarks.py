@@ -111,7 +111,7 @@ def test_csv_rows_come_back_and_name_no_folder(tmp_path, monkeypatch):
     row = {"format": "x", "speed": 1 / 3, **origin(2)}
     write_rows(tmp_path / "new" / "t.csv", ["format", "speed", "missing", *origin(2)], [row])
     (found,) = read_rows(tmp_path / "new" / "t.csv")
-    assert found["command"] == "python scripts/bench.py name=model --csv b.csv"
+    assert found["command"] == "python scripts/bench/bench.py name=model --csv b.csv"
     assert (found["speed"], found["missing"], found["threads"]) == ("0.33333", "", "2")
 
 

@@ -70,10 +70,10 @@ def test_every_step_runs_both_backends(tmp_path):
     sanitized = [line for line in lines if "test_device.py" in line and "--tool" in line]
     assert len(sanitized) == 2 and not any(re.search("cuda|triton", line) for line in sanitized)  # in no -k: both
     assert ",: -m pytest -q tests/ops/test_device.py --durations 10" in lines
-    assert ",: scripts/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
-    assert ",1: scripts/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
+    assert ",: scripts/bench/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
+    assert ",1: scripts/bench/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
     assert ",: -m cmake -S kernels --preset release" in lines
-    served = [line.split(":")[0] for line in lines if "scripts/check_serving.py" in line]
+    served = [line.split(":")[0] for line in lines if "scripts/bench/check_serving.py" in line]
     assert served == [",", "triton,"]
 
 

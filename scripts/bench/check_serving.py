@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares what vLLM serves with the dequantized model in transformers, by the log probabilities of a prompt.
 
-Usage: python scripts/check_serving.py CHECKPOINT [--dtype float32] [--text TEXT] [--eager] [--json FILE]
+Usage: python scripts/bench/check_serving.py CHECKPOINT [--dtype float32] [--text TEXT] [--eager] [--json FILE]
 
 Both score the same tokens; for each position the 20 most likely tokens and the actual one are compared. Prints one JSON
 object: max_difference and mean_difference (absolute, of log probabilities), positions, dtype.

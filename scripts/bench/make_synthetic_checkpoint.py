@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint of random weights: any Llama shape, bf16, GPTQ-int4, or a format of ours. To measure speed with.
 
-Usage: python scripts/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B] [--code C]
+Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B] [--code C]
            [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
 
 The default shape has 1.07e9 weights; embeddings are tied to the output head. Weights are so scaled that every logit

@@ -21,7 +21,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV, Follows, layout, tensor_specs
 from quip_vllm.formats.trellis_codes import HYB
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("quip_vllm", "kernels", "scripts", "pyproject.toml")
 ORIGIN = ["threads", "commit", "machine", "command"]
 """Columns that every benchmark's CSV ends with; see ``origin``."""
@@ -89,7 +89,7 @@ def seconds(call: Callable[[], Any], least_s: float = 0.2, least_calls: int = 3)
 def origin(threads: int | str) -> dict[str, Any]:
     """Where a figure comes from: threads, commit ("+" after it: changed since), machine, command without folders."""
     arguments = [re.sub(r"[^\s=]*/", "", argument) for argument in sys.argv[1:]]
-    command = " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
+    command = " ".join(["python", f"scripts/bench/{Path(sys.argv[0]).name}", *arguments])
     return {"threads": threads, "commit": _commit(), "machine": _machine(), "command": command}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proxy loss of the o_proj of one decoder layer against the scale of the codebook: how quantizer/encoders.py was set.
 
-Usage: python scripts/sweep_scale.py MODEL CALIBRATION.txt
+Usage: python scripts/research/sweep_scale.py MODEL CALIBRATION.txt
 """
 
 import sys

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train HYB's grids (formats/trellis_codes.py) on Gaussian weights: Lloyd's rounds around the trellis search.
 
-Usage: python scripts/train_hyb_table.py [BITS ...]      (1 2 3 4; about 4 minutes each on 2 cores)
+Usage: python scripts/research/train_hyb_table.py [BITS ...]      (1 2 3 4; about 4 minutes each on 2 cores)
 
 A round encodes the same tiles with the table as it is, then moves each number of the grid past the mean of what it
 stood for. Prints the distortion of every tenth round, the grid in 63rds of its largest number, and its distortion on

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What int8 activations cost in quality: the CPU kernels inside transformers, exact and int8, against dense weights.
 
-Usage: python scripts/bench_activations.py CHECKPOINT ... --text FILE [--windows 4] [--csv CSV]
+Usage: python scripts/bench/bench_activations.py CHECKPOINT ... --text FILE [--windows 4] [--csv CSV]
 
 Each checkpoint's linear layers are run three times in float32: as dense dequantized weights (the reference), by the
 kernels with exact activations, and by the kernels with int8 ones. Perplexity of each, KL divergence and top-1 agreement

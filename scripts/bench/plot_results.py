@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the plots of docs/benchmarks from its CSV files.
 
-Usage: python scripts/plot_results.py [--folder docs/benchmarks]
+Usage: python scripts/bench/plot_results.py [--folder docs/benchmarks]
 
 cpu_serving*.csv -> cpu_serving*.png: tokens a second of each checkpoint, a panel a workload, ratios to bf16 at bars.
 cpu_kernels*.csv -> cpu_kernels*.png: weights a second of one row against the bound, and over rows against dense bf16.
-cuda_static.csv -> cuda_static.png: instructions a weight of the CUDA kernels by class, at 2 bits, one row and 16.
 """
 
 import argparse
@@ -15,7 +14,6 @@ from typing import Any
 
 import matplotlib
 from benchmarking import FORMATS, read_rows
-from cuda_static_page import CODES, LIMITS, find, launched, numbers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
@@ -32,9 +30,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"))
     folder = parser.parse_args().folder
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    scripts = {serving: "bench_serving", kernels: "bench_kernels", instructions: "cuda_static"}
+    scripts = {serving: "bench_serving", kernels: "bench_kernels"}
     drawings = {f"cpu_{what.__name__}{tier}": what for what in (serving, kernels) for tier in ("", "_avx2")}
-    drawings["cuda_static"] = instructions
     for name, draw in drawings.items():
         source, target = folder / f"{name}.csv", folder / f"{name}.png"
         if source.exists():
@@ -43,7 +40,7 @@ def main() -> int:
             plt.close(figure)
             print(f"wrote {target}")
         else:
-            print(f"{source} is not there: run scripts/{scripts[draw]}.py first", file=sys.stderr)
+            print(f"{source} is not there: run scripts/bench/{scripts[draw]}.py first", file=sys.stderr)
     return 0
 
 
@@ -137,46 +134,6 @@ def _lines(panel: Any, names: list[str], rows: Rows) -> None:
     panel.set_yscale("log", base=2)
     panel.yaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("rows")
-
-
-PARTS = {
-    "multiply-adds (IMAD, IDP)": (("imad", "idp"), "#0072B2"),
-    "logic, shifts, bytes (LOP3, SHF, PRMT)": (("lop3", "shf", "prmt"), "#D55E00"),
-    "additions (IADD3, HADD2)": (("iadd3", "hadd2"), "#E69F00"),
-    "loads and shuffles (LDS, LDG, SHFL)": (("lds", "ldg", "shfl"), "#009E73"),
-    "tensor cores (HMMA, IMMA)": (("mma",), "#CC79A7"),
-    "other": (("other",), GREY),
-}
-
-
-def instructions(rows: Rows) -> Any:
-    """A panel for one row and one for 16, a bar a code at 2 bits on sm_80, stacked by class; ticks are the limits."""
-    chosen = launched(numbers(row) for row in rows)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, sharex=True, layout="constrained")
-    for panel, tiles in zip(panels, (1, 2), strict=True):
-        for place, code in enumerate(CODES):
-            row = find(chosen, code, 2, tiles, 80)
-            if row is None:
-                continue
-            left = 0.0
-            for label, (classes, tint) in PARTS.items():
-                width = sum(row[name] for name in classes)
-                panel.barh(place, width, left=left, color=tint, height=0.7, label=label if place == 0 else None)
-                left += width
-            most = LIMITS.get(code, 0) if tiles == 1 else 0
-            if most:
-                panel.plot([most] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5)
-            panel.annotate(f"{left:.2f}", (max(left, most), place), (5, 0), textcoords="offset points", va="center")
-        panel.set_title("one row (ticks: limits)" if tiles == 1 else "16 rows")
-        panel.set_xlabel("instructions a weight")
-        panel.set_yticks(range(len(CODES)), CODES)
-    panels[0].set_xlim(right=1.1 * panels[0].get_xlim()[1])
-    panels[0].invert_yaxis()
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=7
-    )
-    figure.suptitle("CUDA kernels, 2 bits, sm_80: what a warp issues for a weight of each lane")
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of checkpoints in vLLM's offline engine, side by side: decoding at several batch sizes, one prefill.
 
-Usage: python scripts/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
+Usage: python scripts/bench/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
 
 Activations are bfloat16, or those of NAME=FOLDER@float32: a CPU without bf16 instructions may be faster with these.
 One process after the other, each with an engine of its own; --rounds N goes over all checkpoints N times, so that a
