@@ -23,8 +23,8 @@ HYB_TABLE_BITS = 9
 """log2 of the rows of HYB's stored table."""
 
 # Of each bit width: a unit, and the points and lines of the grid (hyb_table) in that unit, for weights of N(0, 1).
-# scripts/research/train_hyb_table.py found them. They are at most 63: exact in integer kernels, and four products with int8 fit
-# 16 bits.
+# scripts/research/train_hyb_table.py found them. They are at most 63: exact in integer kernels, and four products with
+# int8 fit 16 bits.
 _HYB_GRIDS = {
     1: (
         0.034778,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused linear layers on a GPU, beside cuBLAS in fp16 and the time to read the packed weights.
 
-Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...] [--csv FILE]
-           [--backends cuda triton]
+Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...]
+           [--csv FILE] [--backends cuda triton]
 
 A row a format, size (outputs x inputs), number of rows and backend: the time of a call in a CUDA graph of calls, each
 with weights of its own, four times what the cache of the GPU holds in all, as the layers of a model follow one another;

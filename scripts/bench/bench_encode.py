@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoders: sequences or vectors a second and the distortion they reach on a Gaussian; and whole quantizations.
 
-Usage: python scripts/bench/bench_encode.py [--csv docs/benchmarks/cpu_encode.csv] [--formats qtip-1mad-2 ...] [--threads N]
-           [--model MODEL --calibration FILE --runs quip_sharp-2 qtip-1mad-2 qtip-hyb-2]
+Usage: python scripts/bench/bench_encode.py [--csv docs/benchmarks/cpu_encode.csv] [--formats qtip-1mad-2 ...]
+           [--threads N] [--model MODEL --calibration FILE --runs quip_sharp-2 qtip-1mad-2 qtip-hyb-2]
 
 `viterbi`: tail-biting search of 256-weight sequences, one row a code and rate. `e8p`: nearest points of 8-vectors. The
 distortion is the mean squared error a weight on N(0, 1), with the code scaled to the Gaussian's deviation (the lattice:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every linear op over shapes and rows, bf16 activations: weights a second, TMAC/s, share of the bound, against dense.
 
-Usage: python scripts/bench/bench_kernels.py [--csv docs/benchmarks/cpu_kernels.csv] [--formats quip_sharp-2 qtip-1mad-2 ...]
+Usage: python scripts/bench/bench_kernels.py [--csv docs/benchmarks/cpu_kernels.csv] [--formats quip_sharp-2 ...]
            [--shapes 2048x2048 8192x2048 ...] [--rows 1 4 16 64 400] [--threads 1]
 
 Shapes are n x k. Copies of a layer, --working-set MiB in all, are called in turn, so that weights come from memory as

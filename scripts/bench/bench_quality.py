@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes one model in many ways and measures each: perplexity, KL divergence, top-1 agreement, bytes.
 
-Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FILE --work DIR [--csv CSV] [--only NAME ...]
+Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FILE --work DIR
+           [--csv CSV] [--only NAME ...]
 
 Each row of CONFIGURATIONS is quantized into DIR/NAME with `quip-vllm quantize` unless that folder is finished already;
 then all are measured side by side on the same windows. Their rows take the place of those of the same names in the

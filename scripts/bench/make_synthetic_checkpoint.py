@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint of random weights: any Llama shape, bf16, GPTQ-int4, or a format of ours. To measure speed with.
 
-Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B] [--code C]
-           [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
+Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B]
+           [--code C] [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
 
 The default shape has 1.07e9 weights; embeddings are tied to the output head. Weights are so scaled that every logit
 stays finite. There is no tokenizer: give the engine token ids. One decoder layer is in memory at a time.
@@ -54,8 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, default=2, help="of quip_sharp and qtip (default 2)")
     trellis = [format.name for format in methods()["qtip"]]
     parser.add_argument("--code", choices=trellis, default="1mad", help="of qtip (default 1mad)")
-        "--code", choices=[format.name for format in methods()["qtip"]], default="1mad", help="of qtip (default 1mad)"
-    )
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=16)

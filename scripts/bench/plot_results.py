@@ -122,8 +122,8 @@ def _bars(panel: Any, names: list[str], rows: Rows) -> None:
 
 def _lines(panel: Any, names: list[str], rows: Rows) -> None:
     """The formats at their lowest common rate only: more lines would hide each other."""
-    lowest = min(FORMATS[name][2] for name in names)
-    for name in (name for name in names if FORMATS[name][2] == lowest):
+    lowest = min(FORMATS[name].bits for name in names)
+    for name in (name for name in names if FORMATS[name].bits == lowest):
         points = sorted((int(row["rows"]), float(row["over_dense"])) for row in rows if row["format"] == name)
         panel.plot(*zip(*points, strict=True), color=colour(name), marker="o", markersize=3, label=name)
     panel.axhline(1, color=GREY, linestyle="--", linewidth=1)

@@ -37,8 +37,9 @@ def test_a_synthetic_checkpoint_loads_and_its_logits_are_finite(name, head, tmp_
     if head and name not in FORMATS:
         pytest.skip("only our formats have a quantized head")
     if name in FORMATS:
-        code, bits = FORMATS[name]
-        described = [method.value, "--bits", str(bits), *(["--code", code.value] if code else [])]
+        stored = FORMATS[name]
+        code = ["--code", stored.code] if stored.format.method == "qtip" else []
+        described = [stored.format.method, "--bits", str(stored.bits), *code]
     model = load_model(str(synthetic(tmp_path / "out", "--format", *described, *head)))
     with torch.inference_mode():
         logits = model(torch.arange(96)[None]).logits
