@@ -5,23 +5,24 @@ Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FIL
            [--csv CSV] [--only NAME ...]
 
 Each row of CONFIGURATIONS is quantized into DIR/NAME with `quip-vllm quantize` unless that folder is finished already;
-then all are measured side by side on the same windows. Their rows take the place of those of the same names in the
-CSV, with commit and machine; other rows stay.
+the rows of peers.NAMES are other methods, and only run if --only names them. Then all are measured side by side on the
+same windows. Their rows replace those of the same names in the CSV; other rows stay.
 """
 
 import argparse
-import csv
-import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import peers
+import torch
+from benchmarking import ORIGIN, origin, read_rows, write_rows
 from transformers import AutoTokenizer
 
 from quip_vllm import cli
 from quip_vllm.checkpoint.inspection import inspect
+from quip_vllm.checkpoint.store import read_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
 from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
@@ -40,8 +41,10 @@ CONFIGURATIONS |= {
 CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in CONFIGURATIONS.items()}
 SELF = ["--calibration", "self", "--sequences", str(SELF_SEQUENCES), "--sequence-length", str(SELF_SEQUENCE_LENGTH)]
 CONFIGURATIONS |= {f"{name}2self": [*CONFIGURATIONS[f"{name}2"], *SELF] for name in METHODS}
+SEQUENCES, LENGTH = 64, 1024
+"""Calibration, unless the row says otherwise."""
 COLUMNS = ["name", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "bits_per_weight", "bytes"]
-COLUMNS += ["mean_proxy_loss", "arguments", "windows", "commit", "machine"]
+COLUMNS += ["mean_proxy_loss", "arguments", "windows", *ORIGIN]
 
 
 def main() -> int:
@@ -53,39 +56,54 @@ def main() -> int:
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/quality.csv"))
-    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=list(CONFIGURATIONS))
+    names = [*CONFIGURATIONS, *peers.NAMES]
+    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=names)
     args = parser.parse_args()
-    usual = ["--calibration", args.calibration, "--sequences", "64", "--sequence-length", "1024"]
-    for name in args.only:
+    usual = ["--calibration", args.calibration, "--sequences", str(SEQUENCES), "--sequence-length", str(LENGTH)]
+    for name in (name for name in args.only if name in CONFIGURATIONS):
         out = args.work / name
         if not (out / "config.json").exists():
             more = ["--resume"] if (out / ".quantize").exists() else []
             code = cli.main(["quantize", args.model, str(out), *usual, *CONFIGURATIONS[name], *more])
             if code:
                 return code
-    windows = windows_of(args.text, AutoTokenizer.from_pretrained(args.model), 2048, args.windows)
-    models = [load_model(str(args.work / name)) for name in args.only]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokens = windows_of(args.calibration, tokenizer, LENGTH, SEQUENCES)
+    windows = windows_of(args.text, tokenizer, 2048, args.windows)
+    models, described = [], []
+    for name in args.only:
+        if name in CONFIGURATIONS:
+            models.append(load_model(str(args.work / name)))
+            described.append(_described(args.work / name) | {"arguments": " ".join(CONFIGURATIONS[name])})
+        else:
+            method, bits = peers.NAMES[name]
+            model = load_model(args.model)
+            described.append(_peer(model, bits))
+            models.append(peers.METHODS[method](model, bits, tokens))
     figures = score(models, windows, load_model(args.model))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    rows: dict[str, dict[str, Any]] = {}
-    if args.csv.exists():
-        with open(args.csv, newline="") as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
-    for name, row in zip(args.only, figures, strict=True):
-        report = json.loads((args.work / name / "quantization_report.json").read_text())
-        losses = [layer["proxy_loss"] for layer in report["layers"]]
-        totals = inspect(args.work / name)["totals"]
-        row = {key: round(value, 5) for key, value in row.items()}
-        row |= {key: totals[key] for key in ("bits_per_weight", "bytes")}
-        row |= {"name": name, "arguments": " ".join(CONFIGURATIONS[name]), "windows": windows.shape[0]}
-        row |= {"mean_proxy_loss": round(sum(losses) / len(losses), 6), "commit": commit}
-        rows[name] = {**row, "machine": f"{platform.machine()} CPU"}
-        print({key: row[key] for key in COLUMNS[:7]}, flush=True)
-    with open(args.csv, "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(rows[name] for name in CONFIGURATIONS if name in rows)
+    rows: dict[str, Any] = {row["name"]: row for row in read_rows(args.csv)} if args.csv.exists() else {}
+    shared = {"windows": len(windows), **origin(torch.get_num_threads())}
+    for name, found, row in zip(args.only, figures, described, strict=True):
+        rows[name] = {"name": name, **found, **row, **shared}
+        print({key: rows[name][key] for key in COLUMNS[:7]}, flush=True)
+    write_rows(args.csv, COLUMNS, [rows[name] for name in names if name in rows])
     return 0
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """Size and proxy loss of a checkpoint of ours."""
+    totals = inspect(folder)["totals"]
+    layers = read_json(folder / "quantization_report.json")["layers"]
+    loss = mean(layer["proxy_loss"] for layer in layers)
+    return {key: totals[key] for key in ("bits_per_weight", "bytes")} | {"mean_proxy_loss": loss}
+
+
+def _peer(model: Any, bits: int) -> dict[str, Any]:
+    """Size of another method's model; what it does not round is in bf16."""
+    inside = sum(module.weight.numel() for module in peers.linears(model).values())
+    rest = sum(parameter.numel() for parameter in model.parameters()) - inside
+    stored = peers.stored_bits(bits)
+    return {"bits_per_weight": stored, "bytes": round(inside * stored / 8 + rest * 2)}
 
 
 if __name__ == "__main__":
