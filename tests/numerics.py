@@ -93,3 +93,8 @@ values: 1e-8 to 5e-8 is seen over up to 1,104 products; one wrong weight among t
 
 ROUNDED_ONCE = {"torch.float32": 2.0**-24, "torch.float16": 2.0**-11, "torch.bfloat16": 2.0**-8}
 """Relative error of rounding a number to the nearest of a dtype: half a unit of its last bit."""
+
+
+def relative(found, expected):
+    """The error of a tensor, as a share of what it should be: norms over all elements, in float64."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -49,6 +49,11 @@ class Format(abc.ABC):
         n is a multiple of what shares a row of codes; `LinearSpec` cuts what is too much.
         """
 
+    @property
+    def outputs_per_row(self) -> int:
+        """How many outputs share a row of codes: a weight of other sizes has unused ones in its last row."""
+        return max(one.outputs_per_row for one in self.tensors(self.bits[0]))
+
     def check_bits(self, bits: object) -> None:
         """Raises ValueError unless the format has `bits` bits per weight."""
         if type(bits) is not int or bits not in self.bits:

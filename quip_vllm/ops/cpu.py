@@ -1,41 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: one call of the compiled op per linear layer (sources in kernels/cpu)."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from quip_vllm import envs
+from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES
 from quip_vllm.formats.spec import LinearSpec
-from quip_vllm.formats.tensors import check
-from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import LUT, TABLE
+from quip_vllm.formats.tensors import SU, SV, check
+from quip_vllm.formats.trellis_codes import LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
+from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 
 LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
 
 
+TABLES = ("table", "table_integers", "table_units")
+"""Names, in a CpuLayer, of the tables of a code that looks its values up."""
+
+
 @cache
-def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
-    """LUT's table as float32 [65536], as int16 [65537] (value / unit; the kernels read pairs), and the unit [1]."""
-    values = LUT.values().flatten().contiguous()
+def _state_values(code: TrellisCode) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of all states: float32 [65536], int16 [65537] (value / unit; kernels read pairs), and the unit [1]."""
+    values = code.values().flatten().contiguous()
     unit = values.abs().amax() / LARGEST
     numbers = torch.nn.functional.pad((values / unit).round(), (0, 1))
     return values, numbers.to(torch.int16), unit[None]
 
 
-def _lut_bytes(lut: Tensor) -> tuple[Tensor, Tensor]:
-    """HYB's tables [projections, 512, 2] as uint8 [projections, 2, 512], value / unit + 128, and units [projections].
+def _table_bytes(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """HYB's tables [parts, 512, 2] as uint8 [parts, 2, 512], value / unit + 128, and units [parts].
 
     Units are 126ths of the largest number: the quantizer's tables are made of 63rds, so they stay as they are, and
     even.
     """
-    units = lut.abs().amax((1, 2)) / 126
+    units = tables.abs().amax((1, 2)) / 126
     units = torch.where(units > 0, units, torch.ones_like(units))
-    numbers = (lut / units[:, None, None]).round() + 128
+    numbers = (tables / units[:, None, None]).round() + 128
     return numbers.to(torch.uint8).transpose(1, 2).contiguous(), units
 
 
@@ -56,22 +63,60 @@ def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and _takes_int8(spec.code, spec.bits)
 
 
-class CpuBackend:
-    """Portable, AVX2 and AVX-512 kernels behind one op a method; the library chooses the tier at its first call.
+@dataclass(frozen=True)
+class CpuLayer(PreparedLayer):
+    """A layer for the CPU kernels.
 
-    Activations are exact (float32 arithmetic) or int8 with one scale a row; which, says `int8_activations`.
+    Attributes:
+        widths: p of each rotation, in the order of `rotations`.
+        output_sizes: of the op: an output head of a trellis code has whole tiles.
+        activations: exact or int8 where the user asked for one of them, else empty: the op then decides by dtype.
+    """
+
+    backend = "cpu"
+    widths: list[int]
+    output_sizes: list[int]
+    activations: str
+
+    def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+        matrices = [tensors[f"base{i}"] for i in range(len(self.widths))]
+        vectors = (tensors["su"], tensors["sv"])
+        rest = (matrices, self.widths, self.output_sizes)
+        if self.spec.code == "e8p":
+            y = torch.ops.quip_vllm.quip_sharp_linear(
+                x, tensors["packed"], *vectors, *rest, self.spec.bits, self.activations
+            )
+        else:
+            tables = (tensors.get(name) for name in ("table", "table_integers", "table_units"))
+            y = torch.ops.quip_vllm.qtip_linear(
+                x, tensors["packed"], *vectors, *tables, *rest, self.spec.code, self.spec.bits, self.activations
+            )
+        return y if bias is None else y[:, : self.spec.out_features] + bias
+
+    def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
+        # Without the unused outputs of the last row of tiles: an id of theirs is an error.
+        vectors = (tensors["su"], tensors["sv"][: self.spec.out_features])
+        rotation = (tensors["inverse_base"], self.widths[0])
+        if self.spec.code == "e8p":
+            return torch.ops.quip_vllm.quip_sharp_embedding(
+                ids, tensors["packed"], *vectors, *rotation, self.spec.bits, dtype
+            )
+        return torch.ops.quip_vllm.qtip_embedding(
+            ids, tensors["packed"], *vectors, tensors.get("table"), *rotation, self.spec.code, self.spec.bits, dtype
+        )
+
+
+class CpuBackend:
+    """Portable, AVX2 and AVX-512 kernels behind one op; the library chooses the tier at its first call.
+
+    Activations are exact (float32 arithmetic) or int8 with one scale per row; which, says `int8_activations`.
     """
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self.activations = ""  # QUIP_VLLM_ACTIVATIONS when a layer was last prepared: a constant to torch.compile
-
     def refusal(self, spec: LinearSpec) -> str | None:
-        problem = cpu_library_problem()
-        if problem is not None:
-            return problem
-        problem = kernels_problem(spec)
+        """See Backend."""
+        problem = cpu_library_problem() or kernels_problem(spec)
         if problem is not None:
             return problem
         if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
@@ -81,74 +126,35 @@ class CpuBackend:
             )
         return None
 
-    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> CpuLayer:
+        """See Backend."""
         check(spec, tensors)
-        self.activations = envs.activations() or ""
+        require_cpu_library()
+        unused = 0 if spec.rotate_output else -spec.out_features % spec.format.outputs_per_row
         prepared = {
-            name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in tensors.items()
+            "packed": _packed(spec, tensors),
+            "su": tensors[SU.name].float().contiguous(),
+            "sv": torch.nn.functional.pad(tensors[SV.name].float(), (0, unused)),
+            **_tables(spec, tensors),
         }
-        if spec.code == "e8p":
-            require_cpu_library()
-            codes, rest = prepared.pop("codes"), prepared.pop("residual_codes", None)
-            sizes = list(spec.output_sizes)
-            prepared["blocks"] = torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, sizes, spec.bits)
-        if spec.code == "hyb":
-            prepared["lut"] = prepared.pop(TABLE).unflatten(0, (len(spec.output_sizes), -1))
-            prepared["lut_integers"], prepared["lut_units"] = _lut_bytes(prepared["lut"])
-        if spec.code == "lut":
-            prepared["lut"], prepared["lut_integers"], prepared["lut_units"] = _lut_values()
-        return prepared | {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
-
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
+        prepared |= {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
+        sizes = [*spec.output_sizes[:-1], spec.output_sizes[-1] + unused]
         widths = [width for _, width in rotations(spec)]
-        matrices = [tensors[f"base{i}"] for i in range(len(widths))]
-        rows = x.reshape(-1, spec.in_features).contiguous()
-        sv, sizes = tensors["sv"], list(spec.output_sizes)
-        unused = 0 if spec.rotate_output or spec.code == "e8p" else -spec.out_features % TILE
-        if unused:
-            sv, sizes = torch.nn.functional.pad(sv, (0, unused)), [spec.out_features + unused]
-        if spec.code != "e8p":
-            y = torch.ops.quip_vllm.qtip_linear(
-                rows,
-                tensors["packed"],
-                tensors["su"],
-                sv,
-                tensors.get("lut"),
-                tensors.get("lut_integers"),
-                tensors.get("lut_units"),
-                matrices,
-                widths,
-                sizes,
-                spec.code,
-                spec.bits,
-                self.activations,
-            )
-        else:
-            y = torch.ops.quip_vllm.quip_sharp_linear(
-                rows,
-                tensors["blocks"],
-                tensors["su"],
-                sv,
-                matrices,
-                widths,
-                sizes,
-                spec.bits,
-                self.activations,
-            )
-        y = y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
-        return y if bias is None else y + bias
+        return CpuLayer(spec, prepared, widths, sizes, envs.activations() or "")
 
-    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        flat = ids.reshape(-1).contiguous()
-        rotation = (tensors["inverse_base"], rotations(spec)[0][1])
-        signs = (tensors["su"], tensors["sv"])
-        if spec.code != "e8p":
-            rows = torch.ops.quip_vllm.qtip_embedding(
-                flat, tensors["packed"], *signs, tensors.get("lut"), *rotation, spec.code, spec.bits, dtype
-            )
-        else:
-            rows = torch.ops.quip_vllm.quip_sharp_embedding(
-                flat, tensors["blocks"], *signs, *rotation, spec.bits, dtype
-            )
-        return rows.reshape(*ids.shape, spec.in_features)
+
+def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """The weight's codes in the kernels' order: the lattice's in blocks of rows, a trellis code's as stored."""
+    if isinstance(spec.format, TrellisCode):
+        return tensors[PACKED].contiguous()
+    codes, rest = tensors[CODES].contiguous(), tensors.get(RESIDUAL_CODES)
+    rest = None if rest is None else rest.contiguous()
+    return torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, list(spec.output_sizes), spec.bits)
+
+
+def _tables(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the code looks values up in: as floats, as integers, and the integers' units; empty for computed codes."""
+    if TABLE in tensors:
+        tables = tensors[TABLE].float().unflatten(0, (len(spec.output_sizes), -1)).contiguous()
+        return dict(zip(TABLES, (tables, *_table_bytes(tables)), strict=True))
+    return dict(zip(TABLES, _state_values(spec.format), strict=True)) if spec.format is LUT else {}

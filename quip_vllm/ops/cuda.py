@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend: one call of the compiled op per linear layer (sources in kernels/cuda)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -9,14 +10,67 @@ from torch import Tensor
 
 from quip_vllm import envs
 from quip_vllm.formats.spec import LinearSpec
-from quip_vllm.formats.tensors import check
-from quip_vllm.formats.tile import TILE
+from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import cuda_layout, cuda_shapes
 from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
+from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 
 INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1}
 """Per weight at 2 bits and one row, for the choice of thread blocks (docs/benchmarks/cuda_static.md has them all)."""
+
+
+@dataclass(frozen=True)
+class CudaLayer(PreparedLayer):
+    """A layer for the CUDA kernels.
+
+    Attributes:
+        kernels: the op's name of the code: which kernels of it run.
+        widths: p of each rotation, in the order of `rotations`.
+        output_sizes: of the op: an output head of a trellis code has whole tiles.
+        thread_blocks: what `cuda_shapes.choose` chose.
+        dense_rows: rows of x from which the whole weight is decoded first; 0 is never.
+    """
+
+    backend = "cuda"
+    kernels: str
+    widths: list[int]
+    output_sizes: list[int]
+    thread_blocks: list[int]
+    dense_rows: int
+
+    def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+        if bias is not None and sum(self.output_sizes) > self.spec.out_features:
+            bias = torch.nn.functional.pad(bias, (0, sum(self.output_sizes) - self.spec.out_features))
+        return torch.ops.quip_vllm.cuda_linear(
+            x,
+            tensors["packed"],
+            tensors.get("table"),
+            tensors["su"],
+            tensors["sv"],
+            [tensors[f"base{i}"] for i in range(len(self.widths))],
+            self.widths,
+            self.output_sizes,
+            bias,
+            self.kernels,
+            self.spec.bits,
+            self.thread_blocks,
+            self.dense_rows,
+        )
+
+    def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.ops.quip_vllm.cuda_embedding(
+            ids,
+            tensors["packed"],
+            tensors.get("table"),
+            tensors["su"],
+            tensors["sv"],
+            tensors["inverse_base"],
+            self.widths[0],
+            self.kernels.removesuffix("_int8"),
+            self.spec.bits,
+            dtype,
+        )
 
 
 class CudaBackend:
@@ -27,80 +81,42 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self) -> None:
-        # The op's name of the code, its thread blocks, rows for the dense weight: constants to torch.compile.
-        self.plans: dict[LinearSpec, tuple[str, list[int], int]] = {}
-
     def refusal(self, spec: LinearSpec) -> str | None:
+        """See Backend."""
         problem = gpu_problem() or cuda_library_problem() or kernels_problem(spec)
         if problem is not None:
             return problem
         if len(spec.output_sizes) > 16:
-            return f"{len(spec.output_sizes)} fused projections: the kernels take 16"
+            return f"{len(spec.output_sizes)} fused parts: the kernels take 16"
         if envs.activations() == "int8" and spec.code != "1mad":
             return "QUIP_VLLM_ACTIVATIONS is int8, which on a GPU only code 1mad has: unset it"
         return None
 
-    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> CudaLayer:
+        """See Backend."""
         check(spec, tensors)
-        device = tensors["sv"].device
+        device = tensors[SV.name].device
         gpu = _gpu(device)
-        code = _code(spec, gpu)
-        self.plans[spec] = code, _shape(spec, code, gpu), envs.dense_rows()
-        prepared = {"packed": cuda_layout.packed_words(spec, tensors), "su": tensors["su"].float().contiguous()}
-        prepared["sv"] = torch.nn.functional.pad(tensors["sv"].float(), (0, sum(_sizes(spec)) - spec.out_features))
+        kernels, sizes = _kernels(spec, gpu), _sizes(spec)
+        prepared = {
+            "packed": cuda_layout.packed_words(spec, tensors),
+            "su": tensors[SU.name].float().contiguous(),
+            "sv": torch.nn.functional.pad(tensors[SV.name].float(), (0, sum(sizes) - spec.out_features)),
+        }
         table = cuda_layout.table(spec, tensors)
         if table is not None:
             prepared["table"] = table
         for name, order, _, transpose in bases(spec):
             prepared[name] = rotation_base(order, not transpose, device)  # the kernels read the columns of each
-        return prepared
-
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
         widths = [width for _, width in rotations(spec)]
-        code, shape, dense_rows = self.plans[spec]
-        sizes = _sizes(spec)
-        if bias is not None and sum(sizes) > spec.out_features:
-            bias = torch.nn.functional.pad(bias, (0, sum(sizes) - spec.out_features))
-        y = torch.ops.quip_vllm.cuda_linear(
-            x.reshape(-1, spec.in_features).contiguous(),
-            tensors["packed"],
-            tensors.get("table"),
-            tensors["su"],
-            tensors["sv"],
-            [tensors[f"base{i}"] for i in range(len(widths))],
-            widths,
-            sizes,
-            bias,
-            code,
-            spec.bits,
-            shape,
-            dense_rows,
-        )
-        return y[:, : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
-
-    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        code, *_ = self.plans[spec]
-        rows = torch.ops.quip_vllm.cuda_embedding(
-            ids.reshape(-1).contiguous(),
-            tensors["packed"],
-            tensors.get("table"),
-            tensors["su"],
-            tensors["sv"],
-            tensors["inverse_base"],
-            rotations(spec)[0][1],
-            code.removesuffix("_int8"),
-            spec.bits,
-            dtype,
-        )
-        return rows.reshape(*ids.shape, spec.in_features)
+        return CudaLayer(spec, prepared, kernels, widths, sizes, _shape(spec, kernels, gpu), envs.dense_rows())
 
 
 def _sizes(spec: LinearSpec) -> list[int]:
     """The outputs of the op: an output head of a trellis has whole tiles."""
-    if spec.rotate_output or spec.code == "e8p":
+    if spec.rotate_output:
         return list(spec.output_sizes)
-    return [spec.out_features + -spec.out_features % TILE]
+    return [spec.out_features + -spec.out_features % spec.format.outputs_per_row]
 
 
 def _gpu(device: torch.device) -> cuda_shapes.Gpu:
@@ -112,7 +128,7 @@ def _gpu(device: torch.device) -> cuda_shapes.Gpu:
     )
 
 
-def _code(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
+def _kernels(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     """The op's name of the code: which kernels of it run here."""
     if spec.code == "1mad" and envs.activations() == "int8":
         return "1mad_int8"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import LUT, TABLE, TrellisCode
 
@@ -107,7 +108,7 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     """
     if spec.code == "hyb":
         return tensors[TABLE].half().contiguous().view(torch.int32).flatten()
-    device = tensors["sv"].device
+    device = tensors[SV.name].device
     if spec.code == "lut":
         return _lut_table(device)
     if spec.code == "3inst":

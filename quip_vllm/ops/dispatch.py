@@ -11,36 +11,24 @@ from torch import Tensor
 
 from quip_vllm import envs
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.ops.prepared import PreparedLayer
 
 logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Something that can run a LinearSpec. Tensors are those of the checkpoint, fused along dimension 0:
-
-    ``packed`` int16 [n/16, k*bits] or ``codes`` int16 [n, k/8] and ``residual_codes`` (uint8 or int16) [n, k/8];
-    ``su`` [k], ``sv`` [n]; ``table`` fp16 [parts * 512, 2] for HYB.
-    """
+    """Something that can run layers on a device. It has no state: a choice made for a layer is in its PreparedLayer."""
 
     name: str
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """None if this backend can run ``spec`` on this machine, else one sentence that says why not."""
 
-    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Checks shapes and dtypes and lays the checkpoint's tensors out for ``linear``; runs once, at load."""
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
+        """Checks a checkpoint's tensors, named and shaped as ``formats.tensors.layout`` says, and lays them out.
 
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        """y = sv * H(decode(packed) H(su * x)) + bias: x [..., k] -> y [..., n] in x's dtype.
-
-        ``tensors`` from ``prepare``; bias [n] has the dtype of x.
-        """
-
-    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Rows of the dequantized weight: int64 ids [...] in 0..n-1 -> [..., k] in ``dtype``.
-
-        spec.rotate_output is False. An id outside of the table raises IndexError or RuntimeError, or, on a GPU, gives
-        a row of NaN.
+        Raises:
+            ValueError: a tensor is missing, or is not what the spec asks for.
         """
 
 
@@ -88,6 +76,15 @@ def select_backend(spec: LinearSpec, device: torch.device | str) -> Backend:
             return backend
         refusals.append(f"{backend.name}: {why_not}")
     raise ValueError(f"no backend runs {spec} on {device_type}: " + "; ".join(refusals))
+
+
+def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
+    """The layer, laid out for the first backend that takes it on the device of its tensors.
+
+    Raises:
+        ValueError: no backend takes it, or a tensor is not what the spec asks for.
+    """
+    return select_backend(spec, next(iter(tensors.values())).device).prepare(spec, tensors)
 
 
 @cache

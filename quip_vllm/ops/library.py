@@ -22,7 +22,7 @@ _SCHEMAS = (
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth) -> int",
     "triton_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, str code, int bits, int split_chunks) -> Tensor",
+    "int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
     "triton_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, "
     "str code, int bits, ScalarType dtype) -> Tensor",
     "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
@@ -55,7 +55,7 @@ def _(ids, packed, table, su, sv, base, width, code, bits, dtype):
 
 
 @torch.library.register_fake("quip_vllm::triton_linear")
-def _(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks):
+def _(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle: the whole linear layer in plain torch, slow and in fp32, on any device and for every LinearSpec."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
@@ -8,6 +11,8 @@ from torch.nn.functional import embedding, pad
 from quip_vllm.formats.decode import decode_parts
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV, check, split
+from quip_vllm.ops.prepared import PreparedLayer
+from quip_vllm.ops.rotations import sizes_problem
 from quip_vllm.transforms.hadamard import hadamard
 
 
@@ -54,21 +59,30 @@ def _turn(x: Tensor, spec: LinearSpec, chunks: int, transpose: bool) -> Tensor:
     return hadamard(x.unflatten(-1, (chunks, -1)), spec.hadamard_block, transpose).flatten(-2)
 
 
+@dataclass(frozen=True)
+class ReferenceLayer(PreparedLayer):
+    """The checkpoint's own tensors; the whole weight is decoded at every call."""
+
+    backend = "reference"
+
+    def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+        y = _linear(self.spec, x.float(), dict(tensors)).to(x.dtype)
+        return y if bias is None else y + bias
+
+    def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
+        return embedding(ids, dequantize(self.spec, dict(tensors))).to(dtype)
+
+
 class ReferenceBackend:
-    """Decodes the whole weight at every call. Runs only with QUIP_VLLM_BACKEND=reference."""
+    """Runs every LinearSpec, and only with QUIP_VLLM_BACKEND=reference."""
 
     name = "reference"
 
     def refusal(self, spec: LinearSpec) -> str | None:
-        return None
+        """See Backend."""
+        return sizes_problem(spec)
 
-    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> ReferenceLayer:
+        """See Backend."""
         check(spec, tensors)
-        return dict(tensors)
-
-    def linear(self, spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        y = _linear(spec, x.float(), tensors).to(x.dtype)
-        return y if bias is None else y + bias
-
-    def embedding(self, spec: LinearSpec, ids: Tensor, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return embedding(ids, dequantize(spec, tensors)).to(dtype)
+        return ReferenceLayer(spec, dict(tensors))

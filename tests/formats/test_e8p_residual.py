@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quip_vllm.formats import e8p
-from quip_vllm.formats.e8p_residual import OPT_SCALE, RESIDUAL_SCALE, decode, decode_weight, e81b_table
+from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE, decode, e81b_table
 
 
 def random_codes(*shape, dtype=torch.int16, seed=0):
@@ -17,7 +17,6 @@ def random_codes(*shape, dtype=torch.int16, seed=0):
 
 def test_constants():
     assert RESIDUAL_SCALE == {3: 2.04, 4: 3.45}
-    assert OPT_SCALE == {2: 1.03, 3: 0.98, 4: 1.03}
 
 
 def test_table_by_enumeration():
@@ -71,14 +70,6 @@ def test_four_bits():
         first = e8p.codebook()[codes[row, group].item() & 0xFFFF]
         second = e8p.codebook()[residual[row, group].item() & 0xFFFF]
         assert torch.equal(found[row, 8 * group : 8 * group + 8], first + second / 3.45)
-
-
-def test_decode_weight():
-    codes = random_codes(5, 3)
-    w = decode_weight(codes, None, 2)
-    assert w.shape == (5, 24) and torch.equal(w, decode(codes, None, 2))
-    with pytest.raises(ValueError, match=r"\[3\] are not \[n, k/8\]"):
-        decode_weight(codes[0], None, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@
 import pytest
 import torch
 
+from quip_vllm.formats.spec import methods
 from quip_vllm.formats.trellis import pack, unpack
 
-RATES = sorted({(bits, FORMATS[code].vector_dim) for code in Code for bits in supported_bits(code)} | {(8, 2)})
+CODES = methods()["qtip"]
+RATES = sorted({(bits, code.vector_dim) for code in CODES for bits in code.bits} | {(8, 2)})
 
 
 def random_words(*shape, seed=0):
@@ -19,21 +21,6 @@ def states_of_stream(words, bits, dim):
     assert len(stream) == 256 * bits
     twice = stream + stream
     return [int(twice[step * bits * dim :][:16], 2) for step in range(256 // dim)]
-
-
-def test_supported_bits():
-    assert supported_bits("quip_sharp") == (2, 3, 4)
-    assert supported_bits"hyb" == (1, 2, 3, 4)
-    for code in ("1mad", "3inst", "lut"):
-        assert supported_bits(code) == tuple(range(1, 9))
-        assert FORMATS[code].vector_dim == 1
-    assert vector_dim("hyb") == 2
-    assert [code.value for code in Code] == ["1mad", "3inst", "hyb", "lut"]
-    assert [method.value for method in Method] == ["qtip", "quip_sharp"]
-    with pytest.raises(ValueError, match="without a code"):
-        supported_bits("qtip")
-    with pytest.raises(ValueError, match="'lut' with method 'quip_sharp'"):
-        supported_bits("quip_sharp", "lut")
 
 
 @pytest.mark.parametrize(("bits", "dim"), RATES)

@@ -5,11 +5,10 @@ import itertools
 
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, random_layer
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR, relative
+from random_layers import RATE_IDS, RATES, random_layer
 
 from quip_vllm.formats.decode import decode
-from quip_vllm.formats.tensors import rotations
 from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
 from quip_vllm.transforms.hadamard import hadamard
 
@@ -24,27 +23,21 @@ ROWS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130)
 MORE = {"hyb": "hyb_large", "e8p": "e8p_large"}
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def rows(m, k):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
 
 
 def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
     """Those of the op, with other thread blocks, another variant of the code, or a bias."""
-    prepared = cuda.prepare(spec, tensors)
-    planned_code, planned, _ = cuda.plans[spec]
-    count = len(spec.output_sizes) + 1
-    widths = [p for _, p in rotations(spec)]
-    bases = [prepared[f"base{i}"] for i in range(count)]
+    layer = cuda.prepare(spec, tensors)
+    prepared, sizes = layer.tensors, list(spec.output_sizes)
+    bases = [prepared[f"base{i}"] for i in range(len(sizes) + 1)]
     packed, table, signs = prepared["packed"], prepared.get("table"), (prepared["su"], prepared["sv"])
-    sizes = list(spec.output_sizes)
-    return [x, packed, table, *signs, bases, widths, sizes, bias, code or planned_code, spec.bits, shape or planned, 0]
+    chosen = (code or layer.kernels, spec.bits, shape or layer.thread_blocks, 0)
+    return [x, packed, table, *signs, bases, layer.widths, sizes, bias, *chosen]
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_many_rows_by_the_dense_weight(cuda, code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
@@ -56,7 +49,7 @@ def test_many_rows_by_the_dense_weight(cuda, code, bits, k, sizes, block):
     assert relative(dense, want) < HALF_ACTIVATIONS and relative(y, want) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
@@ -64,11 +57,11 @@ def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
     prepared = cuda.prepare(spec, tensors)
     everything = rows(max(ROWS), k)
     weight = dequantize(spec, tensors).double()
-    y = cuda.linear(spec, everything, prepared)
+    y = prepared.linear(everything)
     assert relative(y, everything.double() @ weight.T) < HALF_ACTIVATIONS
     for m in ROWS:  # the bits of a row depend neither on how many there are nor on which
-        assert torch.equal(cuda.linear(spec, everything[:m].contiguous(), prepared), y[:m])
-    assert torch.equal(cuda.linear(spec, everything[-3:].contiguous(), prepared), y[-3:])
+        assert torch.equal(prepared.linear(everything[:m].contiguous()), y[:m])
+    assert torch.equal(prepared.linear(everything[-3:].contiguous()), y[-3:])
 
 
 @pytest.mark.parametrize("k", [8, 24, 40, 104])
@@ -78,12 +71,12 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(cuda, n, k, bits):
     spec = LinearSpec("e8p", bits, k, (n, 4))
     tensors = random_layer(spec)
     x = rows(5, k)
-    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    y = cuda.prepare(spec, tensors).linear(x)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_half_precision_rounds_like_torch(cuda, code, bits, dtype):
     spec = LinearSpec(code, bits, 576, (192, 64))
     tensors = random_layer(spec)
@@ -91,7 +84,7 @@ def test_half_precision_rounds_like_torch(cuda, code, bits, dtype):
     weight = dequantize(spec, tensors)
     exact = x.double() @ weight.double().T
     torch_error = relative(x @ weight.to(dtype).T, exact)
-    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    y = cuda.prepare(spec, tensors).linear(x)
     assert y.dtype is dtype
     assert relative(y, exact) < SAME_DTYPE_FACTOR * torch_error
 
@@ -108,20 +101,19 @@ def test_int8_activations_are_the_rounded_ones(cuda, monkeypatch, bits, k, sizes
     unit = rotated.abs().amax(1, keepdim=True).double() / 127
     products = (rotated / unit.float()).round().double() * unit @ decode(spec, tensors).double().T
     parts = [hadamard(part.contiguous(), block) for part in products.split(sizes, dim=-1)]
-    y = cuda.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert relative(y, torch.cat(parts, dim=-1) * tensors["sv"].double()) < INT8_ROUNDING
     for m in (1, 9, 17):
-        assert torch.equal(cuda.linear(spec, x[:m].contiguous(), prepared), y[:m])
+        assert torch.equal(prepared.linear(x[:m].contiguous()), y[:m])
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS[::2], ids=FORMAT_IDS[::2])
+@pytest.mark.parametrize(("code", "bits"), RATES[::2], ids=RATE_IDS[::2])
 def test_every_thread_block_gives_the_same_result(cuda, code, bits):
     spec = LinearSpec(code, bits, 1216, (112, 48))  # 19 chunks: odd in every split
     tensors = random_layer(spec)
-    spec_code = code.value if code else "e8p"
     wanted = {}
     depths = (2, 4) if bits <= 4 and code != "lut" else (1,)
-    for name, warps, depth in itertools.product((spec_code, MORE.get(spec_code)), (1, 2, 4, 8), depths):
+    for name, warps, depth in itertools.product((code, MORE.get(code)), (1, 2, 4, 8), depths):
         if (
             name is None
             or (code == "lut" and warps == 8)
@@ -145,7 +137,7 @@ FUSED = [  # k, output sizes, block, warps whose outputs are a multiple of the b
 ]
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block", "warps"), FUSED, ids=str)
 def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, code, bits, k, sizes, block, warps):
     spec = LinearSpec(code, bits, k, sizes, block)
@@ -181,23 +173,23 @@ def test_a_bias_is_added_before_the_only_rounding(cuda, code, dtype, sizes):
         spec = LinearSpec(code, 2, 272, sizes, block, rotate_output=len(sizes) > 1)
         prepared = cuda.prepare(spec, random_layer(spec))
         x, bias = rows(5, 272).to(dtype), torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1)).to(dtype)
-        exact = cuda.linear(spec, x.float(), prepared).double() + bias.double()
-        y = cuda.linear(spec, x, prepared, bias)
+        exact = prepared.linear(x.float()).double() + bias.double()
+        y = prepared.linear(x, bias)
         assert y.dtype is dtype
         assert ((y.double() - exact).abs() <= 2 * ROUNDED_ONCE[str(dtype)] * (exact.abs() + bias.double().abs())).all()
-        assert torch.equal(cuda.linear(spec, x[:1], prepared, bias), y[:1])
+        assert torch.equal(prepared.linear(x[:1], bias), y[:1])
 
 
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
-@pytest.mark.parametrize(("code", "bits"), FORMATS[::3], ids=FORMAT_IDS[::3])
+@pytest.mark.parametrize(("code", "bits"), RATES[::3], ids=RATE_IDS[::3])
 def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, code, bits, order):
     spec = LinearSpec(code, bits, 656, (80, 48), 16)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
-    usual = [cuda.linear(spec, rows(m, 656), prepared) for m in (3, 12, 70)]
+    usual = [prepared.linear(rows(m, 656)) for m in (3, 12, 70)]
     monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
     for y in usual:
-        assert torch.equal(cuda.linear(spec, rows(len(y), 656), prepared), y)
+        assert torch.equal(prepared.linear(rows(len(y), 656)), y)
 
 
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
@@ -216,23 +208,23 @@ def test_a_head_without_output_rotation(cuda):
         spec = LinearSpec(code, 4, 80, (n,), rotate_output=False)
         tensors = random_layer(spec)
         x = rows(3, 80)
-        y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+        y = cuda.prepare(spec, tensors).linear(x)
         assert y.shape == (3, n)
         assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize("k", [80, 576])
 def test_rows_of_an_embedding(cuda, code, bits, k):
     spec = LinearSpec(code, bits, k, (45,), rotate_output=False)
     tensors = random_layer(spec)
     prepared = cuda.prepare(spec, tensors)
     ids = torch.tensor([[0, 44, 7], [15, 16, 31]])
-    found = cuda.embedding(spec, ids, prepared, torch.float32)
+    found = prepared.embedding(ids, torch.float32)
     assert relative(found, dequantize(spec, tensors)[ids]) < FLOAT32_LINEAR
-    assert torch.equal(cuda.embedding(spec, ids, prepared, torch.bfloat16), found.bfloat16())
-    assert cuda.embedding(spec, ids[:0], prepared, torch.float16).shape == (0, 3, k)
-    outside = cuda.embedding(spec, torch.tensor([-1, 7, 48]), prepared, torch.float32)
+    assert torch.equal(prepared.embedding(ids, torch.bfloat16), found.bfloat16())
+    assert prepared.embedding(ids[:0], torch.float16).shape == (0, 3, k)
+    outside = prepared.embedding(torch.tensor([-1, 7, 48]), torch.float32)
     assert outside[::2].isnan().all() and torch.equal(outside[1], found[0, 2])
 
 
@@ -241,7 +233,7 @@ def test_rows_too_long_for_shared_memory(cuda, n, k):
     spec = LinearSpec("e8p", 2, k, (n,))
     tensors = random_layer(spec)
     x = rows(2, k)
-    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    y = cuda.prepare(spec, tensors).linear(x)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
@@ -252,9 +244,9 @@ def test_a_bad_value_spoils_its_row_only(cuda, monkeypatch, bad, activations):
     spec = LinearSpec("1mad", 2, 80, (48, 16))
     prepared = cuda.prepare(spec, random_layer(spec))
     x = rows(9, 80)
-    clean = cuda.linear(spec, x, prepared)
+    clean = prepared.linear(x)
     x[4, 7] = bad
-    y = cuda.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert not y[4].isfinite().any()
     keep = [i for i in range(9) if i != 4]
     assert torch.equal(y[keep], clean[keep])
@@ -265,7 +257,7 @@ def test_activations_of_any_size(cuda, scale):
     spec = LinearSpec("e8p", 2, 80, (48,))
     tensors = random_layer(spec)
     x = rows(2, 80) * scale
-    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    y = cuda.prepare(spec, tensors).linear(x)
     if scale < 1e-35:
         assert not y.any()
     else:
@@ -277,7 +269,7 @@ def test_leading_dimensions(cuda, shape):
     spec = LinearSpec("1mad", 2, 64, (32, 16))
     tensors = random_layer(spec)
     x = torch.randn(shape)
-    y = cuda.linear(spec, x, cuda.prepare(spec, tensors))
+    y = cuda.prepare(spec, tensors).linear(x)
     assert y.shape == (*shape[:-1], 48)
 
 
@@ -321,7 +313,7 @@ def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
 def test_opcheck(cuda):
     torch.library.opcheck(OPS.cuda_linear.default, hyb_arguments(cuda))
     spec = LinearSpec("e8p", 2, 64, (40,), rotate_output=False)
-    t = cuda.prepare(spec, random_layer(spec))
+    t = cuda.prepare(spec, random_layer(spec)).tensors
     signs = (t["su"], t["sv"], t["inverse_base"])
     given = (torch.tensor([3, 39]), t["packed"], t["table"], *signs, 64, "e8p", 2, torch.bfloat16)
     torch.library.opcheck(OPS.cuda_embedding.default, given)
@@ -348,13 +340,13 @@ def test_fake_cuda_tensors_and_tracing(cuda):
     assert "cuda_linear" in graph.code
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_compiles_as_one_graph(cuda, method):
-    spec = LinearSpec(method, "hyb" if method == "qtip" else None, 2, 64, (32, 16))
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_compiles_as_one_graph(cuda, code):
+    spec = LinearSpec(code, 2, 64, (32, 16))
     prepared = cuda.prepare(spec, random_layer(spec))
-    compiled = torch.compile(lambda x: cuda.linear(spec, x * 2, prepared) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: prepared.linear(x * 2) + 1, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64)
-    assert torch.equal(compiled(x), cuda.linear(spec, x * 2, prepared) + 1)
+    assert torch.equal(compiled(x), prepared.linear(x * 2) + 1)
 
 
 GPUS = {
@@ -364,15 +356,15 @@ GPUS = {
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 8192), (16, 64), (28672, 8192), (5120, 13824)])
 def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n, k):
-    from quip_vllm.ops.cuda import _code, _problem
+    from quip_vllm.ops.cuda import _kernels, _problem
 
     spec = LinearSpec(code, bits, k, (n,))
-    name = _code(spec, GPUS[gpu])
+    name = _kernels(spec, GPUS[gpu])
     if bits == 2:
-        assert name.endswith("_large") == (gpu == "A100" and (code == "hyb" or code is None))
+        assert name.endswith("_large") == (gpu == "A100" and (code in ("hyb", "e8p")))
     problem = _problem(spec, name)
     split, *blocks = cuda_shapes.choose(problem, GPUS[gpu])
     assert split % cuda_layout.SPARE_CHUNKS == 0

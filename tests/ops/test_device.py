@@ -3,9 +3,10 @@
 
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, random_layer
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR, relative
+from random_layers import RATE_IDS, RATES, random_layer
 
+from quip_vllm.formats import spec as specs
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import shapes
@@ -24,10 +25,6 @@ def backend(request):
     return request.param
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def layer(backend, code, bits, k, sizes, block=None):
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors = {name: tensor.cuda() for name, tensor in random_layer(spec).items()}
@@ -39,47 +36,45 @@ def rows(m, k):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).cuda()
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_linear_is_the_dequantized_weight_whatever_the_batch(backend, code, bits, k, sizes, block):
     spec, tensors, prepared = layer(backend, code, bits, k, sizes, block)
     x = rows(max(ROWS), k)
     weight = dequantize(spec, tensors).double()
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert relative(y, x.double() @ weight.T) < HALF_ACTIVATIONS
     for m in ROWS:
-        assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared), y[:m])
+        assert torch.equal(prepared.linear(x[:m].contiguous()), y[:m])
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_many_rows(backend, code, bits):
     spec, tensors, prepared = layer(backend, code, bits, 1152, (96, 32, 32))
     x, bias = rows(300, 1152), rows(1, 160)[0]
     want = x.double() @ dequantize(spec, tensors).double().T + bias.double()
-    assert relative(backend.linear(spec, x, prepared, bias), want) < HALF_ACTIVATIONS
+    assert relative(prepared.linear(x, bias), want) < HALF_ACTIVATIONS
 
 
 @pytest.mark.parametrize("block", [None, 32, 128])  # narrow ones are rotated in the CUDA product's epilogue
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_a_bias_is_added_whatever_the_batch(backend, code, bits, block):
     spec, tensors, prepared = layer(backend, code, bits, 272, (384, 128), block)
     x, bias = rows(max(ROWS), 272), rows(1, 512)[0]
-    y = backend.linear(spec, x, prepared, bias)
+    y = prepared.linear(x, bias)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T + bias.double()) < HALF_ACTIVATIONS
     for m in ROWS:
-        assert torch.equal(backend.linear(spec, x[:m].contiguous(), prepared, bias), y[:m])
+        assert torch.equal(prepared.linear(x[:m].contiguous(), bias), y[:m])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_half_precision_rounds_like_torch(backend, code, bits, dtype):
     spec, tensors, prepared = layer(backend, code, bits, 576, (192, 64))
     x = rows(3, 576).to(dtype)
     weight = dequantize(spec, tensors)
     exact = x.double() @ weight.double().T
-    assert relative(backend.linear(spec, x, prepared), exact) < SAME_DTYPE_FACTOR * relative(
-        x @ weight.to(dtype).T, exact
-    )
+    assert relative(prepared.linear(x), exact) < SAME_DTYPE_FACTOR * relative(x @ weight.to(dtype).T, exact)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -89,80 +84,78 @@ def test_int8_activations_are_near_the_exact_ones(backend, monkeypatch, bits):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
     spec, tensors, prepared = layer(backend, "1mad", bits, 1152, (96, 32))
     x = rows(20, 1152)
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < 10 * INT8_ROUNDING
-    assert torch.equal(backend.linear(spec, x[:1], prepared), y[:1])
+    assert torch.equal(prepared.linear(x[:1]), y[:1])
 
 
-@pytest.mark.parametrize("code", list(FORMATS))
+@pytest.mark.parametrize("code", list(specs.FORMATS))
 def test_a_thousand_runs_give_the_same_bits_on_any_stream(backend, code):
     spec, _, prepared = layer(backend, code, 2, 4096, (4096,))
     x = rows(5, 4096).half()
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        others = [backend.linear(spec, x, prepared) for _ in range(500)]
+        others = [prepared.linear(x) for _ in range(500)]
     torch.cuda.synchronize()
-    others += [backend.linear(spec, x, prepared) for _ in range(500)]
+    others += [prepared.linear(x) for _ in range(500)]
     assert all(torch.equal(other, y) for other in others)
 
 
 @pytest.mark.parametrize("m", [1, 12, 100])
-@pytest.mark.parametrize("code", list(FORMATS))
+@pytest.mark.parametrize("code", list(specs.FORMATS))
 def test_a_cuda_graph_repeats_it(backend, code, m):
     spec, _, prepared = layer(backend, code, 2, 1152, (96, 32))
     x, given = rows(m, 1152).half(), rows(m + 1000, 1152)[:m].half()
-    backend.linear(spec, x, prepared)
+    prepared.linear(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = backend.linear(spec, x, prepared)
+        y = prepared.linear(x)
     x.copy_(given)
     graph.replay()
-    assert torch.equal(y, backend.linear(spec, given, prepared))
+    assert torch.equal(y, prepared.linear(given))
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_tuning_changes_no_bit(backend, method, monkeypatch):
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_tuning_changes_no_bit(backend, code, monkeypatch):
     """Of the shape that the clock chose, and of every other that it could."""
     if backend.name != "triton":
         pytest.skip("the Triton backend is tuned")
-    code = "hyb" if method == "qtip" else None
     spec, tensors, prepared = layer(backend, code, 2, 1152, (96, 32))
     x = rows(33, 1152).half()
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     monkeypatch.setenv("QUIP_VLLM_TRITON_TUNE", "1")
-    monkeypatch.setattr(shapes, "_chosen", {})
+    monkeypatch.setattr(shapes, "_timed", {})
     prepared = backend.prepare(spec, tensors)
-    assert all(torch.equal(backend.linear(spec, x[:m], prepared), y[:m]) for m in (1, 9, 17, 33))
+    assert all(torch.equal(prepared.linear(x[:m]), y[:m]) for m in (1, 9, 17, 33))
     warps, _ = shapes.gpu(x.device)
     for shape in {shape for rows in shapes.ROWS for shape in shapes.candidates(rows, warps)}:
-        monkeypatch.setattr(shapes, "shape", lambda layer, m, shape=shape: shape)
-        assert torch.equal(backend.linear(spec, x, prepared), y), shape
+        monkeypatch.setattr(shapes, "shape", lambda chosen, m, shape=shape: shape)
+        assert torch.equal(prepared.linear(x), y), shape
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_compiles_as_one_graph(backend, method):
-    spec, _, prepared = layer(backend, method, "hyb" if method == "qtip" else None, 2, 576, (192, 64))
-    compiled = torch.compile(lambda x: backend.linear(spec, x * 2, prepared) + 1, fullgraph=True)
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_compiles_as_one_graph(backend, code):
+    spec, _, prepared = layer(backend, code, 2, 576, (192, 64))
+    compiled = torch.compile(lambda x: prepared.linear(x * 2) + 1, fullgraph=True)
     x = rows(3, 576).bfloat16()
-    assert relative(compiled(x), backend.linear(spec, x * 2, prepared) + 1) < 1e-2
+    assert relative(compiled(x), prepared.linear(x * 2) + 1) < 1e-2
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_rows_of_an_embedding(backend, code, bits):
     spec = LinearSpec(code, bits, 576, (45,), rotate_output=False)
     tensors = {name: tensor.cuda() for name, tensor in random_layer(spec).items()}
-    found = backend.embedding(
-        spec, torch.tensor([0, 44, 7], device="cuda"), backend.prepare(spec, tensors), torch.float32
-    )
+    prepared = backend.prepare(spec, tensors)
+    found = prepared.embedding(torch.tensor([0, 44, 7], device="cuda"), torch.float32)
     assert relative(found, dequantize(spec, tensors)[[0, 44, 7]]) < FLOAT32_LINEAR
 
 
 def test_a_bad_value_spoils_its_row_only(backend):
     spec, _, prepared = layer(backend, "e8p", 2, 576, (192,))
     x = rows(9, 576).half()
-    clean = backend.linear(spec, x, prepared)
+    clean = prepared.linear(x)
     x[4, 7] = float("nan")
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert y[4].isnan().all() and torch.equal(y[5:], clean[5:]) and torch.equal(y[:4], clean[:4])

@@ -6,18 +6,19 @@ import torch
 from numerics import DISTORTION, FLOAT32_DISTANCE
 
 from quip_vllm.formats import e8p
+from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.formats.trellis import pack, unpack
 from quip_vllm.ops import encode_e8p, encode_trellis
 from quip_vllm.quantizer.encoders import code_rms
 
-TRELLIS = [(code, bits) for code in Code for bits in supported_bits(code)]
+TRELLIS = [(code.name, bits) for code in methods()["qtip"] for bits in code.bits]
 
 
 def squared_error(states, values, targets):
     return (values[states.long()].flatten(1) - targets).square().sum(1)
 
 
-@pytest.mark.parametrize(("code", "bits"), TRELLIS, ids=lambda v: str(getattr(v, "value", v)))
+@pytest.mark.parametrize(("code", "bits"), TRELLIS, ids=str)
 def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
     packed = torch.randint(-32768, 32768, (2, 16 * bits), dtype=torch.int16)
     targets = FORMATS[code].decode_sequences(packed, bits)
@@ -30,7 +31,7 @@ def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
 @pytest.mark.parametrize(("code", "published"), [("1mad", 0.069), ("3inst", 0.069), ("hyb", 0.071)])
 def test_gaussian_distortion_at_two_bits(code, published):
     values = FORMATS[code].values()
-    rms = code_rms(code, values)
+    rms = code_rms(FORMATS[code], values)
     targets = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
     states = encode_trellis(targets * rms, values, 2)
     distortion = float(squared_error(states, values / rms, targets).mean()) / 256

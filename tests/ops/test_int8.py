@@ -6,20 +6,19 @@ from functools import cache
 from unittest.mock import patch
 
 import pytest
+import random_layers
 import torch
-from numerics import FLOAT32_LINEAR, INT8_ROUNDING
+from numerics import FLOAT32_LINEAR, INT8_ROUNDING, relative
 from random_layers import every_lattice_code, random_layer
 
-from quip_vllm.formats import trellis_codes
 from quip_vllm.formats.decode import decode
+from quip_vllm.formats.trellis_codes import HYB, LUT, THREE_INST, TrellisCode
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
 from quip_vllm.transforms.hadamard import hadamard
 
 CPU = CpuBackend()
-FORMATS = [("e8p", bits) for bits in (2, 3, 4)]
-FORMATS += [(code, bits) for code in Code for bits in (1, 2, 3, 4)]
-IDS = [f"{method.value}-{code.value if code else 'e8p'}-{bits}" for code, bits in FORMATS]
+RATES = [(code, bits) for code, bits in random_layers.RATES if bits <= 4]
 SHAPES = [  # k, output sizes, block
     (16, (16,), None),
     (272, (48, 16), 16),
@@ -31,7 +30,7 @@ ROWS = (1, 2, 3, 4, 5, 12, 13, 29, 200)
 
 @pytest.fixture(autouse=True)
 def int8(monkeypatch):
-    if not _takes_int8(None, 2):
+    if not _takes_int8("e8p", 2):
         pytest.skip(f"tier {cpu_tier()} has no int8 activations")
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
 
@@ -42,19 +41,19 @@ def rounded(x):
     return torch.where(scale > 0, (x * (127 / x.abs().amax(1, keepdim=True))).round() * scale.double(), 0.0)
 
 
-exact_values = trellis_codes._default_values
+exact_values = TrellisCode._default_values
 
 
 @cache
 def integer_values(code):
     """What the kernels make of the states: LUT in 1023rds of its largest, 3INST in 256ths before its sum is rounded."""
-    if code == "3inst":
+    if code is THREE_INST:
         y = torch.arange(65536) * 89226354 + 64248484 & 0xFFFFFFFF
         z = y & 0x8FFF8FFF ^ 0x3B603B60
         halves = [half.to(torch.int16).view(torch.float16).float() for half in (z >> 16, z & 0xFFFF)]
         return (sum(halves) * 256).round()[:, None] / 256
     values = exact_values(code)
-    if code == "lut":
+    if code is LUT:
         unit = values.abs().amax() / 1023
         return (values / unit).round() * unit
     return values
@@ -62,14 +61,14 @@ def integer_values(code):
 
 def expected(spec, tensors, x):
     tensors = dict(tensors)
-    if "lut" in tensors:
-        lut = tensors["lut"].float()
-        unit = lut.abs().amax((1, 2), keepdim=True) / 126
-        tensors["lut"] = (lut / unit).round() * unit
-    with patch.object(trellis_codes, "_default_values", integer_values):
+    if "table" in tensors:
+        table = tensors["table"].float().view(len(spec.output_sizes), -1)
+        unit = table.abs().amax(1, keepdim=True) / 126
+        tensors["table"] = ((table / unit).round() * unit).view(-1, 2)
+    with patch.object(TrellisCode, "_default_values", integer_values):
         weight = decode(spec, tensors).double()
     if spec.code == "e8p" and spec.bits > 2:
-        first = decode(replace(spec, bits=2), {"codes": tensors["codes"]}).double()
+        first = decode(replace(spec, bits=2), tensors).double()
         weight = first + (weight - first) * (2.04 / 2 if spec.bits == 3 else 3.45 / 3.5)
     rotated = hadamard(x.float() * tensors["su"].float(), spec.hadamard_block, transpose=True)
     parts = (rounded(rotated) @ weight.T).split(spec.output_sizes, dim=-1)
@@ -82,9 +81,9 @@ def expected(spec, tensors, x):
 def test_the_quantizers_own_table_takes_the_short_way_to_the_same_integers(bits, m):
     spec = LinearSpec("hyb", bits, 272, (48, 16), 16)
     tensors = random_layer(spec)
-    tensors["lut"] = HYB.table(bits)[None].repeat(2, 1, 1)
+    tensors["table"] = HYB.table(bits).repeat(2, 1)
     x = torch.randn(m, 272)
-    assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
+    assert relative(CPU.prepare(spec, tensors).linear(x), expected(spec, tensors, x)) < INT8_ROUNDING
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -92,14 +91,10 @@ def test_the_quantizers_own_table_takes_the_short_way_to_the_same_integers(bits,
 def test_integers_of_every_lattice_code(bits, m):
     spec, tensors = every_lattice_code(bits)
     x = torch.randn(m, spec.in_features, generator=torch.Generator().manual_seed(m))
-    assert relative(CPU.linear(spec, x, CPU.prepare(spec, tensors)), expected(spec, tensors, x)) < INT8_ROUNDING
+    assert relative(CPU.prepare(spec, tensors).linear(x), expected(spec, tensors, x)) < INT8_ROUNDING
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=str)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_integers_are_those_of_the_rounded_activations(code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
@@ -108,11 +103,11 @@ def test_integers_are_those_of_the_rounded_activations(code, bits, k, sizes, blo
     prepared = CPU.prepare(spec, tensors)
     x = torch.randn(max(ROWS), k, generator=torch.Generator().manual_seed(1))
     wanted = expected(spec, tensors, x)
-    everything = CPU.linear(spec, x, prepared)
+    everything = prepared.linear(x)
     # A rotated value within float32 rounding of a half may round the other way: one unit of one activation.
     assert relative(everything, wanted) < INT8_ROUNDING
     close = [relative(a, b) < FLOAT32_LINEAR for a, b in zip(everything, wanted, strict=True)]
     assert sum(close) > 0.5 * len(close)
     for m in ROWS:
-        assert torch.equal(CPU.linear(spec, x[:m].contiguous(), prepared), everything[:m])
-        assert torch.equal(CPU.linear(spec, x[-m:].contiguous(), prepared), everything[-m:])
+        assert torch.equal(prepared.linear(x[:m].contiguous()), everything[:m])
+        assert torch.equal(prepared.linear(x[-m:].contiguous()), everything[-m:])

@@ -3,13 +3,13 @@
 
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, every_lattice_code, random_layer
+from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR, relative
+from random_layers import RATE_IDS, RATES, every_lattice_code, random_layer
 
-from quip_vllm.formats.tensors import rotation_base
 from quip_vllm.ops import LinearSpec, dequantize
-from quip_vllm.ops.cpu import CpuBackend, _lut_values
+from quip_vllm.ops.cpu import CpuBackend, _state_values
 from quip_vllm.ops.reference import ReferenceBackend
+from quip_vllm.ops.rotations import rotation_base
 
 CPU = CpuBackend()
 SHAPES = [  # k, output sizes, block
@@ -21,16 +21,12 @@ SHAPES = [  # k, output sizes, block
 ]
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def run(spec, tensors, x):
     assert CPU.refusal(spec) is None
-    return CPU.linear(spec, x, CPU.prepare(spec, tensors))
+    return CPU.prepare(spec, tensors).linear(x)
 
 
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
 def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
@@ -38,7 +34,7 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
     x = torch.randn(7, k, generator=torch.Generator().manual_seed(1))
     expected = x.double() @ dequantize(spec, tensors).double().T
     assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
-    assert relative(ReferenceBackend().linear(spec, x, tensors), expected) < FLOAT32_LINEAR
+    assert relative(ReferenceBackend().prepare(spec, tensors).linear(x), expected) < FLOAT32_LINEAR
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -61,7 +57,7 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_half_precision_rounds_like_torch(code, bits, dtype, monkeypatch):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
     spec = LinearSpec(code, bits, 576, (192, 64))
@@ -94,13 +90,13 @@ def test_bits_do_not_depend_on_threads_or_batch(code):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = CPU.linear(spec, x, prepared)
+        one = prepared.linear(x)
         torch.set_num_threads(4)
-        assert torch.equal(CPU.linear(spec, x, prepared), one)
+        assert torch.equal(prepared.linear(x), one)
     finally:
         torch.set_num_threads(threads)
     for m in (1, 2, 3, 5, 22):
-        assert torch.equal(CPU.linear(spec, x[:m], prepared), one[:m])
+        assert torch.equal(prepared.linear(x[:m]), one[:m])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -108,9 +104,9 @@ def test_a_bad_row_spoils_only_itself(bad):
     spec = LinearSpec("1mad", 2, 64, (32,))
     prepared = CPU.prepare(spec, random_layer(spec))
     x = torch.randn(5, 64)
-    clean = CPU.linear(spec, x, prepared)
+    clean = prepared.linear(x)
     x[2, 3] = bad
-    y = CPU.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert not y[2].isfinite().any()
     assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
@@ -119,7 +115,7 @@ def test_a_bad_row_spoils_only_itself(bad):
 def test_only_the_packed_weight_is_kept(code):
     spec = LinearSpec(code, 2, 2048, (2048,))
     tensors = random_layer(spec)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in CPU.prepare(spec, tensors).values())
+    held = sum(tensor.numel() * tensor.element_size() for tensor in CPU.prepare(spec, tensors).tensors.values())
     assert held < 1.1 * spec.in_features * spec.out_features * spec.bits / 8
 
 
@@ -137,7 +133,7 @@ def broken(name, change):
         ("packed", lambda t: t.int()),
         ("su", lambda t: t[:-1]),
         ("sv", lambda t: t * float("nan")),
-        ("lut", lambda t: t[:, :256]),
+        ("table", lambda t: t[:256]),
     ],
 )
 def test_a_damaged_tensor_is_named(name, change):
@@ -172,14 +168,14 @@ def test_refusals_say_why(spec, words):
 def test_prepare_does_not_depend_on_the_default_dtype(code):
     """vLLM builds its layers with the model's dtype as torch's default."""
     rotation_base.cache_clear()
-    _lut_values.cache_clear()
+    _state_values.cache_clear()
     spec = LinearSpec(code, 2, 64, (32,))
     tensors = random_layer(spec)
     x = torch.randn(3, 64)
     assert CPU.refusal(spec) is None
     torch.set_default_dtype(torch.bfloat16)
     try:
-        y = CPU.linear(spec, x, CPU.prepare(spec, tensors))
+        y = CPU.prepare(spec, tensors).linear(x)
     finally:
         torch.set_default_dtype(torch.float32)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < FLOAT32_LINEAR

@@ -7,32 +7,27 @@ import sys
 
 import pytest
 import torch
-from random_layers import FORMATS, random_layer
+from random_layers import RATES, random_layer
 
 from quip_vllm.ops import LinearSpec, cpu_tier, extension
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8, int8_activations
 
 CPU = CpuBackend()
-CASES = [(*format, activations) for format in FORMATS for activations in ("exact", "int8")]
+CASES = [(*format, activations) for format in RATES for activations in ("exact", "int8")]
 K, SIZES = 80, (48, 16)
 ROWS = (2, 21)  # fewer and more than are multiplied while decoding
 
 
-def case_id(case):
-    code, bits, activations = case
-    return f"{method.value}-{code.value if code else 'e8p'}-{bits}-{activations}"
-
-
-@pytest.fixture(params=CASES, ids=case_id)
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
 def layer(request, monkeypatch):
-    """(spec, prepared tensors) of a format, with its activations chosen."""
+    """A prepared layer of a format, with its activations chosen."""
     code, bits, activations = request.param
     if activations == "int8" and not _takes_int8(code, bits):
         pytest.skip(f"tier {cpu_tier()} has no int8 activations for this format")
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", activations)
     spec = LinearSpec(code, bits, K, SIZES)
     assert CPU.refusal(spec) is None
-    return spec, CPU.prepare(spec, random_layer(spec))
+    return CPU.prepare(spec, random_layer(spec))
 
 
 def rows(m, k=K):
@@ -53,12 +48,11 @@ def between_items(tensor):
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_bad_value_spoils_its_row_only(layer, m, bad):
-    spec, tensors = layer
     x = rows(m)
-    clean = CPU.linear(spec, x, tensors)
+    clean = layer.linear(x)
     assert clean.isfinite().all()
     x[1, 7] = bad
-    y = CPU.linear(spec, x, tensors)
+    y = layer.linear(x)
     others = [r for r in range(m) if r != 1]
     assert not y[1].isfinite().any()
     assert torch.equal(y[others], clean[others])
@@ -66,65 +60,58 @@ def test_a_bad_value_spoils_its_row_only(layer, m, bad):
 
 @pytest.mark.parametrize("m", ROWS)
 def test_zeros_give_zeros(layer, m):
-    spec, tensors = layer
     x = rows(m)
-    clean = CPU.linear(spec, x, tensors)
+    clean = layer.linear(x)
     x[1] = 0
-    y = CPU.linear(spec, x, tensors)
+    y = layer.linear(x)
     assert not y[1].any()
     assert torch.equal(y[2:], clean[2:])
-    assert not CPU.linear(spec, torch.zeros(m, K), tensors).any()
+    assert not layer.linear(torch.zeros(m, K)).any()
 
 
 def test_no_rows_give_no_rows(layer):
-    spec, tensors = layer
-    assert CPU.linear(spec, torch.empty(0, K), tensors).shape == (0, sum(SIZES))
+    assert layer.linear(torch.empty(0, K)).shape == (0, sum(SIZES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_memory_of_x_does_not_matter(layer, dtype):
-    spec, tensors = layer
     x = rows(5).to(dtype)
-    y = CPU.linear(spec, x, tensors)
+    y = layer.linear(x)
     for same in (x.T.contiguous().T, x.repeat_interleave(2, 1)[:, ::2], shifted(x), torch.cat([x, x], 1)[:, K:]):
         assert torch.equal(same, x)
-        assert torch.equal(CPU.linear(spec, same, tensors), y)
+        assert torch.equal(layer.linear(same), y)
 
 
 def test_memory_of_the_weight_does_not_matter(layer):
-    spec, tensors = layer
-    moved = {name: shifted(tensor) for name, tensor in tensors.items()}
+    moved = {name: shifted(tensor) for name, tensor in layer.tensors.items()}
     assert all(tensor.is_contiguous() and tensor.storage_offset() == 1 for tensor in moved.values())
-    assert torch.equal(CPU.linear(spec, rows(5), moved), CPU.linear(spec, rows(5), tensors))
+    assert torch.equal(layer.linear(rows(5), tensors=moved), layer.linear(rows(5)))
 
 
 def test_an_address_between_items_is_refused(layer):
-    spec, tensors = layer
     with pytest.raises(RuntimeError, match="x lies at an address .* give a clone"):
-        CPU.linear(spec, between_items(rows(5)), tensors)
-    for name in {"packed", "su", "sv"} & set(tensors):
+        layer.linear(between_items(rows(5)))
+    for name in ("packed", "su", "sv"):
         with pytest.raises(RuntimeError, match=f"{name} lies at an address .* give a clone"):
-            CPU.linear(spec, rows(5), {**tensors, name: between_items(tensors[name])})
+            layer.linear(rows(5), tensors={**layer.tensors, name: between_items(layer.tensors[name])})
 
 
 def test_truncated_tensors_are_refused(layer):
-    spec, tensors = layer
-    used = set(tensors) - (set() if int8_activations(spec, torch.float32) else {"lut_integers", "lut_units"})
-    for name in used:
-        cut = {**tensors, name: tensors[name].flatten()[:-1]}
+    unused = set() if int8_activations(layer.spec, torch.float32) else {"table_integers", "table_units"}
+    for name in set(layer.tensors) - unused:
+        cut = {**layer.tensors, name: layer.tensors[name].flatten()[:-1]}
         with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|rotation|outputs"):
-            CPU.linear(spec, rows(5), cut)
+            layer.linear(rows(5), tensors=cut)
 
 
 @pytest.mark.parametrize("m", [1, 21])
 def test_threads_do_not_change_bits(layer, m):
-    spec, tensors = layer
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = CPU.linear(spec, rows(m), tensors)
+        one = layer.linear(rows(m))
         torch.set_num_threads(2)
-        assert torch.equal(CPU.linear(spec, rows(m), tensors), one)
+        assert torch.equal(layer.linear(rows(m)), one)
     finally:
         torch.set_num_threads(threads)
 
@@ -132,10 +119,10 @@ def test_threads_do_not_change_bits(layer, m):
 def digests():
     """A digest of the result of each format, for bfloat16 activations."""
     found = []
-    for method, code in ("e8p", "1mad", "hyb"):
+    for code in ("e8p", "1mad", "hyb"):
         spec = LinearSpec(code, 2, 576, (192, 64))
         assert CPU.refusal(spec) is None
-        y = CPU.linear(spec, rows(21, 576).bfloat16(), CPU.prepare(spec, random_layer(spec)))
+        y = CPU.prepare(spec, random_layer(spec)).linear(rows(21, 576).bfloat16())
         found.append(hashlib.sha256(y.float().numpy().tobytes()).hexdigest())
     return found
 

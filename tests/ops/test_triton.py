@@ -10,13 +10,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, random_layer
+from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR, relative
+from random_layers import RATE_IDS, RATES, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quip_vllm.formats.spec import FORMATS
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import backend as module
@@ -78,10 +80,6 @@ def guarded(monkeypatch):
     guarded.check()
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def rows(m, k, dtype=torch.float32):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
 
@@ -90,10 +88,11 @@ def run(spec, tensors, x, guarded, split_chunks=None):
     """Of the linear layer; split_chunks: chunks of a part of k, other than those that were chosen."""
     backend = TritonBackend()
     assert backend.refusal(spec) is None
-    prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
+    layer = backend.prepare(spec, tensors)
+    layer = replace(layer, tensors={name: guarded.copy(tensor) for name, tensor in layer.tensors.items()})
     if split_chunks:
-        backend.split_chunks[spec] = split_chunks
-    return backend.linear(spec, guarded.copy(x, shift=x.element_size()), prepared)
+        layer = replace(layer, split_chunks=split_chunks)
+    return layer.linear(guarded.copy(x, shift=x.element_size()))
 
 
 @NEEDS_TRITON
@@ -106,7 +105,7 @@ def test_in_the_interpreter():
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(
     ("k", "sizes", "block", "m"),
     [(48, (16,), 16, 3), (80, (48, 16), None, 1)],  # 20 * 4, 12 * 4
@@ -121,7 +120,7 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block, m, guarde
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
+@pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize(
     ("k", "sizes", "block", "m", "split_chunks"),
     [(144, (48, 16, 16), None, 1, 1), (272, (80, 48), 16, 17, 2), (16, (96,), None, 65, 1)],
@@ -139,7 +138,6 @@ def test_more_tiles_rows_and_parts_of_k(code, k, sizes, block, m, split_chunks, 
 @pytest.mark.parametrize("warps", [1, 2, 8])
 def test_projections_with_tables_of_their_own_are_cut_by_any_warps(warps, monkeypatch, guarded):
     spec = LinearSpec("hyb", 2, 48, (48, 16, 80))
-    monkeypatch.setattr(shapes, "_chosen", {})
     monkeypatch.setattr(shapes, "WARPS", {8: (warps,)})
     tensors, x = random_layer(spec), rows(2, 48)
     y = run(spec, tensors, x, guarded)
@@ -159,7 +157,7 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits, guarded)
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
+@pytest.mark.parametrize("code", CODES, ids=str)
 def test_an_output_head_of_any_size_and_its_rows(code, guarded):
     spec = LinearSpec(code, 2, 80, (17,), None, rotate_output=False)
     tensors = random_layer(spec)
@@ -167,20 +165,21 @@ def test_an_output_head_of_any_size_and_its_rows(code, guarded):
     weight = dequantize(spec, tensors)
     assert relative(run(spec, tensors, x, guarded), x.double() @ weight.double().T) < HALF_ACTIVATIONS
     backend = TritonBackend()
-    prepared = {name: guarded.copy(tensor) for name, tensor in backend.prepare(spec, tensors).items()}
+    prepared = backend.prepare(spec, tensors)
+    prepared = replace(prepared, tensors={name: guarded.copy(tensor) for name, tensor in prepared.tensors.items()})
     ids = torch.tensor([[0, 16, 9]])
     for dtype in (torch.float32, torch.bfloat16):
-        found = backend.embedding(spec, guarded.copy(ids), prepared, dtype)
+        found = prepared.embedding(guarded.copy(ids), dtype)
         assert found.dtype is dtype and found.shape == (1, 3, 80)
         limit = FLOAT32_LINEAR if dtype is torch.float32 else 2 * relative(weight[ids].to(dtype), weight[ids])
         assert relative(found, weight[ids]) < limit
     with pytest.raises(IndexError):
-        backend.embedding(spec, torch.tensor([17]), prepared, torch.float32)
+        prepared.embedding(torch.tensor([17]), torch.float32)
 
 
 @ONLY_INTERPRETED
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("code", CODES, ids=lambda value: value and value.value)
+@pytest.mark.parametrize("code", CODES, ids=str)
 def test_half_precision_rounds_like_torch(code, dtype, guarded):
     spec = LinearSpec(code, 2, 576, (48,))
     tensors = random_layer(spec)
@@ -218,7 +217,7 @@ def test_a_bad_row_spoils_only_itself(bad, guarded):
 def test_leading_dimensions(shape):
     tensors, backend = random_layer(ONE_MAD), TritonBackend()
     x = torch.randn(shape)
-    y = backend.linear(ONE_MAD, x, backend.prepare(ONE_MAD, tensors))
+    y = backend.prepare(ONE_MAD, tensors).linear(x)
     assert y.shape == (*shape[:-1], 32)
     if x.numel():
         assert relative(y, x.double() @ dequantize(ONE_MAD, tensors).double().T) < HALF_ACTIVATIONS
@@ -232,8 +231,8 @@ def test_leading_dimensions(shape):
 )
 def test_rotations_of_every_kind(size, block, guarded):
     """In and out of one row, without a layer between, which an interpreter takes long for."""
-    from quip_vllm.formats.tensors import rotation_base
-    from quip_vllm.formats.tensors import rotations as rotations_of
+    from quip_vllm.ops.rotations import rotation_base
+    from quip_vllm.ops.rotations import rotations as rotations_of
     from quip_vllm.ops.triton import launch
 
     order, width = rotations_of(LinearSpec("e8p", 2, size, (size,), block))[0]
@@ -272,13 +271,13 @@ def test_fakes_and_schemas(spec):
     backend = TritonBackend()
     prepared, x = backend.prepare(spec, random_layer(spec)), rows(2, spec.in_features)
     with Record():
-        y = backend.linear(spec, x, prepared)
+        y = prepared.linear(x)
         if not spec.rotate_output:
-            backend.embedding(spec, torch.tensor([3, 0]), prepared, torch.bfloat16)
+            prepared.embedding(torch.tensor([3, 0]), torch.bfloat16)
     assert len(calls) == 1 + (not spec.rotate_output)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(lambda x: backend.linear(spec, x, prepared) * 2, backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: prepared.linear(x) * 2, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), y * 2)
 
 

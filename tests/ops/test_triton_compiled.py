@@ -8,8 +8,8 @@ of all of them, for every target; here are a few.
 import numpy as np
 import pytest
 import torch
-from numerics import HALF_ACTIVATIONS, SAME_DTYPE_FACTOR
-from random_layers import FORMAT_IDS, FORMATS, random_layer
+from numerics import HALF_ACTIVATIONS, SAME_DTYPE_FACTOR, relative
+from random_layers import RATE_IDS, RATES, random_layer
 
 pytest.importorskip("triton")
 
@@ -98,10 +98,6 @@ def ran(monkeypatch):
     return counts
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def check_linear(spec, m, dtype, ran, split_chunks):
     """Against the dequantized weight; and that a row does not depend on how many there are."""
     tensors, backend = random_layer(spec), TritonBackend()
@@ -110,31 +106,31 @@ def check_linear(spec, m, dtype, ran, split_chunks):
     x = torch.randn(m, spec.in_features, generator=torch.Generator().manual_seed(m)).to(dtype)
     weight = dequantize(spec, tensors)
     exact = x.double() @ weight.double().T
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     assert y.dtype is dtype
     assert relative(y, exact) < max(HALF_ACTIVATIONS, SAME_DTYPE_FACTOR * relative(x @ weight.to(dtype).T, exact))
     assert any(name.startswith("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32") for name in ran)
     if m <= 16:
         assert any(name.startswith("dp4a") for name in ran) == (spec.code == "1mad")
     if m > 1:
-        assert torch.equal(backend.linear(spec, x[:1], prepared), y[:1])
+        assert torch.equal(prepared.linear(x[:1]), y[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_ptx_of_every_format(code, bits, dtype, ran):
     """Three tiles of a program's four, two rows of its eight, a chunk and a quarter, in two parts of k."""
     check_linear(LinearSpec(code, bits, 80, (48,)), 2, dtype, ran, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize(("code", "bits"), FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_ptx_of_the_rows_of_every_embedding(code, bits, dtype, ran):
     spec = LinearSpec(code, bits, 80, (17,), rotate_output=False)
     tensors, backend = random_layer(spec), TritonBackend()
     ids = torch.tensor([0, 16, 9])
     wanted = dequantize(spec, tensors)[ids]
-    found = backend.embedding(spec, ids, backend.prepare(spec, tensors), dtype)
+    found = backend.prepare(spec, tensors).embedding(ids, dtype)
     assert found.dtype is dtype
     assert relative(found, wanted) < HALF_ACTIVATIONS + SAME_DTYPE_FACTOR * relative(wanted.to(dtype), wanted)
 
@@ -161,10 +157,10 @@ def test_every_shape_gives_the_same_bits(ran, monkeypatch):
     spec = LinearSpec("1mad", 2, 144, (80, 16))
     backend, x = TritonBackend(), torch.randn(9, 144, generator=torch.Generator().manual_seed(0))
     prepared = backend.prepare(spec, random_layer(spec))
-    y = backend.linear(spec, x, prepared)
+    y = prepared.linear(x)
     for shape in {shape for rows in shapes.ROWS for shape in shapes.candidates(rows, (1, *shapes.WARPS[8]))}:
         monkeypatch.setattr(shapes, "shape", lambda layer, m, shape=shape: shape)
-        assert torch.equal(backend.linear(spec, x, prepared), y), shape
+        assert torch.equal(prepared.linear(x), y), shape
 
 
 @pytest.mark.parametrize("target", triton_static.TARGETS)

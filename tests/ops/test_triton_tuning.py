@@ -49,7 +49,7 @@ class Clock:
 @pytest.fixture
 def launched(monkeypatch):
     noted = []
-    monkeypatch.setattr(shapes, "_chosen", {})
+    monkeypatch.setattr(shapes, "_timed", {})
     for name in [name for name in vars(rotation) if name.endswith("_kernel")]:
         monkeypatch.setattr(rotation, name, Nothing())
     monkeypatch.setattr(launch, "decode_gemm_kernel", Kernel(noted))
@@ -75,8 +75,8 @@ def refuse(call):
 
 def prepared(spec=SPEC):
     backend = TritonBackend()
-    tensors = backend.prepare(spec, random_layer(spec))
-    return lambda m: backend.linear(spec, torch.zeros(m, spec.in_features), tensors)
+    layer = backend.prepare(spec, random_layer(spec))
+    return lambda m: layer.linear(torch.zeros(m, spec.in_features))
 
 
 @pytest.mark.parametrize("fastest", range(6))
@@ -88,7 +88,7 @@ def test_the_fastest_is_launched(fastest, tuned, launched):
         linear(m)
         among = candidates(rows, WARPS[8])
         wanted = among[fastest if fastest < len(among) else 0]
-        programs = -(-5 // wanted.warps) + 1  # a program has tiles of one projection
+        programs = -(-5 // wanted.warps) + 1  # a program has tiles of one part
         assert launched == [((programs, 1, -(-m // wanted.rows)), wanted)]
 
 
@@ -157,5 +157,5 @@ def test_parts_of_k_do_not_depend_on_the_choice(tuned):
     assert usual == 11  # of 64 chunks: 17 tiles are 5 programs of the table's 4 warps, which leave 6 parts
     tuned(1)
     prepared(spec)
-    assert {shape.warps for shape in shapes._chosen.values()} == {2}
+    assert {shape.warps for shape in shapes._timed.values()} == {2}
     assert shapes.split_chunks(spec, device) == usual

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
 from quip_vllm.formats.trellis_codes import LUT, TABLE
 from quip_vllm.ops import cuda_layout
@@ -37,8 +38,8 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
-    """What the code's decoder looks up, or None; of HYB, for each projection, the rows, and again with the sign."""
-    device = tensors["sv"].device
+    """What the code's decoder looks up, or None; of HYB, for each part, the rows, and again with the sign."""
+    device = tensors[SV.name].device
     if spec.code == "hyb":
         rows = tensors[TABLE].half().contiguous().view(torch.int32).view(len(spec.output_sizes), -1)
         return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), 1 << 12)
@@ -115,15 +116,15 @@ def linear(
     code: str,
     bits: int,
     split_chunks: int,
+    chosen: list[int],
 ) -> Tensor:
     """x [m, k] -> y [m, n] in x's dtype; the other arguments are TritonBackend.prepare's."""
     y = torch.empty(x.shape[0], sum(output_sizes), dtype=x.dtype, device=x.device)
     turn = _Rotation(x.shape[1], bases[0], widths[0])
-    layer = (code, bits, x.shape[1], tuple(output_sizes), x.device)
     for rows, to in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
         if len(rows):
             activations, scales, totals = _rotate_in(rows, su, turn, bases[0], code == "e8p")
-            shape = shapes.shape(layer, len(rows))
+            shape = shapes.shape(chosen, len(rows))
             partial = multiply(activations, packed, table, output_sizes, code, bits, split_chunks, shape)
             unit, offset, _ = numbers(code, bits)
             rest = (bases[1:], widths[1:], output_sizes, scales, totals, turn.norm * unit, offset)
@@ -223,11 +224,11 @@ def multiply(
     m, tiles, chunks = x.shape[0], packed.shape[0], x.shape[1] // CHUNK
     splits = triton.cdiv(chunks, split_chunks)
     partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
-    projections = tuple(size // TILE for size in output_sizes) if code == "hyb" and len(output_sizes) > 1 else ()
-    programs = sum(triton.cdiv(count, shape.warps) for count in projections or (tiles,))
+    parts = tuple(size // TILE for size in output_sizes) if code == "hyb" and len(output_sizes) > 1 else ()
+    programs = sum(triton.cdiv(count, shape.warps) for count in parts or (tiles,))
     decode_gemm_kernel[programs, splits, triton.cdiv(m, shape.rows)](
         *_unsigned(packed, table, code), x, partial, m, tiles, chunks, split_chunks,
-        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=projections,
+        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=parts,
         WARPS=shape.warps, BM=shape.rows, UNROLL=shape.unroll, **gemm_options(code, shape),
     )  # fmt: skip
     return partial
@@ -245,7 +246,7 @@ def _rotate_out(
     unit: float,
     offset: float,
 ) -> None:
-    """Sums the splits, rotates, scales: one or two launches for neighbouring projections with the same rotation."""
+    """Sums the splits, rotates, scales: one or two launches for neighbouring parts with the same rotation."""
     (splits, m, stride), n, sums = partial.shape, y.shape[1], totals.shape[1]
     scratch = y  # never written
     if any(base.shape[0] > 1 for base in bases):

@@ -6,7 +6,7 @@ bits, and a clock may choose. Other parts of k would give others: they depend on
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
     unroll: int
 
 
-_chosen: dict[tuple[Layer, int], Shape] = {}  # with the rows that share it
+_timed: dict[tuple[Layer, int], Shape] = {}  # with the rows that share it: layers of equal sizes are timed once
 
 
 def candidates(rows: int, warps: tuple[int, ...]) -> list[Shape]:
@@ -58,34 +58,49 @@ def candidates(rows: int, warps: tuple[int, ...]) -> list[Shape]:
     return [Shape(w, r, u) for r in blocks for u in ((2, 1) if r < 32 else (1,)) for w in warps]
 
 
-def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], object]) -> None:
-    """Chooses the layer's shapes, once a process; while a CUDA graph is captured, the table's. run: one multiplication.
+def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], object]) -> list[int]:
+    """Chooses a layer's shapes; while a CUDA graph is captured, the table's.
+
+    Args:
+        spec: the layer.
+        device: where it runs.
+        run: one multiplication of so many rows by a shape, to be timed.
+
+    Returns:
+        The op's `shapes`: a Shape's three numbers for each of ROWS.
 
     Raises:
         ValueError: QUIP_VLLM_TRITON_TUNE has another value than it may.
     """
-    layer = (spec.code, spec.bits, spec.in_features, spec.output_sizes, device)
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    tune = envs.triton_tune() and not capturing
+    found: list[int] = []
     for rows in ROWS:
-        if (layer, rows) in _chosen:
-            continue
-        first, *others = candidates(rows, gpu(device)[0])
-        if envs.triton_tune() and not capturing:
-            times = {shape: milliseconds(partial(run, rows, shape)) for shape in (first, *others)}
-            best = min(times, key=times.__getitem__)
-            logger.info(
-                "quip_vllm: %s at %d bits, outputs %s, %d inputs, up to %d rows on %s: "
-                "warps, rows, unroll %s take %.4f ms, the table's %s %.4f ms",
-                *(spec.code, spec.bits, spec.output_sizes, spec.in_features, rows, device),
-                *(tuple(best), times[best], tuple(first), times[first]),
-            )
-            first = best
-        _chosen[layer, rows] = first
+        first = candidates(rows, gpu(device)[0])[0]
+        found += _fastest(spec, device, rows, run) if tune else first
+    return found
 
 
-def shape(layer: Layer, m: int) -> Shape:
-    """What was chosen for m rows of a layer that is loaded."""
-    return _chosen[layer, next((rows for rows in ROWS if m <= rows), ROWS[-1])]
+def _fastest(spec: LinearSpec, device: torch.device, rows: int, run: Callable[[int, Shape], object]) -> Shape:
+    key = ((spec.code, spec.bits, spec.in_features, spec.output_sizes, device), rows)
+    if key not in _timed:
+        every = candidates(rows, gpu(device)[0])
+        times = {shape: milliseconds(partial(run, rows, shape)) for shape in every}
+        best = min(times, key=times.__getitem__)
+        logger.info(
+            "quip_vllm: %s at %d bits, outputs %s, %d inputs, up to %d rows on %s: "
+            "warps, rows, unroll %s take %.4f ms, the table's %s %.4f ms",
+            *(spec.code, spec.bits, spec.output_sizes, spec.in_features, rows, device),
+            *(tuple(best), times[best], tuple(every[0]), times[every[0]]),
+        )
+        _timed[key] = best
+    return _timed[key]
+
+
+def shape(shapes: Sequence[int], m: int) -> Shape:
+    """The Shape for m rows, from what `choose` returned."""
+    group = next((i for i, rows in enumerate(ROWS) if m <= rows), len(ROWS) - 1)
+    return Shape(*shapes[3 * group : 3 * group + 3])
 
 
 def milliseconds(call: Callable[[], object]) -> float:
