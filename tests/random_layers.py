@@ -25,7 +25,7 @@ def random_layer(spec: LinearSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     """A layer's tensors with random codes, magnitudes in su and sv, and a noisy table."""
     generator = torch.Generator().manual_seed(seed)
     types, tensors = layout(spec), {}
-    for one in tensor_specs(spec):
+    for one in sorted(tensor_specs(spec), key=lambda one: one.follows not in (Follows.INPUTS, Follows.OUTPUTS)):
         shape, dtype = types[one.name].shape, one.dtypes[0]
         if one.follows is Follows.PART:
             table = spec.format.table(2).float().repeat(len(spec.output_sizes), 1)

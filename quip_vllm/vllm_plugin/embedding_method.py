@@ -85,12 +85,12 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of this rank's rows: x [..., k] -> [..., rows] in x's dtype, zero where a row has no token."""
         (segment,) = layer.quip_segments
-        return segment.backend.linear(segment.spec, x, segment.tensors(layer), bias)
+        return segment.prepared.linear(x, bias, segment.tensors(layer))
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Embeddings of tokens: int64 [...], numbers of this rank's rows -> [..., k] in the model's dtype."""
         (segment,) = layer.quip_segments
-        return segment.backend.embedding(segment.spec, input_, segment.tensors(layer), layer.quip_dtype)
+        return segment.prepared.embedding(input_, layer.quip_dtype, segment.tensors(layer))
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """The output head of a tied model is its embedding: one set of tensors, loaded and repacked once.

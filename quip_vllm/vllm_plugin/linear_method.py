@@ -2,7 +2,7 @@
 """A quantized linear layer in vLLM: allocate, repack once for the backend, multiply."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import Follows, layout, tensor_specs
-from quip_vllm.ops.dispatch import Backend, select_backend
+from quip_vllm.ops.dispatch import prepare
+from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.vllm_plugin.parameters import (
     InputParameter,
     OutputParameter,
@@ -31,29 +32,25 @@ class Segment:
     """Consecutive projections of one layer that one call of the backend computes.
 
     Attributes:
-        backend: what runs them.
-        spec: what they are.
-        attributes: for each tensor of ``backend.linear``, its name and the layer's attribute that holds it.
+        prepared: the layer; without its tensors, which the vLLM layer holds as parameters.
+        attributes: for each tensor of ``prepared``, its name and the layer's attribute that holds it.
     """
 
-    backend: Backend
-    spec: LinearSpec
+    prepared: PreparedLayer
     attributes: tuple[tuple[str, str], ...]
 
     def tensors(self, layer: torch.nn.Module) -> dict[str, Tensor]:
-        """The tensors of ``backend.linear``."""
+        """The tensors of ``prepared``, as the layer holds them now: vLLM may have moved or replaced them."""
         return {name: getattr(layer, attribute) for name, attribute in self.attributes}
 
 
 def install(layer: torch.nn.Module, index: int, spec: LinearSpec, tensors: dict[str, Tensor]) -> Segment:
     """Repacks a checkpoint's tensors for the backend that runs ``spec`` and registers them as segment ``index``."""
-    backend = select_backend(spec, tensors["sv"].device)
-    attributes = []
-    for name, tensor in backend.prepare(spec, tensors).items():
-        attribute = f"quip{index}_{name}"
-        layer.register_parameter(attribute, Parameter(tensor, requires_grad=False))
-        attributes.append((name, attribute))
-    return Segment(backend, spec, tuple(attributes))
+    prepared = prepare(spec, tensors)
+    attributes = tuple((name, f"quip{index}_{name}") for name in prepared.tensors)
+    for name, attribute in attributes:
+        layer.register_parameter(attribute, Parameter(prepared.tensors[name], requires_grad=False))
+    return Segment(replace(prepared, tensors={}), attributes)
 
 
 @register_weight_loader_v2_supported_method
@@ -137,8 +134,8 @@ class QuipLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all shards of this rank."""
         segments = layer.quip_segments
-        parts = [None] * len(segments) if bias is None else bias.split([s.spec.out_features for s in segments])
-        outputs = [s.backend.linear(s.spec, x, s.tensors(layer), b) for s, b in zip(segments, parts, strict=True)]
+        parts = [None] * len(segments) if bias is None else bias.split([s.prepared.spec.out_features for s in segments])
+        outputs = [s.prepared.linear(x, b, s.tensors(layer)) for s, b in zip(segments, parts, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _of_each_shard(self, count: int) -> tuple[tuple[str, ...], tuple[LayerFormat, ...]]:

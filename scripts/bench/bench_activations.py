@@ -15,32 +15,15 @@ from pathlib import Path
 
 import torch
 from benchmarking import ORIGIN, origin, write_rows
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
 from quip_vllm.checkpoint.layers import read_layers
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
-from quip_vllm.ops import LinearSpec
-from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.nn.linear import QuantizedLinear
 
 COLUMNS = ["name", "activations", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "windows"]
-
-
-class KernelLinear(nn.Module):
-    """A quantized linear layer run by the CPU backend, with activations as the environment says when it is made."""
-
-    def __init__(self, spec: LinearSpec, tensors: dict[str, Tensor], bias: Tensor | None):
-        super().__init__()
-        self.backend, self.spec, self.bias = CpuBackend(), spec, bias
-        refusal = self.backend.refusal(spec)
-        if refusal is not None:
-            raise ValueError(refusal)
-        self.tensors = self.backend.prepare(spec, tensors)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.backend.linear(self.spec, x, self.tensors)
-        return y if self.bias is None else y + self.bias
 
 
 def with_kernels(folder: Path, activations: str) -> nn.Module:
@@ -51,7 +34,7 @@ def with_kernels(folder: Path, activations: str) -> nn.Module:
         if spec.rotate_output:  # the head stays as it is
             parent, _, leaf = name.rpartition(".")
             bias = model.get_submodule(name).bias
-            setattr(model.get_submodule(parent), leaf, KernelLinear(spec, tensors, bias))
+            setattr(model.get_submodule(parent), leaf, QuantizedLinear(spec, tensors, bias))
     return model
 
 

@@ -13,6 +13,7 @@ of a kernel that copies, measured here. Ratios are to those two. Needs a GPU.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -70,12 +71,15 @@ def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_
     layer = random_layer(spec, random_signs(k, generator), generator)
     prepared = backend.prepare(spec, {key: tensor.cuda() for key, tensor in layer.items()})
     packed = n * k * spec.bits // 8
-    layers = [{**prepared, "packed": prepared["packed"].clone()} for _ in range(copies(packed))]
+    layers = [
+        replace(prepared, tensors={**prepared.tensors, "packed": prepared.tensors["packed"].clone()})
+        for _ in range(copies(packed))
+    ]
     dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(copies(2 * n * k))]
     found = []
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        ours = seconds([partial(backend.linear, spec, x, tensors) for tensors in layers])
+        ours = seconds([partial(layer.linear, x) for layer in layers])
         cublas = seconds([partial(torch.matmul, x, weight.T) for weight in dense])
         bound = packed / (copy_gb_s * 1e9)
         row = {"backend": backend.name, "format": name, "n": n, "k": k, "rows": m, "packed_bytes": packed}

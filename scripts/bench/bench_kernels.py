@@ -101,7 +101,7 @@ def quantized_layers(name: str, n: int, k: int, working_set: int) -> tuple[list[
 
     def layer() -> Layer:
         prepared = backend.prepare(spec, {name: tensor.clone() for name, tensor in tensors.items()})
-        return lambda x: backend.linear(spec, x, prepared)
+        return prepared.linear
 
     return [layer() for _ in range(_copies(size, working_set))], size
 

@@ -92,6 +92,8 @@ def test_an_address_between_items_is_refused(layer):
     with pytest.raises(RuntimeError, match="x lies at an address .* give a clone"):
         layer.linear(between_items(rows(5)))
     for name in ("packed", "su", "sv"):
+        if layer.tensors[name].itemsize == 1:
+            continue  # bytes lie anywhere
         with pytest.raises(RuntimeError, match=f"{name} lies at an address .* give a clone"):
             layer.linear(rows(5), tensors={**layer.tensors, name: between_items(layer.tensors[name])})
 
@@ -100,7 +102,7 @@ def test_truncated_tensors_are_refused(layer):
     unused = set() if int8_activations(layer.spec, torch.float32) else {"table_integers", "table_units"}
     for name in set(layer.tensors) - unused:
         cut = {**layer.tensors, name: layer.tensors[name].flatten()[:-1]}
-        with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|rotation|outputs"):
+        with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|lut|blocks|rotation|outputs"):
             layer.linear(rows(5), tensors=cut)
 
 

@@ -311,7 +311,7 @@ def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, 
 def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, code, bits):
     spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(code, bits, 192, K)
-    real = cuda.prepare(spec, found)
+    real = cuda.prepare(spec, found).tensors
     gpu = cuda_module._gpu(torch.device("cpu"))
     monkeypatch.setattr(cuda_module, "check", lambda spec, tensors: None)  # it reads values
     monkeypatch.setattr(cuda_module, "_gpu", lambda device: gpu)
@@ -320,7 +320,7 @@ def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, 
     monkeypatch.setattr(cuda_layout, "table", lambda spec, found: None if table is None else on_gpu(table))
     rotations.rotation_base.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), Indexing():
-        fake = cuda.prepare(spec, {name: on_gpu(tensor) for name, tensor in found.items()})
+        fake = cuda.prepare(spec, {name: on_gpu(tensor) for name, tensor in found.items()}).tensors
     rotations.rotation_base.cache_clear()
     assert {n: (t.shape, t.dtype) for n, t in fake.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
     assert {t.device.type for t in fake.values()} == {"cuda"}
@@ -331,12 +331,12 @@ def test_constants_do_not_depend_on_defaults(cuda, random_tensors, code, bits):
     """A model may be loaded under its own dtype, and another device than the CPU may be the default."""
     spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(code, bits, 192, K)
-    usual = cuda.prepare(spec, found)
+    usual = cuda.prepare(spec, found).tensors
     caches = (rotations.rotation_base, cuda_layout.lattice_tables, cuda_layout._lattice_tables, cuda_layout._lut_table)
     for function in caches:
         function.cache_clear()
     with set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
-        other = cuda.prepare(spec, found)
+        other = cuda.prepare(spec, found).tensors
     for function in caches:
         function.cache_clear()
     for name, tensor in usual.items():
