@@ -88,7 +88,7 @@ def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, l
     expected = torch.cat([dense(tensors, code, bits) for tensors, bits in zip(disk, rates, strict=True)])
     assert_close(apply(finish(layer), x), x @ expected.T)
     runs = [[bits, len(list(run))] for bits, run in itertools.groupby(rates)]
-    assert [[s.spec.bits, len(s.spec.output_sizes)] for s in layer.quip_segments] == runs
+    assert [[s.prepared.spec.bits, len(s.prepared.spec.output_sizes)] for s in layer.quip_segments] == runs
 
 
 def test_only_the_stored_bits_stay_in_memory_and_twice_is_once(set_rank, quant_config, random_tensors, load, x):
@@ -148,7 +148,7 @@ def test_projection_fused_on_disk_has_one_rotation(set_rank, quant_config, rando
         layer = build(QKVParallelLinear, config, K, 16, 4, 2, prefix="qkv_proj")
         load(layer, tensors, None)
         assert_close(apply(finish(layer), x), x @ torch.cat([w.chunk(size)[rank] for w in shards]).T)
-        assert [s.spec.output_sizes for s in layer.quip_segments] == [(N // size,)]
+        assert [s.prepared.spec.output_sizes for s in layer.quip_segments] == [(N // size,)]
 
 
 def test_several_shards_in_one_tensor(set_rank, quant_config, random_tensors, load, x):
