@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU, for the scripts/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, tuning."""
+"""On a GPU, for the scripts/release/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, tuning."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/gpu_check.sh and bench_cuda.py, as far as they go without a GPU."""
+"""scripts/release/gpu_check.sh and bench_cuda.py, as far as they go without a GPU."""
 
 import os
 import re
@@ -19,7 +19,7 @@ HAS_VENV = pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="gpu_check.s
 
 
 def run(*words):
-    return subprocess.run(["scripts/gpu_check.sh", *words], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(["scripts/release/gpu_check.sh", *words], cwd=ROOT, capture_output=True, text=True)
 
 
 @HAS_VENV
@@ -46,7 +46,7 @@ def test_an_unknown_step_is_named():
 
 
 def test_every_file_and_option_that_it_names_exists():
-    text = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    text = (ROOT / "scripts" / "release" / "gpu_check.sh").read_text()
     for word in {word.strip("'\"`;:,.") for word in text.split()}:
         if word.startswith(("scripts/", "tests/", "kernels/")):
             assert (ROOT / word).exists(), word
@@ -60,11 +60,12 @@ def test_every_step_runs_both_backends(tmp_path):
         file.parent.mkdir(parents=True)
         file.write_text(f'#!/bin/sh\necho "$QUIP_VLLM_BACKEND,$QUIP_VLLM_TRITON_TUNE: $*" >> {noted}\n')
         file.chmod(0o755)
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "gpu_check.sh", tmp_path / "scripts")
+    script = tmp_path / "scripts" / "release" / "gpu_check.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "release" / "gpu_check.sh", script)
     own = {name: value for name, value in os.environ.items() if not name.startswith("QUIP_VLLM_")}
     own["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{own['PATH']}"
-    done = subprocess.run([tmp_path / "scripts" / "gpu_check.sh"], env=own, capture_output=True, text=True)
+    done = subprocess.run([script], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = noted.read_text().splitlines()
     sanitized = [line for line in lines if "test_device.py" in line and "--tool" in line]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything that only a GPU can show, in one command, with a report to send back.
 #
-#   scripts/gpu_check.sh [--without-gpu] [STEP ...]
+#   scripts/release/gpu_check.sh [--without-gpu] [STEP ...]
 #
 # Steps, all by default:
 #   machine     GPU, driver, compiler, commit, what the doctor says
@@ -17,7 +17,7 @@
 # Needs `make venv BACKEND=cuda`, or PYTHON=another with torch's CUDA build, pytest and, for serve, vLLM and transformers;
 # compute-sanitizer comes with the CUDA toolkit.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 export PATH=$(dirname "$(command -v "$python" || echo .)"):$PATH  # cmake looks there for ninja
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
