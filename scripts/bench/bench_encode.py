@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from benchmarking import COMMON, FORMATS, ORIGIN, format_name, origin, seconds, write_rows
+from benchmarking import COMMON, FORMATS, ORIGIN, Clock, format_name, origin, seconds, write_rows
 
 from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.store import read_json
@@ -69,23 +69,23 @@ def main() -> int:
     return 0
 
 
-def lattice(count: int) -> dict[str, Any]:
+def lattice(count: int, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """The row of E8P's nearest points."""
     targets = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
-    taken = seconds(lambda: encode_e8p(targets * LATTICE_SCALE))
+    taken = seconds(lambda: encode_e8p(targets * LATTICE_SCALE), clock=clock)
     decoded = e8p.decode(encode_e8p(targets * LATTICE_SCALE)[:, None]) / LATTICE_SCALE
     distortion = float((decoded - targets).square().mean())
     return _row("e8p", format_name(LayerFormat("e8p", 2)), count, taken, 8 * count) | {"distortion": distortion}
 
 
-def viterbi(stored: LayerFormat, count: int) -> dict[str, Any]:
+def viterbi(stored: LayerFormat, count: int, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """The row of one trellis code at one rate."""
     code, bits = stored.format, stored.bits
     assert isinstance(code, TrellisCode)  # `choices`
     values = code.values(code.table(bits))
     rms = code_rms(code, values)
     targets = torch.randn(count, SEQUENCE, generator=torch.Generator().manual_seed(0))
-    taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1)
+    taken = seconds(lambda: encode_trellis(targets * rms, values, bits), least_calls=1, clock=clock)
     decoded = values[encode_trellis(targets * rms, values, bits).long()].flatten(1) / rms
     row = _row("viterbi", format_name(stored), count, taken, SEQUENCE * count)
     return row | {"distortion": float((decoded - targets).square().mean())}

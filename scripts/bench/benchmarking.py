@@ -75,14 +75,19 @@ def random_signs(n: int, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, (n,), generator=generator).half() * 2 - 1
 
 
-def seconds(call: Callable[[], Any], least_s: float = 0.2, least_calls: int = 3) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(
+    call: Callable[[], Any], least_s: float = 0.2, least_calls: int = 3, clock: Clock = time.perf_counter
+) -> float:
     """Median time of a call, after one that does not count; goes on until both limits are met."""
     call()
     times: list[float] = []
     while len(times) < least_calls or sum(times) < least_s:
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return median(times)
 
 

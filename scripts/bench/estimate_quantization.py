@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hours, memory and disk of quantizing models of 7B and 70B weights, computed from one measured decoder layer.
+"""Core hours, memory and disk of quantizing models of 7B and 70B weights, computed from one measured decoder layer.
 
-Usage: python scripts/bench/estimate_quantization.py [--csv docs/benchmarks/quantization.csv] [--hidden 4096]
+Usage: python scripts/bench/estimate_quantization.py [--csv docs/benchmarks/quantization.csv] [--hidden 2048]
 
-`quip-vllm quantize --method quip_sharp --bits 2` runs on three models of two layers and random weights: a layer of 7B
-with few and with more calibration tokens, and one of half its width. The measured time is the one between the shards
-of the first and the second layer, that is one layer of a long run. Three unknowns follow: seconds per weight and token
-(forward passes and Hessians), per weight (the search), and per multiplication of LDLQ. The time of the trellis search
-replaces that of the lattice at the speeds that bench_encode measures in the same run. No whole run is measured.
+`quip-vllm quantize --method quip_sharp --bits 2` runs on three models of two layers and random weights: one of half the
+width of a 7B model, and one of a quarter of it with few and with more calibration tokens. The measured time is the CPU
+time of one thread between the shards of the first and the second layer, that is one layer of a long run. It has three
+parts: forward passes and Hessians, by weights and tokens; the search, by weights, at the speed that bench_encode
+measures in the same run; and the rest, matrix products and factorisations, by the cube of the width. No whole run is
+measured.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,17 @@ TOKENS = (16384, 65536, 524288)
 """Calibration tokens of the computed runs: self-written text's default, quality.md's, and a file's default."""
 VOCABULARY = 256
 NAMES = ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-4"]
-COLUMNS = ["kind", "model", "format", "tokens", "layers", "layer_mweights", "seconds_per_layer", "hours", "memory_gb"]
+COLUMNS = [
+    "kind",
+    "model",
+    "format",
+    "tokens",
+    "layers",
+    "layer_mweights",
+    "seconds_per_layer",
+    "core_hours",
+    "memory_gb",
+]
 COLUMNS += ["source_gb", "output_gb", "dtype", "tier", *ORIGIN]
 
 
@@ -63,8 +76,8 @@ class Shape:
 
     @property
     def products(self) -> int:
-        """Multiplications of LDLQ in one decoder layer."""
-        return sum(n * k * k for n, k in self.linears)
+        """A number to which the multiplications of one decoder layer are proportional: of LDLQ and of its Hessians."""
+        return sum(n * k * k for n, k in self.linears) + 3 * self.hidden**3 + self.mlp**3
 
     @property
     def embeddings(self) -> int:
@@ -80,51 +93,44 @@ def main() -> int:
     """Measures and writes the CSV; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/quantization.csv"))
-    parser.add_argument("--hidden", type=int, default=4096, help="width of the layer that is measured (default 4096)")
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the layer that is measured (default 2048)")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     large, small = (
         Shape(f"layer of {h}", h, 7 * h // 2, h // 4, 2, VOCABULARY) for h in (args.hidden, args.hidden // 2)
     )
-    searches = {"quip_sharp-2": bench_encode.lattice(1 << 16)}
-    searches |= {name: bench_encode.viterbi(FORMATS[name], 256) for name in NAMES[1:]}
-    speed = {name: row["mweights_per_s"] * 1e6 for name, row in searches.items()}
+    searches = {"quip_sharp-2": bench_encode.lattice(1 << 16, time.process_time)}
+    searches |= {name: bench_encode.viterbi(FORMATS[name], 256, time.process_time) for name in NAMES[1:]}
+    search = {name: 1e-6 / row["mweights_per_s"] for name, row in searches.items()}
     dtype = fast_dtype(torch.bfloat16)
-    shared = {"dtype": str(dtype), "tier": cpu_tier(), **origin(torch.get_num_threads())}
+    shared = {"dtype": str(dtype), "tier": cpu_tier(), **origin(1)}
     rows: list[dict[str, Any]] = []
-    for shape, tokens in ((small, FEW), (large, FEW), (large, MORE)):
+    for shape, tokens in ((small, FEW), (small, MORE), (large, FEW)):
         seconds, memory = measure(shape, tokens)
         row = {"kind": "measured", "model": shape.name, "format": NAMES[0], "tokens": tokens, "layers": 2}
         rows.append(
             row | {"layer_mweights": shape.weights / 1e6, "seconds_per_layer": seconds, "memory_gb": memory / 1e9}
         )
         print(rows[-1], flush=True)
-    costs = solve((small, large), [row["seconds_per_layer"] for row in rows])
-    memory = [row["memory_gb"] * 1e9 for row in rows]
-    for shape in MODELS:
-        for name in NAMES:
-            for tokens in TOKENS:
-                search = shape.weights * (1 / speed[name] - 1 / speed[NAMES[0]])
-                layer = seconds_of(shape, tokens, costs) + search
-                row = {
-                    "kind": "computed",
-                    "model": shape.name,
-                    "format": name,
-                    "tokens": tokens,
-                    "layers": shape.layers,
-                }
-                row |= {"layer_mweights": shape.weights / 1e6, "seconds_per_layer": layer}
-                row |= {"hours": layer * shape.layers / 3600}
-                row["memory_gb"] = memory_of(shape, tokens, (small, large), memory, dtype.itemsize) / 1e9
-                inside = shape.weights * shape.layers
-                row["source_gb"] = (inside + shape.embeddings) * 2 / 1e9
-                row["output_gb"] = (inside * FORMATS[name].bits / 8 + shape.embeddings * 2) / 1e9
-                rows.append(row)
+    costs = Costs.of(small, large, [row["seconds_per_layer"] for row in rows], search)
+    peaks = [row["memory_gb"] for row in rows]
+    growth = (peaks[2] - peaks[0]) / (large.mlp**2 - small.mlp**2)  # with the largest Hessian
+    for shape, name, tokens in itertools.product(MODELS, NAMES, TOKENS):
+        inside, layer = shape.weights * shape.layers, costs.seconds(shape, name, tokens)
+        row = {"kind": "computed", "model": shape.name, "format": name, "tokens": tokens, "layers": shape.layers}
+        row |= {"layer_mweights": shape.weights / 1e6, "seconds_per_layer": layer}
+        row["core_hours"] = layer * shape.layers / 3600
+        states = 2 * tokens * shape.hidden * dtype.itemsize / 1e9  # of the original model, and of the quantized one
+        row["memory_gb"] = peaks[0] + growth * (shape.mlp**2 - small.mlp**2) + states
+        row["source_gb"] = (inside + shape.embeddings) * 2 / 1e9
+        row["output_gb"] = (inside * FORMATS[name].bits / 8 + shape.embeddings * 2) / 1e9
+        rows.append(row)
     write_rows(args.csv, COLUMNS, [row | shared for row in rows])
     return 0
 
 
 def measure(shape: Shape, tokens: int) -> tuple[float, int]:
-    """(seconds from the first layer's shard to the second's, largest resident bytes of the run)."""
+    """(CPU seconds from the first layer's shard to the second's, largest resident bytes of the run)."""
     with tempfile.TemporaryDirectory() as scratch:
         model, out, text = (Path(scratch) / name for name in ("model", "out", "text.txt"))
         sizes = {"hidden": shape.hidden, "mlp": shape.mlp, "heads": 32, "kv-heads": 8}
@@ -137,18 +143,24 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
         text.write_text(" ".join(map(str, draw.tolist())))
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), "--method", "quip_sharp"]
         command += ["--bits", "2", "--calibration", str(text), "--sequences", str(tokens // SEQUENCE)]
-        process = subprocess.Popen([*command, "--sequence-length", str(SEQUENCE)], stderr=subprocess.DEVNULL)
+        one = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*command, "--sequence-length", str(SEQUENCE)], stderr=subprocess.DEVNULL, env=one)
         moments: list[float] = []
         while True:
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             shards = len(list(out.glob("*.safetensors")))
-            moments += [time.perf_counter()] * (shards - len(moments))
+            moments += [_cpu_seconds(process.pid)] * (shards - len(moments))
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
                 break
             time.sleep(0.02)
     if status or len(moments) < 2:
         raise ValueError(f"{' '.join(command)} ended with status {status} after {len(moments)} shards: run it by hand")
     return moments[1] - moments[0], usage.ru_maxrss * 1024
+
+
+def _cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -161,32 +173,24 @@ def _write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
-def solve(shapes: tuple[Shape, Shape], seconds: list[float]) -> tuple[float, float, float]:
-    """Seconds (per weight and token, per weight, per multiplication of LDLQ) from the three measured runs."""
-    small, large = shapes
-    runs = ((small, FEW), (large, FEW), (large, MORE))
-    equations = [[shape.weights * tokens, shape.weights, shape.products] for shape, tokens in runs]
-    matrix = torch.tensor(equations, dtype=torch.float64)
-    scale = matrix.amax(0)
-    found = torch.linalg.solve(matrix / scale, torch.tensor(seconds, dtype=torch.float64)) / scale
-    if (found < 0).any():
-        raise ValueError(
-            f"the runs took {seconds} s, which no costs explain: run again on a machine that does nothing else"
-        )
-    return tuple(found.tolist())
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds per weight and token, per multiplication, and per weight that a search encodes."""
 
+    token: float
+    product: float
+    search: dict[str, float]
 
-def seconds_of(shape: Shape, tokens: int, costs: tuple[float, float, float]) -> float:
-    """Of one decoder layer, quip_sharp at 2 bits."""
-    per_token, per_weight, per_product = costs
-    return shape.weights * (tokens * per_token + per_weight) + shape.products * per_product
+    @classmethod
+    def of(cls, small: Shape, large: Shape, seconds: Sequence[float], search: dict[str, float]) -> "Costs":
+        """From the layers that ``main`` measures."""
+        token = (seconds[1] - seconds[0]) / (small.weights * (MORE - FEW))
+        rest = seconds[2] - large.weights * (FEW * token + search[NAMES[0]])
+        return cls(token, rest / large.products, search)
 
-
-def memory_of(shape: Shape, tokens: int, shapes: tuple[Shape, Shape], peaks: list[float], itemsize: int) -> float:
-    """Bytes: what does not depend on the shape, what grows with the largest Hessian, and the hidden states twice."""
-    small, large = shapes
-    growth = (peaks[1] - peaks[0]) / (large.mlp**2 - small.mlp**2)
-    return peaks[0] + growth * (shape.mlp**2 - small.mlp**2) + 2 * tokens * shape.hidden * itemsize
+    def seconds(self, shape: Shape, name: str, tokens: int) -> float:
+        """Of one decoder layer."""
+        return shape.weights * (tokens * self.token + self.search[name]) + shape.products * self.product
 
 
 if __name__ == "__main__":
