@@ -32,7 +32,7 @@ class _QuipConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self._head_is_served = False
 
-    def get_name(self) -> str:
+    def get_name(self) -> str:  # type: ignore[override]  # vLLM lists its own names
         """The method's name, ``quant_method`` of config.json."""
         return self.method
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from served_layers import quant_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -40,41 +41,41 @@ def test_checkpoints_of_others_are_left_alone():
         assert QtipConfig.override_quantization_method(raw, None) is None
 
 
-def test_linear_layers(quant_config):
+def test_linear_layers():
     config = quant_config(modules_to_not_convert=("lm_head", "visual"))
     assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "model.layers.0.o_proj"), QuipLinearMethod)
     for name in ("visual", "visual.blocks.0.mlp", "lm_head"):
         assert isinstance(config.get_quant_method(blank(ReplicatedLinear), name), UnquantizedLinearMethod)
 
 
-def test_embeddings_and_head_keep_their_weight(quant_config):
+def test_embeddings_and_head_keep_their_weight():
     config = quant_config()
     for kind in (VocabParallelEmbedding, ParallelLMHead, torch.nn.Identity):
         assert config.get_quant_method(blank(kind), "lm_head") is None
 
 
-def test_mixture_of_experts_is_refused_unless_skipped(quant_config):
+def test_mixture_of_experts_is_refused_unless_skipped():
     with pytest.raises(ValueError, match="layers.0.mlp.experts is a mixture of experts.*modules_to_not_convert"):
         quant_config().get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts")
     config = quant_config(modules_to_not_convert=("layers.0.mlp.experts",))
     assert config.get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts") is None
 
 
-def test_bits_of_each_fused_projection(quant_config):
+def test_bits_of_each_fused_projection():
     config = quant_config("1mad", 2, layers={"qkv_proj.0.k_proj": ("1mad", 3), "qkv_proj.0.v_proj": ("e8p", 4)})
     method = config.get_quant_method(blank(ReplicatedLinear), "qkv_proj.0.qkv_proj")
     assert method.names == ("qkv_proj.0.q_proj", "qkv_proj.0.k_proj", "qkv_proj.0.v_proj")
     assert method.formats == (("1mad", 2), ("1mad", 3), ("e8p", 4))
 
 
-def test_fused_layer_is_skipped_as_a_whole_or_not_at_all(quant_config):
+def test_fused_layer_is_skipped_as_a_whole_or_not_at_all():
     config = quant_config(modules_to_not_convert=("a.q_proj", "a.k_proj", "a.v_proj", "b.up_proj"))
     assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "a.qkv_proj"), UnquantizedLinearMethod)
     with pytest.raises(ValueError, match="fuses b.gate_proj, b.up_proj, but .* only b.up_proj: quantize all"):
         config.get_quant_method(blank(ReplicatedLinear), "b.gate_up_proj")
 
 
-def test_names_are_mapped_to_vllms(quant_config):
+def test_names_are_mapped_to_vllms():
     config = quant_config(
         modules_to_not_convert=("model.visual", "lm_head"), layers={"model.text.layers.0.up": ("1mad", 4)}
     )
@@ -88,7 +89,7 @@ def test_names_are_mapped_to_vllms(quant_config):
     assert config.checkpoint.default == ("1mad", 2)
 
 
-def test_config_travels_to_the_engine_process(quant_config):
+def test_config_travels_to_the_engine_process():
     config = quant_config("hyb", 2, hadamard_block=64, modules_to_not_convert=("a",), layers={"b": ("e8p", 4)})
     copy = pickle.loads(pickle.dumps(config))
     assert type(copy) is type(config) and copy.checkpoint == config.checkpoint

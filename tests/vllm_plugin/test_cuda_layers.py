@@ -4,12 +4,13 @@
 from types import SimpleNamespace
 
 import pytest
+import served_layers
 import torch
 from numerics import SAME_DTYPE_FACTOR
 from random_layers import RATE_IDS, RATES
+from served_layers import apply, dense, finish, held, load, quant_config, random_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -23,7 +24,6 @@ from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops import cuda as cuda_module
 from quip_vllm.ops import cuda_layout, dispatch, rotations
-from quip_vllm.ops.reference import dequantize
 
 K = 576
 HALVES = [torch.float16, torch.bfloat16]
@@ -43,39 +43,8 @@ def cuda_only(reference_backend, cuda, monkeypatch):
     monkeypatch.setattr(dispatch, "backends", lambda device_type: (cuda,))
 
 
-@pytest.fixture
-def set_rank(set_rank, monkeypatch):
-    """As in conftest.py, for embeddings, too."""
-
-    def everywhere(rank, size):
-        set_rank(rank, size)
-        monkeypatch.setattr(vllm_embedding, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(vllm_embedding, "get_tensor_model_parallel_world_size", lambda: size)
-        monkeypatch.setattr(vllm_embedding, "tensor_model_parallel_all_reduce", lambda x: x)
-
-    everywhere(0, 1)
-    return everywhere
-
-
-def build(kind, config, *sizes, prefix="m.layer", dtype=torch.float16, **kwargs):
-    return kind(*sizes, quant_config=config, prefix=prefix, params_dtype=dtype, **{"bias": False, **kwargs})
-
-
-def finish(layer):
-    """What vLLM's loader does behind a checkpoint: under the model's dtype."""
-    with set_default_torch_dtype(layer.params_dtype):
-        layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def apply(layer, x, bias=None):
-    return layer.quant_method.apply(layer, x, bias)
-
-
-def dense(found, code, bits, block=None, rotate_output=True):
-    """The weight, float32 [n, k], of one projection on disk."""
-    spec = LinearSpec(code, bits, len(found["su"]), (len(found["sv"]),), block, rotate_output)
-    return dequantize(spec, found)
+def build(kind, config, *sizes, dtype=torch.float16, **kwargs):
+    return served_layers.build(kind, config, *sizes, dtype=dtype, **kwargs)
 
 
 def rows(m, dtype=torch.float16, k=K):
@@ -98,7 +67,7 @@ def assert_near(found, exact, torchs):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-def test_every_format(set_rank, quant_config, random_tensors, load, code, bits, dtype):
+def test_every_format(set_rank, code, bits, dtype):
     found = random_tensors(code, bits, 192, K)
     layer = build(ReplicatedLinear, quant_config(code, bits), K, 192, dtype=dtype, bias=True)
     load(layer, found)
@@ -111,34 +80,34 @@ def test_every_format(set_rank, quant_config, random_tensors, load, code, bits, 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 3, 3)), ("e8p", (3, 4, 2)), ("1mad", (2, 6, 2))])
-def test_fused_projections_of_any_rate(set_rank, quant_config, random_tensors, load, code, rates, dtype):
+def test_fused_projections_of_any_rate(set_rank, code, rates, dtype):
     config = quant_config(code, 2, layers={f"{s}_proj": (code, bits) for s, bits in zip("qkv", rates, strict=True)})
     layer = build(QKVParallelLinear, config, K, 64, 9, 3, prefix="qkv_proj", dtype=dtype, bias=True)
     disk = [random_tensors(code, b, n, K, seed=n) for b, n in zip(rates, (576, 192, 192), strict=True)]
-    for shard, found in zip("qkv", disk, strict=True):
-        load(layer, found, shard)
+    for part, found in zip("qkv", disk, strict=True):
+        load(layer, found, part)
     layer.bias.data.copy_(torch.randn(960))
     weight = torch.cat([dense(found, code, bits) for found, bits in zip(disk, rates, strict=True)])
     y, _ = finish(layer)(rows(6, dtype).view(2, 3, K))
     assert_rounds_like_torch(y.flatten(0, 1), rows(6, dtype), weight, layer.bias.data)
-    assert len(layer.quip_segments) == len([b for i, b in enumerate(rates) if i == 0 or rates[i - 1] != b])
+    assert len(layer.quip_calls) == len([b for i, b in enumerate(rates) if i == 0 or rates[i - 1] != b])
 
 
 @pytest.mark.parametrize("code", ["e8p", "hyb", "lut"])
-def test_column_parallel_outputs_join(set_rank, quant_config, random_tensors, load, code):
+def test_column_parallel_outputs_join(set_rank, code):
     disk = [random_tensors(code, 3, 128, K, seed=seed) for seed in range(2)]
     weights = [dense(found, code, 3, block=64) for found in disk]
     for rank in range(2):
         set_rank(rank, 2)
         config = quant_config(code, 3, hadamard_block=64)
         layer = build(MergedColumnParallelLinear, config, K, [128, 128], prefix="gate_up_proj")
-        for shard, found in enumerate(disk):
-            load(layer, found, shard)
+        for part, found in enumerate(disk):
+            load(layer, found, part)
         assert_rounds_like_torch(apply(finish(layer), rows(4)), rows(4), torch.cat([w.chunk(2)[rank] for w in weights]))
 
 
 @pytest.mark.parametrize(("code", "bits"), [("e8p", 4), ("3inst", 2), ("hyb", 3)])
-def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, load, code, bits):
+def test_row_parallel_outputs_add_up(set_rank, code, bits):
     found, y = random_tensors(code, bits, 192, K), 0
     for rank in range(3):  # 192 inputs each
         set_rank(rank, 3)
@@ -148,30 +117,24 @@ def test_row_parallel_outputs_add_up(set_rank, quant_config, random_tensors, loa
     assert_rounds_like_torch(y.bfloat16(), rows(4, torch.bfloat16), dense(found, code, bits, block=64))
 
 
-def test_replicated_key_value_heads(set_rank, quant_config, random_tensors, load):
+def test_replicated_key_value_heads(set_rank):
     disk = {s: random_tensors("1mad", 2, n, K, seed=n) for s, n in (("q", 256), ("k", 64), ("v", 64))}
     weights = {s: dense(found, "1mad", 2, block=32) for s, found in disk.items()}
     for rank in range(4):
         set_rank(rank, 4)
         layer = build(QKVParallelLinear, quant_config(hadamard_block=32), K, 32, 8, 2, prefix="qkv_proj")
-        for shard, found in disk.items():
-            load(layer, found, shard)
+        for part, found in disk.items():
+            load(layer, found, part)
         k, v = weights["k"].chunk(2)[rank // 2], weights["v"].chunk(2)[rank // 2]
         weight = torch.cat([weights["q"].chunk(4)[rank], k, v])
         assert_rounds_like_torch(apply(finish(layer), rows(3)), rows(3), weight)
 
 
-def vocabulary(random_tensors, code, bits, count):
-    """A head's tensors on disk: whole tiles of codes, and everything else for ``count`` tokens."""
-    found = random_tensors(code, bits, count + -count % 16, K)
-    return {name: t[:count] if name in ("sv", "codes", "residual_codes") else t for name, t in found.items()}
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
 @pytest.mark.parametrize("size", [1, 2])
-def test_language_model_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
-    found = vocabulary(random_tensors, code, bits, 201)
+def test_language_model_head(set_rank, code, bits, dtype, size):
+    found = random_tensors(code, bits, 201, K)
     weight, logits = dense(found, code, bits, rotate_output=False), []
     for rank in range(size):
         set_rank(rank, size)
@@ -187,8 +150,8 @@ def test_language_model_head(set_rank, quant_config, random_tensors, load, code,
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("code", "bits"), HEAD_FORMATS)
 @pytest.mark.parametrize("size", [1, 2])
-def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, code, bits, dtype, size):
-    found, ids = vocabulary(random_tensors, code, bits, 201), torch.tensor([[0, 63], [128, 200]])
+def test_tied_embedding_and_head(set_rank, code, bits, dtype, size):
+    found, ids = random_tensors(code, bits, 201, K), torch.tensor([[0, 63], [128, 200]])
     weight, embedded, logits = dense(found, code, bits, rotate_output=False), 0, []
     for rank in range(size):
         set_rank(rank, size)
@@ -203,11 +166,11 @@ def test_tied_embedding_and_head(set_rank, quant_config, random_tensors, load, c
 
 
 @pytest.mark.parametrize(("code", "rates"), [("hyb", (2, 4)), ("lut", (2, 2)), ("e8p", (3, 3))])
-def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, random_tensors, load, code, rates):
+def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, code, rates):
     config = quant_config(code, 2, layers={"gate_proj": (code, rates[0]), "up_proj": (code, rates[1])})
     layer = build(MergedColumnParallelLinear, config, K, [192, 192], prefix="gate_up_proj", bias=True)
-    for shard, bits in enumerate(rates):
-        load(layer, random_tensors(code, bits, 192, K, seed=shard), shard)
+    for part, bits in enumerate(rates):
+        load(layer, random_tensors(code, bits, 192, K, seed=part), part)
     layer.bias.data.copy_(torch.randn(384))
     compiled = torch.compile(finish(layer), fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
@@ -219,30 +182,24 @@ def test_compiles_to_one_graph_for_any_number_of_rows(set_rank, quant_config, ra
                 assert torch.equal(compiled(rows(m))[0], layer(rows(m))[0])
 
 
-def test_head_compiles_to_one_graph(set_rank, quant_config, random_tensors, load):
+def test_head_compiles_to_one_graph(set_rank):
     config = quant_config("1mad", 2, head=Head("lm_head", LayerFormat("1mad", 4), tied=False))
     layer = build(ParallelLMHead, config, 201, K, prefix="lm_head")
-    load(layer, vocabulary(random_tensors, "1mad", 4, 201))
+    load(layer, random_tensors("1mad", 4, 201, K))
     finish(layer)
     compiled = torch.compile(lambda x: apply(layer, x * 2)[:, :201], fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(compiled(rows(3)), apply(layer, rows(3) * 2)[:, :201])
 
 
-def held(layer):
-    """Address -> bytes of every storage behind the layer's parameters and buffers."""
-    storages = [t.untyped_storage() for t in (*layer.parameters(), *layer.buffers())]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
 @pytest.mark.parametrize(("k", "sizes"), SIZES, ids=str)
 @pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-def test_a_loaded_layer_holds_its_packed_weight(set_rank, quant_config, random_tensors, load, code, bits, k, sizes):
+def test_a_loaded_layer_holds_its_packed_weight(set_rank, code, bits, k, sizes):
     packed, layers = sum(sizes) * k * bits // 8, []
     for seed in range(2):  # both alive, so that no address is used twice
         layer = build(MergedColumnParallelLinear, quant_config(code, bits), k, sizes, prefix=f"m.{seed}")
-        for shard, n in enumerate(sizes):
-            load(layer, random_tensors(code, bits, n, k, seed=10 * seed + shard), shard)
+        for part, n in enumerate(sizes):
+            load(layer, random_tensors(code, bits, n, k, seed=10 * seed + part), part)
         layers.append(finish(layer))
     first, second = map(held, layers)
     own = sum(size for address, size in second.items() if address not in first)
@@ -278,29 +235,29 @@ def on_gpu(found):
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
-def test_fake_tensors_on_a_gpu_stay_there(set_rank, quant_config, random_tensors, load, dtype):
+def test_fake_tensors_on_a_gpu_stay_there(set_rank, dtype):
     config = quant_config("e8p", 2, layers={"up_proj": ("e8p", 3)})
     layer = build(MergedColumnParallelLinear, config, K, [192, 64], prefix="gate_up_proj", dtype=dtype)
-    for shard, (bits, n) in enumerate(((2, 192), (3, 64))):
-        load(layer, random_tensors("e8p", bits, n, K), shard)
+    for part, (bits, n) in enumerate(((2, 192), (3, 64))):
+        load(layer, random_tensors("e8p", bits, n, K), part)
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
-        gpu_layer = SimpleNamespace(quip_segments=layer.quip_segments, **parameters)
+        gpu_layer = SimpleNamespace(quip_calls=layer.quip_calls, **parameters)
         x = torch.empty(2, 5, K, dtype=dtype, device="cuda")
         y = layer.quant_method.apply(gpu_layer, x, torch.empty(256, dtype=dtype, device="cuda"))
     assert y.device.type == "cuda" and y.dtype is dtype and y.shape == (2, 5, 256)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, load, dtype):
+def test_fake_head_on_a_gpu_stays_there(set_rank, dtype):
     config = quant_config("hyb", 2, head=Head("embed_tokens", LayerFormat("hyb", 3), tied=True))
     layer = VocabParallelEmbedding(201, K, params_dtype=dtype, quant_config=config, prefix="embed_tokens")
-    load(layer, vocabulary(random_tensors, "hyb", 3, 201))
+    load(layer, random_tensors("hyb", 3, 201, K))
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
-        gpu_layer = SimpleNamespace(quip_segments=layer.quip_segments, quip_dtype=dtype, **parameters)
+        gpu_layer = SimpleNamespace(quip_calls=layer.quip_calls, quip_dtype=dtype, **parameters)
         embedded = layer.quant_method.embedding(gpu_layer, torch.empty(2, 5, dtype=torch.int64, device="cuda"))
         logits = layer.quant_method.apply(gpu_layer, embedded)
     assert embedded.device.type == logits.device.type == "cuda" and embedded.dtype is logits.dtype is dtype
@@ -308,7 +265,7 @@ def test_fake_head_on_a_gpu_stays_there(set_rank, quant_config, random_tensors, 
 
 
 @pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, code, bits):
+def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, code, bits):
     spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(code, bits, 192, K)
     real = cuda.prepare(spec, found).tensors
@@ -327,7 +284,7 @@ def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, random_tensors, 
 
 
 @pytest.mark.parametrize(("code", "bits"), [("e8p", 3), ("hyb", 2), ("lut", 2), ("1mad", 3)])
-def test_constants_do_not_depend_on_defaults(cuda, random_tensors, code, bits):
+def test_constants_do_not_depend_on_defaults(cuda, code, bits):
     """A model may be loaded under its own dtype, and another device than the CPU may be the default."""
     spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(code, bits, 192, K)

@@ -6,15 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.distributed
-from numerics import FLOAT32_LINEAR
+from served_layers import apply, assert_close, dense, finish, load, quant_config, random_tensors
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import vocab_parallel_embedding as vllm_layers
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
-from quip_vllm.ops.reference import dequantize
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
 FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 1)]
@@ -22,59 +20,29 @@ K = 64
 NAME = "model.embed_tokens"
 
 
-@pytest.fixture
-def set_rank(monkeypatch):
-    def set_rank(rank, size):
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(vllm_layers, "get_tensor_model_parallel_world_size", lambda: size)
-        monkeypatch.setattr(vllm_layers, "tensor_model_parallel_all_reduce", lambda x: x)
-
-    set_rank(0, 1)
-    return set_rank
+pytestmark = pytest.mark.usefixtures("set_rank")
 
 
-@pytest.fixture
-def config_of(quant_config):
-    """config_of(code, bits, tied, ...): a config whose linear layers have 2 bits and whose head has ``bits``."""
-
-    def config_of(code, bits, tied=True, **kwargs):
-        head = Head(NAME if tied else "lm_head", LayerFormat(code, bits), tied)
-        return quant_config(code, 2 if code == "e8p" else 1, head=head, **kwargs)
-
-    return config_of
+def config_of(code, bits, tied=True, **kwargs):
+    """A config whose linear layers have another code than its head."""
+    head = Head(NAME if tied else "lm_head", LayerFormat(code, bits), tied)
+    return quant_config("3inst", 2, head=head, **kwargs)
 
 
-@pytest.fixture
-def stored(random_tensors):
-    """stored(code, bits, rows): a head's tensors in the checkpoint, and the weight that they stand for."""
-
-    def stored(code, bits, rows, block=None):
-        tensors = random_tensors(code, bits, -(-rows // 16) * 16, K)
-        tensors = {name: t[:rows] if name in ("sv", "codes", "residual_codes") else t for name, t in tensors.items()}
-        spec = LinearSpec(code, bits, K, (rows,), block, rotate_output=False)
-        return tensors, dequantize(spec, tensors)
-
-    return stored
+def stored(code, bits, rows, block=None):
+    """A head's tensors in the checkpoint, and the weight that they stand for."""
+    tensors = random_tensors(code, bits, rows, K)
+    return tensors, dense(tensors, code, bits, block, rotate_output=False)
 
 
 def build(kind, config, rows, prefix=NAME, dtype=torch.float32):
     return kind(rows, K, params_dtype=dtype, quant_config=config, prefix=prefix)
 
 
-def finish(layer):
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def assert_close(found, expected):
-    assert found.shape == expected.shape
-    assert torch.linalg.norm(found - expected) <= FLOAT32_LINEAR * torch.linalg.norm(expected)
-
-
 @pytest.mark.parametrize("block", [None, 16])
 @pytest.mark.parametrize("rows", [128, 83])
 @pytest.mark.parametrize(("code", "bits"), FORMATS)
-def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block):
+def test_every_format(code, bits, rows, block):
     tensors, weight = stored(code, bits, rows, block)
     layer = build(VocabParallelEmbedding, config_of(code, bits, hadamard_block=block), rows, prefix="")
     load(layer, tensors)
@@ -82,14 +50,14 @@ def test_every_format(set_rank, config_of, stored, load, code, bits, rows, block
     ids = torch.tensor([[0, rows - 1], [5, 17]])
     assert_close(layer(ids), weight[ids])
     x, padding = torch.randn(3, K), layer.num_embeddings_padded - rows
-    logits = layer.quant_method.apply(layer, x, torch.full((layer.num_embeddings_padded,), 0.5))
+    logits = apply(layer, x, torch.full((layer.num_embeddings_padded,), 0.5))
     assert_close(logits, torch.nn.functional.pad(x @ weight.T, (0, padding)) + 0.5)
     assert not any(name in dict(layer.named_parameters()) for name in tensors)
     finish(layer)
 
 
 @pytest.mark.parametrize(("code", "rows"), [("e8p", 201), ("hyb", 201), ("1mad", 256), ("e8p", 130)])
-def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
+def test_ranks_make_the_whole(set_rank, code, rows):
     tensors, weight = stored(code, 4, rows)
     ids, x = torch.tensor([0, 31, 64, 100, rows - 1]), torch.randn(3, K)
     embedded, logits = 0, []
@@ -98,12 +66,12 @@ def test_ranks_make_the_whole(set_rank, config_of, stored, load, code, rows):
         layer = build(VocabParallelEmbedding, config_of(code, 4), rows)
         load(layer, tensors)
         embedded = embedded + finish(layer)(ids)
-        logits.append(layer.quant_method.apply(layer, x))
+        logits.append(apply(layer, x))
     assert_close(embedded, weight[ids])
     assert_close(torch.cat(logits, 1)[:, :rows], x @ weight.T)
 
 
-def test_tiles_cannot_be_split(set_rank, config_of):
+def test_tiles_cannot_be_split(set_rank):
     set_rank(0, 8)
     with pytest.raises(
         ValueError, match="64 rows .padded. in tensor-parallel shares of 8: code 1mad needs multiples of 16"
@@ -113,14 +81,14 @@ def test_tiles_cannot_be_split(set_rank, config_of):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_embeddings_have_the_dtype_of_the_model(set_rank, config_of, stored, load, dtype):
+def test_embeddings_have_the_dtype_of_the_model(set_rank, dtype):
     tensors, weight = stored("e8p", 4, 64)
     layer = build(VocabParallelEmbedding, config_of("e8p", 4), 64, dtype=dtype)
     load(layer, tensors)
     assert torch.equal(finish(layer)(torch.arange(64)), weight.to(dtype))
 
 
-def test_a_tied_head_is_the_embedding(set_rank, config_of):
+def test_a_tied_head_is_the_embedding(set_rank):
     config = config_of("e8p", 4)
     embedding = build(VocabParallelEmbedding, config, 64, prefix="")
     head = build(ParallelLMHead, config, 64, prefix="lm_head")
@@ -130,7 +98,7 @@ def test_a_tied_head_is_the_embedding(set_rank, config_of):
         head.tie_weights(plain)
 
 
-def test_who_is_ours(set_rank, config_of, quant_config):
+def test_who_is_ours(set_rank):
     def is_ours(config, kind, prefix):
         return isinstance(config.get_quant_method(kind.__new__(kind), prefix), QuipEmbeddingMethod)
 
@@ -144,7 +112,7 @@ def test_who_is_ours(set_rank, config_of, quant_config):
 
 
 @pytest.mark.parametrize(("tied", "kind"), [(True, VocabParallelEmbedding), (False, ParallelLMHead)])
-def test_a_model_that_does_not_ask_is_told(config_of, monkeypatch, tied, kind):
+def test_a_model_that_does_not_ask_is_told(monkeypatch, tied, kind):
     group = SimpleNamespace(is_first_rank=tied, is_last_rank=not tied)
     monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
     config = config_of("e8p", 4, tied)
@@ -156,7 +124,7 @@ def test_a_model_that_does_not_ask_is_told(config_of, monkeypatch, tied, kind):
     config_of("e8p", 4, tied).get_checkpoint_weight_mapper()
 
 
-def test_renamed_head(config_of):
+def test_renamed_head():
     from vllm.model_executor.models.utils import WeightsMapper
 
     config = config_of("e8p", 4)
@@ -165,24 +133,24 @@ def test_renamed_head(config_of):
 
 
 @pytest.mark.parametrize("name", ["codes", "residual_codes", "su", "sv"])
-def test_missing_and_damaged_tensors_are_named(set_rank, config_of, stored, load, name):
+def test_missing_and_damaged_tensors_are_named(set_rank, name):
     tensors, _ = stored("e8p", 4, 64)
     layer = build(VocabParallelEmbedding, config_of("e8p", 4), 64)
     with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is .* expected .*requantize"):
         load(layer, {name: tensors[name][:-1]})
     load(layer, {other: tensor for other, tensor in tensors.items() if other != name})
-    with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is not in the checkpoint"):
+    with pytest.raises(ValueError, match=f"{NAME}: tensor {name} of {NAME} is not in the checkpoint"):
         finish(layer)
 
 
-def test_dummy_weights_need_no_checkpoint(set_rank, config_of):
+def test_dummy_weights_need_no_checkpoint(set_rank):
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
         layer = build(VocabParallelEmbedding, config_of("1mad", 4), 64)
     assert not finish(layer)(torch.arange(64)).any()
 
 
 @pytest.mark.parametrize(("code", "bits"), [("e8p", 4), ("hyb", 3), ("lut", 2)])
-def test_cpu_backend_compiles_to_one_graph(set_rank, config_of, stored, load, monkeypatch, code, bits):
+def test_cpu_backend_compiles_to_one_graph(set_rank, monkeypatch, code, bits):
     if CpuBackend().refusal(LinearSpec("e8p", 2, K, (16,))) is not None:
         pytest.skip("the compiled CPU library is not built: make build")
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
@@ -193,7 +161,7 @@ def test_cpu_backend_compiles_to_one_graph(set_rank, config_of, stored, load, mo
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def both(ids):
-        return layer.quant_method.apply(layer, layer(ids))[:, :100]
+        return apply(layer, layer(ids))[:, :100]
 
     ids = torch.tensor([3, 99, 50])
     with torch.inference_mode():

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from random_layers import RATE_IDS, RATES
+from served_layers import build, finish, held, load, quant_config, random_tensors
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from quip_vllm.formats.spec import LinearSpec
@@ -12,27 +13,17 @@ from quip_vllm.ops.cpu import CpuBackend
 SIZE = 2048
 
 
-def held(layer):
-    """Address -> bytes of every storage behind the layer's parameters and buffers."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-
 @pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-def test_a_loaded_layer_holds_its_packed_weight(set_rank, quant_config, random_tensors, load, monkeypatch, code, bits):
+def test_a_loaded_layer_holds_its_packed_weight(set_rank, monkeypatch, code, bits):
     problem = CpuBackend().refusal(LinearSpec(code, bits, SIZE, (SIZE,)))
     if problem is not None:
         pytest.skip(problem)
     monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
     layers = []
     for seed in range(2):
-        config = quant_config(code, bits)
-        layer = ReplicatedLinear(
-            SIZE, SIZE, bias=False, quant_config=config, prefix=f"m.{seed}", params_dtype=torch.bfloat16
-        )
+        layer = build(ReplicatedLinear, quant_config(code, bits), SIZE, SIZE, dtype=torch.bfloat16)
         load(layer, random_tensors(code, bits, SIZE, SIZE, seed))
-        layer.quant_method.process_weights_after_loading(layer)
-        layers.append(layer)  # alive, so that no address is used twice
+        layers.append(finish(layer))  # alive, so that no address is used twice
     packed = SIZE * SIZE * bits // 8
     first, second = map(held, layers)
     own = sum(size for address, size in second.items() if address not in first)

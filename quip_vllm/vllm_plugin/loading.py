@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint's tensors: this tensor-parallel rank's slice of each, and where it is kept until it is prepared.
+
+A served layer has one or more parts (q, k and v of qkv_proj). A tensor of the checkpoint covers one part, or several
+where the model itself fuses them (Phi-3); which, is known when it arrives.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config_or_none
+
+from quip_vllm.formats.tensors import SV, Follows, TensorSpec, tensor_specs
+from quip_vllm.vllm_plugin.share import Share
+
+
+class QuipParameter(Parameter):
+    """This rank's share of one tensor of every part, as a flat run: part after part.
+
+    Vectors and tables are kept as float32 until the layer is prepared, because their dtype in the file is not known.
+
+    Attributes:
+        tensor_name: the tensor's name on disk.
+        share: what the rank holds of the layer.
+        loaded: parts that a loaded tensor covered -> its dtype. Replaced and never changed in place: vLLM keeps copies
+            of a parameter's attributes from before loading, for reloading.
+        weight_loader: what vLLM calls with each tensor of the checkpoint.
+    """
+
+    def __new__(cls, tensor_name: str, share: Share) -> "QuipParameter":
+        specs = [one for i in range(len(share.parts)) if (one := share.tensor(i, tensor_name)) is not None]
+        widest = max((dtype for one in specs for dtype in one.dtypes), key=lambda dtype: dtype.itemsize)
+        return super().__new__(cls, torch.zeros(sum(_sizes(tensor_name, share)), dtype=widest), requires_grad=False)
+
+    def __init__(self, tensor_name: str, share: Share) -> None:
+        self.tensor_name = tensor_name
+        self.share = share
+        self.loaded: dict[tuple[int, ...], torch.dtype] = {}
+        if weights_are_dummies():
+            dtype = torch.float16 if self.is_floating_point() else self.dtype
+            self.loaded = {(i,): dtype for i in range(len(share.parts)) if share.tensor(i, tensor_name) is not None}
+        self.weight_loader = load_parameter
+
+    def run(self, part: int) -> Tensor:
+        """From the part's first element on: a view."""
+        return self.data[sum(_sizes(self.tensor_name, self.share)[:part]) :]
+
+    def stored(self, covered: tuple[int, ...]) -> Tensor:
+        """This rank's share of the tensor that covered some parts, in the dtype of the file; a view where it can."""
+        one = self.share.tensor(covered[0], self.tensor_name)
+        assert one is not None  # it was loaded
+        shape = one.shape(sum(self.share.parts[i].size for i in covered), self.share.in_features)
+        dtype = self.loaded[covered] if self.is_floating_point() else one.dtypes[0]
+        return self.run(covered[0])[: math.prod(shape)].view(shape).to(dtype)
+
+
+def _sizes(name: str, share: Share) -> list[int]:
+    """Elements of each part's tensor on this rank."""
+    specs = [share.tensor(i, name) for i in range(len(share.parts))]
+    shapes = [
+        one.shape(part.size, share.in_features) if one else (0,) for one, part in zip(specs, share.parts, strict=True)
+    ]
+    return [math.prod(shape) for shape in shapes]
+
+
+def load_parameter(param: QuipParameter, loaded_weight: Tensor, loaded_shard_id: object = None) -> None:
+    """The ``weight_loader`` of every parameter here, whatever the vLLM layer's own loader is.
+
+    vLLM's loaders assert on shapes and cut tensors that are fused on disk without knowing rotations.
+
+    Args:
+        param: the parameter to fill.
+        loaded_weight: the checkpoint's tensor, over all ranks.
+        loaded_shard_id: vLLM's shard id; None for a layer of one part and for a tensor that covers all of them.
+
+    Raises:
+        ValueError: the tensor is not what the layer has to have; the message names layer, tensor and both shapes.
+    """
+    share = param.share
+    covered = share.covered(loaded_shard_id)
+    share.check_split(covered)
+    one = _checked(param, loaded_weight, covered)
+    start = 0
+    for i in covered:
+        part = share.parts[i]
+        piece = share.cut(one, loaded_weight, start + part.start, part.held)
+        target = param.run(i)[: _sizes(one.name, share)[i]]
+        target[: piece.numel()].view(piece.shape).copy_(piece)
+        target[piece.numel() :].zero_()
+        if one.follows in (Follows.INPUTS, Follows.PART):
+            break  # one for all that the tensor covers
+        start += part.outputs
+    param.loaded = {**param.loaded, covered: loaded_weight.dtype}
+
+
+def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> TensorSpec:
+    """What a loaded tensor is. Raises ValueError unless it has the shape and dtype that the parts it covers ask for."""
+    share, label = param.share, param.share.label(covered)
+    formats = sorted({share.parts[i].stored for i in covered})
+    if len(formats) > 1:
+        said = " and ".join(f"{stored.code} at {stored.bits} bits" for stored in formats)
+        raise ValueError(f"{label} is one tensor in the checkpoint but is said to be {said}: give it one format")
+    one = share.tensor(covered[0], param.tensor_name)
+    shape = () if one is None else one.shape(sum(share.parts[i].outputs for i in covered), share.inputs)
+    if one is None or tuple(loaded.shape) != shape or loaded.dtype not in one.dtypes:
+        expected = "none" if one is None else f"{' or '.join(map(str, one.dtypes))} {list(shape)}"
+        raise ValueError(
+            f"{label}: tensor {param.tensor_name} is {loaded.dtype} {list(loaded.shape)}, expected {expected}: the "
+            "checkpoint is damaged or does not belong to its config.json; copy it again or requantize"
+        )
+    return one
+
+
+def allocate(layer: Module, share: Share) -> None:
+    """Registers a parameter for each tensor that a part of the layer has, under the tensor's name."""
+    for part in range(len(share.parts)):
+        for one in tensor_specs(share.spec((part,))):
+            if one.name not in layer._parameters:
+                layer.register_parameter(one.name, QuipParameter(one.name, share))
+
+
+def loaded_parameters(layer: Module) -> dict[str, QuipParameter]:
+    """The layer's parameters that await `process_weights_after_loading`, by name."""
+    return {name: param for name, param in layer._parameters.items() if isinstance(param, QuipParameter)}
+
+
+def weights_are_dummies() -> bool:
+    """Whether vLLM runs with ``--load-format dummy`` and will load nothing."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+def projections(params: dict[str, QuipParameter]) -> list[tuple[int, ...]]:
+    """The parts that each projection on disk covers, in order.
+
+    Raises:
+        ValueError: a part lacks a tensor that its format has, or has it twice.
+    """
+    share = params[SV.name].share
+    covered = {name: list(itertools.chain.from_iterable(param.loaded)) for name, param in params.items()}
+    for name, loaded in covered.items():
+        missing = [i for i in range(len(share.parts)) if share.tensor(i, name) is not None and i not in loaded]
+        if missing:
+            raise ValueError(
+                f"{share.prefix}: tensor {name} of {share.label(missing)} is not in the checkpoint: copy it again "
+                "or requantize (or list the layer in modules_to_not_convert, if it was not quantized)"
+            )
+    for name, param in params.items():
+        if len(covered[name]) != len(set(covered[name])) or not set(param.loaded) <= set(params[SV.name].loaded):
+            raise ValueError(
+                f"{share.prefix}: tensor {name} is in the checkpoint both fused and by part "
+                f"({share.label(covered[name])}): remove one of the two or requantize"
+            )
+    return sorted(params[SV.name].loaded)
