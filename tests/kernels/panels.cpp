@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of a tier over std::thread, as bindings.cpp does with parallel_for, and compares with one thread bit
+// Runs the kernels of a tier over std::thread, as bindings_linear.cpp does with parallel_for, and compares with one thread bit
 // for bit. kernels/tests.cmake builds it; tests/kernels/test_sanitizers.py runs it.
 //
 // Usage: panels TIER                                   exit 0, or 1 where bits differ
@@ -11,19 +11,16 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
+#include "tiers.h"
 
 using namespace quip;
 
 namespace {
 
-const Kernels* kernels_of(const std::string& tier) {
-#if defined(__x86_64__)
-  for (const Kernels* kernels :
-       {avx2_kernels(), avx512_kernels(), avx512_vnni_kernels(), amx_kernels(), amx_emulated_kernels()})
-    if (tier == kernels->name) return kernels;
-#endif
-  return tier == "portable" ? portable_kernels() : nullptr;
+const Kernels* kernels_of(const std::string& name) {
+  for (const Tier& tier : tiers())
+    if (name == tier.kernels->name) return tier.kernels;
+  return nullptr;
 }
 
 template <class F>
@@ -54,31 +51,29 @@ std::vector<float> random_floats(int64_t count) {
 
 // A random weight with memory of exactly its size.
 struct Layer {
-  std::vector<int16_t> packed;
-  std::vector<uint8_t> blocks, lut8;
-  std::vector<int16_t> lut16;
-  std::vector<float> lut, x, su, sv, base;
+  std::vector<uint8_t> packed, table8;
+  std::vector<int16_t> table16;
+  std::vector<float> table, x, su, sv, base;
   Weight weight;
 
-  Layer(const Kernels& ops, bool lattice, Code code, int bits, int64_t n, int64_t k, int64_t m)
-      : packed(random_bits<int16_t>(lattice ? 0 : n / kTile * k * bits)),
-        blocks(lattice ? ops.lattice_bytes(n, k, bits) : 0),
-        lut8(random_bits<uint8_t>(1024)),
-        lut16(random_bits<int16_t>(kStates + 1)),
-        lut(random_floats(code == Code::kLut ? kStates : 1024)),
+  Layer(const Kernels& ops, Code code, int bits, int64_t n, int64_t k, int64_t m)
+      : packed(code == Code::kE8p ? std::vector<uint8_t>(ops.lattice_bytes(n, k, bits)) : random_bits<uint8_t>(n * k * bits / 8)),
+        table8(random_bits<uint8_t>(1024)),
+        table16(random_bits<int16_t>(kStates + 1)),
+        table(random_floats(code == Code::kLut ? kStates : 1024)),
         x(random_floats(m * k)),
         su(random_floats(k)),
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
-        weight{lattice ? nullptr : packed.data(), lattice ? blocks.data() : nullptr, lut.data(), code, bits, n, k, lut8.data(),
-               lut16.data()} {
-    if (!lattice) return;
+        weight{packed.data(), table.data(), code, bits, n, k, table8.data(),
+               table16.data()} {
+    if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
-    ops.put_rows(codes.data(), second.data(), 0, n, k, bits, blocks.data());
+    ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());
   }
 };
 
-// The three loops of `run` in bindings.cpp.
+// The three loops of `run` in bindings_linear.cpp.
 std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int64_t m, int threads) {
   const Weight& w = layer.weight;
   const int64_t stride = (w.k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8, rows = int8 ? 2 * kTile : kTile;
@@ -110,14 +105,14 @@ std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& target
   const int64_t steps = kSequence / dim, count = int64_t(targets.size()) / kSequence;
   std::vector<int32_t> states(count * steps);
   parallel(threads, count, [&](int64_t i) {
-    ops.viterbi(targets.data() + i * kSequence, 1, values.data(), 2 * dim, dim, states.data() + i * steps);
+    ops.encode_trellis(targets.data() + i * kSequence, 1, values.data(), 2 * dim, dim, states.data() + i * steps);
   });
   return states;
 }
 
 std::vector<int16_t> nearest(const Kernels& ops, const std::vector<float>& points, int threads) {
   std::vector<int16_t> codes(points.size() / 8);
-  parallel(threads, int64_t(codes.size()), [&](int64_t i) { codes[i] = ops.nearest(points.data() + 8 * i); });
+  parallel(threads, int64_t(codes.size()), [&](int64_t i) { codes[i] = ops.encode_lattice(points.data() + 8 * i); });
   return codes;
 }
 
@@ -132,31 +127,31 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
     if (!equal) std::printf("%s differs: code %d, %d bits, %ld rows, int8 %d\n", what, code, bits, long(m), int8);
     different += !equal;
   };
-  for (int kind = -1; kind < 4; ++kind) {  // -1: the lattice
-    const Code code = kind < 0 ? Code::kLut : Code(kind);
-    for (int bits = kind < 0 ? 2 : 1; bits <= (kind < 0 || code == Code::kHyb ? 4 : 8); ++bits)
+  for (const Code code : {Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kE8p}) {
+    const bool lattice = code == Code::kE8p;
+    for (int bits = lattice ? 2 : 1; bits <= (lattice || code == Code::kHyb ? 4 : 8); ++bits)
       for (const int64_t m : {1, 5, 29})
         for (const bool int8 : {false, true}) {
-          const Layer layer(ops, kind < 0, code, bits, kind < 0 ? 76 : 80, 272, m);
-          if (int8 && !(ops.int8_takes && ops.int8_takes(layer.weight))) continue;
-          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", kind, bits, m, int8);
+          const Layer layer(ops, code, bits, lattice ? 76 : 80, 272, m);
+          if (int8 && !(ops.int8_takes && ops.int8_takes(code, bits))) continue;
+          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m, int8);
         }
   }
   for (const int dim : {1, 2}) {
     const std::vector<float> targets = random_floats(2 * kSequence), values = random_floats(dim * kStates);
-    check(same(encode(ops, targets, values, dim, 1), encode(ops, targets, values, dim, 2)), "viterbi", dim, 2, 2, false);
+    check(same(encode(ops, targets, values, dim, 1), encode(ops, targets, values, dim, 2)), "encode_trellis", dim, 2, 2, false);
   }
   const std::vector<float> points = random_floats(8 * 64);
-  check(same(nearest(ops, points, 1), nearest(ops, points, 4)), "nearest", -1, 2, 64, false);
+  check(same(nearest(ops, points, 1), nearest(ops, points, 4)), "encode_lattice", -1, 2, 64, false);
   return different ? 1 : 0;
 }
 
 #ifdef QUIP_PLANTED
 int plant(const Kernels& ops, const std::string& error) {
-  Layer layer(ops, false, Code::kOneMad, 2, 32, 64, 1);
+  Layer layer(ops, Code::kOneMad, 2, 32, 64, 1);
   std::vector<float> y(33);
-  if (error == "read") {  // the last tile is one word short
-    const std::vector<int16_t> cut(layer.packed.begin(), layer.packed.end() - 1);
+  if (error == "read") {  // the last tile is one byte short
+    const std::vector<uint8_t> cut(layer.packed.begin(), layer.packed.end() - 1);
     layer.weight.packed = cut.data();
     ops.panel(layer.weight, 16, layer.x.data(), 64, 1, y.data(), 32);
   } else if (error == "misaligned") {

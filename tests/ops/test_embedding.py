@@ -78,25 +78,23 @@ def test_an_id_outside_the_table_is_an_error(code, bad):
             prepared.embedding(torch.tensor([3, bad]), torch.float32)
 
 
-def qtip_arguments():
+def trellis_arguments():
     spec, tensors = table("hyb", 2)
     t = CPU.prepare(spec, tensors).tensors
     ids = torch.tensor([5, 0, 39])
-    return [ids, t["packed"], t["su"], t["sv"], t["table"], t["inverse_base"], 64, "hyb", 2, torch.bfloat16]
+    return [ids, t["packed"], t["table"], t["su"], t["sv"], t["inverse_base"], 64, "hyb", 2, torch.bfloat16]
 
 
-def quip_sharp_arguments():
+def lattice_arguments():
     spec, tensors = table("e8p", 4)
     t = CPU.prepare(spec, tensors).tensors
     ids = torch.tensor([5, 0, 39])
-    return [ids, t["packed"], t["su"], t["sv"], t["inverse_base"], 64, 4, torch.float32]
+    return [ids, t["packed"], None, t["su"], t["sv"], t["inverse_base"], 64, "e8p", 4, torch.float32]
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"), [("qtip_embedding", qtip_arguments), ("quip_sharp_embedding", quip_sharp_arguments)]
-)
-def test_opcheck(name, arguments):
-    torch.library.opcheck(getattr(OPS, name).default, arguments())
+@pytest.mark.parametrize("arguments", [trellis_arguments, lattice_arguments])
+def test_opcheck(arguments):
+    torch.library.opcheck(OPS.cpu_embedding.default, arguments())
 
 
 @pytest.mark.parametrize("code", ["e8p", "1mad"])
@@ -117,8 +115,8 @@ def test_compiles_as_one_graph(code):
         (0, torch.zeros(3), "ids"),
         (0, torch.zeros(3, 1, dtype=torch.int64), "ids"),
         (1, torch.zeros(7, dtype=torch.int16), "packed"),
-        (2, torch.zeros(64, dtype=torch.float16), "su"),
-        (4, None, "lut"),
+        (2, None, "table"),
+        (3, torch.zeros(64, dtype=torch.float16), "su"),
         (5, torch.ones(2, 3), "base"),
         (6, 48, "rotation"),
         (6, 128, "rotation"),
@@ -128,20 +126,20 @@ def test_compiles_as_one_graph(code):
     ],
 )
 def test_bad_arguments_are_refused_and_named(position, value, words):
-    arguments = qtip_arguments()
+    arguments = trellis_arguments()
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
-        OPS.qtip_embedding(*arguments)
+        OPS.cpu_embedding(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("position", "value", "words"), [(1, torch.zeros(7, dtype=torch.uint8), "blocks"), (6, 5, "bits")]
+    ("position", "value", "words"), [(1, torch.zeros(7, dtype=torch.uint8), "blocks"), (8, 5, "bits")]
 )
 def test_bad_blocks_are_refused_and_named(position, value, words):
-    arguments = quip_sharp_arguments()
+    arguments = lattice_arguments()
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
-        OPS.quip_sharp_embedding(*arguments)
+        OPS.cpu_embedding(*arguments)
 
 
 def test_unrotated_outputs_are_not_fused():

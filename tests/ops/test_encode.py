@@ -8,7 +8,7 @@ from numerics import DISTORTION, FLOAT32_DISTANCE
 from quip_vllm.formats import e8p
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.formats.trellis import pack, unpack
-from quip_vllm.ops import encode_e8p, encode_trellis
+from quip_vllm.ops import encode_lattice, encode_trellis
 from quip_vllm.quantizer.encoders import code_rms
 
 TRELLIS = [(code.name, bits) for code in methods()["qtip"] for bits in code.bits]
@@ -40,7 +40,7 @@ def test_gaussian_distortion_at_two_bits(code, published):
 
 def test_lattice_distortion_at_its_scale():
     targets = torch.randn(1 << 16, 8, generator=torch.Generator().manual_seed(0))
-    decoded = e8p.decode(encode_e8p(targets * 1.03)[:, None]) / 1.03
+    decoded = e8p.decode(encode_lattice(targets * 1.03)[:, None]) / 1.03
     assert abs(float((decoded - targets).square().mean()) / 0.0918 - 1) < DISTORTION
 
 
@@ -52,13 +52,13 @@ def test_nearest_lattice_point_is_the_nearest(spread):
         return (e8p.decode(codes[:, None]).double() - x.double()).square().sum(1)
 
     torch.testing.assert_close(
-        distance(encode_e8p(x)), distance(e8p.nearest(x)), rtol=FLOAT32_DISTANCE, atol=FLOAT32_DISTANCE
+        distance(encode_lattice(x)), distance(e8p.nearest(x)), rtol=FLOAT32_DISTANCE, atol=FLOAT32_DISTANCE
     )
 
 
 def test_every_lattice_code_is_its_own_nearest():
     codes = torch.arange(65536).to(torch.int16)
-    assert torch.equal(encode_e8p(e8p.decode(codes[:, None])), codes)
+    assert torch.equal(encode_lattice(e8p.decode(codes[:, None])), codes)
 
 
 @pytest.mark.parametrize(("code", "bits"), [("1mad", 2), ("hyb", 3)], ids=str)

@@ -13,28 +13,30 @@ OPS = torch.ops.quip_vllm
 CPU = CpuBackend()
 
 
-def qtip_arguments():
+def trellis_arguments():
     spec = LinearSpec("hyb", 2, 64, (32, 16))
     t = CPU.prepare(spec, random_layer(spec)).tensors
     bases = [t["base0"], t["base1"], t["base2"]]
-    luts = [t["table"], t["table_integers"], t["table_units"]]
-    return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], *luts, bases, [64, 32, 16], [32, 16], "hyb", 2, ""]
+    tables = [t["table"], t["table_integers"], t["table_units"]]
+    rest = [t["su"], t["sv"], bases, [64, 32, 16], [32, 16], "hyb", 2, "", False]
+    return [torch.randn(3, 64), t["packed"], *tables, *rest]
 
 
-def quip_sharp_arguments():
+def lattice_arguments():
     spec = LinearSpec("e8p", 3, 64, (32,))
     t = CPU.prepare(spec, random_layer(spec)).tensors
     bases = [t["base0"], t["base1"]]
-    return [torch.randn(3, 64), t["packed"], t["su"], t["sv"], bases, [64, 32], [32], 3, ""]
+    rest = [t["su"], t["sv"], bases, [64, 32], [32], "e8p", 3, "", False]
+    return [torch.randn(3, 64), t["packed"], None, None, None, *rest]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("qtip_linear", qtip_arguments),
-        ("quip_sharp_linear", quip_sharp_arguments),
-        ("viterbi_encode", lambda: [torch.randn(2, 256), FORMATS["1mad"].values().T.contiguous(), 2]),
-        ("e8p_nearest", lambda: [torch.randn(5, 8)]),
+        ("cpu_linear", trellis_arguments),
+        ("cpu_linear", lattice_arguments),
+        ("encode_trellis", lambda: [torch.randn(2, 256), FORMATS["1mad"].values().T.contiguous(), 2]),
+        ("encode_lattice", lambda: [torch.randn(5, 8)]),
     ],
 )
 def test_opcheck(name, arguments):
@@ -58,9 +60,9 @@ def test_compiles_as_one_graph(code, dtype):
         (0, torch.randn(3, 65), "contiguous"),
         (0, torch.randn(3, 64, dtype=torch.float64), "dtype"),
         (1, torch.zeros(7, dtype=torch.int16), "packed"),
-        (2, torch.zeros(64, dtype=torch.float16), "su"),
-        (4, None, "lut"),
-        (5, None, "lut_integers"),
+        (5, torch.zeros(64, dtype=torch.float16), "su"),
+        (2, None, "table"),
+        (3, None, "table_integers"),
         (12, "int4", "int4"),
         (7, [torch.ones(1, 1)], "bases"),
         (8, [64, 32, 12], "rotation"),
@@ -72,10 +74,10 @@ def test_compiles_as_one_graph(code, dtype):
     ],
 )
 def test_bad_arguments_are_refused_and_named(position, value, words):
-    arguments = qtip_arguments()
+    arguments = trellis_arguments()
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
-        OPS.qtip_linear(*arguments)
+        OPS.cpu_linear(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +94,14 @@ def test_bad_arguments_are_refused_and_named(position, value, words):
 def test_codes_that_make_no_blocks_are_refused(position, value, words):
     codes, second = torch.zeros(48, 8, dtype=torch.int16), torch.zeros(48, 8, dtype=torch.uint8)
     arguments = [codes, second, [32, 16], 3]
-    assert OPS.quip_sharp_blocks(*arguments).dtype is torch.uint8
+    assert OPS.cpu_lattice_blocks(*arguments).dtype is torch.uint8
     arguments[position] = value
     with pytest.raises(RuntimeError, match=words):
-        OPS.quip_sharp_blocks(*arguments)
+        OPS.cpu_lattice_blocks(*arguments)
 
 
 def test_blocks_of_the_wrong_size_are_refused():
-    arguments = quip_sharp_arguments()
+    arguments = lattice_arguments()
     arguments[1] = arguments[1][:-1]
     with pytest.raises(RuntimeError, match="blocks"):
-        OPS.quip_sharp_linear(*arguments)
+        OPS.cpu_linear(*arguments)

@@ -102,7 +102,7 @@ def test_truncated_tensors_are_refused(layer):
     unused = set() if int8_activations(layer.spec, torch.float32) else {"table_integers", "table_units"}
     for name in set(layer.tensors) - unused:
         cut = {**layer.tensors, name: layer.tensors[name].flatten()[:-1]}
-        with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|lut|blocks|rotation|outputs"):
+        with pytest.raises((RuntimeError, IndexError), match=f"{name.rstrip('012')}|rotation|outputs"):
             layer.linear(rows(5), tensors=cut)
 
 
@@ -145,13 +145,24 @@ def test_two_processes_at_once_give_the_same_bits(request):
 
 @pytest.mark.parametrize(("sizes", "order"), [([], 1), ([16], 0), ([1 << 62] * 4, 1)])
 def test_absurd_sizes_are_refused(sizes, order):
-    """No projections, a rotation of order 0, sizes whose sum overflows."""
+    """No parts, a rotation of order 0, sizes whose sum overflows."""
     CPU.refusal(LinearSpec("e8p", 2, 16, (16,)))  # loads the library
     widths = [16] * (len(sizes) + 1)
     matrices = [torch.ones(order, order)] * len(widths)
     sv = torch.ones(16 if len(sizes) == 1 else 0)
     packed = torch.zeros(len(sv) * 2, dtype=torch.int16)
-    with pytest.raises(RuntimeError, match="projection|rotation"):
-        torch.ops.quip_vllm.qtip_linear(
-            torch.ones(1, 16), packed, torch.ones(16), sv, None, None, None, matrices, widths, sizes, "1mad", 2, "int8"
+    with pytest.raises(RuntimeError, match="part|rotation"):
+        torch.ops.quip_vllm.cpu_linear(
+            torch.ones(1, 16),
+            packed,
+            *[None] * 3,
+            torch.ones(16),
+            sv,
+            matrices,
+            widths,
+            sizes,
+            "1mad",
+            2,
+            "int8",
+            False,
         )

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectors of int8.h on AVX2: 8 rows of the weight in a register. vpmaddubsw adds two products of bytes in 16 bits, so
+// The vectors of panel.h on AVX2: 8 rows of the weight in a register. vpmaddubsw adds two products of bytes in 16 bits, so
 // decoded bytes must be small (at most 32, so that eight products fit); larger numbers are multiplied as int16.
 #pragma once
 #include <immintrin.h>
 
-#include "vector.h"
+#include "../vector.h"
+#include "format.h"
 
 namespace quip {
 namespace {

@@ -10,8 +10,8 @@
 //
 // 32 weights in sequence order are row r and row r+8 of the tile; store_rows below puts them in column order.
 #pragma once
-#include "kernels.h"
-#include "vector.h"
+#include "../kernels.h"
+#include "../vector.h"
 
 namespace quip {
 namespace {
@@ -60,17 +60,17 @@ inline Values look_up(States x, const float* table) {
 }
 
 // Component 0 carries the sign of hash bit 15.
-inline void hyb(States x, const float* lut, Values& first, Values& second) {
+inline void hyb(States x, const float* table, Values& first, Values& second) {
   const States h = x * x + x, index = ((h >> 6) & 511u) * 2u;
-  first = (Values)((States)look_up(index, lut) ^ ((h & 0x8000u) << 16));
-  second = look_up(index + 1u, lut);
+  first = (Values)((States)look_up(index, table) ^ ((h & 0x8000u) << 16));
+  second = look_up(index + 1u, table);
 }
 
 template <Code code>
-inline Values value(States x, const float* lut) {
+inline Values value(States x, const float* table) {
   if constexpr (code == Code::kOneMad) return one_mad(x);
   if constexpr (code == Code::kThreeInst) return three_inst(x);
-  return look_up(x, lut);
+  return look_up(x, table);
 }
 
 // A run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c; its row is
@@ -98,7 +98,7 @@ inline void store_rows(const float* run, float* out, int64_t stride) {
 }
 
 template <Code code, int bits>
-void decode_tile(const int16_t* packed, const float* lut, float* out, int64_t stride) {
+void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride) {
   constexpr int kDim = code == Code::kHyb ? 2 : 1;
   constexpr int kStep = bits * kDim;
   constexpr int kWords = 16 * bits;
@@ -122,18 +122,23 @@ void decode_tile(const int16_t* packed, const float* lut, float* out, int64_t st
           return lanes<Integers>([=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
         };
         Values first, second;
-        hyb(x, lut, first, second);
+        hyb(x, table, first, second);
         store(run + 2 * s, __builtin_shuffle(first, second, mixed(0)));
         store(run + 2 * s + kStatesTogether, __builtin_shuffle(first, second, mixed(1)));
       } else {
-        store(run + s, value<code>(x, lut));
+        store(run + s, value<code>(x, table));
       }
     }
     store_rows(run, out + row * stride, stride);
   }
 }
 
-using TileDecoder = void (*)(const int16_t*, const float*, float*, int64_t);
+// The tile that holds an element of the weight.
+inline const uint8_t* tile_at(const Weight& w, int64_t row, int64_t column) {
+  return w.packed + sizeof(int16_t) * w.bits * (row / kTile * w.k + column / kTile * kTile);
+}
+
+using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t);
 
 template <Code code>
 TileDecoder tile_decoder(int bits) {
@@ -160,6 +165,7 @@ inline TileDecoder tile_decoder(Code code, int bits) {
     case Code::kThreeInst: return tile_decoder<Code::kThreeInst>(bits);
     case Code::kHyb: return tile_decoder<Code::kHyb>(bits);
     case Code::kLut: return tile_decoder<Code::kLut>(bits);
+    case Code::kE8p: break;
   }
   return nullptr;
 }

@@ -35,19 +35,15 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
 }
 
 inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int64_t c0, int columns, float* out) {
-  if (w.packed) {
-    for (int c = 0; c < columns; c += kTile)
-      decode(w.packed + row0 / kTile * w.k * w.bits + (c0 + c) * w.bits, w.lut, out + c, kPanelColumns);
-    return;
-  }
-  decode_lattice(w, row0, c0, columns, out, kPanelColumns);
+  if (w.code == Code::kE8p) return decode_lattice(w, row0, c0, columns, out, kPanelColumns);
+  for (int c = 0; c < columns; c += kTile) decode(tile_at(w, row0, c0 + c), w.table, out + c, kPanelColumns);
 }
 
 inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {
   alignas(64) float weights[kTile * kPanelColumns] = {};
   float tail[kRowBlock];
   const int rows = int(std::min<int64_t>(kTile, w.n - row0));
-  const TileDecoder decode = w.packed ? tile_decoder(w.code, w.bits) : nullptr;
+  const TileDecoder decode = tile_decoder(w.code, w.bits);
   for (int64_t r = 0; r < m; ++r) std::fill(y + r * y_stride + row0, y + r * y_stride + row0 + rows, 0.0f);
   for (int64_t c0 = 0; c0 < w.k; c0 += kPanelColumns) {
     const int columns = int(std::min<int64_t>(kPanelColumns, w.k - c0));

@@ -10,16 +10,15 @@
 // where the shift's is 0 or minus the sum of x. Entries have 12 bits: 5 low ones and the rest are looked up and summed as bytes.
 // E81B has two look-ups: of halves, the signs of four columns each; of integers, the two components that change.
 //
-// More rows: the values as bytes (or int16 at 4 bits), put in the order of int8.h's quads by unpacking.
+// More rows: the values as bytes (or int16 at 4 bits), put in the order of panel.h's quads by unpacking.
 #pragma once
 #include <immintrin.h>
 
 #include <algorithm>
 #include <utility>
 
-#include "kernels.h"
+#include "../lattice_parts_avx2.h"
 #include "lanes_avx2.h"
-#include "lattice_avx2.h"
 
 namespace quip {
 namespace {
@@ -91,7 +90,8 @@ struct E81bLookUps {
 };
 
 template <int bits>
-struct LatticeFew8 {
+struct LatticeFew8 : FormatDefaults {
+  static constexpr bool kTabulated = true;
   // Of 8 columns: the tables of four pairs, of the shift and of 5/2; at 3 bits of two times four signs and of +-1.
   static constexpr int kTables = bits == 3 ? 9 : 6, kTableBytes = 2 * 16 * kTables;
   static constexpr int kUnitRows = kBlockRows, kColumns = kBlockColumns, kBytes = int(block_bytes(bits));
@@ -182,9 +182,10 @@ struct LatticeFew8 {
 
 // As in int8_lattice.h: 4 v at 2 bits, 4 v + 2 w at 3, and at 4 bits 7 * 4 v + 2 * 4 w, which is int16.
 template <int bits>
-struct Lattice8 {
-  static constexpr bool kWide = bits == 4;
+struct Lattice8 : FormatDefaults {
+  static constexpr bool kWide = bits == 4, kWhole = true;
   static constexpr int kUnitRows = kBlockRows, kColumns = kBlockColumns, kBytes = int(block_bytes(bits)), kFew = 0;
+  static constexpr int kOffset = kWide ? 0 : kOffset8;
   static constexpr int kQuads = kColumns / (kWide ? 2 : 4);
   explicit Lattice8(const Weight&) {}
   float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectors of int8.h on AVX-512 with VNNI: 16 rows of the weight in a register.
+// The vectors of panel.h on AVX-512 with VNNI: 16 rows of the weight in a register.
 #pragma once
 #include <immintrin.h>
 
-#include "vector.h"
+#include "../vector.h"
+#include "format.h"
 
 namespace quip {
 namespace {

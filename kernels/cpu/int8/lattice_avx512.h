@@ -15,8 +15,10 @@
 #pragma once
 #include <immintrin.h>
 
+#include <algorithm>
+
+#include "../lattice_layout.h"
 #include "lanes_avx512.h"
-#include "lattice_layout.h"
 
 namespace quip {
 namespace {
@@ -128,12 +130,12 @@ constexpr Sevenfold kSevenfold;
 // The lattice at 2, 3 or 4 bits. So that both stages add up to one byte, the second is divided by 2 instead of 2.04 at 3
 // bits, where a weight is (4 v + 2 w) / 4, and by 3.5 instead of 3.45 at 4, where it is (7 * 4 v + 2 * 4 w) / 28.
 template <int bits>
-struct Lattice8 {
-  static constexpr int kColumns = kBlockColumns, kQuads = 8, kBytes = int(block_bytes(bits)), kFew = 16;
+struct Lattice8 : FormatDefaults {
+  static constexpr int kColumns = kBlockColumns, kQuads = 8, kBytes = int(block_bytes(bits)), kFew = 16, kOffset = kOffset8;
   explicit Lattice8(const Weight&) {}
   float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }
 
-  // emit(quad, bytes): see int8.h.
+  // emit(quad, bytes): see panel.h.
   template <class Emit>
   void decode(const uint8_t* block, Emit emit) const {
     if constexpr (bits == 2) {

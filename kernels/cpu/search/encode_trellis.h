@@ -38,7 +38,7 @@ void encode(const float* targets, int64_t count, const float* values, int32_t* s
 }
 
 template <int V>
-void viterbi_of(const float* targets, int64_t count, const float* values, int step_bits, int32_t* states) {
+void encode_steps(const float* targets, int64_t count, const float* values, int step_bits, int32_t* states) {
   switch (step_bits) {
     case 1: return encode<1, V>(targets, count, values, states);
     case 2: return encode<2, V>(targets, count, values, states);
@@ -51,9 +51,9 @@ void viterbi_of(const float* targets, int64_t count, const float* values, int st
   }
 }
 
-inline void viterbi(const float* targets, int64_t count, const float* values, int step_bits, int dim, int32_t* states) {
-  if (dim == 1) viterbi_of<1>(targets, count, values, step_bits, states);
-  if (dim == 2) viterbi_of<2>(targets, count, values, step_bits, states);
+inline void encode_trellis(const float* targets, int64_t count, const float* values, int step_bits, int dim, int32_t* states) {
+  if (dim == 1) encode_steps<1>(targets, count, values, step_bits, states);
+  if (dim == 2) encode_steps<2>(targets, count, values, step_bits, states);
 }
 
 }  // namespace

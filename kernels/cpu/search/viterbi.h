@@ -6,8 +6,8 @@
 #pragma once
 #include <utility>
 
-#include "kernels.h"
-#include "vector.h"
+#include "../kernels.h"
+#include "../vector.h"
 
 namespace quip {
 namespace {

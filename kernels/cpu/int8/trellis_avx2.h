@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Trellis codes to small integers on AVX2, a half (8 rows) of a tile of 16 rows at a time; lane = row.
 //
-// Values are those of int8_trellis.h, save that what does not fit a small byte is int16, or a magnitude and a sign.
+// Values are those of trellis_avx512.h, save that what does not fit a small byte is int16, or a magnitude and a sign.
 #pragma once
 #include <immintrin.h>
 
-#include "bytes_avx2.h"
-#include "decode_trellis.h"
-#include "kernels.h"
+#include "../bytes_avx2.h"
+#include "../float/decode_trellis.h"
 #include "lanes_avx2.h"
-#include "vector.h"
 
 namespace quip {
 namespace {
@@ -64,7 +62,7 @@ struct Runs {
 
 // Codes of one weight a state.
 template <int bits>
-struct Windows {
+struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   // emit(cc, C, c, states): of column 8C + 2cc + c.
   template <int half, class Emit>
@@ -102,6 +100,7 @@ struct OneMadSums : Windows<bits> {
 template <int bits>
 struct OneMad8 : OneMadSums<bits> {
   static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
+  static constexpr bool kOnlyFew = true;
   explicit OneMad8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
@@ -166,7 +165,7 @@ struct ThreeInstValue {
 struct LutValue {
   const int16_t* table;
   float unit_;
-  explicit LutValue(const Weight& w) : table(w.lut16), unit_(w.lut_unit) {}
+  explicit LutValue(const Weight& w) : table(w.table16), unit_(w.unit) {}
   float unit() const { return unit_; }
   [[gnu::always_inline]] __m256i value(__m256i state) const {
     return _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), state, 2);
@@ -259,10 +258,10 @@ struct HybGrid {
   static constexpr int kFew = 4, kUnits = 2;  // magnitudes of up to 126 are even: 63 are left
   static constexpr bool kSmall = true;
   __m256i points[2], lines;
-  explicit HybGrid(const uint8_t* lut8) {
+  explicit HybGrid(const uint8_t* table8) {
     uint8_t numbers[3][16];
     for (int i = 0; i < 16; ++i) {
-      const uint8_t of[3] = {lut8[i], lut8[128 + i], lut8[512 + 16 * i]};
+      const uint8_t of[3] = {table8[i], table8[128 + i], table8[512 + 16 * i]};
       for (int j = 0; j < 3; ++j) numbers[j][i] = uint8_t((of[j] - 128) / 2);
     }
     points[0] = both(numbers[0]), points[1] = both(numbers[1]), lines = both(numbers[2]);
@@ -283,11 +282,11 @@ struct HybTable {
   static constexpr int kFew = 1, kUnits = 1;
   static constexpr bool kSmall = false;
   alignas(32) uint8_t eighth[8][8][32];  // [p][component and 128 rows]
-  explicit HybTable(const uint8_t* lut8) {
+  explicit HybTable(const uint8_t* table8) {
     for (int p = 0; p < 8; ++p)
       for (int i = 0; i < 8; ++i)
         for (int b = 0; b < 32; ++b) {
-          const uint8_t* row = lut8 + 128 * i + 16 * p + b % 16;
+          const uint8_t* row = table8 + 128 * i + 16 * p + b % 16;
           eighth[p][i][b] = p ? row[0] ^ row[-16] : row[0] ^ 128;
         }
   }
@@ -310,13 +309,13 @@ struct HybTable {
   }
 };
 
-// HYB, as in int8_trellis.h, both halves at once.
+// HYB, as in trellis_avx512.h, both halves at once.
 template <int bits, class Table>
-struct HybBytes : Table {
+struct HybBytes : FormatDefaults, Table {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   static constexpr bool kWhole = true;
   float unit_;
-  explicit HybBytes(const Weight& w) : Table(w.lut8), unit_(w.lut_unit * Table::kUnits) {}
+  explicit HybBytes(const Weight& w) : Table(w.table8), unit_(w.unit * Table::kUnits) {}
   float unit() const { return unit_; }
   // emit(R, 2 cc, values) for the lower bit of cc: two quads, c = 0 and 1, of bytes (rrr, upper bit of cc, C).
   template <class Emit>
@@ -342,7 +341,7 @@ struct HybBytes : Table {
 // For few rows: the activation takes the sign of the weight.
 template <int bits, class Table>
 struct Hyb8 : HybBytes<bits, Table> {
-  static constexpr int kQuads = 4, kFew = Table::kFew, kOffset = 0;
+  static constexpr int kQuads = 4, kFew = Table::kFew;
   static constexpr bool kOnlyFew = true;
   using HybBytes<bits, Table>::HybBytes;
   template <class Emit>
@@ -354,7 +353,7 @@ struct Hyb8 : HybBytes<bits, Table> {
 
 // For many rows: int16.
 template <int bits, class Table>
-struct Hyb16 : HybBytes<bits, Table> {
+struct HybMany : HybBytes<bits, Table> {
   static constexpr int kQuads = 8, kFew = 0;
   using HybBytes<bits, Table>::HybBytes;
   template <class Emit>

@@ -3,9 +3,9 @@
 #pragma once
 #include <algorithm>
 
-#include "lattice_layout.h"
+#include "../lattice_layout.h"
 #if defined(QUIP_LATTICE_PARTS)
-#include "lattice_avx2.h"
+#include "../lattice_parts_avx2.h"
 #endif
 
 namespace quip {
@@ -60,7 +60,7 @@ void decode_group(const uint8_t* block, int group, float* out, int64_t stride) {
 
 // Rows row0 .. row0 + 15, columns c0 .. c0 + columns - 1; row0 is a multiple of 16, c0 of 8. Rows beyond n are there, too.
 inline void decode_lattice(const Weight& w, int64_t row0, int64_t c0, int columns, float* out, int64_t stride) {
-  const uint8_t* blocks = w.blocks + row0 / kBlockRows * block_row_bytes(w.k, w.bits);
+  const uint8_t* blocks = w.packed + row0 / kBlockRows * block_row_bytes(w.k, w.bits);
   const bool upper = row0 % kBlockRows != 0;
   const auto decode = w.bits == 2   ? (upper ? decode_group<2, true> : decode_group<2, false>)
                       : w.bits == 3 ? (upper ? decode_group<3, true> : decode_group<3, false>)

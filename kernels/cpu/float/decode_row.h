@@ -12,7 +12,7 @@ namespace {
 // A trellis tile is one sequence, and AVX2 decodes the lattice in vectors of rows: a row costs the decoding of its sixteen
 // neighbours.
 inline void decode_row(const Weight& w, int64_t row, float* out) {
-  if (w.blocks) {
+  if (w.code == Code::kE8p) {
     alignas(64) float rows[kTile * kPanelColumns];
     for (int64_t c = 0; c < w.k; c += kPanelColumns) {
       const int columns = int(std::min<int64_t>(kPanelColumns, w.k - c));
@@ -23,10 +23,9 @@ inline void decode_row(const Weight& w, int64_t row, float* out) {
   }
   alignas(64) float tile[kTile * kTile];
   const TileDecoder decode = tile_decoder(w.code, w.bits);
-  const int16_t* packed = w.packed + row / kTile * w.k * w.bits;
   const float* wanted = tile + row % kTile * kTile;
   for (int64_t c = 0; c < w.k; c += kTile) {
-    decode(packed + c * w.bits, w.lut, tile, kTile);
+    decode(tile_at(w, row, c), w.table, tile, kTile);
     std::copy(wanted, wanted + kTile, out + c);
   }
 }

@@ -6,9 +6,8 @@
 #pragma once
 #include <immintrin.h>
 
-#include "decode_trellis.h"
-#include "kernels.h"
-#include "vector.h"
+#include "../float/decode_trellis.h"
+#include "lanes_avx512.h"
 
 namespace quip {
 namespace {
@@ -48,7 +47,7 @@ constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) 
 
 // Codes of one weight a state.
 template <int bits>
-struct Windows {
+struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   __m512i run[4];     // kRuns
   __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
@@ -86,6 +85,7 @@ inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
 template <int bits>
 struct OneMad8 : Windows<bits> {
   static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = kOneMadMean;
+  static constexpr bool kOnlyFew = true;
   explicit OneMad8(const Weight&) {}
   float unit() const { return kOneMadUnit; }
   template <class Emit>
@@ -141,7 +141,7 @@ struct ThreeInstValue {
 struct LutValue {
   const int16_t* table;
   float unit_;
-  explicit LutValue(const Weight& w) : table(w.lut16), unit_(w.lut_unit) {}
+  explicit LutValue(const Weight& w) : table(w.table16), unit_(w.unit) {}
   float unit() const { return unit_; }
   __m512i value(__m512i state) const { return _mm512_i32gather_epi32(state, table, 2); }
 };
@@ -161,10 +161,10 @@ inline __m512i negate8(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8
 struct HybGrid {
   static constexpr int kFew = 16;
   __m512i points[2], lines;
-  explicit HybGrid(const uint8_t* lut8) {
+  explicit HybGrid(const uint8_t* table8) {
     alignas(16) uint8_t line[16];
-    for (int j = 0; j < 16; ++j) line[j] = lut8[512 + 16 * j];
-    for (int i = 0; i < 2; ++i) points[i] = _mm512_broadcast_i32x4(load<__m128i>(lut8 + 128 * i));
+    for (int j = 0; j < 16; ++j) line[j] = table8[512 + 16 * j];
+    for (int i = 0; i < 2; ++i) points[i] = _mm512_broadcast_i32x4(load<__m128i>(table8 + 128 * i));
     lines = _mm512_broadcast_i32x4(load<__m128i>(line));
   }
   // Before bit 15 negates component 0.
@@ -181,8 +181,8 @@ struct HybGrid {
 struct HybTable {
   static constexpr int kFew = 4;
   __m512i part[2][8];  // [component][64 rows]
-  explicit HybTable(const uint8_t* lut8) {
-    for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(lut8 + 64 * i);
+  explicit HybTable(const uint8_t* table8) {
+    for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(table8 + 64 * i);
   }
   void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
     const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6), bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
@@ -196,13 +196,14 @@ struct HybTable {
 };
 
 template <int bits, class Table>
-struct Hyb8 : Table {
-  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kWords = (6 * bits + 15) / 16 + 1;
+struct Hyb8 : FormatDefaults, Table {
+  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kFew = Table::kFew, kOffset = kOffset8;
+  static constexpr int kWords = (6 * bits + 15) / 16 + 1;
   __m512i word[kWords];  // kWindows
   __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
   float unit_;
 
-  explicit Hyb8(const Weight& w) : Table(w.lut8), unit_(w.lut_unit) {
+  explicit Hyb8(const Weight& w) : Table(w.table8), unit_(w.unit) {
     for (int d = 0; d < kWords; ++d) word[d] = _mm512_load_si512(kWindows<bits>.index[d]);
     split = _mm512_set1_epi64(0x3828180836261606ll);
   }
@@ -239,6 +240,9 @@ struct Hyb8 : Table {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15), lanes);
   }
 };
+
+template <int bits, class Table>
+using HybMany = Hyb8<bits, Table>;
 
 }  // namespace
 }  // namespace quip

@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops of a quantized layer: checks, threads, and the calls of the kernels.
+#include <cmath>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../torch_checks.h"
+#include "tiers.h"
+
+namespace quip {
+namespace {
+
+// ---- What is around the weight of a layer ----
+
+struct Linear {
+  const float *su, *sv;
+  std::vector<Rotation> rotations;  // of the input, then of each part
+  std::vector<int64_t> output_sizes;
+  int64_t n = 0, k = 0, scratch = 0;
+
+  Linear(const Tensor& su_, const Tensor& sv_, const std::vector<Tensor>& bases, const std::vector<int64_t>& widths,
+         std::vector<int64_t> sizes)
+      : output_sizes(std::move(sizes)), k(su_.numel()) {
+    for (int64_t size : output_sizes) {
+      STD_TORCH_CHECK(size > 0 && size <= sv_.numel(), "a part has ", size, " outputs and sv ", sv_.numel(),
+                      ": sv has one for each output of each part");
+      n += size;
+    }
+    su = floats(su_, k, "su"), sv = floats(sv_, n, "sv");
+    STD_TORCH_CHECK(n > 0 && bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
+                    "bases and widths have ", bases.size(), " and ", widths.size(),
+                    " entries: give one for the input and one for each of the ", output_sizes.size(), " parts");
+    for (size_t i = 0; i < bases.size(); ++i) {
+      const int64_t q = bases[i].size(0), p = widths[i];
+      check_rotation(q, p, i ? output_sizes[i - 1] : k);
+      rotations.push_back({floats(bases[i], q * q, "base"), q, p});
+      scratch = std::max(scratch, q * p);
+    }
+  }
+};
+
+// ---- The weight ----
+
+Code code_of(const std::string& name) {
+  if (name == "1mad") return Code::kOneMad;
+  if (name == "3inst") return Code::kThreeInst;
+  if (name == "hyb") return Code::kHyb;
+  if (name == "e8p") return Code::kE8p;
+  STD_TORCH_CHECK(name == "lut", "code is ", name, ": it must be one of 1mad, 3inst, hyb, lut, e8p");
+  return Code::kLut;
+}
+
+// Where the blocks of each part of a lattice layer begin, and the bytes of all.
+std::vector<int64_t> block_offsets(const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
+  STD_TORCH_CHECK(k > 0 && k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
+  std::vector<int64_t> offsets{0};
+  for (int64_t size : output_sizes) {
+    STD_TORCH_CHECK(size > 0, "a part has ", size, " outputs: give at least one");
+    offsets.push_back(offsets.back() + kernels().lattice_bytes(size, k, int(bits)));
+  }
+  return offsets;
+}
+
+std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
+  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
+  const void* blocks = data_of(packed, ScalarType::Byte, offsets.back(), 1, "packed (the lattice's blocks)");
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < output_sizes.size(); ++i)
+    weights.push_back({static_cast<const uint8_t*>(blocks) + offsets[i], nullptr, Code::kE8p, int(bits), output_sizes[i], k});
+  return weights;
+}
+
+// The weight of each part of a layer, without the integers of its table.
+std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>& table, const std::string& name,
+                               const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
+  const Code code = code_of(name);
+  if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
+  const bool per_part = code == Code::kHyb;  // a table for each part
+  const int most = per_part ? 4 : 8;
+  STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
+  STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
+  std::vector<int64_t> starts{0};  // in bytes; a part has whole tiles
+  for (int64_t size : output_sizes) starts.push_back(starts.back() + 2 * ((size + kTile - 1) / kTile) * k * bits);
+  const void* words = data_of(packed, ScalarType::Short, starts.back() / 2, 2, "packed");
+  const float* values = nullptr;
+  if (per_part || code == Code::kLut) {
+    STD_TORCH_CHECK(table.has_value(), "code ", name, " needs its table");
+    values = floats(*table, per_part ? int64_t(output_sizes.size()) * 1024 : kStates, "table");
+  }
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < output_sizes.size(); ++i)
+    weights.push_back({static_cast<const uint8_t*>(words) + starts[i], per_part ? values + 1024 * i : values, code, int(bits),
+                       output_sizes[i], k});
+  return weights;
+}
+
+// Adds the tables as integers, and their units: uint8 [parts, 2, 512] of HYB, int16 [65537] of LUT.
+void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& integers, const std::optional<Tensor>& units,
+                  bool grid) {
+  const bool bytes = weights[0].code == Code::kHyb;
+  if (!bytes && weights[0].code != Code::kLut) return;
+  STD_TORCH_CHECK(integers.has_value() && units.has_value(),
+                  "a code with a table needs it as integers, too: give table_integers and table_units");
+  const int64_t count = bytes ? int64_t(weights.size()) : 1;
+  const float* unit = floats(*units, count, "table_units");
+  const void* numbers = bytes ? data_of(*integers, ScalarType::Byte, count * 1024, 1, "table_integers")
+                              : data_of(*integers, ScalarType::Short, kStates + 1, 2, "table_integers");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (bytes)
+      weights[i].table8 = static_cast<const uint8_t*>(numbers) + 1024 * i;
+    else
+      weights[i].table16 = static_cast<const int16_t*>(numbers);
+    weights[i].unit = unit[bytes ? i : 0];
+    weights[i].grid = grid;
+  }
+}
+
+// ---- The product ----
+
+struct Panel {
+  size_t part;
+  int64_t row0;
+};
+
+// The panels of all parts, `rows` rows of the weight each.
+std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
+  std::vector<Panel> panels;
+  for (size_t part = 0; part < layer.output_sizes.size(); ++part)
+    for (int64_t row = 0; row < layer.output_sizes[part]; row += rows) panels.push_back({part, row});
+  return panels;
+}
+
+Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights) {
+  STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ", activations,
+                  ": give exact, int8, or nothing for int8 where it is there and x is no float32");
+  const Type type = type_of(x);
+  const int64_t item = type == Type::kFloat ? 4 : 2;
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
+                  x.numel(), " elements: the op wants a contiguous [m, ", layer.k, "]");
+  const int64_t m = x.size(0), k = layer.k, n = layer.n;
+  Tensor y = torch::stable::new_empty(x, {m, n});
+  if (m == 0) return y;
+  const Kernels& ops = kernels();
+  std::vector<int64_t> starts{0};
+  for (int64_t size : layer.output_sizes) starts.push_back(starts.back() + size);
+  const bool takes = ops.int8_takes && ops.int8_takes(weights[0].code, weights[0].bits);
+  STD_TORCH_CHECK(takes || activations != "int8", "int8 activations are not there for this format at tier ", ops.name,
+                  ": use exact ones");
+  const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
+  const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), m * k, item, "x"));
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
+  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
+  Memory arranged(x, int8 ? ops.int8_bytes(weights[0], m) / 4 : 0);
+  int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
+  int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
+
+  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    Memory scratch(x, layer.scratch + stride);
+    for (int64_t r = begin; r < end; ++r) {
+      float* row = int8 ? scratch.floats + layer.scratch : rotated.floats + r * stride;
+      std::fill(row + k, row + stride, 0.0f);
+      ops.rotate_in(in + r * k * item, type, layer.su, k, layer.rotations[0], row, scratch.floats);
+      if (int8) ops.int8_quantize(weights[0], row, r, m, x8, scales.floats + r, totals + r * chunks);
+    }
+  });
+
+  const std::vector<Panel> panels = panels_of(layer, int8 ? 2 * kTile : kTile);
+  torch::stable::parallel_for(0, int64_t(panels.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const auto [part, row0] = panels[j];
+      float* to = product.floats + starts[part];
+      if (int8)
+        ops.int8_panel(weights[part], row0, x8, scales.floats, totals, m, to, n);
+      else
+        ops.panel(weights[part], row0, rotated.floats, stride, m, to, n);
+    }
+  });
+
+  const int64_t parts = int64_t(layer.output_sizes.size());
+  torch::stable::parallel_for(0, m * parts, 1, [&](int64_t begin, int64_t end) {
+    Memory scratch(x, layer.scratch);
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t r = j / parts, i = j % parts, first = r * n + starts[i];
+      ops.rotate_out(product.floats + first, layer.output_sizes[i], layer.rotations[i + 1], layer.sv + starts[i], type,
+                     out + first * item, scratch.floats);
+    }
+  });
+  return y;
+}
+
+// ---- The ops ----
+
+Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, std::optional<Tensor> table_integers,
+                  std::optional<Tensor> table_units, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
+                  std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code, int64_t bits,
+                  std::string activations, bool grid) {
+  const Linear layer(su, sv, bases, widths, output_sizes);
+  for (int64_t size : output_sizes)
+    STD_TORCH_CHECK(code == "e8p" || size % kTile == 0, "a trellis weight has ", size,
+                    " rows: they must be a multiple of 16");
+  std::vector<Weight> weights = weights_of(packed, table, code, output_sizes, layer.k, bits);
+  add_integers(weights, table_integers, table_units, grid);
+  return run(x, layer, activations, weights);
+}
+
+// Rows of a weight by number. sv has one element for each row that may be asked for.
+Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su_, const Tensor& sv_,
+                     const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
+  const int64_t n = sv_.numel(), k = su_.numel(), order = base.size(0), m = ids.numel();
+  const Weight weight = weights_of(packed, table, code, {n}, k, bits).front();
+  const float *su = floats(su_, k, "su"), *sv = floats(sv_, n, "sv");
+  const Rotation rotation{floats(base, order * order, "base"), order, width};
+  check_rotation(order, width, k);
+  STD_TORCH_CHECK(ids.dim() == 1, "ids has ", ids.dim(), " dimensions: the op wants a vector");
+  const int64_t* rows = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, m, sizeof(int64_t), "ids"));
+  for (int64_t i = 0; i < m; ++i)
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ", n - 1);
+  Tensor y = torch::stable::new_empty(su_, {m, k}, dtype);
+  const Type type = type_of(y);
+  const int64_t bytes = k * (type == Type::kFloat ? 4 : 2);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const Kernels& ops = kernels();
+  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
+    Memory row(su_, k), scratch(su_, order * width);
+    for (int64_t i = begin; i < end; ++i) {
+      ops.decode_row(weight, rows[i], row.floats);
+      for (int64_t c = 0; c < k; ++c) row.floats[c] *= sv[rows[i]];
+      ops.rotate_out(row.floats, k, rotation, su, type, out + i * bytes, scratch.floats);
+    }
+  });
+  return y;
+}
+
+// The codes of a lattice layer as this tier's kernels read them. codes: int16 [n, k/8]; second: of the same shape, uint8 at 3
+// bits and int16 at 4.
+Tensor cpu_lattice_blocks(const Tensor& codes, std::optional<Tensor> second, std::vector<int64_t> output_sizes, int64_t bits) {
+  STD_TORCH_CHECK(codes.dim() == 2, "codes has ", codes.dim(), " dimensions: the op wants [n, k/8]");
+  const int64_t k = 8 * codes.size(1), count = codes.numel();
+  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
+  int64_t n = 0;
+  for (int64_t size : output_sizes) n += size;
+  STD_TORCH_CHECK(n == codes.size(0), "codes has ", codes.size(0), " rows and output_sizes ", n, ": give them the same");
+  STD_TORCH_CHECK(bits == 2 || second.has_value(), "the second stage is missing: ", bits, " bits need residual_codes");
+  const int item = bits == 3 ? 1 : 2;
+  const int16_t* first = static_cast<const int16_t*>(data_of(codes, ScalarType::Short, count, sizeof(int16_t), "codes"));
+  const char* rest = nullptr;
+  if (bits > 2)
+    rest = static_cast<const char*>(
+        data_of(*second, bits == 3 ? ScalarType::Byte : ScalarType::Short, count, item, "residual_codes"));
+  Tensor blocks = torch::stable::new_empty(codes, {offsets.back()}, ScalarType::Byte);
+  uint8_t* out = blocks.mutable_data_ptr<uint8_t>();
+  std::fill(out, out + offsets.back(), uint8_t(0));
+  int64_t start = 0;
+  for (size_t i = 0; i < output_sizes.size(); start += output_sizes[i++]) {
+    const int64_t size = output_sizes[i], group = 2 * kTile, at = start * (k / 8);
+    torch::stable::parallel_for(0, (size + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+      const int64_t row0 = begin * group, rows = std::min(end * group, size) - row0;
+      kernels().put_rows(first + at, rest ? rest + at * item : nullptr, row0, rows, k, int(bits), out + offsets[i]);
+    });
+  }
+  return blocks;
+}
+
+// ---- What the library runs on ----
+
+std::string cpu_tier() { return kernels().name; }
+
+// A line for each tier: its name, and the features that it needs, with + where the CPU has one and - where not.
+std::string cpu_tiers() {
+  std::string lines;
+  for (const Tier& tier : tiers()) {
+    lines += tier.kernels->name;
+    for (const Feature& feature : tier.needs) lines += std::string(feature.here ? " +" : " -") + feature.name;
+    lines += "\n";
+  }
+  return lines;
+}
+
+// Whether the tier in use has int8 activations for a format.
+bool cpu_takes_int8(std::string code, int64_t bits) {
+  return kernels().int8_takes && kernels().int8_takes(code_of(code), int(bits));
+}
+
+}  // namespace
+}  // namespace quip
+
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
+  m.impl("cpu_linear", TORCH_BOX(&quip::cpu_linear));
+  m.impl("cpu_embedding", TORCH_BOX(&quip::cpu_embedding));
+  m.impl("cpu_lattice_blocks", TORCH_BOX(&quip::cpu_lattice_blocks));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
+  m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier));
+  m.impl("cpu_tiers", TORCH_BOX(&quip::cpu_tiers));
+  m.impl("cpu_takes_int8", TORCH_BOX(&quip::cpu_takes_int8));
+}

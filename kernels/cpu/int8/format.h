@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the loops of panel.h know of a format.
+//
+// A format decodes a unit, kUnitRows rows x kColumns columns of the weight in kBytes bytes, to kQuads vectors for each set
+// of rows that a vector holds. A lane of a vector is a row of the weight, and its 32 bits are a quad:
+//
+//   bytes   four columns, value + kOffset          repeated   one column, whose parts are summed, kRepeat of them
+//   wide    two columns as int16                   signed     magnitudes and signs of two quads (TwoQuads)
+//
+// A quad of the activation has the same columns, and it is the same for all lanes.
+#pragma once
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace quip {
+namespace {
+
+// What most formats have. A format derives from this, and defines kColumns, kBytes, kQuads, and kFew: up to how many rows
+// of x are multiplied while the weight is decoded. The sums are sums of (value + kOffset) / unit().
+struct FormatDefaults {
+  static constexpr int kUnitRows = kTile;
+  static constexpr int kOffset = 0;
+  static constexpr int kRepeat = 1;          // how often a column of x lies in a quad
+  static constexpr bool kOnlyFew = false;    // whether another format multiplies many rows
+  static constexpr bool kTabulated = false;  // whether products are looked up in tables of each row of x
+  static constexpr bool kWhole = false;      // whether one call of decode gives all rows of a unit
+};
+
+template <class Format>
+constexpr bool is_wide() {
+  return Format::kQuads * 2 == Format::kColumns * Format::kRepeat;
+}
+
+constexpr int kPad = 64;  // columns of x are padded to a multiple of this
+inline int64_t padded(int64_t k) { return (k + kPad - 1) / kPad * kPad; }
+
+template <class Format>
+constexpr int64_t quads_of(int64_t columns) {
+  return columns * Format::kQuads / Format::kColumns;
+}
+
+// The bytes of the units of kUnitRows rows of k columns.
+template <class Format>
+inline int64_t row_bytes(int64_t k) {
+  return (k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
+}
+
+// Asks memory for bytes that will be read soon.
+inline void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+}
+
+}  // namespace
+}  // namespace quip

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which format multiplies a weight with m rows of x, and how these rows lie.
+#pragma once
+#if defined(__AVX2__)
+#define QUIP_INT8
+#include <type_traits>
+
+#if defined(__AVX512VNNI__)
+#include "lattice_avx512.h"
+#include "trellis_avx512.h"
+#if defined(__AMX_INT8__) || defined(QUIP_AMX_EMULATED)
+#define QUIP_AMX
+#endif
+#else
+#include "lattice_avx2.h"
+#include "trellis_avx2.h"
+#endif
+
+namespace quip {
+namespace {
+
+template <class F>
+inline void with_bits(int bits, F f) {
+  switch (bits) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls f(null pointer to Few) if it multiplies m rows, else f(null pointer to Many).
+template <class Few, class Many, class F>
+inline void with_either(int64_t m, F f) {
+  m <= Few::kFew ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
+}
+
+// Calls f(null pointer to the format that multiplies m rows).
+template <class F>
+inline void with_format(const Weight& w, int64_t m, F f) {
+  with_bits(w.bits, [&](auto b) {
+    constexpr int bits = decltype(b)::value;
+    switch (w.code) {
+      case Code::kE8p:
+        if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
+        return;
+      case Code::kOneMad: return with_either<OneMad8<bits>, OneMad16<bits>>(m, f);
+      case Code::kThreeInst: return f(static_cast<ThreeInst16<bits>*>(nullptr));
+      case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
+      case Code::kHyb:
+        return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
+                      : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+    }
+  });
+}
+
+// Whether with_format knows a format for it.
+inline bool int8_takes(Code code, int bits) {
+  const auto is = [&](auto... codes) { return ((code == codes) || ...); };
+  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kE8p);
+}
+
+// Up to how many rows are multiplied while decoding.
+inline int few_of(const Weight& w) {
+  int few = 0;
+  with_format(w, 1, [&](auto* format) { few = std::remove_pointer_t<decltype(format)>::kFew; });
+  return few;
+}
+
+// Whether tiles of AMX multiply many rows.
+template <class Format>
+constexpr bool is_tiled() {
+#if defined(QUIP_AMX)
+  return !is_wide<Format>() && Format::kRepeat == 1;
+#else
+  return false;
+#endif
+}
+
+// Rows of x whose quads lie side by side, x[group][quad][row].
+inline int64_t group_rows(const Weight& w, int64_t m) {
+  const bool few = m <= few_of(w);
+  bool alone = false;
+  with_format(w, m, [&](auto* format) {
+    using Format = std::remove_pointer_t<decltype(format)>;
+    alone = Format::kTabulated || (is_tiled<Format>() && !few);
+  });
+  if (alone) return 1;
+  if (few) return m;
+  const int64_t groups = (m + kGroup - 1) / kGroup;
+  return (m + groups - 1) / groups;
+}
+
+inline int64_t int8_bytes(const Weight& w, int64_t m) {
+  int64_t bytes = 0;
+  with_format(w, m, [&](auto* format) {
+    using Format = std::remove_pointer_t<decltype(format)>;
+    const int64_t rows = is_tiled<Format>() ? (m + 15) / 16 * 16 : m;  // the rest of the last tile is read, not used
+    bytes = 4 * quads_of<Format>(padded(w.k)) * rows;
+  });
+  return bytes;
+}
+
+}  // namespace
+}  // namespace quip
+#endif
