@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``quantization_config`` of ``config.json``, format version 1, as a checked object."""
+"""``quantization_config`` of ``config.json``, format version 1, as a checked object (docs/formats.md)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ FORMAT_VERSION = 1
 
 
 class LayerFormat(NamedTuple):
-    """How a layer is stored: the code's name, and code bits per weight."""
+    """How a layer is stored: the name of its code, and code bits per weight."""
 
     code: str
     bits: int
@@ -42,7 +42,7 @@ class Head:
 
     @classmethod
     def from_dict(cls, raw: object) -> "Head | None":
-        """Reads the key ``head``; None where it is absent. Raises ValueError for what is ill-typed."""
+        """Reads the key ``head``; None if it is absent. Raises ValueError for an ill-typed value."""
         if raw is None:
             return None
         if not isinstance(raw, Mapping):
@@ -57,14 +57,14 @@ class Head:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a checkpoint says of itself.
+    """What a checkpoint says of its quantized layers.
 
     Attributes:
         default: code and bits of every quantized layer that `layers` does not name.
         hadamard_block: None for the full-width rotation, else the largest block of the blockwise one (a power of two).
         modules_to_not_convert: module names that keep an ordinary weight. A name covers itself and everything below it.
-        layers: module name -> code and bits of that layer, where they differ from the default.
-        head: the quantized output head; None where head and embedding keep an ordinary weight.
+        layers: module name -> code and bits of each layer that differs from the default.
+        head: the quantized output head; None if head and embedding keep an ordinary weight.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the rule and the remedy.
@@ -94,13 +94,13 @@ class CheckpointConfig:
         return self.default.format.method
 
     def layer_format(self, name: str) -> LayerFormat | None:
-        """Code and bits of the linear layer or head ``name`` (its Hugging Face name); None where it has a weight."""
+        """Code and bits of the linear layer or head ``name``; None if it keeps an ordinary weight."""
         if self.head is not None and self.is_head(name):
             return self.head.stored
         return None if self._skips(name) else self.layers.get(name, self.default)
 
     def is_head(self, name: str) -> bool:
-        """Whether the tensors under ``name`` are the quantized output head."""
+        """Whether the tensors under ``name`` are those of the quantized output head."""
         return self.head is not None and name == self.head.module
 
     def _skips(self, name: str) -> bool:
@@ -121,7 +121,7 @@ class CheckpointConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "CheckpointConfig":
-        """Reads the ``quantization_config`` object. Unknown keys are ignored, other versions are refused.
+        """Reads the ``quantization_config`` object. Unknown keys are ignored; another version is refused.
 
         Raises:
             ValueError: names the key, its value and what is allowed.
@@ -134,7 +134,7 @@ class CheckpointConfig:
             raise ValueError(
                 f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
             )
-        default = _layer_format(raw, "quantization_config")
+        default = _layer_format({key: raw.get(key) for key in LayerFormat._fields}, "quantization_config")
         if default.format.method != method:
             raise ValueError(
                 f"code is {default.code!r}: it belongs to quant_method {default.format.method}, not {method}"
@@ -155,9 +155,16 @@ class CheckpointConfig:
 
 
 def _layer_format(raw: object, key: str) -> LayerFormat:
-    """Code and bits of an object of config.json. Raises ValueError for anything else."""
+    """Code and bits of an object of config.json.
+
+    Raises:
+        ValueError: it is something else, or says more: a reader that ignored a property would decode other weights.
+    """
     if not isinstance(raw, Mapping):
         raise ValueError(f"{key} is {raw!r:.200}: it must be an object with code and bits")
+    unknown = sorted(str(name) for name in raw if name not in LayerFormat._fields)
+    if unknown:
+        raise ValueError(f"{key} has {', '.join(unknown):.200}: this quip_vllm knows code and bits; upgrade it")
     stored = LayerFormat(raw.get("code"), raw.get("bits"))  # type: ignore[arg-type]  # checked next
     stored.check()
     return stored

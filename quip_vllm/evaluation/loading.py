@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any model as a float32 transformers model; our checkpoints are dequantized while they load."""
+"""Any model as a float32 transformers model; a quantized checkpoint is dequantized while it loads."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from quip_vllm.formats.tensors import layout
 from quip_vllm.ops import dequantize
 
 
-def is_own(folder: Path) -> bool:
-    """Whether the folder's config.json says that it is a checkpoint of ours. Raises ValueError for an ill-typed one."""
+def is_quantized(folder: Path) -> bool:
+    """Whether config.json names one of our methods. Raises ValueError if its quantization_config is ill-typed."""
     described = read_json(folder / "config.json").get("quantization_config") or {}
     method = described.get("quant_method", "") if isinstance(described, dict) else None
     if not isinstance(method, str):
@@ -26,20 +26,20 @@ def is_own(folder: Path) -> bool:
 
 
 def load_model(model: str) -> Any:
-    """A float32 causal LM in eval mode: a folder, a hub name, or a checkpoint of ours (dequantized).
+    """A float32 causal LM in eval mode, from a folder or a hub name; a quantized checkpoint of ours is dequantized.
 
     Raises:
-        ValueError: the folder is no model, or its tensors do not fit its config.json.
+        ValueError: the folder holds no model, or its tensors do not fit its config.json.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = local_folder(model)
-    own = is_own(folder)
+    quantized = is_quantized(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
         raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    if not own:
+    if not quantized:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     del config.quantization_config
     loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

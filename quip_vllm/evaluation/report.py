@@ -7,18 +7,18 @@ from typing import Any
 from quip_vllm import __version__
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder
-from quip_vllm.evaluation.loading import is_own, load_model
+from quip_vllm.evaluation.loading import is_quantized, load_model
 from quip_vllm.evaluation.windows import score, windows_of
 
 
 def evaluate(
     model: str, text: str, reference: str | None = None, sequence_length: int = 2048, windows: int | None = None
 ) -> dict[str, Any]:
-    """Measures a model on a text.
+    """Measures a model on a text: what the keys mean is in docs/evaluation.md.
 
     Returns:
-        ``perplexity``; ``kl_divergence`` (nats) and ``top1_agreement`` (0..1), null without a reference;
-        ``bits_per_weight`` of the linear layers; ``bytes`` of all tensors; then what was run.
+        ``perplexity``; ``kl_divergence`` (nats) and ``top1_agreement`` (0..1), None without a reference;
+        ``bits_per_weight`` of the quantized layers; ``bytes`` of all tensors; then what was run.
 
     Raises:
         ValueError: bad input.
@@ -53,7 +53,7 @@ def evaluate(
 
 
 def _size(folder: Path, loaded: Any) -> dict[str, Any]:
-    if is_own(folder):
+    if is_quantized(folder):
         return inspect(folder)["totals"]
     count = sum(parameter.numel() for parameter in loaded.parameters())
     total = sum(CheckpointReader(folder).bytes_of.values())

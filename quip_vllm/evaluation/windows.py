@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity and KL divergence over windows of a text.
 
-The text is tokenized whole, nothing added, and cut into windows without overlap; each window predicts its tokens from
-the second on; every figure is the mean over all predictions.
+The text is tokenized whole, with nothing added, and cut into windows without overlap. Each window predicts its tokens
+from the second on. Every figure is a mean over all predictions.
 """
 
 import math
@@ -18,7 +18,7 @@ CHUNK = 256  # positions whose full-vocabulary distributions are held at once
 
 
 def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -> Tensor:
-    """int64 [windows, length]. Raises ValueError if the text is shorter than one window, or than ``count``."""
+    """Tokens, int64 [windows, length]. Raises ValueError if the text has fewer windows than one, or than ``count``."""
     if length < 2:
         raise ValueError(f"--sequence-length is {length}: a window predicts from its second token on; give at least 2")
     try:
@@ -37,7 +37,7 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -
 
 @torch.inference_mode()
 def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) -> list[dict[str, float]]:
-    """Perplexity of each model; with a reference, KL(reference || model) in nats and top-1 agreement as well.
+    """Perplexity of each model, and with a reference KL(reference || model) in nats and top-1 agreement.
 
     Args:
         models, reference: causal LMs over one vocabulary.

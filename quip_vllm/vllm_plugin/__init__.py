@@ -5,16 +5,16 @@ import logging
 
 
 def register() -> None:
-    """Registers the quantization methods ``qtip`` and ``quip_sharp`` with vLLM.
+    """Registers our quantization methods with vLLM.
 
-    The entry point of the group ``vllm.general_plugins``. vLLM calls it in each of its processes, possibly more than
-    once, so it is idempotent and touches no device.
+    This is the entry point of the group ``vllm.general_plugins``. vLLM calls it in each of its processes, possibly more
+    than once, so it is idempotent and touches no device.
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from quip_vllm.vllm_plugin.config import QtipConfig, QuipSharpConfig
+    from quip_vllm.vllm_plugin.config import CONFIGS
 
-    for config in (QtipConfig, QuipSharpConfig):
-        register_quantization_config(config.method)(config)
-    # vLLM shows what reaches its own logger only, and the choice of a backend has to be seen.
+    for method, config in CONFIGS.items():
+        register_quantization_config(method)(config)
+    # vLLM shows only what reaches its own logger, and the choice of a backend has to be seen.
     logging.getLogger("quip_vllm").parent = logging.getLogger("vllm")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM asks of a quantization method: which layers it serves, and with how many bits each."""
+"""What vLLM asks of a quantization method: which layers it serves, and how each is stored."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -91,7 +91,7 @@ class _QuipConfig(QuantizationConfig):
             prefix: its name in the vLLM model.
 
         Returns:
-            Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for the language-model head and
+            Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for the output head and
             a tied embedding that the checkpoint's ``head`` names; None for every other layer, so that embeddings and
             head otherwise keep their ordinary weight.
 
@@ -140,7 +140,7 @@ class _QuipConfig(QuantizationConfig):
         return QuipEmbeddingMethod(self.checkpoint, head)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static in vLLM
-        """vLLM asks for it when the model stands and its weights come next: the last chance for a clear word.
+        """vLLM asks for it between building the model and loading its weights: the last chance for a clear message.
 
         Raises:
             ValueError: vLLM's model has built its head or embedding without asking for our method.
@@ -157,7 +157,7 @@ class _QuipConfig(QuantizationConfig):
         return super().get_checkpoint_weight_mapper()
 
     def _names_on_disk(self, prefix: str) -> tuple[str, ...]:
-        """Names of the checkpoint's linear layers that vLLM fuses in this one: q, k and v of qkv_proj."""
+        """Names on disk of the parts that vLLM fuses in this layer: q, k and v of qkv_proj."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
 

@@ -92,6 +92,10 @@ def test_layer_format(name, stored):
         ({"layers": {"x": 4}}, "layers.x is 4: it must be an object with code and bits"),
         ({"layers": {"x": {"code": "hyb", "bits": 99}}}, "bits is 99: "),
         ({"layers": {"x": {"bits": 2}}}, "code is None: "),
+        (
+            {"layers": {"x": {"code": "hyb", "bits": 2, "order": "mma"}}},
+            "layers.x has order: this quip_vllm knows code",
+        ),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head': "),
         ({"modules_to_not_convert": [1]}, "modules_to_not_convert is "),
     ],
