@@ -19,7 +19,7 @@ PIP := $(BIN)/pip install --progress-bar off
 SAY := scripts/logged.sh
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv build wheel demo test test-all check lint format types words rules sanitize loadtest \
+.PHONY: help venv build wheel figures demo test test-all check lint format types words rules sanitize loadtest \
 	lint-docker clean
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make check     ruff, clang-format, mypy, typos, dependency rule: what pre-commit runs"
 	@echo "make build     the compiled libraries          make venv      only the installation (BACKEND=cpu|cuda)"
 	@echo "make wheel     a wheel with the compiled libraries, in build/wheel"
+	@echo "make figures   the tables and plots of README.md and docs/benchmarks, from their CSV files"
 	@echo "make sanitize  the kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make loadtest  load test of the served demo model, or of SERVER=http://...  (PROFILE, USERS, DURATION, SEED)"
 
@@ -56,6 +57,9 @@ build: $(INSTALLED)
 
 wheel: venv
 	@$(SAY) "wheel" scripts/release/wheel.sh build/wheel && ls build/wheel/*.whl
+
+figures: venv
+	$(BIN)/python scripts/bench/figures.py
 
 demo: venv
 	$(BIN)/python scripts/demo/demo.py

@@ -1,47 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the plots of docs/benchmarks from its CSV files.
+"""The plots of docs/benchmarks, drawn from its CSV files by figures.py."""
 
-Usage: python scripts/bench/plot_results.py [--folder docs/benchmarks]
-
-cpu_serving*.csv -> cpu_serving*.png: tokens a second of each checkpoint, a panel a workload, ratios to bf16 at bars.
-cpu_kernels*.csv -> cpu_kernels*.png: weights a second of one row against the bound, and over rows against dense bf16.
-"""
-
-import argparse
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
-from benchmarking import FORMATS, read_rows
+from benchmarking import read_rows
+from tables import BASELINES, CPUS, FOLDER, Rows, bits_of, by_bits, label, serving_ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 COLOURS = {"quip_sharp": "#0072B2", "1mad": "#D55E00", "3inst": "#E69F00", "hyb": "#009E73", "lut": "#CC79A7"}
 GREY = "#8C8C8C"
 """Okabe and Ito's palette: told apart by colour-blind readers too. Grey is what others' formats have."""
-Rows = list[dict[str, str]]
-
-
-def main() -> int:
-    """Draws what there is a CSV for; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs/benchmarks"))
-    folder = parser.parse_args().folder
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    scripts = {serving: "bench_serving", kernels: "bench_kernels"}
-    drawings = {f"cpu_{what.__name__}{tier}": what for what in (serving, kernels) for tier in ("", "_avx2")}
-    for name, draw in drawings.items():
-        source, target = folder / f"{name}.csv", folder / f"{name}.png"
-        if source.exists():
-            figure = draw(read_rows(source))
-            figure.savefig(target)
-            plt.close(figure)
-            print(f"wrote {target}")
-        else:
-            print(f"{source} is not there: run scripts/bench/{scripts[draw]}.py first", file=sys.stderr)
-    return 0
+MARKERS = {2: "o", 3: "^", 4: "s"}
+SHAPE = (8192, 2048)
+CUDA_SHAPE = (14336, 4096)
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
 
 
 def colour(name: str) -> str:
@@ -49,92 +26,139 @@ def colour(name: str) -> str:
     return next((value for key, value in COLOURS.items() if key in name), GREY)
 
 
-def serving(rows: Rows) -> Any:
-    """A panel a workload, a bar a checkpoint, its figure and its ratio to bf16 at the end."""
-    rows = [row for row in rows if row["tokens_per_s"]]
-    names = list(dict.fromkeys(row["name"] for row in rows))
+def serving(end: str = "") -> Any:
+    """A panel per workload and a bar per checkpoint, peers of equal bits together; ratios to the faster dense model."""
+    rows = [row for row in read_rows(FOLDER / f"cpu_serving{end}.csv") if row["phase"]]
+    ratio, names = serving_ratio(rows), by_bits(row["name"] for row in rows)
     workloads = list(dict.fromkeys((row["phase"], row["batch"]) for row in rows))
-    figure, panels = plt.subplots(
-        1,
-        len(workloads),
-        figsize=(2.4 * len(workloads) + 1, 0.32 * len(names) + 1.4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, (phase, batch) in zip(panels[0], workloads, strict=True):
+    places, place = {}, 0.0
+    for before, name in zip([names[0], *names], names, strict=False):
+        place += 1 if bits_of(before) == bits_of(name) else 1.6
+        places[name] = place
+    size = (2.5 * len(workloads) + 1.4, 0.3 * place + 1.6)
+    figure, panels = plt.subplots(1, len(workloads), figsize=size, sharey=True, layout="constrained")
+    for panel, (phase, batch) in zip(panels, workloads, strict=True):
         for row in rows:
             if (row["phase"], row["batch"]) == (phase, batch):
-                speed, place = float(row["tokens_per_s"]), names.index(row["name"])
-                panel.barh(place, speed, color=colour(row["name"]), height=0.7)
-                ratio = f"  {float(row['over_bf16']):.1f}x" if row["over_bf16"] else ""
-                figures = f"{speed:.{1 if speed < 100 else 0}f}{ratio}"
-                panel.annotate(figures, (speed, place), (3, 0), textcoords="offset points", va="center")
-        panel.set_title("prefill" if phase == "prefill" else f"decode, batch {batch}")
-        panel.set_xlabel("tokens/s")
+                speed, where = float(row["tokens_per_s"]), places[row["name"]]
+                panel.barh(where, speed, color=colour(row["name"]), height=0.75)
+                words = f"{speed:.{1 if speed < 100 else 0}f} ({ratio[row['name'], phase, batch]:.1f}x)"
+                panel.annotate(words, (speed, where), (3, 0), textcoords="offset points", va="center")
+        panel.set_title("prefill, 400 tokens" if phase == "prefill" else f"decode, batch {batch}")
+        panel.set_xlabel("tokens per second")
         panel.margins(x=0.6)
         panel.set_xlim(left=0)
-        panel.set_yticks(range(len(names)), names)
-    panels[0][0].invert_yaxis()
-    figure.suptitle("vLLM, CPU: tokens a second (ratio to bf16)")
-    return figure
-
-
-def kernels(rows: Rows) -> Any:
-    """Above: one row, by shape, with the bound. Below: speed over rows, relative to torch's dense bf16 layer."""
-    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in rows))
-    names = [name for name in FORMATS if any(row["format"] == name for row in rows)]
-    figure, panels = plt.subplots(
-        2,
-        len(shapes),
-        figsize=(2.7 * len(shapes) + 1, 0.24 * len(names) + 4.4),
-        squeeze=False,
-        layout="constrained",
-        sharey="row",
-        height_ratios=(0.24 * len(names) + 1, 2.6),
+        panel.set_yticks(
+            list(places.values()), [label(name).replace(", ", ",\n", name in BASELINES) for name in places]
+        )
+    panels[0].invert_yaxis()
+    dense = "the faster of bf16 and float32" if any(row["name"] == "float32" for row in rows) else "bf16"
+    figure.suptitle(
+        f"vLLM {rows[0]['vllm'].partition('+')[0]}, one core of an {CPUS[end]}\n"
+        f"Llama shape of 1.07e9 random weights, output head of 4 bits; in brackets: times {dense}"
     )
-    for (n, k), bars, lines in zip(shapes, *panels, strict=True):
-        here = [row for row in rows if (row["n"], row["k"]) == (n, k)]
-        _bars(bars, names, [row for row in here if row["rows"] == "1"])
-        _lines(lines, names, here)
-        bars.set_title(f"{n} x {k}")
-    panels[0][0].invert_yaxis()
-    panels[1][0].set_ylabel("times torch's bf16 layer")
-    panels[1][-1].legend(loc="best", frameon=False, fontsize=7)
-    threads = rows[0]["threads"]
-    figure.suptitle(f"One linear layer, {threads} thread{'s' * (threads != '1')}: bars one row, ticks its bound")
     return figure
 
 
-def _bars(panel: Any, names: list[str], rows: Rows) -> None:
-    for row in rows:
-        speed = float(row["gweights_per_s"])
-        if row["format"] == "dense":
-            panel.axvline(speed, color=GREY, linestyle="--", linewidth=1)
-            continue
-        place = names.index(row["format"])
-        panel.barh(place, speed, color=colour(row["format"]), height=0.7)
-        panel.plot([float(row["bound_gweights_per_s"])] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5)
-    panel.set_xlabel("Gweights/s (dashed: dense bf16)")
-    panel.set_xlim(left=0)
-    panel.set_yticks(range(len(names)), names)
+def kernels(end: str = "") -> Any:
+    """Left: one row against its bound. Right: multiplications per second by rows, beside torch's bf16 layer."""
+    rows = read_rows(FOLDER / f"cpu_kernels{end}.csv")
+    rows = [row for row in rows if (int(row["n"]), int(row["k"])) == SHAPE]
+    names = by_bits(row["format"] for row in rows)
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for place, name in enumerate(names):
+        one = next(row for row in rows if (row["format"], row["rows"]) == (name, "1"))
+        bars.barh(place, float(one["gweights_per_s"]), color=colour(name), height=0.7)
+        if one["bound_gweights_per_s"]:
+            bound, words = (
+                float(one["bound_gweights_per_s"]),
+                "bound: memory or decoding" if name == names[-1] else None,
+            )
+            bars.plot([bound] * 2, [place - 0.42, place + 0.42], color="black", linewidth=1.5, label=words)
+        points = sorted((int(row["rows"]), 1000 * float(row["tmac_per_s"])) for row in rows if row["format"] == name)
+        lines.plot(
+            *zip(*points, strict=True),
+            color=colour(name),
+            marker=MARKERS.get(bits_of(name), ""),
+            linestyle="--" if name == "dense" else "-",
+            markersize=4,
+            label=label(name),
+        )
+    bars.set_yticks(range(len(names)), [label(name) for name in names])
+    bars.invert_yaxis()
+    bars.set_xlabel("weights per second, in 1e9")
+    bars.set_title("one row")
+    bars.legend(loc="lower right", frameon=False)
+    _by_rows(lines, "multiplications per second, in 1e9", sorted({int(row["rows"]) for row in rows}))
+    threads = rows[0]["threads"] + (" thread" if rows[0]["threads"] == "1" else " threads")
+    shape = f"{SHAPE[0]} x {SHAPE[1]}"
+    figure.suptitle(f"One linear layer of {shape}, bf16 activations, {threads} of an {CPUS[end]}")
+    return figure
 
 
-def _lines(panel: Any, names: list[str], rows: Rows) -> None:
-    """The formats at their lowest common rate only: more lines would hide each other."""
-    lowest = min(FORMATS[name].bits for name in names)
-    for name in (name for name in names if FORMATS[name].bits == lowest):
-        points = sorted((int(row["rows"]), float(row["over_dense"])) for row in rows if row["format"] == name)
-        panel.plot(*zip(*points, strict=True), color=colour(name), marker="o", markersize=3, label=name)
-    panel.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    ticks = sorted({int(row["rows"]) for row in rows})
+def _by_rows(panel: Any, what: str, ticks: list[int]) -> None:
     panel.set_xscale("log")
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
-    panel.minorticks_off()
-    panel.set_yscale("log", base=2)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
     panel.set_xlabel("rows")
+    panel.set_ylabel(what)
+    panel.set_title("by rows")
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def cuda() -> Any:
+    """Microseconds of one layer by rows, beside cuBLAS in fp16."""
+    rows = read_rows(FOLDER / "cuda_kernels.csv")
+    rows = [row for row in rows if (int(row["n"]), int(row["k"])) == CUDA_SHAPE]
+    figure, panel = plt.subplots(figsize=(7.6, 4.2), layout="constrained")
+    for name in by_bits(row["format"] for row in rows):
+        points = sorted((int(row["rows"]), float(row["microseconds"])) for row in rows if row["format"] == name)
+        style = {"color": colour(name), "marker": MARKERS[bits_of(name)], "markersize": 4, "label": label(name)}
+        panel.plot(*zip(*points, strict=True), **style)
+    first = [row for row in rows if row["format"] == rows[0]["format"]]
+    points = sorted((int(row["rows"]), float(row["cublas_fp16_microseconds"])) for row in first)
+    panel.plot(*zip(*points, strict=True), color=GREY, linestyle="--", label="cuBLAS, fp16 weights")
+    _by_rows(panel, "microseconds per layer (less is better)", sorted({int(row["rows"]) for row in rows}))
+    panel.set_title(f"{rows[0]['gpu']}: one linear layer of {CUDA_SHAPE[0]} x {CUDA_SHAPE[1]}")
+    return figure
+
+
+def quality() -> Any:
+    """Perplexity by stored bits per weight: our formats, GPTQ and nearest rounding."""
+    rows: Rows = read_rows(FOLDER / "quality.csv")
+    figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D"), "gptq": ("GPTQ, groups of 64", "s:")}
+    lines["rtn"] = ("nearest rounding, groups of 64", "^:")
+    for start, (name, style) in lines.items():
+        chosen = {f"{start}{bits}{'g64' * (start in ('gptq', 'rtn'))}" for bits in (2, 3, 4)}
+        points = sorted(
+            (float(row["bits_per_weight"]), float(row["perplexity"])) for row in rows if row["name"] in chosen
+        )
+        text = name if name[0] in "qGn" else f"qtip {name}"
+        if points:
+            panel.plot(*zip(*points, strict=True), style, color=colour(name), label=text, markersize=5)
+    reference = float(rows[0]["reference_perplexity"])
+    panel.axhline(reference, color="black", linestyle="--", linewidth=1, label="bf16")
+    panel.set_yscale("log")
+    panel.set_ylim(16, 120)
+    panel.set_yticks([16, 18, 20, 25, 30, 40, 60, 100], ["16", "18", "20", "25", "30", "40", "60", "100"])
+    panel.minorticks_off()
+    panel.set_xlabel("stored bits per weight of the linear layers")
+    panel.set_ylabel("perplexity (less is better)")
+    panel.legend(frameon=False, fontsize=8)
+    panel.set_title("SmolLM2-135M-Instruct, WikiText-2 test, calibrated on WikiText-2")
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "cpu_serving": ("cpu_serving", serving),
+    "cpu_serving_avx2": ("cpu_serving_avx2", lambda: serving("_avx2")),
+    "cpu_kernels": ("cpu_kernels", kernels),
+    "cpu_kernels_avx2": ("cpu_kernels_avx2", lambda: kernels("_avx2")),
+    "cuda_kernels": ("cuda_kernels", cuda),
+    "quality": ("quality", quality),
+}
+"""Name of the PNG -> name of the CSV it shows, and what draws it."""

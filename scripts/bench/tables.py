@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the pages, made from the CSV files of docs/benchmarks; figures.py writes them between markers."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarking import ROOT, read_rows
+
+FOLDER = ROOT / "docs" / "benchmarks"
+Rows = list[dict[str, str]]
+
+CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2"}
+"""By the end of a CSV's name: the CPU that made it."""
+BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
+BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
+QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding", "gptq": "GPTQ"}
+"""By the beginning of a row's name in quality.csv."""
+
+
+def label(name: str) -> str:
+    """quip_sharp-2 -> quip_sharp, 2 bits; names of baselines as in BASELINES."""
+    if name in BASELINES:
+        return BASELINES[name]
+    words, _, bits = name.rpartition("-")
+    return f"{words.replace('-', ' ')}, {bits} bits"
+
+
+def bits_of(name: str) -> int:
+    """The bits in a format's name; 16 for a baseline of 16 or 32 bits."""
+    return 4 if name == "gptq-int4" else int(name[-1]) if name[-2] == "-" else 16
+
+
+def by_bits(names: Iterable[str]) -> list[str]:
+    """Peers beside each other: more bits first, other programs' formats before ours."""
+    return sorted(dict.fromkeys(names), key=lambda name: (-bits_of(name), name not in BASELINES))
+
+
+def quality_label(name: str) -> str:
+    """qs2 -> quip_sharp, 2 bits."""
+    start = next(start for start in QUALITY if name.startswith(start))
+    bits = name.removeprefix(start)[0]
+    return f"{QUALITY[start]}, {bits} bits" + (", groups of 64" if name.endswith("g64") else "")
+
+
+def fixed(value: str | float, digits: int = 1) -> str:
+    """A number with a fixed count of decimals, or with commas between thousands from 1000 on."""
+    return f"{float(value):,.0f}" if float(value) >= 1000 else f"{float(value):.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def serving_ratio(rows: Rows) -> dict[tuple[str, str, str], float]:
+    """(name, phase, batch) -> how many times the faster of bf16 and float32 of the same workload."""
+    speed = {(row["name"], row["phase"], row["batch"]): float(row["tokens_per_s"]) for row in rows if row["phase"]}
+    best = {key[1:]: value for key, value in sorted(speed.items(), key=lambda x: x[1]) if key[0] in ("bf16", "float32")}
+    return {key: value / best[key[1:]] for key, value in speed.items()}
+
+
+def serving(end: str = "", names: Sequence[str] = ()) -> str:
+    """Tokens per second of each checkpoint and workload, and the ratio to the faster dense model."""
+    rows = [row for row in read_rows(FOLDER / f"cpu_serving{end}.csv") if row["phase"]]
+    ratio, speed = serving_ratio(rows), {(row["name"], row["phase"], row["batch"]): row["tokens_per_s"] for row in rows}
+    megabytes = {row["name"]: int(row["weights_bytes"]) / 1e6 for row in rows}
+    workloads = list(dict.fromkeys((row["phase"], row["batch"]) for row in rows))
+    titles = ["prefill of 400" if phase == "prefill" else f"batch {batch}" for phase, batch in workloads]
+    lines = []
+    for name in names or by_bits(megabytes):
+        cells = [f"{fixed(speed[key])} ({ratio[key]:.1f}x)" for key in ((name, *work) for work in workloads)]
+        lines.append([label(name), *cells, f"{megabytes[name]:.0f}"])
+    return table(["weights", *titles, "MB"], lines)
+
+
+def kernels(end: str = "") -> str:
+    """One layer of 8192 x 2048: speed of one row and of many."""
+    rows = [row for row in read_rows(FOLDER / f"cpu_kernels{end}.csv") if (row["n"], row["k"]) == ("8192", "2048")]
+    found = {(row["format"], row["rows"]): row for row in rows}
+    lines = []
+    for name in by_bits(row["format"] for row in rows):
+        one = found[name, "1"]
+        macs = [f"{1000 * float(found[name, m]['tmac_per_s']):.0f}" for m in ("16", "400")]
+        share = f"{100 * float(one['share_of_bound']):.0f} %" if one["share_of_bound"] else ""
+        over = ", ".join(
+            fixed(found[name, m]["over_dense"]) for m in ("1", "16", "400") if found[name, m]["over_dense"]
+        )
+        lines.append([label(name), fixed(one["gweights_per_s"]), share, *macs, over])
+    header = ["format", "1 row: Gweights/s", "share of the bound", "16 rows: GMAC/s", "400 rows: GMAC/s"]
+    return table([*header, "times torch's bf16 layer at 1, 16, 400 rows"], lines)
+
+
+def encode() -> str:
+    """The searches and whole quantizations on both CPUs."""
+    columns = [
+        {(row["what"], row["format"]): row for row in read_rows(FOLDER / f"cpu_encode{end}.csv")} for end in CPUS
+    ]
+    lines = []
+    for what, name in {**columns[0], **columns[1]}:
+        found = [column.get((what, name)) for column in columns]
+        if what == "quantize":
+            cells = [f"{float(row['seconds']):.0f} s" if row else "" for row in found]
+            lines.append([f"`quip-vllm quantize`, {label(name)}", *cells, ""])
+        else:
+            cells = [f"{fixed(row['mweights_per_s'], 2)} Mweights/s" if row else "" for row in found]
+            most = max((row for row in found if row), key=lambda row: int(row["count"]))
+            lines.append([f"search of {label(name)}", *cells, f"{float(most['distortion']):.4f}"])
+    return table(["what", *CPUS.values(), "distortion of a Gaussian"], lines)
+
+
+def activations() -> str:
+    """What rounding activations to int8 costs."""
+    found = {(row["name"], row["activations"]): row for row in read_rows(FOLDER / "activations.csv")}
+    weights = {row["name"]: row["kl_divergence"] for row in read_rows(FOLDER / "quality.csv")}
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        exact, rounded = found[name, "exact"], found[name, "int8"]
+        cells = [fixed(exact["perplexity"], 3), fixed(rounded["perplexity"], 3), fixed(rounded["kl_divergence"], 4)]
+        top = f"{100 * float(rounded['top1_agreement']):.1f} %"
+        lines.append([quality_label(name), *cells, top, fixed(weights[name], 3)])
+    header = ["checkpoint", "perplexity, exact", "perplexity, int8", "KL of int8 to exact, nats", "top-1"]
+    return table([*header, "KL of the weights to bf16, nats"], lines)
+
+
+def quality(commit: bool = False) -> str:
+    """Default runs of every format and other methods, more bits first."""
+    rows = [row for row in read_rows(FOLDER / "quality.csv") if not row["name"].endswith(("d0", "self"))]
+    lines = [
+        ["bf16", "16", fixed(rows[0]["reference_perplexity"], 2), "0", "100 %", "269.1", *([""] if commit else [])]
+    ]
+    for row in sorted(rows, key=lambda row: (-int(float(row["bits_per_weight"])), float(row["perplexity"]))):
+        cells = [fixed(row["bits_per_weight"], 2), fixed(row["perplexity"], 2), fixed(row["kl_divergence"], 3)]
+        top = f"{100 * float(row['top1_agreement']):.1f} %"
+        origin = [row["commit"]] if commit else []
+        lines.append([quality_label(row["name"]), *cells, top, f"{int(row['bytes']) / 1e6:.1f}", *origin])
+    header = ["format", "bits per weight", "perplexity", "KL, nats", "top-1", "MB in all"]
+    return table([*header, *(["commit"] if commit else [])], lines)
+
+
+def drift() -> str:
+    """The default drift correction against none."""
+    rows = {row["name"]: row for row in read_rows(FOLDER / "quality.csv")}
+    lines = []
+    for name in (name for name in rows if f"{name}d0" in rows):
+        cells = [
+            f"{fixed(rows[n]['perplexity'], 2)} ({fixed(rows[n]['kl_divergence'], 3)})" for n in (f"{name}d0", name)
+        ]
+        lines.append([quality_label(name), *cells, fixed(rows[name]["mean_proxy_loss"], 4)])
+    return table(["format", "none: perplexity (KL)", "0.35, the default", "mean proxy loss at 0.35"], lines)
+
+
+def rotations() -> str:
+    """quip_sharp at 2 bits without drift correction, by rotation."""
+    names = {"qs2d0": "full width", "qs2b64d0": "blocks of 64", "qs2b128d0": "blocks of at most 128"}
+    names |= {"qs2bmaxd0": "largest power of two"}
+    rows = {row["name"]: row for row in read_rows(FOLDER / "quality.csv")}
+    lines = []
+    for name, words in names.items():
+        row = rows[name]
+        top, loss = f"{100 * float(row['top1_agreement']):.1f} %", fixed(row["mean_proxy_loss"], 4)
+        lines.append([words, fixed(row["perplexity"], 2), fixed(row["kl_divergence"], 3), top, loss])
+    return table(["rotation", "perplexity", "KL, nats", "top-1", "mean proxy loss"], lines)
+
+
+def cuda(n: int, k: int) -> str:
+    """Microseconds of one layer by rows, and the ratio to cuBLAS in fp16."""
+    rows = [row for row in read_rows(FOLDER / "cuda_kernels.csv") if (int(row["n"]), int(row["k"])) == (n, k)]
+    found = {(row["format"], int(row["rows"])): row for row in rows}
+    counts = sorted({m for _, m in found})
+    dense = ["cuBLAS, fp16", *(fixed(found[rows[0]["format"], m]["cublas_fp16_microseconds"]) for m in counts)]
+    lines = [dense]
+    for name in by_bits(row["format"] for row in rows):
+        cells = [
+            f"{fixed(r['microseconds'])} ({float(r['over_cublas']):.2f}x)" for r in (found[name, m] for m in counts)
+        ]
+        lines.append([label(name), *cells])
+    return table(["format", *(f"{m} row{'s' * (m > 1)}" for m in counts)], lines)
+
+
+def cuda_sizes() -> str:
+    """Microseconds of one row for every size."""
+    rows = [row for row in read_rows(FOLDER / "cuda_kernels.csv") if row["rows"] == "1"]
+    sizes = list(dict.fromkeys(f"{row['n']} x {row['k']}" for row in rows))
+    found = {(row["format"], f"{row['n']} x {row['k']}"): row for row in rows}
+    lines = []
+    for name in by_bits(row["format"] for row in rows):
+        cells = [
+            f"{fixed(r['microseconds'])} ({float(r['over_cublas']):.2f}x)" for r in (found[name, s] for s in sizes)
+        ]
+        lines.append([label(name), *cells])
+    return table(["format", *sizes], lines)
+
+
+def quantization() -> str:
+    """Core hours, memory and disk of 7B and 70B, computed from one layer."""
+    rows = [row for row in read_rows(FOLDER / "quantization.csv") if row["kind"] == "computed"]
+    tokens = sorted({int(row["tokens"]) for row in rows})
+    found = {(row["model"], row["format"], int(row["tokens"])): row for row in rows}
+    lines = []
+    for model, name in dict.fromkeys((row["model"], row["format"]) for row in rows):
+        here = [found[model, name, count] for count in tokens]
+        memory = f"{float(here[0]['memory_gb']):.0f} to {float(here[-1]['memory_gb']):.0f} GB"
+        hours = [f"{float(row['core_hours']):,.0f}" for row in here]
+        disk = [f"{float(here[0][column]):.0f} GB" for column in ("source_gb", "output_gb")]
+        lines.append([model, label(name), *hours, memory, *disk])
+    header = ["model", "format", *(f"core hours, {count:,} tokens" for count in tokens)]
+    return table([*header, "memory", "disk: bf16 source", "disk: result"], lines)
+
+
+def measured_layers() -> str:
+    """The measured layers from which ``quantization`` is computed."""
+    rows = [row for row in read_rows(FOLDER / "quantization.csv") if row["kind"] == "measured"]
+    lines = [
+        [
+            row["model"],
+            fixed(row["layer_mweights"]),
+            row["tokens"],
+            fixed(row["seconds_per_layer"]),
+            fixed(row["memory_gb"]),
+        ]
+        for row in rows
+    ]
+    return table(["width", "Mweights", "calibration tokens", "CPU seconds per layer", "GB of the process"], lines)
+
+
+def runs(*files: str) -> str:
+    """Where the figures of some CSV files come from: one row per machine and commit."""
+    lines = []
+    for file in files:
+        seen: dict[tuple[str, ...], None] = {}
+        for row in read_rows(FOLDER / f"{file}.csv"):
+            cpu = next((CPUS[end] for end in ("_avx2", "") if file.startswith("cpu_") and file.endswith(end)), "")
+            machine = row.get("gpu") or cpu or row["machine"]
+            version = f"vLLM {row['vllm']}" if row.get("vllm") else f"torch {row['torch']}" if row.get("torch") else ""
+            command = f"`{row['command']}`" if row.get("command") else ""
+            seen[machine, row.get("threads", ""), version, row["commit"], command] = None
+        lines += [[f"[{file}.csv]({file}.csv)", *key] for key in seen]
+    return table(["figures", "machine", "threads", "version", "commit", "command"], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "quality_commits": lambda: quality(commit=True),
+    "drift": drift,
+    "rotations": rotations,
+    "serving": serving,
+    "serving_avx2": lambda: serving("_avx2"),
+    "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
+    "kernels": kernels,
+    "kernels_avx2": lambda: kernels("_avx2"),
+    "encode": encode,
+    "activations": activations,
+    "quantization": quantization,
+    "measured_layers": measured_layers,
+    "cuda": lambda: cuda(14336, 4096),
+    "cuda_sizes": cuda_sizes,
+    "runs_cpu": lambda: runs(*(f"cpu_{what}{end}" for what in ("serving", "kernels", "encode") for end in CPUS)),
+    "runs_other": lambda: runs("activations"),
+    "runs_cuda": lambda: runs("cuda_kernels"),
+}
+PAGES: list[Path] = [FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda")]
