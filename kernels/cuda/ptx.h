@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The machine under nvcc (device.h says what it is). All inline PTX of the project is here, one instruction a function.
-// tests/ptx interprets each as nvcc compiled it, beside NumPy.
+// The emulator's ptx.h says the same in C++; that both agree shows in the tests on a GPU.
 #pragma once
 #include <cuda_runtime.h>
 

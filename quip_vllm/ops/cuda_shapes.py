@@ -46,7 +46,7 @@ class Problem:
 
     Attributes:
         n, k, bits: outputs (of all fused projections), inputs, code bits per weight.
-        instructions: per weight, of the code's main loop (docs/benchmarks/cuda_static.md).
+        instructions: per weight, of the code's main loop.
         shared: bytes of shared memory of (rows, warps_n, depth).
         table_words: of the table that a block copies before it starts.
         gathers: whether weights are gathered from memory (code lut).

@@ -11,8 +11,8 @@ from compiled import compiled
 from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, ORDERS = "linear_is_the_dequantized_weight and qtip-1mad-2", "order_of_threads and qtip-1mad-1"
-FUSED = "gemm_1mad", "the_epilogue_gives and qtip-1mad-2"
+RESULTS, ORDERS = "linear_is_the_dequantized_weight and 1mad-2", "order_of_threads and 1mad-1"
+FUSED = "gemm_1mad", "the_epilogue_gives and 1mad-2"
 FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
     "swapped A registers": (
@@ -46,7 +46,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "i + lane / (kCopies / 4)",
         "i + lane / kCopies",
         "gemm_hyb",
-        "linear_is_the_dequantized_weight and qtip-hyb-2",
+        "linear_is_the_dequantized_weight and hyb-2",
     ),
     "no barrier": (
         "decode_gemm.h",
