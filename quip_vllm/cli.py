@@ -10,6 +10,14 @@ from pathlib import Path
 
 from quip_vllm import __version__
 from quip_vllm.formats.spec import FORMATS, methods
+from quip_vllm.quantizer.settings import (
+    SELF_SEQUENCE_LENGTH,
+    SELF_SEQUENCES,
+    TEXT_SEQUENCE_LENGTH,
+    TEXT_SEQUENCES,
+    Settings,
+    default_code,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,13 +68,19 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration",
-        default="self",
+        default=Settings.calibration,
         metavar="FILE|hub:DATASET[:SPLIT[:COLUMN]]|self",
         help="calibration text; self (default): text that the model itself writes",
     )
-    parser.add_argument("--sequences", type=int, help="calibration sequences (default 256; self: 64)")
-    parser.add_argument("--sequence-length", type=int, help="tokens in each (default 2048; self: 256)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--sequences", type=int, help=f"calibration sequences (default {TEXT_SEQUENCES}; self: {SELF_SEQUENCES})"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help=f"tokens in each (default {TEXT_SEQUENCE_LENGTH}; self: {SELF_SEQUENCE_LENGTH})",
+    )
+    parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument(
         "--hadamard-block",
         default="full",
@@ -76,39 +90,33 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drift-correction",
         type=float,
-        default=0.35,
+        default=Settings.drift_correction,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.35)",
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default %(default)s)",
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     parser.add_argument(
         "--lm-head", type=int, metavar="BITS", help="quantize the output head too, and the embedding where it is tied"
     )
-    parser.add_argument("--device", default="auto", help="auto or cpu: the encoders of this version run on the CPU")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.set_defaults(run=_quantize)
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
-    from quip_vllm.quantizer.pipeline import default_code, quantize
-    from quip_vllm.quantizer.settings import Settings
+    from quip_vllm.quantizer.run import quantize
 
-    if args.device not in ("auto", "cpu"):
-        raise ValueError(f"--device is {args.device}: the encoders of this version run on the CPU; give auto or cpu")
     code = args.code or default_code(args.method, args.bits)
     method = FORMATS[code].method
     if method != args.method:
         raise ValueError(f"--code is {code}, which belongs to {method}: give --method {method}, or leave --code away")
-    written_by_itself = args.calibration == "self"
     settings = Settings(
         model=args.model,
         code=code,
         bits=args.bits,
         calibration=args.calibration,
-        sequences=_or(args.sequences, SELF_SEQUENCES if written_by_itself else 256),
-        sequence_length=_or(args.sequence_length, SELF_SEQUENCE_LENGTH if written_by_itself else 2048),
+        sequences=args.sequences,
+        sequence_length=args.sequence_length,
         seed=args.seed,
         hadamard_block=_block(args.hadamard_block),
         ignore=tuple(args.ignore),
@@ -121,10 +129,6 @@ def _quantize(args: argparse.Namespace) -> int:
     print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
     print(f"serve it with: vllm serve {args.out}")
     return 0
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _block(text: str) -> int | None:

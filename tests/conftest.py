@@ -106,7 +106,7 @@ def make_settings(tiny_text):
 @pytest.fixture(scope="session")
 def quantized(tiny_model, make_settings, tmp_path_factory):
     """quantized(architecture, ...settings): the folder of a tiny quantized checkpoint; never write in it."""
-    from quip_vllm.quantizer.pipeline import quantize
+    from quip_vllm.quantizer.run import quantize
 
     made = {}
 

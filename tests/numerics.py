@@ -64,9 +64,6 @@ SEARCH_DISTORTION = 2e-3
 """Relative difference of the mean squared error between a search with 16-bit costs and one in float32: 0 to 2e-4 is
 seen; a wrong rounding or saturation costs percents."""
 
-EIGHT_BITS = 0.015
-"""Relative error (Frobenius norm) of a Gaussian weight after 1mad at 8 bits: the root of 14 * 4^-8, see above."""
-
 FLOAT32_LAYERS = 1e-4
 """Absolute and relative error of an element of a tiny float32 model's hidden state, layer by layer against whole."""
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing sharded safetensors checkpoints. A file is there whole or not at all."""
+"""Reading a folder of safetensors files; reading and writing JSON. Shards are written by `checkpoint.shards`."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
@@ -47,7 +47,7 @@ class CheckpointReader:
 
     Attributes:
         folder: where the files are.
-        shapes, dtypes, bytes_of: from the headers, by name.
+        file_of, shapes, dtypes, bytes_of: by name, from the headers.
 
     Raises:
         ValueError: no safetensors file is there, or one is truncated; the message names the file and the remedy.
@@ -73,38 +73,38 @@ class CheckpointReader:
             raise ValueError(
                 f"{folder} has no *.safetensors file: give a folder with safetensors weights (never pickles)"
             )
-        self._file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.bytes_of: dict[str, int] = {}
         for file in files:
-            with _open(file) as handle:
+            with open_shard(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
-                    self._file_of[name] = file
+                    self.file_of[name] = file
                     self.shapes[name], self.dtypes[name] = _header(handle, file, name)
                     self.bytes_of[name] = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def names(self) -> list[str]:
         """All tensor names."""
-        return list(self._file_of)
+        return list(self.file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self.file_of
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, on the CPU. Raises ValueError for a name that is not there."""
         found: dict[str, Tensor] = {}
         for name in names:
-            if name not in self._file_of:
+            if name not in self.file_of:
                 raise ValueError(
                     f"{self.folder} has no tensor {name}: its files and its config.json do not belong together"
                 )
-            with _open(self._file_of[name]) as handle:
+            with open_shard(self.file_of[name]) as handle:
                 found[name] = handle.get_tensor(name)
         return found
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -121,10 +121,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The names of dtypes in a safetensors header."""
+"""The dtypes that are read and written, by their names in a safetensors header."""
 
 
-def _open(file: Path) -> Any:
+def open_shard(file: Path) -> Any:
+    """The library's handle of one safetensors file. Raises ValueError for a missing or damaged one."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -136,9 +137,9 @@ def _open(file: Path) -> Any:
 def _header(handle: Any, file: Path, name: str) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a tensor, without reading it."""
     part = handle.get_slice(name)
-    if part.get_dtype() not in _DTYPES:
+    if part.get_dtype() not in DTYPES:
         raise ValueError(f"{file} holds {name} as {part.get_dtype()}: fetch the model in bf16 or fp32")
-    return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
+    return tuple(part.get_shape()), DTYPES[part.get_dtype()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -154,9 +155,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes text so that ``path`` is the old or the new file, never a part of one."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes ``path`` when the block ends, whole and on the disk; after an error it does not.
+
+    It has ordinary permissions: those that the process's umask leaves.
+    """
     fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(fresh, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
@@ -165,41 +176,3 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """``write_atomically`` of an indented JSON object."""
     write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors shard atomically; tensors in name order, so that equal content is equal bytes."""
-    fresh = path.with_name(path.name + ".tmp")
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    try:
-        save_file(ordered, fresh, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room on the disk, then --resume") from None
-    with open(fresh, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
-def read_shard(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors of one shard whose names start with ``prefix``, by the rest of the name."""
-    with _open(path) as handle:
-        names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118  # not a dict
-        return {name.removeprefix(prefix): handle.get_tensor(name) for name in names}
-
-
-def shard_name(index: int, count: int) -> str:
-    """Hugging Face's name of shard ``index`` (from 0) of ``count``."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def write_index(folder: Path, count: int) -> None:
-    """Writes ``model.safetensors.index.json`` over the ``count`` shards in ``folder``."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i in range(count):
-        with _open(folder / shard_name(i, count)) as handle:
-            for name in handle.keys():  # noqa: SIM118  # not a dict
-                weight_map[name] = shard_name(i, count)
-                shape, dtype = _header(handle, folder / shard_name(i, count), name)
-                total += math.prod(shape) * dtype.itemsize
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a quantization run is told, as one checked object that is written into its record."""
+"""Everything a quantization run is told, with every default, as one checked object that is written into its record."""
 
 import dataclasses
 import re
@@ -8,15 +8,31 @@ from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
 
+SELF = "self"
+"""As `calibration`: the model writes its own text."""
+SELF_SEQUENCES, SELF_SEQUENCE_LENGTH = 64, 256
+TEXT_SEQUENCES, TEXT_SEQUENCE_LENGTH = 256, 2048
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Attributes as the flags of ``quip-vllm quantize`` name them.
+    """What the flags of ``quip-vllm quantize`` say.
 
-    sequences and sequence_length count calibration tokens; ignore and overrides are regular expressions searched in
-    the module names of the model; damping is relative to the mean of the Hessian's diagonal; drift_correction is the
-    share of hessian.drift_correction that is applied (1 overdoes it: docs/benchmarks/quality.md); lm_head is the bits
-    of the output head (and of the embedding where tied), None where it keeps its weight.
+    Attributes:
+        model: folder or hub name.
+        code: name of the code of every quantized layer.
+        bits: code bits per weight, where `overrides` says nothing else.
+        calibration: SELF, a text file, or ``hub:DATASET[:SPLIT[:COLUMN]]``.
+        sequences: number of calibration sequences. None takes SELF_SEQUENCES or TEXT_SEQUENCES.
+        sequence_length: tokens per sequence. None takes SELF_SEQUENCE_LENGTH or TEXT_SEQUENCE_LENGTH.
+        seed: of the signs, the choice of sequences and the self-written text.
+        hadamard_block: None for full-width rotations, else their largest block.
+        ignore: regular expressions, searched in module names; a layer that one matches keeps its weight.
+        overrides: (regular expression, bits) pairs; the last that matches a module name counts.
+        damping: what is added to a Hessian's diagonal, relative to its mean.
+        drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
+            (docs/benchmarks/quality.md).
+        lm_head: bits of the output head, and of the embedding where the two are tied. None keeps their weight.
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -25,9 +41,9 @@ class Settings:
     model: str
     code: str
     bits: int
-    calibration: str = "self"
-    sequences: int = 256
-    sequence_length: int = 2048
+    calibration: str = SELF
+    sequences: int = None  # type: ignore[assignment]  # __post_init__ replaces None
+    sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0
     hadamard_block: int | None = None
     ignore: tuple[str, ...] = ()
@@ -37,6 +53,9 @@ class Settings:
     lm_head: int | None = None
 
     def __post_init__(self) -> None:
+        own = self.calibration == SELF
+        self._default("sequences", SELF_SEQUENCES if own else TEXT_SEQUENCES)
+        self._default("sequence_length", SELF_SEQUENCE_LENGTH if own else TEXT_SEQUENCE_LENGTH)
         head = [] if self.lm_head is None else [self.lm_head]
         for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
             LayerFormat(self.code, bits).check()
@@ -53,19 +72,29 @@ class Settings:
         if not 0 <= self.drift_correction <= 1:
             raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
 
-    def bits_of(self, name: str) -> int | None:
-        """Bits of the linear layer ``name``, None where it is ignored. The last matching override wins."""
+    def _default(self, name: str, value: int) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def layer_format(self, name: str) -> LayerFormat | None:
+        """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""
         if any(re.search(pattern, name) for pattern in self.ignore):
             return None
-        bits = self.bits
-        for pattern, override in self.overrides:
-            if re.search(pattern, name):
-                bits = override
-        return bits
+        bits = [bits for pattern, bits in self.overrides if re.search(pattern, name)]
+        return LayerFormat(self.code, bits[-1] if bits else self.bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: lists where the attributes are tuples."""
         raw = dataclasses.asdict(self)
-        raw["ignore"] = list(self.ignore)
-        raw["overrides"] = [list(item) for item in self.overrides]
-        return raw
+        return raw | {"ignore": list(self.ignore), "overrides": [list(item) for item in self.overrides]}
+
+
+def default_code(method: str, bits: int) -> str:
+    """The code of a method where the user names none (docs/benchmarks: quality.md, cpu.md).
+
+    For qtip it is hyb up to 2 bits: a CPU serves hyb at least 1.6 times as fast as 1mad, for 1 % of perplexity. Above 2
+    bits it is 1mad: at 4 bits hyb's 1024 vectors make the proxy loss a sixth larger, and hyb has no higher bit rates.
+    """
+    if method == "quip_sharp":
+        return "e8p"
+    return "hyb" if bits <= 2 else "1mad"

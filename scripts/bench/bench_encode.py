@@ -29,7 +29,7 @@ from quip_vllm.formats import e8p
 from quip_vllm.formats.trellis import SEQUENCE
 from quip_vllm.formats.trellis_codes import TrellisCode
 from quip_vllm.ops import cpu_tier, encode_lattice, encode_trellis
-from quip_vllm.quantizer.encoders import code_rms
+from quip_vllm.quantizer.rounding.encoders import code_rms
 
 LATTICE_SCALE = 1.03
 """Root mean square of the vectors, in units of the lattice, at which E8P's distortion on a Gaussian is lowest."""

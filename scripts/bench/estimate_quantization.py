@@ -29,7 +29,7 @@ import torch
 from benchmarking import FORMATS, ORIGIN, origin, write_rows
 
 from quip_vllm.ops import cpu_tier
-from quip_vllm.quantizer.model import fast_dtype
+from quip_vllm.quantizer.source.model import fast_dtype
 
 SEQUENCE = 512
 FEW, MORE = SEQUENCE, 9 * SEQUENCE

@@ -20,7 +20,8 @@ from benchmarking import random_layer, random_signs
 from torch import Tensor
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
-from quip_vllm.checkpoint.store import shard_name, write_index, write_json, write_shard
+from quip_vllm.checkpoint.shards import shard_name, write_index, write_shard
+from quip_vllm.checkpoint.store import write_json
 from quip_vllm.formats.spec import LinearSpec, methods
 
 Shape = tuple[int, int]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proxy loss of the o_proj of one decoder layer against the scale of the codebook: how quantizer/encoders.py was set.
+"""Proxy loss of the o_proj of one decoder layer against the scale of the codebook: how rounding/encoders.py was set.
 
 Usage: python scripts/research/sweep_scale.py MODEL CALIBRATION.txt
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.formats.spec import LinearSpec, format_of
 from quip_vllm.formats.trellis_codes import TrellisCode
-from quip_vllm.quantizer import group as groups
-from quip_vllm.quantizer.calibration import calibration_tokens
-from quip_vllm.quantizer.encoders import code_rms
-from quip_vllm.quantizer.hessian import HessianCollector
-from quip_vllm.quantizer.model import LayeredModel, run_layer
+from quip_vllm.quantizer.curvature.collector import Collector
+from quip_vllm.quantizer.layer import quantize_group
+from quip_vllm.quantizer.rounding.encoders import code_rms, make_encoder
 from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.source.calibration import calibration_tokens
+from quip_vllm.quantizer.source.model import LayeredModel, run_layer
 
 LAYER = 2
 SWEEP = [
@@ -32,26 +32,28 @@ SWEEP = [
 ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(model: str, text: str) -> int:
     """Prints code, bits, scale and proxy loss."""
     settings = Settings(model, "e8p", 2, text, 16, 1024)
     source = LayeredModel(Path(model))
+    name = f"{source.prefix}.{LAYER}.self_attn.o_proj"
     hidden, kwargs = source.first_hidden_states(calibration_tokens(settings, model), 2)
     for index in range(LAYER + 1):
-        layer = source.fill(index)
-        collector = HessianCollector({"self_attn.o_proj": layer.get_submodule("self_attn.o_proj")})
-        hidden = [run_layer(layer, x, kwargs[index]) for x in hidden]
-        found = collector.close()
-    weights = {"o_proj": source.layer_tensors(LAYER)["self_attn.o_proj.weight"]}
+        with source.layer(index) as layer:
+            linears = source.linears(index)
+            collector = Collector({name: linears[name]} if name in linears else {})
+            hidden = [run_layer(layer, x, kwargs[index]) for x in hidden]
+            groups = collector.close()
+    weight = source.read_layer(LAYER)[f"{name}.weight"]
     for code, bits, scales in SWEEP:
-        encoder, format = groups._encoder(code, bits), LayerFormat(code, bits).format
+        encoder, format = make_encoder(code, bits), format_of(code)
         unit = code_rms(format, encoder.values) if isinstance(format, TrellisCode) else 1.0
+        spec = LinearSpec(code, bits, weight.shape[1], (weight.shape[0],))
         for scale in scales:
             encoder.rms = scale * unit
-            changed = Settings(model, code, bits, text, 16, 1024)
-            result = groups.quantize_group(found[0], weights, {"o_proj": bits}, changed)["o_proj"]
-            print(code, bits, scale, f"{result.proxy_loss:.6f}", flush=True)
+            entry = quantize_group(groups[0], {name: weight}, {name: spec}, settings)[name].entry
+            print(code, bits, scale, f"{entry['proxy_loss']:.6f}", flush=True)
     return 0
 
 

@@ -9,7 +9,7 @@ from quip_vllm.formats import e8p
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.formats.trellis import pack, unpack
 from quip_vllm.ops import encode_lattice, encode_trellis
-from quip_vllm.quantizer.encoders import code_rms
+from quip_vllm.quantizer.rounding.encoders import code_rms
 
 TRELLIS = [(code.name, bits) for code in methods()["qtip"] for bits in code.bits]
 

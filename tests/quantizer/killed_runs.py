@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from quip_vllm.checkpoint import store
-from quip_vllm.quantizer import head, pipeline
+from quip_vllm.checkpoint import shards, store
+from quip_vllm.quantizer import record, run
 from quip_vllm.quantizer.settings import Settings
 
 
@@ -36,57 +36,60 @@ def kill_at(owner, name, call, after=False):
 
 
 def half_a_file(call):
-    original, count = store.save_file, [0]
+    """Makes the ``call``-th safetensors file end in its middle, and the process with it."""
+    original, count = store.os.replace, [0]
 
-    def save(tensors, path, metadata):
-        original(tensors, path, metadata=metadata)
-        count[0] += 1
-        if count[0] == call:
-            os.truncate(path, os.path.getsize(path) // 2)
-            die()
+    def replace(fresh, path):
+        if path.suffix == ".safetensors":
+            count[0] += 1
+            if count[0] == call:
+                os.truncate(fresh, os.path.getsize(fresh) // 2)
+                die()
+        original(fresh, path)
 
-    store.save_file = save
+    store.os.replace = replace
 
 
-# save_file: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 the rest.  quantize_group: 4 a layer.
+# Files: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 and later the shards. Groups: 4 per layer, 13 the head.
 MOMENTS = {
-    "before the calibration": lambda: kill_at(pipeline, "calibration_tokens", 1),
-    "before the first layer": lambda: kill_at(pipeline, "_do_layer", 1),
-    "in the middle of the first layer": lambda: kill_at(pipeline, "quantize_group", 3),
-    "first shard there, its record not": lambda: kill_at(pipeline, "write_shard", 2, after=True),
-    "first layer done": lambda: kill_at(pipeline, "_do_layer", 1, after=True),
-    "in the middle of the second layer": lambda: kill_at(pipeline, "quantize_group", 6),
-    "half of the second shard": lambda: half_a_file(3),
-    "in the middle of the head": lambda: kill_at(head, "quantize_head", 1),
-    "half of the head's shard": lambda: half_a_file(5),
-    "head's shard there, its record not": lambda: kill_at(head, "write_shard", 1, after=True),
-    "half of the last shard": lambda: half_a_file(6),
-    "before the index": lambda: kill_at(pipeline, "write_index", 1),
-    "in the middle of copying": lambda: kill_at(pipeline.shutil, "copyfile", 2),
-    "before config.json": lambda: kill_at(pipeline, "write_json", 6),
-    "before the record is removed": lambda: kill_at(pipeline.shutil, "rmtree", 1),
+    "before the calibration": lambda: kill_at(run, "calibration_tokens", 1),
+    "in the middle of the first layer": lambda: kill_at(run, "quantize_group", 3),
+    "first layer there, its entries not": lambda: kill_at(record, "write_shard", 2, after=True),
+    "first layer done": lambda: kill_at(run.Run, "_layer", 1, after=True),
+    "half of the second layer": lambda: half_a_file(3),
+    "in the middle of the head": lambda: kill_at(run, "quantize_group", 13),
+    "head there, its entries not": lambda: kill_at(record, "write_shard", 5, after=True),
+    "before the shards are planned": lambda: kill_at(record, "plan_shards", 1),
+    "half of the first shard": lambda: half_a_file(6),
+    "first shard there, its layers too": lambda: kill_at(record, "copy_shard", 1, after=True),
+    "half of the second shard": lambda: half_a_file(7),
+    "before the index": lambda: kill_at(record, "write_index", 1),
+    "in the middle of copying": lambda: kill_at(run.shutil, "copyfile", 2),
+    "before config.json": lambda: kill_at(run, "write_json", 2),
+    "before the record is removed": lambda: kill_at(run.shutil, "rmtree", 1),
 }
 
 
-def run(settings, out, resume, prepare):
+def start(settings, out, resume, prepare):
     child = os.fork()
     if child == 0:
         prepare()
-        pipeline.quantize(settings, out, resume)
+        run.quantize(settings, out, resume)
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
 
 def main(model, text, folder):
     settings = Settings(model, "e8p", 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
-    pipeline.tqdm.monitor_interval = 0  # no thread before a fork
-    pipeline.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
+    shards.SHARD_BYTES = 24_000  # a layer and a half
+    run.tqdm.monitor_interval = 0  # no thread before a fork
+    run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}
     for moment, prepare in MOMENTS.items():
         out = Path(folder) / moment
-        killed = run(settings, out, False, prepare)
-        left = sorted(file.name for file in out.iterdir())
-        told[moment] = [killed, left, run(settings, out, True, lambda: None)]
+        killed = start(settings, out, False, prepare)
+        left = sorted(str(file.relative_to(out)) for file in out.rglob("*"))
+        told[moment] = [killed, left, start(settings, out, True, lambda: None)]
     print(json.dumps(told))
 
 

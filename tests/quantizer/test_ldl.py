@@ -7,7 +7,7 @@ import numerics
 import pytest
 import torch
 
-from quip_vllm.quantizer.ldl import feedback
+from quip_vllm.quantizer.rounding.ldl import feedback
 
 
 def hessian(k, samples, seed=0):

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from safetensors.torch import save_file
 
-from quip_vllm.checkpoint.store import shard_name, write_index
+from quip_vllm.checkpoint.shards import shard_name, write_index
 
 HIDDEN, MLP, LAYERS = 1024, 11264, 8
 PROGRAM = """
@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from quip_vllm import cli
-from quip_vllm.quantizer import pipeline
 
 def status(key):
     return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(key))

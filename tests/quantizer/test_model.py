@@ -10,36 +10,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
-from quip_vllm.quantizer.model import LayeredModel, run_layer
-from quip_vllm.quantizer.pipeline import kwargs_for
+from quip_vllm.quantizer.source.model import LayeredModel, run_layer
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("architecture", ["Mistral", "Gemma2", "Qwen3"])
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["Mistral", "Gemma2", "GPTNeoX"])
 def test_layer_by_layer_is_the_whole_model(tiny_model, architecture):
-    """Also where the last batch is smaller, and where layers have masks of their own."""
+    """Up to what the head reads; also where the last batch is smaller, and where layers have masks of their own."""
     from transformers import AutoModelForCausalLM
 
     folder = tiny_model(architecture, dtype="float32")
     source = LayeredModel(folder)
-    assert source.compute_dtype == torch.float32 and source.prefix == "model.layers"
-    assert source.other_linears == ["lm_head"]
+    assert source.compute_dtype == torch.float32 and source.stored_dtype() == "float32"
+    assert source.prefix == ("gpt_neox.layers" if architecture == "GPTNeoX" else "model.layers")
+    assert [name for name in source.other_linears if name != "embed_out"] == ["lm_head"]
     tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
     hidden, kwargs = source.first_hidden_states(tokens, 3)
-    assert [x.shape[0] for x in hidden] == [3, 2]
     for index in range(len(source.layers)):
-        layer = source.fill(index)
-        hidden = [run_layer(layer, x, kwargs_for(kwargs[index], x)) for x in hidden]
-        source.empty(index)
+        with source.layer(index) as layer:
+            hidden = [run_layer(layer, x, kwargs[index]) for x in hidden]
         assert all(p.device.type == "meta" for p in source.layers.parameters())
+    found = list(source.head_inputs(tokens, hidden))
+    assert [x.shape[0] for x in found] == [3, 2]
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = whole.base_model(tokens, use_cache=False).last_hidden_state
-    torch.testing.assert_close(
-        source.model.base_model.norm(torch.cat(hidden)),
-        expected,
-        rtol=numerics.FLOAT32_LAYERS,
-        atol=numerics.FLOAT32_LAYERS,
-    )
+    tolerance = {"rtol": numerics.FLOAT32_LAYERS, "atol": numerics.FLOAT32_LAYERS}
+    torch.testing.assert_close(torch.cat(found), expected, **tolerance)
 
 
 def copied(folder, tmp_path, **changes):
@@ -69,10 +65,11 @@ def test_stacked_experts(tmp_path):
 def test_weights_of_another_config(tiny_model, tmp_path):
     folder = copied(tiny_model(), tmp_path, intermediate_size=96)
     source = LayeredModel(folder)
-    with pytest.raises(ValueError, match=r"gate_proj.weight is \(128, 64\): config.json makes it \(96, 64\)"):
-        source.fill(0)
+    message = r"gate_proj.weight is \(128, 64\): config.json makes it \(96, 64\)"
+    with pytest.raises(ValueError, match=message), source.layer(0):
+        pass
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="has no tensor model.layers.1.mlp.up_proj.weight"):
-        LayeredModel(folder).layer_tensors(1)
+        LayeredModel(folder).read_layer(1)

@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers get how many bits, and what is refused before a run begins."""
+"""Which layers get how many bits, the defaults, and what is refused before a run begins."""
 
 import json
 
 import pytest
 
-from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.settings import Settings, default_code
 
 
 def settings(**changes):
-    return Settings(**{"model": "m", "bits": 2, "code": "1mad", **changes})
+    return Settings(**{"model": "m", "code": "1mad", "bits": 2, **changes})
 
 
-def test_bits_of():
+def test_layer_format():
     chosen = settings(ignore=("layers.0", "gate"), overrides=(("mlp", 3), ("down_proj$", 8)))
-    assert chosen.bits_of("layers.1.q_proj") == 2
-    assert chosen.bits_of("layers.1.mlp.up_proj") == 3
-    assert chosen.bits_of("layers.1.mlp.down_proj") == 8  # the last override that matches
-    assert chosen.bits_of("layers.0.mlp.down_proj") is None  # ignored before overridden
-    assert chosen.bits_of("layers.1.mlp.gate_proj") is None
+    assert chosen.layer_format("layers.1.q_proj") == ("1mad", 2)
+    assert chosen.layer_format("layers.1.mlp.up_proj") == ("1mad", 3)
+    assert chosen.layer_format("layers.1.mlp.down_proj") == ("1mad", 8)  # the last override that matches
+    assert chosen.layer_format("layers.0.mlp.down_proj") is None  # ignored before overridden
+    assert chosen.layer_format("layers.1.mlp.gate_proj") is None
+
+
+def test_defaults():
+    own, text = settings(), settings(calibration="text.txt", sequence_length=7)
+    assert (own.calibration, own.sequences, own.sequence_length) == ("self", 64, 256)
+    assert (text.sequences, text.sequence_length) == (256, 7)
+    assert [default_code("qtip", bits) for bits in (1, 2, 3)] == ["hyb", "hyb", "1mad"]
+    assert default_code("quip_sharp", 4) == "e8p"
 
 
 def test_to_dict_is_json():
@@ -32,12 +40,13 @@ def test_to_dict_is_json():
     [
         ({"bits": 9}, "bits is 9: qtip with code 1mad has 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"bits": 5, "code": "hyb"}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
-        ({"bits": 5, "code": "e8p"}, "bits is 5: quip_sharp with code e8p has 2, 3, 4"),
+        ({"code": "e8p", "lm_head": 7}, "bits is 7: quip_sharp with code e8p has 2, 3, 4"),
         ({"overrides": (("a", 0),)}, "bits is 0: "),
         ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),
         ({"sequences": 0}, "sequences is 0: it must be at least 1"),
         ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
+        ({"drift_correction": 1.5}, "drift_correction is 1.5: give a share from 0 to 1"),
     ],
 )
 def test_refused(changes, message):

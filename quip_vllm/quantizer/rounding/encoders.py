@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The searches behind one interface: a block of columns in, its codes and their values out."""
 
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.formats import e8p, e8p_residual
+from quip_vllm.formats.spec import format_of
 from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
 from quip_vllm.formats.trellis import pack
 from quip_vllm.formats.trellis_codes import HYB, PACKED, TABLE, TrellisCode
@@ -22,13 +23,24 @@ TRELLIS_RMS = 0.9
 
 
 class Encoder(Protocol):
-    """columns: how many columns are rounded together; rms: see above."""
+    """One search.
+
+    Attributes:
+        columns: columns that are rounded together.
+        rows: rows whose codes share a row of the stored tensors.
+        rms: root mean square that the rotated weight should have, in units of the code.
+    """
 
     columns: int
+    rows: int
     rms: float
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """float32 [n, columns] -> (its decoded values, same shape; codes to be concatenated along dimension 1)."""
+        """Nearest codes of float32 [n, columns], n a multiple of `rows`.
+
+        Returns:
+            (their values, of the same shape; tensors of codes, to be concatenated along dimension 1).
+        """
 
     def constants(self) -> dict[str, Tensor]:
         """Tensors a layer stores beside its codes."""
@@ -37,7 +49,7 @@ class Encoder(Protocol):
 class LatticeEncoder:
     """E8P, with a second stage at 3 and 4 bits."""
 
-    columns = 8
+    columns, rows = 8, 1
 
     def __init__(self, bits: int):
         self.bits = bits
@@ -66,7 +78,7 @@ def _nearest_e81b(x: Tensor) -> Tensor:
 class TrellisEncoder:
     """Tail-biting Viterbi over 16 x 16 tiles."""
 
-    columns = TILE
+    columns = rows = TILE
 
     def __init__(self, code: TrellisCode, bits: int):
         self.bits, self.code = bits, code
@@ -90,7 +102,8 @@ def code_rms(code: TrellisCode, values: Tensor) -> float:
     return 1.0 if code is HYB else float(values.square().mean().sqrt())
 
 
-def make_encoder(stored: LayerFormat) -> Encoder:
-    """The encoder of a format."""
-    code = stored.format
-    return TrellisEncoder(code, stored.bits) if isinstance(code, TrellisCode) else LatticeEncoder(stored.bits)
+@cache
+def make_encoder(code: str, bits: int) -> Encoder:
+    """The encoder of a code and its bits; one for all layers."""
+    format = format_of(code)
+    return TrellisEncoder(format, bits) if isinstance(format, TrellisCode) else LatticeEncoder(bits)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hessians: one for each activation, sums of x x^T, regularised without touching what matters."""
+"""Curvature: one Hessian per activation, the drift between two runs, what is regularised and what it costs."""
 
 import numerics
 import pytest
 import torch
 from torch import nn
 
-from quip_vllm.quantizer.hessian import Group, HessianCollector, drift_correction, gram, regularise
+from quip_vllm.quantizer.curvature import Curvature
+from quip_vllm.quantizer.curvature.collector import Collector
+from quip_vllm.quantizer.curvature.drift import Drift
+from quip_vllm.quantizer.curvature.inputs import Inputs, gram
 
 
 class Block(nn.Module):
@@ -21,10 +24,10 @@ class Block(nn.Module):
         return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_groups_are_the_readers_of_one_activation():
     block = Block()
-    collector = HessianCollector({name: module for name, module in block.named_modules() if name})
+    collector = Collector({name: module for name, module in block.named_modules() if name})
     batches = [torch.randn(3, 5, 8), torch.randn(1, 5, 8)]
     for x in batches:
         block(x)
@@ -38,7 +41,7 @@ def test_groups_are_the_readers_of_one_activation():
     assert torch.equal(groups[0].hessian, before) and groups[0].tokens == 20
 
 
-@pytest.mark.parametrize("k", [1, 255, 256, 700])
+@pytest.mark.parametrize("k", [1, 256, 700])
 def test_gram(k):
     x = torch.randn(20, k)
     found = gram(x)
@@ -48,10 +51,10 @@ def test_gram(k):
     assert torch.equal(found[:, -1], found[-1])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_drift_is_between_the_two_runs():
     block = Block()
-    collector = HessianCollector({"down": block.down, "q": block.q})
+    collector = Collector({"down": block.down, "q": block.q})
     pairs = [(torch.randn(2, 5, 8), torch.randn(2, 5, 8)) for _ in range(2)]
     for x0, x in pairs:
         with collector.original():
@@ -60,15 +63,17 @@ def test_drift_is_between_the_two_runs():
             block(x)
     q = next(group for group in collector.close() if group.names == ["q"])
     x0, x = (torch.cat(side).reshape(-1, 8).double() for side in zip(*pairs, strict=True))
-    torch.testing.assert_close(q.drift, (x0 - x).T @ x, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
+    torch.testing.assert_close(
+        q.drift.difference, (x0 - x).T @ x, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS
+    )
     assert q.tokens == 20
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_pass_ends_with_the_last_input_unless_a_linear_reads_twice(twice):
     block, x = Block(), torch.randn(2, 5, 8)
-    collector = HessianCollector({"down": block.down, "q": block.q})
+    collector = Collector({"down": block.down, "q": block.q})
     outputs = []
     block.down.register_forward_hook(lambda *_: outputs.append(True))
 
@@ -85,7 +90,7 @@ def test_a_pass_ends_with_the_last_input_unless_a_linear_reads_twice(twice):
     assert {group.names[0]: group.tokens for group in collector.close()} == {"q": 10 + 10 * twice, "down": 10}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("biased", [False, True])
 def test_layers_of_few_outputs_are_crossed(biased):
     """Both readers of x have fewer outputs together than x has inputs; with a third they have not."""
@@ -93,7 +98,7 @@ def test_layers_of_few_outputs_are_crossed(biased):
     pairs = [(torch.randn(2, 5, 8), torch.randn(2, 5, 8)) for _ in range(2)]
     x0, x = (torch.cat(side).reshape(-1, 8).double() for side in zip(*pairs, strict=True))
     for names in (["a", "b"], ["a", "b", "c"]):
-        collector = HessianCollector({name: layers[name] for name in names})
+        collector = Collector({name: layers[name] for name in names})
         for original, own in pairs:
             with collector.original():
                 [layers[name](original) for name in names]
@@ -101,10 +106,9 @@ def test_layers_of_few_outputs_are_crossed(biased):
                 [layers[name](own) for name in names]
         (group,) = collector.close()
         assert group.names == names and group.tokens == 20
-        assert (group.drift is None) == (len(names) == 2) and set(group.crossed) == set(
-            names[: 2 if len(names) == 2 else 0]
-        )
-        for name, crossed in group.crossed.items():
+        few = len(names) == 2
+        assert (group.drift.difference is None) == few and set(group.drift.crossed) == set(names if few else [])
+        for name, crossed in group.drift.crossed.items():
             want = (x0 @ layers[name].weight.T.double()).T @ x
             torch.testing.assert_close(crossed, want, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
 
@@ -113,31 +117,35 @@ def test_drift_correction_is_the_least_squares_answer():
     x0 = torch.randn(500, 6, dtype=torch.float64)
     x = x0 @ torch.randn(6, 6, dtype=torch.float64) + 0.1 * torch.randn(500, 6, dtype=torch.float64)
     weight = torch.randn(3, 6)
-    group = Group(["a"], x.T @ x, 500, (x0 - x).T @ x)
-    hessian, _ = regularise(group.hessian, 500, damping=0.0)
-    found = weight + drift_correction(group, hessian)("a", weight)
+    group = Inputs(["a"], x.T @ x, 500)
+    hessian, _ = group.regularised(damping=0.0)
     best = torch.linalg.lstsq(x, x0 @ weight.T.double()).solution.T
-    torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
-    group.drift, group.crossed = None, {"a": (x0 @ weight.T.double()).T @ x}
-    found = weight + drift_correction(group, hessian)("a", weight)
-    torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
+    for drift in (Drift((x0 - x).T @ x), Drift(None, {"a": (x0 @ weight.T.double()).T @ x})):
+        found = weight + drift.correction(group.hessian, group.unit(), hessian)("a", weight)
+        torch.testing.assert_close(found.double(), best, rtol=numerics.LEAST_SQUARES, atol=numerics.LEAST_SQUARES)
 
 
-def test_regularise():
+def test_regularised():
     total = torch.diag(torch.tensor([2.0, 0.0, 6.0], dtype=torch.float64))
     total[0, 2] = total[2, 0] = 1.0
-    fit, dead = regularise(total, tokens=2, damping=0.01)
+    fit, dead = Inputs(["a"], total, tokens=2).regularised(damping=0.01)
     assert dead.tolist() == [False, True, False]
     expected = torch.tensor([[0.51, 0.0, 0.25], [0.0, 1.01, 0.0], [0.25, 0.0, 1.51]])
     torch.testing.assert_close(fit, expected, rtol=0, atol=numerics.FLOAT32_STEP)
 
 
-def test_regularise_of_nothing():
-    fit, dead = regularise(torch.zeros(4, 4, dtype=torch.float64), tokens=0, damping=0.01)
+def test_regularised_without_a_token():
+    fit, dead = Inputs.of("a", 4).regularised(damping=0.01)
     assert dead.all()
     torch.testing.assert_close(fit, 1.01 * torch.eye(4))
 
 
 def test_nan_activations():
     with pytest.raises(ValueError, match="activations hold a NaN or an infinity"):
-        regularise(torch.full((4, 4), float("nan"), dtype=torch.float64), 4, 0.01)
+        Inputs(["a"], torch.full((4, 4), float("nan"), dtype=torch.float64), 4).regularised(0.01)
+
+
+def test_energies_are_the_trace_by_rows():
+    inputs, outputs, error = torch.diag(torch.tensor([1.0, 0.25])), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.eye(2)
+    assert Curvature(inputs).energies(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist() == [13.0, 1.0]
+    assert Curvature(inputs, outputs).energies(error).sum() == torch.trace(outputs @ error @ inputs @ error.T)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block LDLQ against its definition with a rounding that is easy to follow."""
 
+import pytest
 import torch
 
-from quip_vllm.quantizer.rounding import BUFFER, block_ldlq, proxy_loss
+from quip_vllm.quantizer.curvature import Curvature
+from quip_vllm.quantizer.rounding.ldlq import BUFFER, Ldlq, block_ldlq
 
 
 class Nearest:
     """Rounds to integers, 8 columns at a time."""
 
-    columns = 8
+    columns, rows = 8, 1
     rms = 1.0
 
     def encode(self, block):
@@ -37,10 +39,20 @@ def test_block_ldlq_is_its_definition():
     assert not torch.equal(expected, weight.round())
 
 
-def test_proxy_loss():
-    weight = torch.tensor([[3.0, 4.0]])
-    hessian = torch.diag(torch.tensor([1.0, 0.25]))
-    assert proxy_loss(weight, weight, hessian) == 0.0
-    assert proxy_loss(weight, torch.zeros(1, 2), hessian) == 1.0
-    assert proxy_loss(weight, torch.tensor([[3.0, 2.0]]), hessian) == 1.0 / 13.0
-    assert proxy_loss(torch.zeros(1, 2), torch.zeros(1, 2), hessian) == 0.0
+def test_a_curvature_is_factored_once_per_number_of_columns(monkeypatch):
+    asked = []
+
+    def recording(hessian, columns):
+        asked.append(columns)
+        return torch.zeros_like(hessian), 0.5
+
+    monkeypatch.setattr("quip_vllm.quantizer.rounding.ldlq.feedback", recording)
+    rounding = Ldlq(Curvature(torch.eye(16)))
+    for _ in range(2):
+        assert torch.equal(rounding.round(torch.full((3, 16), 1.2), Nearest()).values, torch.ones(3, 16))
+    assert asked == [8] and rounding.damping_added == 0.5
+
+
+def test_an_output_side_is_refused():
+    with pytest.raises(ValueError, match="LDLQ rounds under that of the inputs alone"):
+        Ldlq(Curvature(torch.eye(8), torch.eye(4)))

@@ -62,6 +62,7 @@ class LayeredModel:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self.folder = folder
         self.reader = CheckpointReader(folder)
         try:
             self.config = AutoConfig.from_pretrained(folder)
@@ -104,33 +105,45 @@ class LayeredModel:
                         "decoder layers hold plain nn.Linear are quantized"
                     )
 
-    def layer_tensors(self, index: int) -> dict[str, Tensor]:
-        """The checkpoint's tensors of decoder layer ``index``, by name inside the layer, in their own dtype."""
-        prefix = f"{self.prefix}.{index}."
-        names = [prefix + name for name, _ in self.layers[index].named_parameters()]
-        names += [name for name in self.reader.names() if name.startswith(prefix) and name not in names]
-        return {name.removeprefix(prefix): tensor for name, tensor in self.reader.read(names).items()}
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Full module name -> linear layer of decoder layer ``index``."""
+        modules = self.layers[index].named_modules(prefix=f"{self.prefix}.{index}")
+        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
-    def other_names(self) -> list[str]:
-        """Names of all tensors outside the decoder layers."""
-        return [name for name in self.reader.names() if not name.startswith(self.prefix + ".")]
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """The checkpoint's tensors of decoder layer ``index``, by full name, in their own dtype."""
+        names = [name for name, _ in self._parameters(index)]
+        others = {name for name in self.reader.names() if name.startswith(f"{self.prefix}.{index}.")} - set(names)
+        return self.reader.read([*names, *sorted(others)])
 
-    def fill(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Decoder layer ``index`` in ``compute_dtype``: its own weights, or those of ``replaced`` by name inside it."""
-        layer = self.layers[index]
-        replaced = replaced or {}
-        for name, _ in list(layer.named_parameters()):
-            full = f"{self.prefix}.{index}.{name}"
-            tensor = replaced[name] if name in replaced else self.reader.read([full])[full]
-            _set_parameter(layer, name, tensor.to(self.compute_dtype))
-        return layer
+    def stored_dtype(self) -> str:
+        """The dtype of the checkpoint's first layer, as config.json names it."""
+        name = self._parameters(0)[0][0]
+        return str(self.reader.read([name])[name].dtype).removeprefix("torch.")
 
-    def empty(self, index: int) -> None:
-        """Gives the memory of decoder layer ``index`` back."""
-        for name, parameter in list(self.layers[index].named_parameters()):
-            _set_parameter(self.layers[index], name, torch.empty_like(parameter, device="meta"))
+    @contextlib.contextmanager
+    def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` in ``compute_dtype``; its memory is given back when the block ends.
 
-    @torch.inference_mode()
+        Args:
+            index: of the layer.
+            tensors: its parameters by full name. None reads the model's own, one at a time.
+        """
+        for name, inside in self._parameters(index):
+            tensor = self.reader.read([name])[name] if tensors is None else tensors[name]
+            _set_parameter(self.layers[index], inside, tensor.to(self.compute_dtype))
+        try:
+            yield self.layers[index]
+        finally:
+            for _, inside in self._parameters(index):
+                old = self.layers[index].get_parameter(inside)
+                _set_parameter(self.layers[index], inside, torch.empty_like(old, device="meta"))
+
+    def _parameters(self, index: int) -> list[tuple[str, str]]:
+        """(full name, name inside the layer) of the parameters of decoder layer ``index``."""
+        names = [name for name, _ in self.layers[index].named_parameters()]
+        return [(f"{self.prefix}.{index}.{name}", name) for name in names]
+
     def first_hidden_states(self, tokens: Tensor, batch: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """Runs all but the decoder layers.
 
@@ -155,6 +168,17 @@ class LayeredModel:
                 base(input_ids=chunk, use_cache=False)
                 hidden.append(stubs[0].seen[0].clone())
         return hidden, [stub.seen[1] for stub in stubs]
+
+    def quantizable_head(self) -> tuple[str, tuple[int, ...]]:
+        """Name and shape [n, k] of the output head. Raises ValueError if it cannot be quantized."""
+        if self.head is None or self.head_name is None:
+            raise ValueError(f"{self.folder} has no output head: leave --lm-head away")
+        if f"{self.head_name}.weight" not in self.reader:
+            raise ValueError(
+                f"{self.folder} has no tensor {self.head_name}.weight: its files name the output head otherwise than "
+                "transformers does; leave --lm-head away"
+            )
+        return self.head_name, tuple(self.head.weight.shape)
 
     def head_inputs(self, tokens: Tensor, hidden: list[Tensor]) -> Iterator[Tensor]:
         """What the output head reads: runs what the model does after its decoder layers (the final norm).
@@ -192,7 +216,7 @@ class LayeredModel:
             handle.remove()
 
     @contextlib.contextmanager
-    def _stubs(self) -> Iterator[nn.ModuleList]:
+    def _stubs(self) -> Iterator[Any]:
         """Stubs in place of the decoder layers."""
         parent_name, _, list_name = self.prefix.rpartition(".")
         parent = self.model.get_submodule(parent_name)
@@ -208,9 +232,16 @@ class LayeredModel:
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One decoder layer's output hidden states."""
-    out = layer(hidden, **kwargs)
+    """One decoder layer's output hidden states; ``kwargs`` may be those of a batch of another size."""
+    out = layer(hidden, **{key: _fit(value, hidden.shape[0]) for key, value in kwargs.items()})
     return out[0] if isinstance(out, tuple) else out
+
+
+def _fit(value: Any, batch: int) -> Any:
+    """A recorded argument for ``batch`` sequences: what has another number of rows repeats its first."""
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != batch:
+        return value[:1].expand(batch, *value.shape[1:])
+    return tuple(_fit(one, batch) for one in value) if isinstance(value, tuple) else value
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hessians E[x x^T]: one per activation, shared by the linear layers that read it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quip_vllm.quantizer.curvature.drift import Drift
+
+
+@dataclass
+class Inputs:
+    """What is known of the activation x that a group of linear layers reads.
+
+    Attributes:
+        names: full module names of the layers, in module order.
+        hessian: float64 [k, k], sum of x x^T, x as the layers quantized so far make it.
+        tokens: number of x in the sum.
+        drift: how x differs from the same activation in the original model; empty if that was not recorded.
+    """
+
+    names: list[str]
+    hessian: Tensor
+    tokens: int = 0
+    drift: Drift = field(default_factory=Drift)
+
+    @classmethod
+    def of(cls, name: str, k: int) -> "Inputs":
+        """Of one layer with k inputs, before the first x."""
+        return cls([name], torch.zeros(k, k, dtype=torch.float64))
+
+    def add(self, x: Tensor) -> None:
+        """Adds a batch, [..., k]: the product in float32, the sum in float64."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.hessian += gram(rows.float())
+        self.tokens += rows.shape[0]
+
+    def unit(self) -> Tensor:
+        """What the Hessian is divided by for a mean diagonal of 1 over the inputs that were ever different from 0."""
+        live = self.hessian.diagonal()[self.hessian.diagonal() > 0]
+        return live.mean() if len(live) else torch.tensor(float(max(self.tokens, 1)), dtype=self.hessian.dtype)
+
+    def regularised(self, damping: float) -> tuple[Tensor, Tensor]:
+        """The Hessian made fit for a factorisation.
+
+        Args:
+            damping: share of the mean diagonal that is added to the diagonal.
+
+        Returns:
+            (float32 [k, k] with unit mean diagonal, damping added; bool [k]: the inputs that were always 0).
+
+        Raises:
+            ValueError: an activation was a NaN or an infinity.
+        """
+        if not torch.isfinite(self.hessian).all():
+            raise ValueError(
+                "the activations hold a NaN or an infinity: check the model's weights and the calibration text"
+            )
+        mean = self.hessian / self.unit()
+        dead = mean.diagonal() <= 0
+        mean.diagonal()[dead] = 1.0
+        mean.diagonal().add_(damping)
+        return mean.float(), dead
+
+
+def gram(x: Tensor, block: int = 256) -> Tensor:
+    """x^T x of float32 [tokens, k]. Blocks above the diagonal are copied, which saves up to half of the time."""
+    product = torch.empty(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+    for begin in range(0, x.shape[1], block):
+        end = begin + block
+        torch.mm(x[:, begin:end].T, x[:, :end], out=product[begin:end, :end])
+        product[:begin, begin:end] = product[begin:end, :begin].T
+    return product

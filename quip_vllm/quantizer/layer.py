@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize the linear layers that read one activation, or the output head: the same steps for both.
+
+What differs: the rows of a linear layer are rotated, so it has one scale and is rounded whole, together with the other
+layers of its group. The rows of a head are not, so each has a scale of its own and few are held at a time.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SU, SV
+from quip_vllm.formats.tile import TILE
+from quip_vllm.quantizer.curvature import Curvature
+from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
+from quip_vllm.quantizer.rounding.ldlq import Ldlq
+from quip_vllm.quantizer.settings import Settings
+from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight
+
+CHUNK_WEIGHTS = 1 << 24
+"""Weights of a head that are rounded at a time: 64 MiB in float32, of which a handful of copies is alive."""
+
+
+@dataclass
+class Quantized:
+    """One quantized layer.
+
+    Attributes:
+        tensors: what the checkpoint stores in place of its ``weight``.
+        entry: what the report says of it.
+    """
+
+    tensors: dict[str, Tensor]
+    entry: dict[str, Any]
+
+
+@dataclass
+class _Rows:
+    """Rows of one layer on their way to the encoder: `units` float32 [n, k] times `scale` [n] or [] is the weight."""
+
+    name: str
+    units: Tensor
+    scale: Tensor
+    sv: Tensor
+
+
+@dataclass
+class _Sums:
+    """What the pieces of one layer add up to."""
+
+    codes: dict[str, list[Tensor]] = field(default_factory=dict)
+    sv: list[Tensor] = field(default_factory=list)
+    lost: float = 0.0
+    total: float = 0.0
+
+
+def quantize_group(
+    group: Inputs, weights: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], settings: Settings
+) -> dict[str, Quantized]:
+    """Quantizes the layers of one group.
+
+    Args:
+        group: what is known of the activation that they read.
+        weights: full module name -> weight [n, k] of any float dtype, in the order of the group.
+        specs: full module name -> how the layer will be stored.
+        settings: seed, rotation, damping, drift correction.
+
+    Returns:
+        Full module name -> result, in the order of the weights.
+
+    Raises:
+        ValueError: a weight holds a NaN, or a scale does not fit fp16.
+    """
+    began = time.monotonic()
+    hessian, dead = group.regularised(settings.damping)
+    correction = group.drift.correction(group.hessian, group.unit(), hessian) if group.drift else None
+    su = signs(len(hessian), settings.seed, "su:" + next(iter(weights)))
+    curvature = Curvature(rotate_hessian(hessian, su, settings.hadamard_block))
+    rounding = Ldlq(curvature)
+
+    def rows_of(name: str, part: Tensor, encoder: Encoder) -> _Rows:
+        if not torch.isfinite(part).all():
+            raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or {_remedy(specs[name])}")
+        weight = part.float()
+        if correction is not None:
+            weight = weight + settings.drift_correction * correction(name, weight)
+        return _in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
+
+    sums = {name: _Sums() for name in weights}
+    for encoder, parts in _batches(weights, specs):
+        batch = [rows_of(name, part, encoder) for name, part in parts]
+        stacked = torch.cat([rows.units for rows in batch])
+        rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder)
+        begin = 0
+        for rows in batch:
+            end = begin + len(rows.units)
+            own = sums[rows.name]
+            for key, codes in rounded.codes.items():
+                own.codes.setdefault(key, []).append(codes[begin // encoder.rows : -(-end // encoder.rows)])
+            own.sv.append(rows.sv)
+            squares = rows.scale.double().square()
+            own.lost += float((curvature.energies(rows.units - rounded.values[begin:end]) * squares).sum())
+            own.total += float((curvature.energies(rows.units) * squares).sum())
+            begin = end
+    results = {}
+    for name, own in sums.items():
+        spec = specs[name]
+        tensors = {key: torch.cat(codes) for key, codes in own.codes.items()}
+        tensors |= make_encoder(spec.code, spec.bits).constants()
+        tensors |= {SU.name: su.to(spec.vector_dtype), SV.name: torch.cat(own.sv).to(spec.vector_dtype)}
+        entry = {
+            "name": name,
+            "shape": list(weights[name].shape),
+            "code": spec.code,
+            "bits": spec.bits,
+            "proxy_loss": own.lost / own.total if own.total > 0 else 0.0,
+            "damping_added": rounding.damping_added,
+            "dead_columns": int(dead.sum()),
+            "group_seconds": round(time.monotonic() - began, 3),
+        }
+        results[name] = Quantized(tensors, entry)
+    return results
+
+
+def signs(size: int, seed: int, name: str) -> Tensor:
+    """float32 [size] of +-1, a function of the seed and the name alone, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return random_signs(size, torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+
+
+def _batches(
+    weights: Mapping[str, Tensor], specs: Mapping[str, LinearSpec]
+) -> Iterator[tuple[Encoder, list[tuple[str, Tensor]]]]:
+    """What is rounded at once: all layers of one format whole, or some rows of a layer that is not rotated."""
+    formats: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
+    for name, weight in weights.items():
+        spec = specs[name]
+        if spec.rotate_output:
+            formats.setdefault((spec.code, spec.bits), []).append((name, weight))
+            continue
+        rows = max(1, CHUNK_WEIGHTS // weight.shape[1] // TILE) * TILE
+        for part in weight.split(rows):
+            yield make_encoder(spec.code, spec.bits), [(name, part)]
+    for stored in sorted(formats):
+        yield make_encoder(*stored), formats[stored]
+
+
+def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int, encoder: Encoder) -> _Rows:
+    """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored."""
+    mixed = spec.rotate_output
+    sv = signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))
+    turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed)
+    squares = turned.square()
+    scale = ((squares.mean() if mixed else squares.mean(1)).sqrt() / encoder.rms).to(spec.vector_dtype).float()
+    if not torch.isfinite(scale).all() or (mixed and scale == 0 and bool(weight.any())):
+        raise ValueError(f"{name}.weight has a scale of {float(scale.max())}: it does not fit fp16; {_remedy(spec)}")
+    column = scale.view(-1, 1)
+    # A row of a head that is too small for fp16 decodes to zeros.
+    return _Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
+
+
+def _remedy(spec: LinearSpec) -> str:
+    return "leave it out (--ignore)" if spec.rotate_output else "leave --lm-head away"

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers are quantized, and the code and bits of each: decided once, before a run begins."""
+
+import math
+from dataclasses import dataclass
+
+from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import layout
+from quip_vllm.ops.rotations import sizes_problem
+from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.source.model import LayeredModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every linear layer of a model.
+
+    Attributes:
+        specs: full module name -> how the layer will be stored, in the order of the model, the output head last.
+        kept: names of the linear layers that keep their weight.
+        head: name of the output head among `specs`; None where it keeps its weight.
+    """
+
+    specs: dict[str, LinearSpec]
+    kept: tuple[str, ...]
+    head: str | None
+
+    def config(self, settings: Settings, tied: bool) -> CheckpointConfig:
+        """The description of the finished checkpoint; `tied` says whether the head is the input embedding as well."""
+        formats = {name: LayerFormat(spec.code, spec.bits) for name, spec in self.specs.items()}
+        head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
+        default = LayerFormat(settings.code, settings.bits)
+        others = {name: stored for name, stored in formats.items() if stored != default}
+        return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head)
+
+    def stored_bytes(self) -> int:
+        """Size of all quantized layers in the checkpoint."""
+        stored = [one for spec in self.specs.values() for one in layout(spec).values()]
+        return sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in stored)
+
+
+def make_plan(settings: Settings, source: LayeredModel) -> Plan:
+    """Decides for every linear layer of the model.
+
+    Raises:
+        ValueError: a layer that is to be quantized cannot be, or none is left.
+    """
+    specs: dict[str, LinearSpec] = {}
+    head = None if settings.lm_head is None else source.head_name
+    kept = [name for name in source.other_linears if name != head]
+    for index in range(len(source.layers)):
+        for name, module in source.linears(index).items():
+            stored = settings.layer_format(name)
+            if stored is None:
+                kept.append(name)
+            else:
+                specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
+    if not specs and settings.lm_head is None:
+        raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
+    if settings.lm_head is not None:
+        head, shape = source.quantizable_head()
+        stored = LayerFormat(settings.code, settings.lm_head)
+        specs[head] = _spec(head, shape, stored, settings.hadamard_block, rotate_output=False)
+    return Plan(specs, tuple(kept), head)
+
+
+def _spec(
+    name: str, shape: tuple[int, ...], stored: LayerFormat, block: int | None, rotate_output: bool = True
+) -> LinearSpec:
+    n, k = shape
+    spec = LinearSpec(stored.code, stored.bits, k, (n,), block, rotate_output)
+    problem = sizes_problem(spec)
+    if problem is not None:
+        raise ValueError(f"{name} cannot be quantized: {problem}")
+    return spec

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OUT/.quantize: what a run has finished, so that a killed run loses at most the layer under work.
+
+It holds the settings, the calibration tokens and, per unit (a decoder layer, or the output head), the unit's tensors
+and its entries of the report. Once all units are there, it holds the plan of the checkpoint's shards.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quip_vllm.checkpoint.shards import (
+    copy_shard,
+    plan_shards,
+    read_shard,
+    shard_name,
+    tensor_sizes,
+    write_index,
+    write_shard,
+)
+from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
+
+FOLDER = ".quantize"
+
+
+class Record:
+    """The record of the run in `out`.
+
+    Args:
+        out: folder of the checkpoint.
+        wanted: what must be equal for a run to be resumed, ready for JSON.
+        resume: go on with an unfinished run. False starts a new one.
+
+    Raises:
+        ValueError: `out` is not empty, holds nothing to resume, or was begun with other settings.
+    """
+
+    def __init__(self, out: Path, wanted: dict[str, Any], resume: bool):
+        self.out, self.folder = out, out / FOLDER
+        state = self.folder / "settings.json"
+        if not resume:
+            if any(file.is_file() and file != state for file in out.rglob("*")):
+                raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(state, wanted)
+            return
+        if (out / "config.json").exists():
+            raise ValueError(f"{out} is finished: there is nothing to resume; give a new folder to quantize again")
+        if not state.exists():
+            raise ValueError(f"{out} holds no unfinished run: leave --resume away")
+        found, wanted = read_json(state), json.loads(json.dumps(wanted))
+        changed = [f"{key} was {found.get(key)!r} and is now {wanted[key]!r}" for key in wanted]
+        changed = [said for key, said in zip(wanted, changed, strict=True) if found.get(key) != wanted[key]]
+        if changed:
+            raise ValueError(
+                f"{out} was begun with other settings: {'; '.join(changed)}; give the same or a new folder"
+            )
+
+    def tokens(self, make: Callable[[], Tensor]) -> Tensor:
+        """The calibration tokens, int64 [sequences, sequence_length]; `make` is called where they are not there yet."""
+        file = self.folder / "calibration.safetensors"
+        if not file.exists():
+            write_shard(file, {"tokens": make()})
+        return read_shard(file)["tokens"]
+
+    def shard(self, unit: str) -> Path:
+        """The file of a unit's tensors, until they are merged."""
+        return self.folder / f"{unit}.safetensors"
+
+    def has(self, unit: str) -> bool:
+        """Whether a unit is finished."""
+        return self.shard(unit).exists() and self._entries(unit).exists()
+
+    def write(self, unit: str, tensors: dict[str, Tensor], entries: list[dict[str, Any]]) -> None:
+        """Keeps a finished unit: its tensors by full name, and its report entries."""
+        write_shard(self.shard(unit), tensors)
+        write_json(self._entries(unit), {"layers": entries})
+
+    def entries(self, unit: str) -> list[dict[str, Any]]:
+        """Report entries of a finished unit."""
+        return read_json(self._entries(unit))["layers"]
+
+    @property
+    def all_units_done(self) -> bool:
+        """Whether nothing is left but to merge the units, or what is left of them."""
+        return (self.folder / "shards.json").exists()
+
+    def merge(self, units: Iterable[str], others: Iterable[str], reader: CheckpointReader) -> None:
+        """Moves the units' tensors, and copies the tensors `others` of the model, into the checkpoint's shards.
+
+        A unit's file is removed as soon as its last tensor is in a shard, so one shard at most is on the disk twice.
+        """
+        file = self.folder / "shards.json"
+        if not file.exists():
+            unit_of = {name: unit for unit in units for name in tensor_sizes(self.shard(unit))}
+            sizes = {name: size for unit in units for name, size in tensor_sizes(self.shard(unit)).items()}
+            shards = plan_shards(sizes | {name: reader.bytes_of[name] for name in others})
+            write_json(file, {"shards": [{name: unit_of.get(name) for name in names} for names in shards]})
+        shards = read_json(file)["shards"]
+        for index, shard in enumerate(shards):
+            path = self.out / shard_name(index, len(shards))
+            if not path.exists():
+                copy_shard(path, {n: self.shard(unit) if unit else reader.file_of[n] for n, unit in shard.items()})
+            later = {unit for names in shards[index + 1 :] for unit in names.values()}
+            for unit in set(shard.values()) - later - {None}:
+                self.shard(unit).unlink(missing_ok=True)
+        write_index(self.out, len(shards))
+
+    def remove(self) -> None:
+        """Ends the run: removes the record."""
+        shutil.rmtree(self.folder)
+
+    def _entries(self, unit: str) -> Path:
+        return self.folder / f"{unit}.json"

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration text that the model itself writes."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.source.model import fast_dtype
+
+
+@torch.no_grad()
+def self_written(settings: Settings, model_path: str) -> Tensor:
+    """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    dtype = fast_dtype(AutoConfig.from_pretrained(model_path).dtype)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, use_safetensors=True).eval()
+    prepack(model, settings.sequences)
+    generator = torch.Generator().manual_seed(settings.seed)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    count, length = settings.sequences, settings.sequence_length
+    tokens = torch.full((count, 1), 0 if start is None else start)
+    cache, latest = None, tokens
+    for _ in tqdm(range(length), desc="the model writes its calibration text", unit="token"):
+        out = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if cache is None:
+            cache = out.past_key_values
+            reserve(cache, length)
+        # torch.multinomial would draw a random number for each token of the vocabulary.
+        sums = out.logits[:, -1].float().softmax(-1).cumsum(-1)
+        if not torch.isfinite(sums[:, -1]).all():
+            raise ValueError("the model's logits hold a NaN or an infinity: mend its weights")
+        drawn = torch.rand(count, 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+        latest = torch.searchsorted(sums, drawn.float(), right=True)
+        latest.clamp_(max=sums.shape[-1] - 1)  # rounded to float32, a draw can reach the last sum
+        tokens = torch.cat([tokens, latest], dim=1)
+    return tokens[:, 1:].clone()
+
+
+def reserve(cache: Any, length: int) -> None:
+    """Gives a cache of transformers that holds a text's first tokens the memory for `length` tokens.
+
+    Its own DynamicLayer copies all keys and values of the text so far for each new token: a quarter of the time. Layers
+    and caches of other kinds stay as they are.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Reserved(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            begin, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+            if begin == 0:
+                self.lazy_initialization(key_states, value_states)
+                self.memory = [x.new_empty(*x.shape[:-2], length, x.shape[-1]) for x in (key_states, value_states)]
+            for memory, states in zip(self.memory, (key_states, value_states), strict=True):
+                memory[..., begin:end, :] = states
+            self.keys, self.values = (memory[..., :end, :] for memory in self.memory)
+            return self.keys, self.values
+
+    if type(cache) is not DynamicCache:
+        return
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[i] = Reserved()
+            layers[i].update(layer.keys, layer.values)
+
+
+def prepack(model: nn.Module, rows: int) -> None:
+    """Lays the weights of a model's linear layers out once as oneDNN multiplies `rows` rows by them; for CPUs only.
+
+    Otherwise each call does that again: a fifth of the time at 64 rows. Nothing else may read the weights afterwards.
+    A torch without oneDNN leaves the model as it is.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    multiply = partial(torch.ops.mkldnn._linear_pointwise, attr="none", scalars=[], algorithm="")
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, rows)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.forward = partial(multiply, W=weight, B=module.bias)  # type: ignore[method-assign]

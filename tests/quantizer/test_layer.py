@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group of linear layers, and a head: every format, the loss in the report, LDLQ against plain rounding, scales."""
+
+from functools import cache
+
+import numerics
+import pytest
+import torch
+from random_layers import RATE_IDS, RATES
+
+from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.quantizer import layer
+from quip_vllm.quantizer.curvature.drift import Drift
+from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.layer import quantize_group, signs
+from quip_vllm.quantizer.rounding import ldlq
+from quip_vllm.quantizer.settings import Settings
+
+N = K = 64
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WHITE = Inputs(["a"], 1000 * torch.eye(K, dtype=torch.float64), 1000)
+
+
+@cache
+def coloured():
+    x = (draw(2000, K, seed=1) @ draw(K, K, seed=2)).double()
+    return Inputs(["a"], x.T @ x, 2000)
+
+
+def quantize(group, weights, code, bits, block=None, head=False, **settings):
+    """Quantizes weights, of bits each, and returns name -> (entry, tensors, restored weight)."""
+    bits = {name: bits for name in weights} if isinstance(bits, int) else bits
+    specs = {
+        name: LinearSpec(code, bits[name], weight.shape[1], (len(weight),), block, not head)
+        for name, weight in weights.items()
+    }
+    chosen = Settings("m", code, 2, hadamard_block=block, **{"damping": 1e-6, **settings})
+    return {
+        name: (result.entry, result.tensors, dequantize(specs[name], result.tensors))
+        for name, result in quantize_group(group, weights, specs, chosen).items()
+    }
+
+
+def loss(weight, restored, group):
+    """Of the stored tensors in the original space: what the report says in the rotated one."""
+    error, weight = (weight - restored).double(), weight.double()
+    loss = (error @ group.hessian * error).sum() / (weight @ group.hessian * weight).sum()
+    return pytest.approx(float(loss), rel=numerics.LOSS_IN_TWO_SPACES)
+
+
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_white_loss_is_near_the_rate_distortion_bound(code, bits):
+    weight = draw(N, K)
+    entry, tensors, restored = quantize(WHITE, {"a": weight}, code, bits)["a"]
+    kind = "lattice" if code == "e8p" else "trellis" if bits <= 4 else "trellis, 5 to 8 bits"
+    assert 1.0 < entry["proxy_loss"] * 4**bits < numerics.LOSS_OVER_SHANNON[kind]
+    assert entry["proxy_loss"] == loss(weight, restored, WHITE)
+    assert (entry["name"], entry["shape"], entry["code"], entry["bits"]) == ("a", [N, K], code, bits)
+    assert tensors["su"].dtype == tensors["sv"].dtype == torch.float16
+    assert set(tensors["su"].tolist()) == {1.0, -1.0}
+
+
+@pytest.mark.parametrize(("code", "block"), [("e8p", None), ("1mad", 32)])
+@pytest.mark.parametrize("head", [False, True])
+def test_feedback_beats_plain_rounding(code, block, head, monkeypatch):
+    weight = draw(N, K)
+    entry, _, restored = quantize(coloured(), {"a": weight}, code, 2, block, head)["a"]
+    assert entry["proxy_loss"] == loss(weight, restored, coloured())
+    monkeypatch.setattr(ldlq, "feedback", lambda hessian, block: (torch.zeros_like(hessian), 0.0))
+    plain, *_ = quantize(coloured(), {"a": weight}, code, 2, block, head)["a"]
+    assert entry["proxy_loss"] < 0.8 * plain["proxy_loss"]
+
+
+def test_readers_share_su_and_keep_their_rows():
+    weights = {"q": draw(64, K, seed=3), "k": 5 * draw(32, K, seed=4), "v": 0.01 * draw(32, K, seed=5)}
+    results = quantize(WHITE, weights, "1mad", {"q": 2, "k": 2, "v": 4})
+    assert list(results) == ["q", "k", "v"]
+    for name, (entry, tensors, restored) in results.items():
+        assert torch.equal(tensors["su"], results["q"][1]["su"])
+        assert entry["proxy_loss"] == loss(weights[name], restored, WHITE)
+    assert results["v"][0]["bits"] == 4 and results["v"][0]["proxy_loss"] < results["k"][0]["proxy_loss"] / 8
+    alone = quantize(WHITE, {"q": weights["q"]}, "1mad", 2)["q"]  # rows do not see each other
+    assert torch.equal(alone[1]["packed"], results["q"][1]["packed"])
+
+
+def test_a_group_may_mix_codes():
+    """Each has its own columns, hence its own feedback."""
+    weights = {"a": draw(N, K), "b": draw(N, K, seed=1)}
+    specs = {name: LinearSpec(code, 2, K, (N,)) for name, code in (("a", "1mad"), ("b", "e8p"))}
+    both = quantize_group(coloured(), weights, specs, Settings("m", "1mad", 2, damping=1e-6))
+    for name, spec in specs.items():
+        alone = quantize(coloured(), {"a": weights["a"], name: weights[name]}, spec.code, 2)[name]
+        assert all(torch.equal(tensor, alone[1][key]) for key, tensor in both[name].tensors.items())
+
+
+def test_signs_are_a_function_of_seed_and_name():
+    assert torch.equal(signs(64, 0, "a"), signs(64, 0, "a"))
+    assert not torch.equal(signs(64, 0, "a"), signs(64, 1, "a"))
+    assert not torch.equal(signs(64, 0, "a"), signs(64, 0, "b"))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_dead_columns_do_no_harm(head):
+    weight = draw(N, K)
+    weight[:, 7] = 1e4  # no activation ever reaches it
+    hessian = coloured().hessian.clone()
+    hessian[7] = hessian[:, 7] = 0.0
+    group = Inputs(["a"], hessian, 2000)
+    entry, _, restored = quantize(group, {"a": weight}, "e8p", 2, head=head)["a"]
+    assert entry["dead_columns"] == 1
+    weight[:, 7] = 0.0
+    assert loss(weight, restored, group).expected < 0.1
+
+
+def test_zero_weight():
+    entry, _, restored = quantize(WHITE, {"a": torch.zeros(N, K)}, "e8p", 2)["a"]
+    assert not restored.any() and entry["proxy_loss"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "head", "message"),
+    [
+        (float("nan"), False, "a.weight holds a NaN or an infinity: .*--ignore"),
+        (float("inf"), True, "a.weight holds a NaN or an infinity: .*leave --lm-head away"),
+        (1e12, False, "a.weight has a scale of inf: it does not fit fp16; .*--ignore"),
+        (1e12, True, "a.weight has a scale of inf: it does not fit fp16; leave --lm-head away"),
+        (1e-12, False, "a.weight has a scale of 0.0: it does not fit fp16"),
+    ],
+)
+def test_weights_that_cannot_be_stored(value, head, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(WHITE, {"a": torch.full((N, K), value)}, "e8p", 2, head=head)
+
+
+def test_a_drifted_activation_gets_weights_that_mend_it():
+    x0 = draw(2000, K, seed=3).double()
+    x = 0.8 * x0 + 0.1 * draw(2000, K, seed=4).double()
+    weight, kept = draw(N, K), draw(N, K)
+    group = Inputs(["a"], x.T @ x, 2000, Drift((x0 - x).T @ x))
+
+    def error(share):
+        _, _, restored = quantize(group, {"a": weight}, "e8p", 4, drift_correction=share)["a"]
+        return float((x0 @ weight.T.double() - x @ restored.T.double()).square().sum())
+
+    assert error(1.0) < error(0.5) < error(0.0)
+    assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("code", ["e8p", "1mad"])
+def test_rows_of_a_head_have_scales_of_their_own(code):
+    weight = draw(37, 96) * torch.logspace(-2, 2, 37)[:, None]
+    weight[5] = 0.0
+    weight[6] = 1e-12  # too small for a scale in fp16
+    group = Inputs(["a"], torch.eye(96, dtype=torch.float64), 1)
+    entry, tensors, restored = quantize(group, {"a": weight}, code, 4, head=True)["a"]
+    assert not restored[5:7].any() and tensors["sv"].shape == (37,)
+    live = [i for i in range(37) if i not in (5, 6)]
+    assert ((restored - weight).norm(dim=1) / weight.norm(dim=1))[live].max() < 0.2
+    assert entry["proxy_loss"] == loss(weight, restored, group)
+
+
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_chunks_of_a_head_do_not_change_a_bit(code, monkeypatch):
+    weight = draw(90, K)
+    whole = quantize(coloured(), {"a": weight}, code, 2, head=True)["a"]
+    monkeypatch.setattr(layer, "CHUNK_WEIGHTS", 32 * K)
+    pieces = quantize(coloured(), {"a": weight}, code, 2, head=True)["a"]
+    assert all(torch.equal(pieces[1][name], tensor) for name, tensor in whole[1].items())
+    assert pieces[0]["proxy_loss"] == pytest.approx(whole[0]["proxy_loss"])

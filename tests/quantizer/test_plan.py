@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: what becomes of every linear layer, its description in config.json, its size, and what is refused."""
+
+import pytest
+
+from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.quantizer.plan import make_plan
+from quip_vllm.quantizer.source.model import LayeredModel
+
+
+@pytest.fixture
+def plan(tiny_model, make_settings):
+    """plan(architecture, settings..., config=...) -> (Plan, Settings, LayeredModel)."""
+
+    def plan(architecture="Llama", config=None, **changes):
+        model = tiny_model(architecture, **(config or {}))
+        settings, source = make_settings(model, **changes), LayeredModel(model)
+        return make_plan(settings, source), settings, source
+
+    return plan
+
+
+def test_every_layer_has_its_own_format(plan):
+    found, settings, source = plan(
+        code="hyb", hadamard_block=32, ignore=("layers.1", "o_proj"), overrides=(("down_proj", 4),), lm_head=3
+    )
+    attention = [f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"]
+    mlp = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert list(found.specs) == [*attention, *mlp, "model.embed_tokens"]
+    assert [spec.bits for spec in found.specs.values()] == [2, 2, 2, 2, 2, 4, 3]
+    assert all((spec.code, spec.hadamard_block) == ("hyb", 32) for spec in found.specs.values())
+    assert [spec.rotate_output for spec in found.specs.values()] == [True] * 6 + [False]
+    config = found.config(settings, source.tied)
+    assert config.default == LayerFormat("hyb", 2) and config.layers == {mlp[2]: LayerFormat("hyb", 4)}
+    assert config.head.module == "model.embed_tokens" and config.head.stored.bits == 3 and config.head.tied
+    assert config.modules_to_not_convert[:2] == ("lm_head", "model.layers.0.self_attn.o_proj")
+    assert len(config.modules_to_not_convert) == 2 + 7
+
+
+def test_stored_bytes(plan):
+    found, *_ = plan(overrides=(("down_proj", 4),), ignore=("self_attn", "layers.1"))
+    n, k = 128, 64
+    assert found.stored_bytes() == 2 * (n * k * 2 // 8 + 2 * (n + k)) + (n * k * 4 // 8 + 2 * (n + k))
+
+
+ODD = {"hidden_size": 8 * 47 * 3, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "changes", "message"),
+    [
+        ("Llama", {}, {"ignore": (".",)}, "no linear layer of .* is left to quantize: give a narrower --ignore"),
+        ("Llama", ODD, {}, "layers.0.self_attn.q_proj cannot be quantized: .*--hadamard-block"),
+        ("Llama", {"intermediate_size": 136}, {"code": "1mad"}, "gate_proj cannot be quantized: .*--ignore"),
+        ("Llama", ODD, {"lm_head": 4, "ignore": (".",)}, "embed_tokens cannot be quantized: .*--hadamard-block"),
+        # embed_out.weight in the file, lm_head in the module
+        ("GPTNeoX", {"tie_word_embeddings": False}, {"lm_head": 4}, "no tensor lm_head.weight: .*leave --lm-head away"),
+    ],
+)
+def test_refused(plan, architecture, config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan(architecture, config, **changes)
