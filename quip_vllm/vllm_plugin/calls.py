@@ -12,7 +12,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, stack
 from quip_vllm.ops import prepare
 from quip_vllm.ops.prepared import PreparedLayer
-from quip_vllm.vllm_plugin.loading import QuipParameter, loaded_parameters, projections
+from quip_vllm.vllm_plugin.loading import QuipParameter, loaded_parameters, on_disk
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def prepare_calls(layer: Any) -> None:
 
 
 def _fused(params: dict[str, QuipParameter]) -> list[tuple[LinearSpec, dict[str, Tensor]]]:
-    """The layer's projections, consecutive ones of equal format and equal ``su`` together: spec and tensors of each."""
+    """Spec and tensors of each call: consecutive parts of equal format and equal ``su`` make one."""
     runs: list[tuple[LinearSpec, list[dict[str, Tensor]]]] = []
-    for covered in projections(params):
+    for covered in on_disk(params):
         tensors = {name: param.stored(covered) for name, param in params.items() if covered in param.loaded}
         spec = replace(params[SU.name].share.spec(covered), vector_dtype=tensors[SU.name].dtype)
         if runs:

@@ -133,8 +133,8 @@ def weights_are_dummies() -> bool:
     return config is not None and config.load_config.load_format == "dummy"
 
 
-def projections(params: dict[str, QuipParameter]) -> list[tuple[int, ...]]:
-    """The parts that each projection on disk covers, in order.
+def on_disk(params: dict[str, QuipParameter]) -> list[tuple[int, ...]]:
+    """The parts, in order, those together that are one tensor on disk.
 
     Raises:
         ValueError: a part lacks a tensor that its format has, or has it twice.
