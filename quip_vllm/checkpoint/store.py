@@ -153,6 +153,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Writes text so that ``path`` is the old or the new file, never a part of one."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes ``path`` when the block ends, whole and on the disk; after an error it does not.
@@ -168,6 +174,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an indented JSON object, whole or not at all."""
-    with replacing(path) as file:
-        file.write(f"{json.dumps(value, indent=2)}\n".encode())
+    """``write_atomically`` of an indented JSON object."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")

@@ -15,7 +15,7 @@ CUDA_LIBRARY = CPU_LIBRARY.with_name("libquip_vllm_cuda.so")
 @cache
 def cpu_library_problem() -> str | None:
     """Loads the CPU library once. Returns None when it is loaded, else one sentence with the remedy."""
-    return _load(CPU_LIBRARY, "g++")
+    return _load(CPU_LIBRARY, "a C++20 compiler")
 
 
 @cache

@@ -53,8 +53,8 @@ class Record:
         if not state.exists():
             raise ValueError(f"{out} holds no unfinished run: leave --resume away")
         found, wanted = read_json(state), json.loads(json.dumps(wanted))
-        keys = [key for key in wanted if found.get(key) != wanted[key]]
-        changed = [f"{key} was {found.get(key)!r} and is now {wanted[key]!r}" for key in keys]
+        changed = [f"{key} was {found.get(key)!r} and is now {wanted[key]!r}" for key in wanted]
+        changed = [said for key, said in zip(wanted, changed, strict=True) if found.get(key) != wanted[key]]
         if changed:
             raise ValueError(
                 f"{out} was begun with other settings: {'; '.join(changed)}; give the same or a new folder"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int8 activations cost in quality: the CPU kernels inside transformers, exact and int8, against dense weights.
+"""What int8 activations cost in quality: the CPU kernels in transformers, exact and int8, compared with dense weights.
 
 Usage: python scripts/bench/bench_activations.py CHECKPOINT ... --text FILE [--windows 4] [--csv CSV]
 

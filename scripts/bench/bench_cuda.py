@@ -4,10 +4,10 @@
 Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...]
            [--csv FILE] [--backends cuda triton]
 
-A row a format, size (outputs x inputs), number of rows and backend: the time of a call in a CUDA graph of calls, each
-with weights of its own, four times what the cache of the GPU holds in all, as the layers of a model follow one another;
-torch's fp16 matmul of the same shape, measured likewise in the same run; and the bound, packed bytes over the bandwidth
-of a kernel that copies, measured here. Ratios are to those two. Needs a GPU.
+There is one row per format, size (outputs x inputs), number of rows and backend. The time is that of one call in a CUDA
+graph of calls, each with weights of its own: together four times what the GPU's cache holds, as the layers of a model
+follow one another. torch's fp16 matmul of the same shape is measured likewise in the same run. The bound is the packed
+bytes divided by the bandwidth of a copying kernel, measured here. Ratios are to those two. Needs a GPU.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def seconds(calls: Sequence[Callable[[], Tensor]], repeats: int = 11) -> float:
 
 
 def copy_speed() -> float:
-    """Bytes a second that a kernel reads and writes together (copies between buffers are slower, by other engines)."""
+    """Bytes per second that a kernel reads and writes together; the GPU's copy engines are slower."""
     source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds([lambda: torch.neg(source, out=target)])

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoders: sequences or vectors a second and the distortion they reach on a Gaussian; and whole quantizations.
+"""The searches: sequences or vectors per second and the distortion of a Gaussian; and whole quantizations.
 
 Usage: python scripts/bench/bench_encode.py [--csv docs/benchmarks/cpu_encode.csv] [--formats qtip-1mad-2 ...]
            [--threads N] [--model MODEL --calibration FILE --runs quip_sharp-2 qtip-1mad-2 qtip-hyb-2]
 
-`viterbi`: tail-biting search of 256-weight sequences, one row a code and rate. `e8p`: nearest points of 8-vectors. The
-distortion is the mean squared error a weight on N(0, 1), with the code scaled to the Gaussian's deviation (the lattice:
-1.03). `quantize`: wall clock of `quip-vllm quantize MODEL`, one row a format of --runs, in a process of its own.
+`viterbi` rows are the tail-biting search of sequences of 256 weights, one row per code and bits; `e8p` is the search of
+nearest points of 8-vectors. Distortion is the mean squared error per weight of N(0, 1), with the code scaled to the
+Gaussian's deviation (the lattice: 1.03). `quantize` rows are the wall clock of `quip-vllm quantize MODEL`, one row per
+format of --runs, each in a process of its own.
 QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
 """
 

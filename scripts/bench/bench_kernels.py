@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every linear op over shapes and rows, bf16 activations: weights a second, TMAC/s, share of the bound, against dense.
+"""Every linear op over shapes and rows with bf16 activations: weights and multiplications per second, share of a bound.
 
 Usage: python scripts/bench/bench_kernels.py [--csv docs/benchmarks/cpu_kernels.csv] [--formats quip_sharp-2 ...]
            [--shapes 2048x2048 8192x2048 ...] [--rows 1 4 16 64 400] [--threads 1]
 
 Shapes are n x k. Copies of a layer, --working-set MiB in all, are called in turn, so that weights come from memory as
-they do when a model is served. The bound of one row is the larger time of two: the layer's tensors read at the measured
-memory bandwidth, and its weights decoded at the measured decoding speed. The latter is the speed of one row on a layer
-of 16384 x 2048, which stays in a last-level cache of 32 MiB; it includes the rotations and one multiplication a weight,
-as there is no op that decodes alone. For more rows no share is given. `dense` is torch's own bf16 linear layer of the
-same shape. QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
+they do when a model is served. The bound of one row is the larger of two times: that of reading the layer's tensors at
+the measured memory bandwidth, and that of decoding its weights at the measured speed. The latter is the speed of one
+row on a layer of 16384 x 2048, which stays in a last-level cache of 32 MiB; it includes the rotations and one
+multiplication per weight, because no op decodes alone. More rows have no bound. `dense` is torch's own bf16 linear
+layer of the same shape. QUIP_VLLM_CPU_TIER lowers the instruction-set tier.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def memory_bandwidth() -> float:
 
 
 def decoding_speed(name: str) -> float:
-    """Weights a second of one row on a layer that stays in the cache."""
+    """Weights per second of one row on a layer that stays in the cache."""
     n, k = CACHED
     layers, _ = quantized_layers(name, n, k, 0)
     return n * k / measure(layers, k, [1])[1]

@@ -5,8 +5,8 @@ Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FIL
            [--csv CSV] [--only NAME ...]
 
 Each row of CONFIGURATIONS is quantized into DIR/NAME with `quip-vllm quantize` unless that folder is finished already;
-the rows of peers.NAMES are other methods, and only run if --only names them. Then all are measured side by side on the
-same windows. Their rows replace those of the same names in the CSV; other rows stay.
+the rows of peers.NAMES are nearest rounding, and run only if --only names them. Then all are measured side by side on
+the same windows. Their rows replace those of the same names in the CSV; other rows stay.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import peers
 import torch
 from benchmarking import ORIGIN, origin, read_rows, write_rows
+from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
 from transformers import AutoTokenizer
 
 from quip_vllm import cli
@@ -25,7 +26,6 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import read_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
-from quip_vllm.quantizer.settings import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
@@ -68,7 +68,6 @@ def main() -> int:
             if code:
                 return code
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokens = windows_of(args.calibration, tokenizer, LENGTH, SEQUENCES)
     windows = windows_of(args.text, tokenizer, 2048, args.windows)
     models, described = [], []
     for name in args.only:
@@ -76,10 +75,8 @@ def main() -> int:
             models.append(load_model(str(args.work / name)))
             described.append(_described(args.work / name) | {"arguments": " ".join(CONFIGURATIONS[name])})
         else:
-            method, bits = peers.NAMES[name]
-            model = load_model(args.model)
-            described.append(_peer(model, bits))
-            models.append(peers.METHODS[method](model, bits, tokens))
+            models.append(peers.nearest(load_model(args.model), peers.NAMES[name]))
+            described.append(_peer(models[-1], peers.NAMES[name]))
     figures = score(models, windows, load_model(args.model))
     rows: dict[str, Any] = {row["name"]: row for row in read_rows(args.csv)} if args.csv.exists() else {}
     shared = {"windows": len(windows), **origin(torch.get_num_threads())}
@@ -99,7 +96,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _peer(model: Any, bits: int) -> dict[str, Any]:
-    """Size of another method's model; what it does not round is in bf16."""
+    """Size of a model of nearest rounding; what it does not round is in bf16."""
     inside = sum(module.weight.numel() for module in peers.linears(model).values())
     rest = sum(parameter.numel() for parameter in model.parameters()) - inside
     stored = peers.stored_bits(bits)

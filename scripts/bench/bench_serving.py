@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second of checkpoints in vLLM's offline engine, side by side: decoding at several batch sizes, one prefill.
+"""Tokens per second of checkpoints in vLLM's offline engine: decoding at several batch sizes, and one prefill.
 
 Usage: python scripts/bench/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
 
 Activations are bfloat16, or those of NAME=FOLDER@float32: a CPU without bf16 instructions may be faster with these.
-One process after the other, each with an engine of its own; --rounds N goes over all checkpoints N times, so that a
-slow spell of the machine does not hit one of them alone. Decoding: the time of 33 new tokens less that of 1, so without
-the prefill; each figure is the median over --repeats and rounds, prompts are fresh. Ratios are to the checkpoints named
+Each checkpoint runs in a process of its own, one after the other; --rounds N goes over all checkpoints N times, so that
+a slow spell of the machine does not hit one of them alone. The time of decoding is that of 33 new tokens less that of
+1. Each figure is the median over --repeats and rounds, with fresh prompts. Ratios are to the checkpoints named
 bf16 and gptq-int4 (--bf16, --int4). The CSV is written again after each process; a failure is a row with its error.
 vLLM's compile cache does not know the plugin's code, so it is off unless VLLM_DISABLE_COMPILE_CACHE says otherwise.
 """
@@ -36,7 +36,7 @@ COLUMNS += ["weights_bytes", "vllm", *ORIGIN, "error"]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 
 Rates = dict[str, list[float]]
-"""Workload ("decode 16", "prefill 1") -> tokens a second, one figure a repeat."""
+"""Workload ("decode 16", "prefill 1") -> tokens per second, one figure per repeat."""
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def table(found: dict[str, Rates], errors: dict[str, str], bf16: str, int4: str) -> list[dict[str, Any]]:
-    """One row a checkpoint and workload: median, range, ratios to the two baselines; a row more for an error."""
+    """One row per checkpoint and workload: median, range, ratios to the two baselines; one more row for an error."""
     rows: list[dict[str, Any]] = []
     for name, rates in found.items():
         for workload, values in rates.items():

@@ -5,7 +5,7 @@ Usage: python scripts/bench/estimate_quantization.py [--csv docs/benchmarks/quan
 
 `quip-vllm quantize --method quip_sharp --bits 2` runs on three models of two layers and random weights: one of half the
 width of a 7B model, and one of a quarter of it with few and with more calibration tokens. The measured time is the CPU
-time of one thread between the shards of the first and the second layer, that is one layer of a long run. It has three
+time of one thread between the files of the first and the second layer, that is one layer of a long run. It has three
 parts: forward passes and Hessians, by weights and tokens; the search, by weights, at the speed that bench_encode
 measures in the same run; and the rest, matrix products and factorisations, by the cube of the width. No whole run is
 measured.
@@ -54,7 +54,7 @@ COLUMNS += ["source_gb", "output_gb", "dtype", "tier", *ORIGIN]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the Llama family; ``kv`` is the outputs of the key projection."""
+    """A model of the Llama family; ``kv`` is the outputs of `k_proj`."""
 
     name: str
     hidden: int
@@ -130,7 +130,7 @@ def main() -> int:
 
 
 def measure(shape: Shape, tokens: int) -> tuple[float, int]:
-    """(CPU seconds from the first layer's shard to the second's, largest resident bytes of the run)."""
+    """(CPU seconds from the first layer's file to the second's, largest resident bytes of the run)."""
     with tempfile.TemporaryDirectory() as scratch:
         model, out, text = (Path(scratch) / name for name in ("model", "out", "text.txt"))
         sizes = {"hidden": shape.hidden, "mlp": shape.mlp, "heads": 32, "kv-heads": 8}
@@ -147,14 +147,14 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
         process = subprocess.Popen([*command, "--sequence-length", str(SEQUENCE)], stderr=subprocess.DEVNULL, env=one)
         moments: list[float] = []
         while True:
-            shards = len(list(out.glob("*.safetensors")))
-            moments += [_cpu_seconds(process.pid)] * (shards - len(moments))
+            layers = len([file for file in out.rglob("*.safetensors") if file.name != "calibration.safetensors"])
+            moments += [_cpu_seconds(process.pid)] * (layers - len(moments))
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
                 break
             time.sleep(0.02)
     if status or len(moments) < 2:
-        raise ValueError(f"{' '.join(command)} ended with status {status} after {len(moments)} shards: run it by hand")
+        raise ValueError(f"{' '.join(command)} ended with status {status} after {len(moments)} layers: run it by hand")
     return moments[1] - moments[0], usage.ru_maxrss * 1024
 
 

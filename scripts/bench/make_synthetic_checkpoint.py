@@ -26,7 +26,7 @@ from quip_vllm.formats.spec import LinearSpec, methods
 
 Shape = tuple[int, int]
 Linear = Callable[[Shape, Tensor], dict[str, Tensor]]
-"""(n, k) and su [k] -> the tensors of one projection; su is shared by all projections of a decoder layer."""
+"""(n, k) and su [k] -> the tensors of one linear layer; su is shared by those of a decoder layer that have equal k."""
 
 EMBEDDING = "model.embed_tokens"
 MAX_GROUP = 128
@@ -91,7 +91,7 @@ def write_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[str, Any], Linear]:
-    """What config.json adds for the format, and what makes the tensors of a projection."""
+    """What config.json adds for the format, and what makes the tensors of a linear layer."""
     if args.format == "bf16":
         return {}, lambda shape, su: {"weight": _dense(shape, generator)}
     if args.format == "gptq-int4":

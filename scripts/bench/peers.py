@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other methods on the same linear layers, for comparison: nearest rounding, and GPTQ by llm-compressor.
-
-Both store one fp16 scale and one integer zero point per group of GROUP inputs. GPTQ needs the package llmcompressor
-(Apache-2.0) in an environment of its own, because vLLM pins another version of compressed-tensors.
-"""
+"""Nearest rounding of the same linear layers, for comparison: one fp16 scale and one zero point per GROUP inputs."""
 
 from typing import Any
 
@@ -19,7 +15,7 @@ def stored_bits(bits: int) -> float:
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
-    """The linear layers that both round: all but the output head, as `quip-vllm quantize` does."""
+    """The linear layers that are rounded: all but the output head, as `quip-vllm quantize` does."""
     head = model.get_output_embeddings()
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
@@ -41,28 +37,12 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def nearest(model: Any, bits: int, tokens: Tensor) -> Any:
-    """The float32 model with every linear layer rounded to the nearest; needs no ``tokens``."""
+def nearest(model: Any, bits: int) -> Any:
+    """The float32 model with every linear layer rounded to the nearest, in place."""
     for module in linears(model).values():
         module.weight.copy_(round_to_nearest(module.weight, bits))
     return model
 
 
-def gptq(model: Any, bits: int, tokens: Tensor) -> Any:
-    """The float32 model rounded by GPTQ, calibrated on ``tokens`` int64 [sequences, length]."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import GPTQModifier
-
-    arguments = QuantizationArgs(num_bits=bits, group_size=GROUP, symmetric=False, strategy="group", type="int")
-    schemes = {"all": QuantizationScheme(targets=["Linear"], weights=arguments)}
-    text = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
-    recipe = [GPTQModifier(config_groups=schemes, ignore=["lm_head"])]
-    count, length = tokens.shape
-    return oneshot(model=model, dataset=text, recipe=recipe, num_calibration_samples=count, max_seq_length=length)
-
-
-METHODS = {"rtn": nearest, "gptq": gptq}
-NAMES = {f"{method}{bits}g{GROUP}": (method, bits) for method in METHODS for bits in (4, 3, 2)}
-"""Row of the table -> method and bits."""
+NAMES = {f"rtn{bits}g{GROUP}": bits for bits in (4, 3, 2)}
+"""Row of the table -> bits."""

@@ -127,19 +127,18 @@ def cuda() -> Any:
 
 
 def quality() -> Any:
-    """Perplexity by stored bits per weight: our formats, GPTQ and nearest rounding."""
+    """Perplexity by stored bits per weight: our formats and nearest rounding."""
     rows: Rows = read_rows(FOLDER / "quality.csv")
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D"), "gptq": ("GPTQ, groups of 64", "s:")}
-    lines["rtn"] = ("nearest rounding, groups of 64", "^:")
+    lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D")}
+    lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: 7e5, not shown)", "^:")
     for start, (name, style) in lines.items():
-        chosen = {f"{start}{bits}{'g64' * (start in ('gptq', 'rtn'))}" for bits in (2, 3, 4)}
+        chosen = {f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 3, 4)}
         points = sorted(
             (float(row["bits_per_weight"]), float(row["perplexity"])) for row in rows if row["name"] in chosen
         )
-        text = name if name[0] in "qGn" else f"qtip {name}"
-        if points:
-            panel.plot(*zip(*points, strict=True), style, color=colour(name), label=text, markersize=5)
+        text = name if name[0] in "qn" else f"qtip {name}"
+        panel.plot(*zip(*points, strict=True), style, color=colour(name), label=text, markersize=5)
     reference = float(rows[0]["reference_perplexity"])
     panel.axhline(reference, color="black", linestyle="--", linewidth=1, label="bf16")
     panel.set_yscale("log")

@@ -13,7 +13,7 @@ CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2"}
 """By the end of a CSV's name: the CPU that made it."""
 BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
-QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding", "gptq": "GPTQ"}
+QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
 """By the beginning of a row's name in quality.csv."""
 
 
@@ -124,7 +124,7 @@ def activations() -> str:
 
 
 def quality(commit: bool = False) -> str:
-    """Default runs of every format and other methods, more bits first."""
+    """Default runs of every format and nearest rounding, more bits first."""
     rows = [row for row in read_rows(FOLDER / "quality.csv") if not row["name"].endswith(("d0", "self"))]
     lines = [
         ["bf16", "16", fixed(rows[0]["reference_perplexity"], 2), "0", "100 %", "269.1", *([""] if commit else [])]
@@ -256,7 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda": lambda: cuda(14336, 4096),
     "cuda_sizes": cuda_sizes,
     "runs_cpu": lambda: runs(*(f"cpu_{what}{end}" for what in ("serving", "kernels", "encode") for end in CPUS)),
-    "runs_other": lambda: runs("activations"),
+    "runs_other": lambda: runs("activations", "quantization"),
     "runs_cuda": lambda: runs("cuda_kernels"),
 }
-PAGES: list[Path] = [FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda")]
+PAGES: list[Path] = [ROOT / "README.md", *(FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda"))]

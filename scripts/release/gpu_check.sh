@@ -19,7 +19,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
-export PATH=$(realpath "$(dirname "$(command -v "$python" || echo .)")"):$PATH  # cmake looks there for ninja
+export PATH=$(dirname "$(command -v "$python" || echo .)"):$PATH  # cmake looks there for ninja
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 report=build/gpu_report
 steps=()
