@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every property of a LinearSpec in the reference backend, against dense matrices in float64; the kernels refuse it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, relative
+from random_layers import random_layer
+
+from quip_vllm.formats.spec import FORMATS, LinearSpec, TileOrder
+from quip_vllm.formats.tensors import split, stack
+from quip_vllm.ops import dequantize
+from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.cuda import CudaBackend
+from quip_vllm.ops.reference import ReferenceBackend
+from quip_vllm.ops.triton.backend import TritonBackend
+from quip_vllm.transforms.hadamard import hadamard
+
+REFERENCE = ReferenceBackend()
+PLAIN = LinearSpec("hyb", 2, 96, (48, 32))
+BEYOND = {
+    "an su per part": replace(PLAIN, su_per_part=True),
+    "one output rotation over all parts": replace(PLAIN, fused_rotation=True),
+    "parts served in another order": replace(PLAIN, part_order=(1, 0)),
+    "tile order mma_swapped": replace(PLAIN, tile_order=TileOrder.MMA_SWAPPED),
+    "tile order row_major": replace(PLAIN, code="1mad", tile_order=TileOrder.ROW_MAJOR),
+    "rotations in chunks": replace(PLAIN, input_chunks=2, output_chunks=4),
+    "sizes that are padded": replace(PLAIN, in_features=90, output_sizes=(40, 31), padded_to=32, hadamard_block=32),
+    "all": LinearSpec(
+        *("1mad", 3, 80, (24, 40), None, True),
+        su_per_part=True,
+        fused_rotation=True,
+        part_order=(1, 0),
+        tile_order=TileOrder.ROW_MAJOR,
+        input_chunks=3,
+        output_chunks=2,
+        vector_dtype=torch.float32,
+        padded_to=48,
+    ),
+}
+
+
+def rotation(size, chunks, block):
+    """The orthonormal matrix U of a whole side: equal blocks on the diagonal, one per chunk."""
+    one = hadamard(torch.eye(size // chunks, dtype=torch.float64), block).T
+    return torch.block_diag(*[one] * chunks)
+
+
+def weight_of_part(spec, tensors, n):
+    """The rotated weight of one part, float64 [stored n, stored k], tile by tile from the decoded sequences."""
+    words = 16 * spec.bits
+    weight = torch.empty(n, spec.stored_in, dtype=torch.float64)
+    for i in range(n // 16):
+        for j in range(spec.stored_in // 16):
+            packed = tensors["packed"][i, words * j : words * (j + 1)]
+            sequence = spec.format.decode_sequences(packed, spec.bits, tensors.get("table"))
+            for t, value in enumerate(sequence.tolist()):
+                first, second = (t >> 1 & 1, t >> 2 & 1)  # R and C of formats/tile.py
+                if spec.tile_order is TileOrder.MMA_SWAPPED:
+                    first, second = second, first
+                row, col = 8 * first + (t >> 5), 8 * second + 2 * (t >> 3 & 3) + (t & 1)
+                if spec.tile_order is TileOrder.ROW_MAJOR:
+                    row, col = t // 16, t % 16
+                weight[16 * i + row, 16 * j + col] = value
+    return weight
+
+
+def dense(spec, tensors):
+    """The served weight, float64 [n, k], from its definition."""
+    parts, sizes = split(spec, tensors), spec.stored_outputs
+    u_in = rotation(spec.stored_in, spec.input_chunks, spec.hadamard_block)
+    rows = torch.cat(
+        [
+            weight_of_part(spec, part, n) @ u_in.T @ torch.diag(part["su"].double())
+            for part, n in zip(parts, sizes, strict=True)
+        ]
+    )
+    if spec.fused_rotation:
+        u_out = rotation(sum(sizes), spec.output_chunks, spec.hadamard_block)
+    else:
+        u_out = torch.block_diag(*[rotation(n, spec.output_chunks, spec.hadamard_block) for n in sizes])
+    scaled = tensors["sv"].double()[:, None] * (u_out @ rows)
+    cut = [part[:n, : spec.in_features] for part, n in zip(scaled.split(sizes), spec.output_sizes, strict=True)]
+    return torch.cat([cut[i] for i in spec.part_order or range(len(cut))])
+
+
+@pytest.mark.parametrize("spec", [PLAIN, *BEYOND.values()], ids=["plain", *BEYOND])
+def test_every_property_is_what_its_definition_says(spec):
+    tensors = random_layer(spec)
+    wanted = dense(spec, tensors)
+    assert wanted.shape == (spec.out_features, spec.in_features)
+    assert relative(dequantize(spec, tensors), wanted) < FLOAT32_LINEAR
+    x, bias = torch.randn(3, spec.in_features), torch.randn(spec.out_features)
+    assert relative(REFERENCE.prepare(spec, tensors).linear(x, bias), x.double() @ wanted.T + bias) < FLOAT32_LINEAR
+    again = stack(spec, split(spec, tensors))
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("clause", [clause for clause in BEYOND if clause != "all"])
+def test_kernels_refuse_what_they_do_not_have(clause, cuda):
+    for backend in (CpuBackend(), cuda, TritonBackend()):
+        assert f"a layer with {clause}" in backend.refusal(BEYOND[clause])
+    assert CudaBackend().name == "cuda" and REFERENCE.refusal(BEYOND[clause]) is None
+
+
+def test_chunks_that_do_not_divide_a_size_are_refused():
+    assert "96 cannot be rotated in 5 equal chunks" in REFERENCE.refusal(replace(PLAIN, input_chunks=5))
+
+
+def test_parts_that_do_not_share_su_are_refused():
+    one, other = split(PLAIN, random_layer(PLAIN))
+    with pytest.raises(ValueError, match="su differs between parts"):
+        stack(PLAIN, [one, other | {"su": -other["su"]}])
+
+
+@pytest.mark.parametrize(
+    ("bits", "wanted"),  # EXL3's tile of RAMP bytes with code 3inst, its states 0, 1, 2, 3 and 255
+    [(2, [0x72DD, 0xCB77, 0x2DDE, 0xB77A, 0xDCB7]), (4, [0xCF77, 0xF77A, 0x77A5, 0x7A55, 0x1CF7])],
+)
+def test_a_tile_of_exl3_after_its_stream_is_turned(bits, wanted):
+    """EXL3's window ends with its symbol, ours begins with it: the stream is turned right by 16 - bits."""
+    import numpy
+
+    from quip_vllm.formats.trellis import unpack
+
+    ramp = bytes((37 * t + 11) % 256 for t in range(32 * bits))
+    stream = "".join(f"{word:032b}" for word in numpy.frombuffer(ramp, "<u4"))
+    turned = stream[-(16 - bits) :] + stream[: -(16 - bits)]
+    words = [int(turned[i : i + 16], 2) for i in range(0, len(turned), 16)]
+    packed = torch.tensor(words).to(torch.int16)
+    states = unpack(packed, bits, 1)
+    assert [int(states[i]) for i in (0, 1, 2, 3, 255)] == wanted
+    tile = FORMATS["3inst"].decode({"packed": packed[None]}, bits, TileOrder.MMA_SWAPPED)
+    if bits == 2:  # W[k-row 0, n-columns 0..3]; ours is [n, k]
+        published = torch.tensor([-2.392578, 0.136475, -0.095703, 1.612305])
+        assert torch.equal(tile[:4, 0].half(), published.half())
