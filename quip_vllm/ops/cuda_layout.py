@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
+from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES, Lattice
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import LUT, TABLE, TrellisCode
+from quip_vllm.formats.trellis_codes import HYB, LUT, PACKED, TABLE, THREE_INST, TrellisCode
 
 CHUNK = 64
 """Columns of the weight that a warp decodes at a time."""
@@ -36,15 +37,15 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     Returns:
         int32 [(tiles * chunks + SPARE_CHUNKS) * 32 * bits]: tiles of 16 rows, chunks of 64 columns.
     """
-    tiles, lattice = -(-spec.out_features // TILE), spec.code == "e8p"
-    codes = {name: tensors[name] for name in ("codes", "residual_codes", "packed") if name in tensors}
+    tiles, lattice = -(-spec.out_features // TILE), isinstance(spec.format, Lattice)
+    codes = {name: tensors[name] for name in (CODES, RESIDUAL_CODES, PACKED) if name in tensors}
     parts = []
     for tile in range(0, tiles, TILES_AT_A_TIME):
         begin, end = tile, min(tile + TILES_AT_A_TIME, tiles)
         if lattice:
             begin, end = begin * TILE, end * TILE
         part = {name: rows[begin:end] for name, rows in codes.items()}
-        words = _lattice_words(spec.bits, part) if lattice else _trellis_words(spec, part["packed"])
+        words = _lattice_words(spec.bits, part) if lattice else _trellis_words(spec, part[PACKED])
         parts.append(_to_int32(_in_parts(words)).flatten())
     return torch.cat([*parts, parts[0].new_zeros(SPARE_CHUNKS * LANES * spec.bits)])
 
@@ -91,12 +92,12 @@ def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
         pairs = by_lane(codes, 0xFFFF)
         return [rotated(pairs[..., half, 1] << 16 | pairs[..., half, 0]) for half in range(2)]
 
-    parts = stage(tensors["codes"])
+    parts = stage(tensors[CODES])
     if bits == 3:
-        rest = by_lane(tensors["residual_codes"], 0xFF).flatten(-2)
+        rest = by_lane(tensors[RESIDUAL_CODES], 0xFF).flatten(-2)
         parts.append(rotated(sum(rest[..., i] << (8 * i) for i in range(4))))
     if bits == 4:
-        parts += stage(tensors["residual_codes"])
+        parts += stage(tensors[RESIDUAL_CODES])
     return torch.stack(parts, dim=-1)
 
 
@@ -106,14 +107,14 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST: its constant, four times.
     LUT's and the lattice's are one copy a device, shared by all layers: do not write to them.
     """
-    if spec.code == "hyb":
+    if spec.format is HYB:
         return tensors[TABLE].half().contiguous().view(torch.int32).flatten()
     device = tensors[SV.name].device
-    if spec.code == "lut":
+    if spec.format is LUT:
         return _lut_table(device)
-    if spec.code == "3inst":
+    if spec.format is THREE_INST:
         return torch.full((4,), THREE_INST_FLIPS, dtype=torch.int32, device=device)
-    return _lattice_tables(device) if spec.code == "e8p" else None
+    return _lattice_tables(device) if isinstance(spec.format, Lattice) else None
 
 
 @cache

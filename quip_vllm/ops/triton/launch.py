@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE
+from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE, Lattice
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import LUT, TABLE
+from quip_vllm.formats.trellis_codes import HYB, LUT, TABLE
 from quip_vllm.ops import cuda_layout
 from quip_vllm.ops.triton import rotation, shapes
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel, decode_rows_kernel
@@ -32,7 +32,7 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     """The words of the CUDA kernels: int32 [tiles, chunks * 32 * bits]."""
     tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // CHUNK)
     words = cuda_layout.packed_words(spec, tensors)[: tiles * chunks * LANES * spec.bits].view(tiles, -1)
-    if spec.code == "e8p":  # stored rotated left by 7 for the CUDA kernels
+    if isinstance(spec.format, Lattice):  # stored rotated left by 7 for the CUDA kernels
         words = (words << 25) | (words >> 7 & (1 << 25) - 1)
     return words.contiguous()
 
@@ -40,12 +40,12 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     """What the code's decoder looks up, or None; of HYB, for each part, the rows, and again with the sign."""
     device = tensors[SV.name].device
-    if spec.code == "hyb":
+    if spec.format is HYB:
         rows = tensors[TABLE].half().contiguous().view(torch.int32).view(len(spec.output_sizes), -1)
         return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), 1 << 12)
-    if spec.code == "lut":
+    if spec.format is LUT:
         return _lut(device)
-    return cuda_layout.table(spec, tensors) if spec.code == "e8p" else None
+    return cuda_layout.table(spec, tensors) if isinstance(spec.format, Lattice) else None
 
 
 @cache
