@@ -44,12 +44,14 @@ struct Linear {
 // ---- The weight ----
 
 Code code_of(const std::string& name) {
-  if (name == "1mad") return Code::kOneMad;
-  if (name == "3inst") return Code::kThreeInst;
-  if (name == "hyb") return Code::kHyb;
-  if (name == "e8p") return Code::kE8p;
-  STD_TORCH_CHECK(name == "lut", "code is ", name, ": it must be one of 1mad, 3inst, hyb, lut, e8p");
-  return Code::kLut;
+  std::string names;
+#define QUIP_NAME(enumerator, own)                \
+  if (name == own) return Code::enumerator;       \
+  names += own ", ";
+  QUIP_TRELLIS_CODES(QUIP_NAME)
+#undef QUIP_NAME
+  STD_TORCH_CHECK(name == "e8p", "code is ", name, ": it must be one of ", names, "e8p");
+  return Code::kE8p;
 }
 
 // Where the blocks of each part of a lattice layer begin, and the bytes of all.

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "codes.h"
 
 namespace quip {
 
@@ -14,8 +15,6 @@ constexpr int kSequence = 256;             // weights of a trellis sequence
 constexpr int kStates = 65536;             // states of the trellis (16 bits)
 constexpr int64_t kChunk8 = 16384;         // columns whose products with int8 activations are sure to sum to 32 bits
 constexpr int kCosts = kStates + 16 * 32;  // room of an array of costs (place() in search/viterbi.h)
-
-enum class Code { kOneMad, kThreeInst, kHyb, kLut, kE8p };
 
 // A quantized weight of n rows and k columns.
 struct Weight {

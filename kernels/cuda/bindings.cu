@@ -64,31 +64,14 @@ const float* floats(const Tensor& t, const Tensor& x, int64_t count, const char*
   return static_cast<const float*>(data_of(t, x, ScalarType::Float, count, name, "float32"));
 }
 
-// What a code takes and gives.
-struct CodeInfo {
-  GemmEntry (*entry)(int bits);
-  XOrder order;
-  float unit, offset;
-  int64_t table_words;  // int32 a projection (HYB) or in all
-  int first_bits, last_bits;
-
-  bool by_projection() const { return table_words == 512; }
-};
-
-CodeInfo info_of(const std::string& code, int64_t bits) {
-  if (code == "1mad") return {one_mad_entry, XOrder::kTrellis, 1 / 147.800537109375f, 1024 + 510, 0, 1, 8};
-  if (code == "1mad_int8") return {one_mad_bytes_entry, XOrder::kBytes, 1 / 147.800537109375f, 510, 0, 1, 8};
-  if (code == "3inst") return {three_inst_entry, XOrder::kTrellis, 1, 0, 4, 1, 8};
-  if (code == "hyb") return {hyb_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
-  if (code == "hyb_large") return {hyb_large_entry, XOrder::kTrellis, 1, 0, 512, 1, 4};
-  if (code == "lut") return {lut_entry, XOrder::kTrellis, 1, 0, 32768, 1, 8};
-  STD_TORCH_CHECK(code == "e8p" || code == "e8p_large", "code is ", code,
-                  ": it must be one of 1mad, 1mad_int8, 3inst, hyb, hyb_large, lut, e8p, e8p_large");
-  const float second = bits == 3 ? 36.25f / 2.04f : bits == 4 ? 36.0f / 3.45f : 0;
-  return {code == "e8p" ? lattice_entry : lattice_large_entry, XOrder::kLattice, 1, 36 + second, 3 * 256 + 4, 2, 4};
+const CodeKernels& kernels_of(const std::string& code) {
+  std::string names;
+  for (const auto& one : codes()) names += (names.empty() ? "" : ", ") + one.first;
+  STD_TORCH_CHECK(codes().count(code), "code is ", code, ": it must be one of ", names);
+  return codes().at(code);
 }
 
-GemmEntry entry_of(const CodeInfo& info, const std::string& code, int64_t bits) {
+GemmEntry entry_of(const CodeKernels& info, const std::string& code, int64_t bits) {
   STD_TORCH_CHECK(bits >= info.first_bits && bits <= info.last_bits, "bits is ", bits, ": ", code, " has ", info.first_bits,
                   " to ", info.last_bits);
   return info.entry(int(bits));
@@ -102,7 +85,7 @@ const uint32_t* packed_words(const Tensor& packed, const Tensor& x, int64_t tile
 }
 
 // The tables of `count` projections, if the code has one.
-const void* table_of(const std::optional<Tensor>& table, const Tensor& x, const CodeInfo& info, const std::string& code,
+const void* table_of(const std::optional<Tensor>& table, const Tensor& x, const CodeKernels& info, const std::string& code,
                      int64_t count) {
   if (!info.table_words) return nullptr;
   STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
@@ -142,7 +125,7 @@ const void* bias_of(const Tensor& bias, const Tensor& x, int64_t n) {
 }
 
 // The code's unit with a rotation's norm.
-float unit_of(const CodeInfo& info, const Rotation& r) { return info.unit / std::sqrt(float(r.q) * float(r.p)); }
+float unit_of(const CodeKernels& info, const Rotation& r) { return info.unit / std::sqrt(float(r.q) * float(r.p)); }
 
 // Whether decode_gemm's epilogue may do what rotate_out does: k is whole, and runs of one width lie within thread blocks.
 bool fuses(const Gemm& g, const RotateOut& out) {
@@ -180,7 +163,7 @@ struct RotationMemory {
 };
 
 // The layer by way of its whole weight in fp16, which is gone again afterwards.
-std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeInfo& info, const Gemm& g, RotateIn in,
+std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeKernels& info, const Gemm& g, RotateIn in,
                            RotateOut out, device::Stream stream) {
   const int64_t columns = int64_t(g.chunks) * kChunk;
   const RotationMemory memory(x, in, out);
@@ -188,7 +171,7 @@ std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeIn
   Tensor weight = torch::stable::new_empty(x, {int64_t(g.tiles) * kTile, columns}, ScalarType::Half);
   in.order = XOrder::kRows, in.out = static_cast<unsigned char*>(rotated.mutable_data_ptr());
   uint16_t* const decoded = static_cast<uint16_t*>(weight.mutable_data_ptr());
-  DecodeDense d{g.packed, g.table, g.table_stride, g.tiles, g.chunks, info.offset, decoded, g.segments, {}};
+  DecodeDense d{g.packed, g.table, g.table_stride, g.tiles, g.chunks, out.out.offset, decoded, g.segments, {}};
   std::copy(g.segment, g.segment + g.segments, d.segment);
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.dense(d, stream);
@@ -204,7 +187,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
                    std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
                    std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape,
                    int64_t dense_rows) {
-  const CodeInfo info = info_of(code, bits);
+  const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(),
@@ -234,12 +217,12 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
 
   Gemm g{};
   g.packed = packed_words(packed, x, tiles, chunks, bits);
-  g.table = table_of(table, x, info, code, info.by_projection() ? parts : 1);
-  g.table_stride = info.by_projection() ? 4 * info.table_words : 0;
+  g.table = table_of(table, x, info, code, info.table_per_part ? parts : 1);
+  g.table_stride = info.table_per_part ? 4 * info.table_words : 0;
   g.m = int(m), g.tiles = int(tiles), g.chunks = int(chunks);
   g.split_chunks = int(std::min<int64_t>(shape[0], chunks)), g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
   g.warps_n = int(warps_n), g.depth = int(depth);
-  if (info.by_projection()) {
+  if (info.table_per_part) {
     int64_t tile = 0;
     for (int64_t size : output_sizes) {
       STD_TORCH_CHECK(size % kTile == 0, "a projection of ", size, " outputs: a multiple of 16 is wanted");
@@ -260,7 +243,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   in.growth = int(std::ceil(std::log2(double(in.rotation.q) * in.rotation.p)));
   in.work = int((in.rotation.q > 1 ? 2 * k : k) / in.slices);
   RotateOut out{};
-  out.out.offset = info.offset, out.out.sv = floats(sv, x, n, "sv");
+  out.out.offset = info.offset(int(bits)), out.out.sv = floats(sv, x, n, "sv");
   if (bias) out.out.bias = bias_of(*bias, x, n), out.out.bias_type = type_of(*bias, "bias");
   out.out.y = y.mutable_data_ptr(), out.out.type = type, out.out.n = int(n);
   out.splits = g.splits, out.m = int(m), out.stride = int(tiles * kTile), out.split_stride = m * tiles * kTile;
@@ -302,7 +285,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
 // ids [m] -> rows of the dequantized weight, [m][k] in `dtype`; base and width are of the input rotation's inverse.
 Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
                       const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
-  const CodeInfo info = info_of(code, bits);
+  const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   STD_TORCH_CHECK(entry.rows != nullptr, "code is ", code, ": rows are decoded to fp16; name 1mad");
   STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(), "ids has ", ids.dim(),
@@ -314,7 +297,7 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   DecodeRows d{};
   d.ids = ids.const_data_ptr<int64_t>();
   d.packed = packed_words(packed, ids, tiles, chunks, bits), d.table = table_of(table, ids, info, code, 1);
-  d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset;
+  d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset(int(bits));
   RotateOut out{};
   const Rotation rotation = rotation_of(base, width, k, ids);
   out.part[0] = {rotation, 0, int(k), unit_of(info, rotation)}, out.segments = 1, out.work = int(k);
@@ -334,7 +317,7 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
 
 // Bytes of shared memory of a thread block of decode_gemm.
 int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
-  return entry_of(info_of(code, bits), code, bits).shared(int(rows), int(warps_n), int(depth));
+  return entry_of(kernels_of(code), code, bits).shared(int(rows), int(warps_n), int(depth));
 }
 
 }  // namespace

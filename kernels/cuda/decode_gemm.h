@@ -10,6 +10,8 @@
 //
 // The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows. No atomics.
 #pragma once
+#include <map>
+#include <string>
 #include <utility>
 
 #include "decode_rows.h"
@@ -340,13 +342,26 @@ GemmEntry gemm_entry(int bits) {
   }(std::make_integer_sequence<int, last - first + 1>{});
   return found;
 }
-GemmEntry one_mad_entry(int bits);
-GemmEntry one_mad_bytes_entry(int bits);
-GemmEntry three_inst_entry(int bits);
-GemmEntry hyb_entry(int bits);
-GemmEntry hyb_large_entry(int bits);
-GemmEntry lut_entry(int bits);
-GemmEntry lattice_entry(int bits);
-GemmEntry lattice_large_entry(int bits);
+
+// A code's kernels, and what the host has to know of it.
+struct CodeKernels {
+  GemmEntry (*entry)(int bits);
+  XOrder order;
+  float unit;                 // weight = unit * (what the decoder gives - offset)
+  float (*offset)(int bits);
+  int table_words;            // 32-bit words of a table, 0 where the code has none
+  bool table_per_part;        // whether each part has a table of its own
+  int first_bits, last_bits;
+};
+
+// Every code by its name. Each gemm_<name>.cu adds its own when the library is loaded.
+inline std::map<std::string, CodeKernels>& codes() {
+  static std::map<std::string, CodeKernels> all;
+  return all;
+}
+
+struct Register {
+  Register(const char* name, const CodeKernels& kernels) { codes().emplace(name, kernels); }
+};
 
 }  // namespace quip

@@ -3,5 +3,9 @@
 #include "decode_gemm.h"
 
 namespace quip {
-GemmEntry three_inst_entry(int bits) { return gemm_entry<ThreeInst, ThreeInst, 1, 8>(bits); }
+namespace {
+
+const Register three_inst("3inst", {gemm_entry<ThreeInst, ThreeInst, 1, 8>, XOrder::kTrellis, 1, [](int) { return 0.0f; }, 4, false, 1, 8});
+
+}  // namespace
 }  // namespace quip

@@ -3,6 +3,10 @@
 #include "decode_gemm.h"
 
 namespace quip {
-GemmEntry hyb_entry(int bits) { return gemm_entry<Hyb, Hyb, 1, 4>(bits); }
-GemmEntry hyb_large_entry(int bits) { return gemm_entry<HybLarge, Hyb, 1, 4>(bits); }
+namespace {
+
+const Register hyb("hyb", {gemm_entry<Hyb, Hyb, 1, 4>, XOrder::kTrellis, 1, [](int) { return 0.0f; }, 512, true, 1, 4});
+const Register hyb_large("hyb_large", {gemm_entry<HybLarge, Hyb, 1, 4>, XOrder::kTrellis, 1, [](int) { return 0.0f; }, 512, true, 1, 4});
+
+}  // namespace
 }  // namespace quip

@@ -3,5 +3,9 @@
 #include "decode_gemm.h"
 
 namespace quip {
-GemmEntry lut_entry(int bits) { return gemm_entry<Lut, Lut, 1, 8>(bits); }
+namespace {
+
+const Register lut("lut", {gemm_entry<Lut, Lut, 1, 8>, XOrder::kTrellis, 1, [](int) { return 0.0f; }, 32768, false, 1, 8});
+
+}  // namespace
 }  // namespace quip

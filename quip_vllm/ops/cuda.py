@@ -17,8 +17,9 @@ from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
 
 INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1}
-"""Machine instructions per weight of the main loop for sm_90, at 2 bits and one row, which the choice of thread blocks
-weighs against latencies. They were counted once in the disassembly of nvcc 13.0; a few percent do not matter."""
+"""Instructions per weight of a code's main loop at 2 bits and one row, estimates for the choice of thread blocks."""
+USUAL_INSTRUCTIONS = 4.5
+"""The same for a code that the table does not name."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         spec.out_features,
         spec.in_features,
         spec.bits,
-        INSTRUCTIONS[code.removesuffix("_large")],
+        INSTRUCTIONS.get(code.removesuffix("_large"), USUAL_INSTRUCTIONS),
         table_words.get(code, 0),
         spec.code == "lut",
         _shared(code, spec.bits),

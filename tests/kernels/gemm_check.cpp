@@ -19,26 +19,13 @@ using namespace quip;
 
 constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is not whole
 
-struct Known {
-  const char* name;
-  GemmEntry (*entry)(int);
-  XOrder order;
-  int table_words;
-};
-const Known kCodes[] = {
-    {"1mad", one_mad_entry, XOrder::kTrellis, 1},      {"1mad_int8", one_mad_bytes_entry, XOrder::kBytes, 1},
-    {"3inst", three_inst_entry, XOrder::kTrellis, 4},  {"hyb", hyb_entry, XOrder::kTrellis, 512},
-    {"hyb_large", hyb_large_entry, XOrder::kTrellis, 512}, {"lut", lut_entry, XOrder::kTrellis, 32768},
-    {"e8p", lattice_entry, XOrder::kLattice, 772},     {"e8p_large", lattice_large_entry, XOrder::kLattice, 772},
-};
-
 // cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the output
 // rotation, of runs of 16, in decode_gemm's epilogue.
-std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool cut, bool fused) {
+std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk, spare = kWarpsK * kDeep;
-  std::vector<uint32_t> packed((tiles * chunks + spare) * kLanes * bits), table(code.table_words);
+  std::vector<uint32_t> packed((tiles * chunks + spare) * kLanes * bits), table(std::max(code.table_words, 1));
   for (auto& word : packed) word = random();
   for (auto& word : table) word = random() & 0x3BFF3BFF;  // halves below one
   std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(172 * 172), y(m * kN);
@@ -90,14 +77,12 @@ std::string run(const Known& code, int bits, int m, int warps_n, int depth, bool
 
 int main(int count, char** words) {
   for (int i = 1; i + 1 < count; i += 2) {
-    for (const Known& code : kCodes) {
-      if (std::strcmp(code.name, words[i])) continue;
-      const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(code.name, "lut") ? 1 : 2;
-      for (int m : {2, 9, 17}) {
-        for (bool fused : {false, true}) {
-          const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused);
-          std::printf("%s %d, %d rows%s: %s\n", code.name, bits, m, fused ? ", fused" : "", answer.c_str());
-        }
+    const CodeKernels& code = codes().at(words[i]);
+    const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(words[i], "lut") ? 1 : 2;
+    for (int m : {2, 9, 17}) {
+      for (bool fused : {false, true}) {
+        const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused);
+        std::printf("%s %d, %d rows%s: %s\n", words[i], bits, m, fused ? ", fused" : "", answer.c_str());
       }
     }
   }

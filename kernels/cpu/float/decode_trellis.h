@@ -161,10 +161,10 @@ TileDecoder tile_decoder(int bits) {
 
 inline TileDecoder tile_decoder(Code code, int bits) {
   switch (code) {
-    case Code::kOneMad: return tile_decoder<Code::kOneMad>(bits);
-    case Code::kThreeInst: return tile_decoder<Code::kThreeInst>(bits);
-    case Code::kHyb: return tile_decoder<Code::kHyb>(bits);
-    case Code::kLut: return tile_decoder<Code::kLut>(bits);
+#define QUIP_CASE(enumerator, name) \
+  case Code::enumerator: return tile_decoder<Code::enumerator>(bits);
+    QUIP_TRELLIS_CODES(QUIP_CASE)
+#undef QUIP_CASE
     case Code::kE8p: break;
   }
   return nullptr;
