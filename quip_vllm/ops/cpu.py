@@ -47,7 +47,7 @@ def _table_bytes(tables: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_grid(integers: Tensor) -> bool:
-    """Whether all of HYB's tables, as `_table_bytes` gives them, are grids of even numbers (formats/trellis_codes.py)."""
+    """Whether all of HYB's tables, from `_table_bytes`, are grids of even numbers (formats/trellis_codes.py)."""
     first, second = (integers.int() - 128).unflatten(2, (2, 2, 8, 16)).unbind(1)
     points, lines = first[:, :1, :, :1], second[:, :1, ..., :1]
     same = (first == points).all() and (second == torch.cat([lines, -lines], 1)).all()
@@ -61,7 +61,7 @@ def _takes_int8(code: str, bits: int) -> bool:
 
 
 def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
-    """Whether a layer's activations of this dtype are rounded to int8 (`run` in kernels/cpu/bindings_linear.cpp decides so).
+    """Whether a layer's activations of this dtype are rounded to int8: `run` in kernels/cpu/bindings_linear.cpp decides.
 
     QUIP_VLLM_ACTIVATIONS, else where the kernels have it, but for float32: who serves that wants its digits.
     """

@@ -6,7 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quip_vllm.formats.e8p_residual import Lattice
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.trellis_codes import TrellisCode
 from quip_vllm.transforms.hadamard import block_size, factor
 from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
 
@@ -50,6 +52,8 @@ def sizes_problem(spec: LinearSpec) -> str | None:
 
 def kernels_problem(spec: LinearSpec) -> str | None:
     """`sizes_problem`, or the property that no kernel has, in one sentence; None where the kernels take the layer."""
+    if not isinstance(spec.format, (Lattice, TrellisCode)):
+        return f"code {spec.code} has no kernels: only the reference backend runs it"
     beyond = spec.beyond_kernels()
     return sizes_problem(spec) or (f"a layer with {beyond}: only the reference backend has that" if beyond else None)
 

@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.formats.spec import methods
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -162,17 +163,7 @@ class _QuipConfig(QuantizationConfig):
         return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
 
 
-class QtipConfig(_QuipConfig):
-    """QTIP: trellis-coded weights (arXiv 2406.11235)."""
-
-    method = "qtip"
-
-
-class QuipSharpConfig(_QuipConfig):
-    """QuIP#: E8 lattice codebooks (arXiv 2402.04396)."""
-
-    method = "quip_sharp"
-
-
-CONFIGS: dict[str, type[_QuipConfig]] = {config.method: config for config in (QtipConfig, QuipSharpConfig)}
-"""The class of each `quant_method`."""
+CONFIGS: dict[str, type[_QuipConfig]] = {
+    method: type(f"QuipConfig[{method}]", (_QuipConfig,), {"method": method}) for method in methods()
+}
+"""The class of each `quant_method`: vLLM wants one per name."""

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The searches behind one interface: a block of columns in, its codes and their values out."""
 
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
-from quip_vllm.formats.spec import format_of
+from quip_vllm.formats.e8p_residual import Lattice
+from quip_vllm.formats.spec import Format, format_of
 from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
 from quip_vllm.formats.trellis import pack
 from quip_vllm.formats.trellis_codes import HYB, PACKED, TABLE, TrellisCode
@@ -51,7 +53,7 @@ class LatticeEncoder:
 
     columns, rows = 8, 1
 
-    def __init__(self, bits: int):
+    def __init__(self, code: Lattice, bits: int):
         self.bits = bits
         self.rms = LATTICE_RMS[bits]
 
@@ -102,8 +104,15 @@ def code_rms(code: TrellisCode, values: Tensor) -> float:
     return 1.0 if code is HYB else float(values.square().mean().sqrt())
 
 
+ENCODERS: dict[type[Format], Callable[[Any, int], Encoder]] = {
+    Lattice: LatticeEncoder,
+    TrellisCode: TrellisEncoder,
+}
+"""The encoder of each kind of format, made from the format and its bits."""
+
+
 @cache
 def make_encoder(code: str, bits: int) -> Encoder:
     """The encoder of a code and its bits; one for all layers."""
     format = format_of(code)
-    return TrellisEncoder(format, bits) if isinstance(format, TrellisCode) else LatticeEncoder(bits)
+    return ENCODERS[type(format)](format, bits)
