@@ -70,7 +70,9 @@ struct Toy : TrellisCode<bits> {
 namespace quip {
 namespace {
 
-const Register toy("toy", {gemm_entry<Toy, Toy, 1, 8>, XOrder::kTrellis, 1, [](int) { return 1024.0f + 128; }, 0, false, 1, 8});
+constexpr int kFirst = 1, kLast = 8;
+const Register toy("toy", {gemm_entry<Toy, Toy, kFirst, kLast>, XOrder::kTrellis, 1, [](int) { return 1152.0f; }, 0, false,
+                           kFirst, kLast});
 
 }  // namespace
 }  // namespace quip
@@ -155,12 +157,13 @@ from quip_vllm import cli
 folder = pathlib.Path(sys.argv[1])
 text = folder / "text.txt"
 text.write_text(tiny_models.text(), encoding="utf-8")
-options += ["--calibration", str(text), "--sequence-length", "32"]
 model = tiny_models.save_model(folder / "model", "Llama")
 options = ["--method", "toy_method", "--code", "whole", "--bits", "3", "--sequences", "4"]
+options += ["--calibration", str(text), "--sequence-length", "32"]
+windows = ["--text", str(text), "--sequence-length", "32", "--windows", "2"]
 assert cli.main(["quantize", str(model), str(folder / "out"), *options]) == 0
 assert cli.main(["inspect", str(folder / "out")]) == 0
-assert cli.main(["evaluate", str(folder / "out"), "--text", str(text), "--sequence-length", "32", "--windows", "2"]) == 0
+assert cli.main(["evaluate", str(folder / "out"), *windows]) == 0
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 assert CpuBackend().refusal(LinearSpec("whole", 2, 64, (32,))) == (

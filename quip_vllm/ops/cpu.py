@@ -61,7 +61,7 @@ def _takes_int8(code: str, bits: int) -> bool:
 
 
 def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
-    """Whether a layer's activations of this dtype are rounded to int8: `run` in kernels/cpu/bindings_linear.cpp decides.
+    """Whether a layer's activations of this dtype are rounded to int8 (kernels/cpu/bindings_linear.cpp decides).
 
     QUIP_VLLM_ACTIVATIONS, else where the kernels have it, but for float32: who serves that wants its digits.
     """
