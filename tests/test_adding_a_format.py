@@ -71,8 +71,8 @@ namespace quip {
 namespace {
 
 constexpr int kFirst = 1, kLast = 8;
-const Register toy("toy", {gemm_entry<Toy, Toy, kFirst, kLast>, XOrder::kTrellis, 1, [](int) { return 1152.0f; }, 0, false,
-                           kFirst, kLast});
+const Register toy("toy", {gemm_entry<Toy, Toy, kFirst, kLast>, XOrder::kTrellis, 1,
+                           [](int) { return 1152.0f; }, 0, false, kFirst, kLast});
 
 }  // namespace
 }  // namespace quip
