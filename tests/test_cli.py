@@ -8,7 +8,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from tiny_models import save_model
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.store import read_json, write_json
@@ -122,19 +121,6 @@ def test_flags_that_argparse_refuses(quantize, flags):
     assert caught.value.code == 2
 
 
-def test_calibration_not_utf8(quantize, refusal, tmp_path):
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    assert "cannot be read ('utf-8' codec" in refusal(quantize(calibration=tmp_path / "latin"))
-
-
-def test_unknown_data_set(quantize, refusal, monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = refusal(quantize(calibration="hub:nobody/nothing:train"))
-    assert said.startswith("data set hub:nobody/nothing:train cannot be read")
-
-
 def test_no_such_model(quantize, refusal, tmp_path, tiny_text):
     assert "is not a folder: give a folder with" in refusal(quantize(model=tmp_path / "gone"))
     assert "is not a folder: " in refusal(main(["evaluate", str(tmp_path / "gone"), "--text", str(tiny_text)]))
@@ -172,29 +158,6 @@ def test_pickles_are_not_read(quantize, refusal, damaged, tiny_text):
     assert refusal(main(["evaluate", str(folder), "--text", str(tiny_text), "--sequence-length", "8"]))
 
 
-def test_quantized_already(quantize, refusal, quantized):
-    assert "is quantized already: give the original" in refusal(quantize(model=quantized()))
-
-
-def test_stacked_experts(quantize, refusal, tmp_path):
-    (tmp_path / "moe").mkdir()
-    save_model(tmp_path / "moe", "Qwen3Moe", num_experts=2, moe_intermediate_size=32, head_dim=16)
-    assert "has 3 dimensions (stacked experts)" in refusal(quantize(model=tmp_path / "moe"))
-
-
-def test_size_without_a_rotation(quantize, refusal, tiny_model, tmp_path):
-    model = tiny_model("Llama", hidden_size=8 * 47 * 3, num_attention_heads=3, num_key_value_heads=3)
-    said = refusal(quantize(model=model))
-    assert said.startswith("model.layers.0.self_attn.q_proj cannot be quantized: ") and "--hadamard-block" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_layer_size_of_the_format(quantize, refusal, tiny_model):
-    model = tiny_model("Llama", intermediate_size=136)
-    said = refusal(quantize(model=model, method="qtip"))
-    assert "mlp.gate_proj cannot be quantized: " in said and "leave it unquantized (--ignore)" in said
-
-
 def test_no_space(quantize, refusal, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(10, 9, 1))
@@ -207,13 +170,6 @@ def test_out_is_not_empty(quantize, refusal, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").touch()
     assert "is not empty: give a new folder, or --resume" in refusal(quantize())
-
-
-def test_resume_with_another_setting(quantize, refusal, damaged):
-    folder = damaged(lambda tensors: tensors["model.layers.1.self_attn.k_proj.weight"][0].fill_(torch.inf))
-    refusal(quantize(model=folder))
-    said = refusal(quantize("--resume", "--seed", "4", model=folder))
-    assert said.endswith("was begun with other settings: seed was 0 and is now 4; give the same or a new folder")
 
 
 def test_library_missing(quantize, refusal, monkeypatch):
