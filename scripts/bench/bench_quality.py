@@ -18,7 +18,6 @@ from typing import Any
 import peers
 import torch
 from benchmarking import ORIGIN, origin, read_rows, write_rows
-from quip_vllm.quantizer.calibration import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
 from transformers import AutoTokenizer
 
 from quip_vllm import cli
@@ -26,6 +25,7 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import read_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
+from quip_vllm.quantizer.settings import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
