@@ -55,7 +55,7 @@ def serving(end: str = "") -> Any:
     dense = "the faster of bf16 and float32" if any(row["name"] == "float32" for row in rows) else "bf16"
     figure.suptitle(
         f"vLLM {rows[0]['vllm'].partition('+')[0]}, one core of an {CPUS[end]}\n"
-        f"Llama shape of 1.07e9 random weights, output head of 4 bits; in brackets: times {dense}"
+        f"Llama shape of 1.07e9 random weights, our formats with a 4-bit output head; in brackets: times {dense}"
     )
     return figure
 

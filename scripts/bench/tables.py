@@ -164,32 +164,26 @@ def rotations() -> str:
 
 
 def cuda(n: int, k: int) -> str:
-    """Microseconds of one layer by rows, and the ratio to cuBLAS in fp16."""
+    """Microseconds of one layer by rows, and how many times as fast as cuBLAS in fp16."""
     rows = [row for row in read_rows(FOLDER / "cuda_kernels.csv") if (int(row["n"]), int(row["k"])) == (n, k)]
-    found = {(row["format"], int(row["rows"])): row for row in rows}
-    counts = sorted({m for _, m in found})
-    dense = ["cuBLAS, fp16", *(fixed(found[rows[0]["format"], m]["cublas_fp16_microseconds"]) for m in counts)]
-    lines = [dense]
-    for name in by_bits(row["format"] for row in rows):
-        cells = [
-            f"{fixed(r['microseconds'])} ({float(r['over_cublas']):.2f}x)" for r in (found[name, m] for m in counts)
-        ]
-        lines.append([label(name), *cells])
-    return table(["format", *(f"{m} row{'s' * (m > 1)}" for m in counts)], lines)
+    dense = ["cuBLAS, fp16"]
+    dense += [fixed(row["cublas_fp16_microseconds"]) for row in rows if row["format"] == rows[0]["format"]]
+    return _over_cublas(rows, lambda row: f"{row['rows']} row{'s' * (row['rows'] != '1')}", [dense])
 
 
 def cuda_sizes() -> str:
-    """Microseconds of one row for every size."""
+    """Microseconds of one row for every size, and how many times as fast as cuBLAS in fp16."""
     rows = [row for row in read_rows(FOLDER / "cuda_kernels.csv") if row["rows"] == "1"]
-    sizes = list(dict.fromkeys(f"{row['n']} x {row['k']}" for row in rows))
-    found = {(row["format"], f"{row['n']} x {row['k']}"): row for row in rows}
-    lines = []
+    return _over_cublas(rows, lambda row: f"{row['n']} x {row['k']}", [])
+
+
+def _over_cublas(rows: Rows, title: Callable[[dict[str, str]], str], lines: list[list[str]]) -> str:
+    columns = list(dict.fromkeys(map(title, rows)))
+    found = {(row["format"], title(row)): row for row in rows}
     for name in by_bits(row["format"] for row in rows):
-        cells = [
-            f"{fixed(r['microseconds'])} ({float(r['over_cublas']):.2f}x)" for r in (found[name, s] for s in sizes)
-        ]
-        lines.append([label(name), *cells])
-    return table(["format", *sizes], lines)
+        here = [found[name, column] for column in columns]
+        lines.append([label(name), *(f"{fixed(r['microseconds'])} ({float(r['over_cublas']):.2f}x)" for r in here)])
+    return table(["format", *columns], lines)
 
 
 def quantization() -> str:
