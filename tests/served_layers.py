@@ -8,7 +8,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.reference import dequantize
-from quip_vllm.vllm_plugin.config import CONFIGS
+from quip_vllm.vllm_plugin.config import QuipConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -17,7 +17,7 @@ def quant_config(code="1mad", bits=2, layers=None, **kwargs):
     """A config for vLLM; ``layers`` maps names to (code, bits)."""
     formats = {name: LayerFormat(*stored) for name, stored in (layers or {}).items()}
     checkpoint = CheckpointConfig(LayerFormat(code, bits), layers=formats, **kwargs)
-    config = CONFIGS[checkpoint.method](checkpoint)
+    config = QuipConfig(checkpoint)
     config.packed_modules_mapping = dict(FUSED)
     return config
 

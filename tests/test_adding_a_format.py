@@ -170,8 +170,10 @@ assert CpuBackend().refusal(LinearSpec("whole", 2, 64, (32,))) == (
     "code whole has no kernels: only the reference backend runs it"
 )
 if importlib.util.find_spec("vllm") is not None:
-    from quip_vllm.vllm_plugin.config import CONFIGS
-    assert CONFIGS["toy_method"].method == "toy_method"
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from quip_vllm.vllm_plugin import register
+    register()
+    assert get_quantization_config("toy_method").__name__ == "QuipConfig"
 print("method")
 """
 

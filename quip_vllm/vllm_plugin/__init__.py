@@ -12,9 +12,10 @@ def register() -> None:
     """
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from quip_vllm.vllm_plugin.config import CONFIGS
+    from quip_vllm.formats.spec import methods
+    from quip_vllm.vllm_plugin.config import QuipConfig
 
-    for method, config in CONFIGS.items():
-        register_quantization_config(method)(config)
+    for method in methods():
+        register_quantization_config(method)(QuipConfig)
     # vLLM shows only what reaches its own logger, and the choice of a backend has to be seen.
     logging.getLogger("quip_vllm").parent = logging.getLogger("vllm")

@@ -2,13 +2,12 @@
 """What vLLM asks of a quantization method: which layers it serves, and how each is stored."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.formats.spec import methods
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -18,15 +17,12 @@ MIN_CAPABILITY = 80
 """Compute capability of the oldest GPU the kernels support (Ampere)."""
 
 
-class _QuipConfig(QuantizationConfig):
-    """``quantization_config`` of a checkpoint, as vLLM sees it.
+class QuipConfig(QuantizationConfig):
+    """``quantization_config`` of a checkpoint, as vLLM sees it; one class for every method.
 
     Attributes:
-        method: the quantization method this class stands for.
         checkpoint: the checked config, module names as in vLLM once `apply_vllm_mapper` has run.
     """
-
-    method: ClassVar[str]
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
@@ -35,7 +31,7 @@ class _QuipConfig(QuantizationConfig):
 
     def get_name(self) -> str:  # type: ignore[override]  # vLLM lists its own names
         """The method's name, ``quant_method`` of config.json."""
-        return self.method
+        return self.checkpoint.method
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Dtypes of the activations."""
@@ -52,19 +48,13 @@ class _QuipConfig(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_QuipConfig":
+    def from_config(cls, config: dict[str, Any]) -> "QuipConfig":
         """Reads ``quantization_config``.
 
         Raises:
             ValueError: something in it is unknown, ill-typed or out of range.
         """
-        checkpoint = CheckpointConfig.from_dict(config)
-        if checkpoint.method != cls.method:
-            raise ValueError(
-                f"quant_method is {checkpoint.method!r}, served as {cls.method!r}: "
-                f"leave out --quantization, or give --quantization {checkpoint.method}"
-            )
-        return cls(checkpoint)
+        return cls(CheckpointConfig.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Renames the modules that the config names from Hugging Face's names to vLLM's."""
@@ -161,9 +151,3 @@ class _QuipConfig(QuantizationConfig):
         """Names on disk of the parts that vLLM fuses in this layer: q, k and v of qkv_proj."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
-
-
-CONFIGS: dict[str, type[_QuipConfig]] = {
-    method: type(f"QuipConfig[{method}]", (_QuipConfig,), {"method": method}) for method in methods()
-}
-"""The class of each `quant_method`: vLLM wants one per name."""

@@ -10,7 +10,7 @@ import tomllib
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 
 from quip_vllm.vllm_plugin import register
-from quip_vllm.vllm_plugin.config import CONFIGS
+from quip_vllm.vllm_plugin.config import QuipConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_registers_both_methods_once():
     register()
     register()
-    assert get_quantization_config("qtip") is CONFIGS["qtip"]
-    assert get_quantization_config("quip_sharp") is CONFIGS["quip_sharp"]
+    assert get_quantization_config("qtip") is QuipConfig
+    assert get_quantization_config("quip_sharp") is QuipConfig
     assert QUANTIZATION_METHODS.count("qtip") == QUANTIZATION_METHODS.count("quip_sharp") == 1
 
 
