@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random quantized layers, for every format."""
 
+import pytest
 import torch
 
 from quip_vllm.formats.spec import FORMATS, LinearSpec
@@ -8,6 +9,34 @@ from quip_vllm.formats.tensors import Follows, layout, tensor_specs
 
 RATES = [(code, bits) for code, format in FORMATS.items() for bits in format.bits]
 RATE_IDS = [f"{code}-{bits}" for code, bits in RATES]
+
+
+def is_boundary(code: str, bits: int) -> bool:
+    """Whether `make test` takes a rate: 2 bits, 3 bits, which divide no word, and a code's lowest and highest."""
+    rates = FORMATS[code].bits
+    return bits in (min(rates), 2, 3, max(rates))
+
+
+def case(*values, code: str, bits: int, usual: bool = True):
+    """Parameters (*values, code, bits) of a test; only `make test-all` runs them unless `usual`."""
+    name = "-".join([f"{code}-{bits}", *map(str, values)])
+    return pytest.param(*values, code, bits, id=name, marks=[] if usual else pytest.mark.exhaustive)
+
+
+EVERY_RATE = [case(code=code, bits=bits, usual=is_boundary(code, bits)) for code, bits in RATES]
+"""For (code, bits): the rates of `is_boundary` in `make test`, every rate in `make test-all`."""
+
+
+def crossed(shapes: list[tuple], odd: int) -> list:
+    """Every shape with every rate, for (*shape, code, bits).
+
+    `make test` takes all shapes at 2 bits, and the shape with index `odd` at the rates of `is_boundary`.
+    """
+    return [
+        case(*shape, code=code, bits=bits, usual=bits == 2 or (i == odd and is_boundary(code, bits)))
+        for code, bits in RATES
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def every_lattice_code(bits: int) -> tuple[LinearSpec, dict[str, torch.Tensor]]:

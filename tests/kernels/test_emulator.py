@@ -75,6 +75,7 @@ def lines_of(*comments):
     return [1 + next(i for i, line in enumerate(lines) if line.endswith(f"// {comment}")) for comment in comments]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("copies", ("deferred", "eager"))
 @pytest.mark.parametrize(
     "name, places",
@@ -152,6 +153,7 @@ def test_settings_that_do_not_exist_are_named_with_those_that_do(settings):
     assert answer("sum", settings) == (f'QUIP_VLLM_EMULATOR: unknown word "{settings.split(",")[-1]}"; {expected}')
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", (*RIGHT, *PRODUCTS))
 def test_right_kernels_are_clean_under_the_sanitizers(name, sanitizer):
@@ -160,6 +162,7 @@ def test_right_kernels_are_clean_under_the_sanitizers(name, sanitizer):
         assert (result.returncode, result.stdout, result.stderr) == (0, "right", "")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", ("barrier_in_shuffle", "misaligned_copy", "overflow"))
 def test_abandoned_threads_leave_nothing_to_the_sanitizers(name, sanitizer):

@@ -102,13 +102,13 @@ def outcome(library, tests):
     return result.returncode, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize("tests", [RESULTS, ORDERS, FUSED[1]])
-def test_the_kernels_as_they_are_pass(objects, tests):
-    code, text = outcome(compiled("emulator") / "libquip_vllm_cuda.so", tests)
-    assert code == 0 and " passed" in text, text
+def cases():
+    """One mutation that a result shows and one that the order of threads shows; the others are exhaustive."""
+    usual = ("swapped B registers", "no barrier")
+    return [pytest.param(name, marks=[] if name in usual else pytest.mark.exhaustive) for name in MUTATIONS]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", cases())
 def test_a_mutation_is_caught(objects, tmp_path, mutation):
     *change, tests = MUTATIONS[mutation]
     code, text = outcome(mutated_library(tmp_path, objects, *change), tests)

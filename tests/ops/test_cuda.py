@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR, relative
-from random_layers import RATE_IDS, RATES, random_layer
+from random_layers import EVERY_RATE, crossed, random_layer
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
@@ -37,8 +37,7 @@ def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
     return [x, packed, table, *signs, bases, layer.widths, sizes, bias, *chosen]
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+@pytest.mark.parametrize(("k", "sizes", "block", "code", "bits"), crossed(SHAPES, odd=1))
 def test_many_rows_by_the_dense_weight(cuda, code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors, x, bias = random_layer(spec), rows(7, k), rows(1, sum(sizes))[0]
@@ -49,8 +48,7 @@ def test_many_rows_by_the_dense_weight(cuda, code, bits, k, sizes, block):
     assert relative(dense, want) < HALF_ACTIVATIONS and relative(y, want) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+@pytest.mark.parametrize(("k", "sizes", "block", "code", "bits"), crossed(SHAPES, odd=1))
 def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
@@ -76,7 +74,7 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(cuda, n, k, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE)
 def test_half_precision_rounds_like_torch(cuda, code, bits, dtype):
     spec = LinearSpec(code, bits, 576, (192, 64))
     tensors = random_layer(spec)
@@ -107,7 +105,7 @@ def test_int8_activations_are_the_rounded_ones(cuda, monkeypatch, bits, k, sizes
         assert torch.equal(prepared.linear(x[:m].contiguous()), y[:m])
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES[::2], ids=RATE_IDS[::2])
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE[::2])
 def test_every_thread_block_gives_the_same_result(cuda, code, bits):
     spec = LinearSpec(code, bits, 1216, (112, 48))  # 19 chunks: odd in every split
     tensors = random_layer(spec)
@@ -137,8 +135,7 @@ FUSED = [  # k, output sizes, block, warps whose outputs are a multiple of the b
 ]
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize(("k", "sizes", "block", "warps"), FUSED, ids=str)
+@pytest.mark.parametrize(("k", "sizes", "block", "warps", "code", "bits"), crossed(FUSED, odd=1))
 def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, code, bits, k, sizes, block, warps):
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
@@ -181,7 +178,7 @@ def test_a_bias_is_added_before_the_only_rounding(cuda, code, dtype, sizes):
 
 
 @pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1", "eager,random:2"])
-@pytest.mark.parametrize(("code", "bits"), RATES[::3], ids=RATE_IDS[::3])
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE[::3])
 def test_the_order_of_threads_and_copies_does_not_show(cuda, monkeypatch, code, bits, order):
     spec = LinearSpec(code, bits, 656, (80, 48), 16)
     tensors = random_layer(spec)
@@ -213,8 +210,7 @@ def test_a_head_without_output_rotation(cuda):
         assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize("k", [80, 576])
+@pytest.mark.parametrize(("k", "code", "bits"), crossed([(80,), (576,)], odd=0))
 def test_rows_of_an_embedding(cuda, code, bits, k):
     spec = LinearSpec(code, bits, k, (45,), rotate_output=False)
     tensors = random_layer(spec)
@@ -356,7 +352,7 @@ GPUS = {
 
 
 @pytest.mark.parametrize("gpu", list(GPUS))
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 8192), (16, 64), (28672, 8192), (5120, 13824)])
 def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n, k):
     from quip_vllm.ops.cuda import _kernels, _problem

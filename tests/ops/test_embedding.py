@@ -4,7 +4,7 @@
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, relative
-from random_layers import RATE_IDS, RATES, random_layer
+from random_layers import crossed, random_layer
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.ops import LinearSpec, dequantize
@@ -23,8 +23,7 @@ def table(code, bits, k=64, n=40, block=None):
     return spec, random_layer(spec)
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize(("k", "n", "block"), SHAPES, ids=str)
+@pytest.mark.parametrize(("k", "n", "block", "code", "bits"), crossed(SHAPES, odd=1))
 def test_rows_and_products_are_those_of_the_dequantized_weight(code, bits, k, n, block):
     spec, tensors = table(code, bits, k, n, block)
     dense = dequantize(spec, tensors)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR, relative
-from random_layers import RATE_IDS, RATES, every_lattice_code, random_layer
+from random_layers import EVERY_RATE, crossed, every_lattice_code, random_layer
 
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend, _state_values
@@ -26,8 +26,7 @@ def run(spec, tensors, x):
     return CPU.prepare(spec, tensors).linear(x)
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
-@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
+@pytest.mark.parametrize(("k", "sizes", "block", "code", "bits"), crossed(SHAPES, odd=1))
 def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
@@ -57,7 +56,7 @@ def test_the_lattice_takes_sizes_that_are_no_multiple_of_16(n, k, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE)
 def test_half_precision_rounds_like_torch(code, bits, dtype, monkeypatch):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
     spec = LinearSpec(code, bits, 576, (192, 64))

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR, relative
-from random_layers import RATE_IDS, RATES, random_layer
+from random_layers import crossed, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_vllm.formats.spec import FORMATS
@@ -97,19 +97,18 @@ def run(spec, tensors, x, guarded, split_chunks=None):
 
 @NEEDS_TRITON
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+def test_in_the_interpreter(request):
+    chosen = request.config.getoption("markexpr")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", chosen, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 @pytest.mark.parametrize(
-    ("k", "sizes", "block", "m"),
-    [(48, (16,), 16, 3), (80, (48, 16), None, 1)],  # 20 * 4, 12 * 4
-    ids=str,
+    ("k", "sizes", "block", "m", "code", "bits"),
+    crossed([(48, (16,), 16, 3), (80, (48, 16), None, 1)], odd=1),  # 12 * 4, 20 * 4
 )
 def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block, m, guarded):
     spec = LinearSpec(code, bits, k, sizes, block)
