@@ -26,14 +26,14 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-// The data of a contiguous tensor of `count` items, which begins at a multiple of `alignment` bytes. Compiled loops count on
-// that, and torch.frombuffer does not give it.
+// The data of a contiguous tensor of `count` items, which begins at a multiple of `alignment` bytes. Compiled loops
+// count on that, and torch.frombuffer does not give it.
 inline const void* data_of(const Tensor& t, ScalarType type, int64_t count, int64_t alignment, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name, " has ", t.numel(),
                   " elements: the op wants a contiguous ", name_of(type), " tensor of ", count);
   const void* data = t.const_data_ptr();
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % alignment == 0, name, " lies at an address that is no multiple of ",
-                  alignment, " bytes: give a clone of it");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % alignment == 0, name,
+                  " lies at an address that is no multiple of ", alignment, " bytes: give a clone of it");
   return data;
 }
 

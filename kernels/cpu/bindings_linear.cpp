@@ -45,8 +45,8 @@ struct Linear {
 
 Code code_of(const std::string& name) {
   std::string names;
-#define QUIP_NAME(enumerator, own)                \
-  if (name == own) return Code::enumerator;       \
+#define QUIP_NAME(enumerator, own)          \
+  if (name == own) return Code::enumerator; \
   names += own ", ";
   QUIP_TRELLIS_CODES(QUIP_NAME)
 #undef QUIP_NAME
@@ -66,12 +66,14 @@ std::vector<int64_t> block_offsets(const std::vector<int64_t>& output_sizes, int
   return offsets;
 }
 
-std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
+std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int64_t>& output_sizes, int64_t k,
+                                    int64_t bits) {
   const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
   const void* blocks = data_of(packed, ScalarType::Byte, offsets.back(), 1, "packed (the lattice's blocks)");
   std::vector<Weight> weights;
   for (size_t i = 0; i < output_sizes.size(); ++i)
-    weights.push_back({static_cast<const uint8_t*>(blocks) + offsets[i], nullptr, Code::kE8p, int(bits), output_sizes[i], k});
+    weights.push_back(
+        {static_cast<const uint8_t*>(blocks) + offsets[i], nullptr, Code::kE8p, int(bits), output_sizes[i], k});
   return weights;
 }
 
@@ -94,14 +96,14 @@ std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>
   }
   std::vector<Weight> weights;
   for (size_t i = 0; i < output_sizes.size(); ++i)
-    weights.push_back({static_cast<const uint8_t*>(words) + starts[i], per_part ? values + 1024 * i : values, code, int(bits),
-                       output_sizes[i], k});
+    weights.push_back({static_cast<const uint8_t*>(words) + starts[i], per_part ? values + 1024 * i : values, code,
+                       int(bits), output_sizes[i], k});
   return weights;
 }
 
 // Adds the tables as integers, and their units: uint8 [parts, 2, 512] of HYB, int16 [65537] of LUT.
-void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& integers, const std::optional<Tensor>& units,
-                  bool grid) {
+void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& integers,
+                  const std::optional<Tensor>& units, bool grid) {
   const bool bytes = weights[0].code == Code::kHyb;
   if (!bytes && weights[0].code != Code::kLut) return;
   STD_TORCH_CHECK(integers.has_value() && units.has_value(),
@@ -136,8 +138,8 @@ std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
 }
 
 Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights) {
-  STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ", activations,
-                  ": give exact, int8, or nothing for int8 where it is there and x is no float32");
+  STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ",
+                  activations, ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
   const int64_t item = type == Type::kFloat ? 4 : 2;
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
@@ -196,10 +198,11 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
 
 // ---- The ops ----
 
-Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, std::optional<Tensor> table_integers,
-                  std::optional<Tensor> table_units, const Tensor& su, const Tensor& sv, std::vector<Tensor> bases,
-                  std::vector<int64_t> widths, std::vector<int64_t> output_sizes, std::string code, int64_t bits,
-                  std::string activations, bool grid) {
+Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table,
+                  std::optional<Tensor> table_integers, std::optional<Tensor> table_units, const Tensor& su,
+                  const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
+                  std::vector<int64_t> output_sizes, std::string code, int64_t bits, std::string activations,
+                  bool grid) {
   const Linear layer(su, sv, bases, widths, output_sizes);
   for (int64_t size : output_sizes)
     STD_TORCH_CHECK(code == "e8p" || size % kTile == 0, "a trellis weight has ", size,
@@ -210,8 +213,9 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> t
 }
 
 // Rows of a weight by number. sv has one element for each row that may be asked for.
-Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su_, const Tensor& sv_,
-                     const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
+Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su_,
+                     const Tensor& sv_, const Tensor& base, int64_t width, std::string code, int64_t bits,
+                     ScalarType dtype) {
   const int64_t n = sv_.numel(), k = su_.numel(), order = base.size(0), m = ids.numel();
   const Weight weight = weights_of(packed, table, code, {n}, k, bits).front();
   const float *su = floats(su_, k, "su"), *sv = floats(sv_, n, "sv");
@@ -220,7 +224,8 @@ Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tens
   STD_TORCH_CHECK(ids.dim() == 1, "ids has ", ids.dim(), " dimensions: the op wants a vector");
   const int64_t* rows = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, m, sizeof(int64_t), "ids"));
   for (int64_t i = 0; i < m; ++i)
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ", n - 1);
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ",
+                    n - 1);
   Tensor y = torch::stable::new_empty(su_, {m, k}, dtype);
   const Type type = type_of(y);
   const int64_t bytes = k * (type == Type::kFloat ? 4 : 2);
@@ -237,18 +242,21 @@ Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tens
   return y;
 }
 
-// The codes of a lattice layer as this tier's kernels read them. codes: int16 [n, k/8]; second: of the same shape, uint8 at 3
-// bits and int16 at 4.
-Tensor cpu_lattice_blocks(const Tensor& codes, std::optional<Tensor> second, std::vector<int64_t> output_sizes, int64_t bits) {
+// The codes of a lattice layer as this tier's kernels read them. codes: int16 [n, k/8]; second: of the same shape,
+// uint8 at 3 bits and int16 at 4.
+Tensor cpu_lattice_blocks(const Tensor& codes, std::optional<Tensor> second, std::vector<int64_t> output_sizes,
+                          int64_t bits) {
   STD_TORCH_CHECK(codes.dim() == 2, "codes has ", codes.dim(), " dimensions: the op wants [n, k/8]");
   const int64_t k = 8 * codes.size(1), count = codes.numel();
   const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
   int64_t n = 0;
   for (int64_t size : output_sizes) n += size;
-  STD_TORCH_CHECK(n == codes.size(0), "codes has ", codes.size(0), " rows and output_sizes ", n, ": give them the same");
+  STD_TORCH_CHECK(n == codes.size(0), "codes has ", codes.size(0), " rows and output_sizes ", n,
+                  ": give them the same");
   STD_TORCH_CHECK(bits == 2 || second.has_value(), "the second stage is missing: ", bits, " bits need residual_codes");
   const int item = bits == 3 ? 1 : 2;
-  const int16_t* first = static_cast<const int16_t*>(data_of(codes, ScalarType::Short, count, sizeof(int16_t), "codes"));
+  const int16_t* first =
+      static_cast<const int16_t*>(data_of(codes, ScalarType::Short, count, sizeof(int16_t), "codes"));
   const char* rest = nullptr;
   if (bits > 2)
     rest = static_cast<const char*>(

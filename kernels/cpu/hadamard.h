@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rotations: orthonormal Hadamard transforms of a row, with the signs before or after, from and to the caller's dtype.
+// Rotations: orthonormal Hadamard transforms of a row, with signs before or after, from and to the caller's dtype.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,8 +19,8 @@ inline Floats stage(Floats x) {
   return __builtin_shuffle(x, from) + x * sign;
 }
 
-// Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h; two stages are
-// done in one pass over memory.
+// Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h. One pass
+// over memory does two stages.
 inline void butterflies(float* v, int64_t p) {
   if (p < kLanes) {
     for (int64_t h = 1; h < p; h *= 2)
@@ -79,7 +79,8 @@ inline uint16_t to_bfloat(float f) {
   return uint16_t(f != f ? u >> 16 | 0x40 : rounded);
 }
 
-inline void rotate_in(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out, float* scratch) {
+inline void rotate_in(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out,
+                      float* scratch) {
   if (type == Type::kFloat) {
     const float* in = static_cast<const float*>(x);
     for (int64_t i = 0; i < k; ++i) out[i] = in[i] * su[i];

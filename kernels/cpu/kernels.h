@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels of one instruction-set tier, as a table of functions. Each object of tier.cpp has one table, and tiers.cpp
-// chooses among them at run time. All pointers are to contiguous memory, which is aligned to the size of its items.
+// The CPU kernels of one instruction-set tier, as a table of functions. Each object of tier.cpp has one table, and
+// tiers.cpp chooses among them at run time. All pointers are to contiguous memory, aligned to the size of its items.
 #pragma once
 #include <cstdint>
 
@@ -18,8 +18,9 @@ constexpr int kCosts = kStates + 16 * 32;  // room of an array of costs (place()
 
 // A quantized weight of n rows and k columns.
 struct Weight {
-  const uint8_t* packed;  // trellis codes: int16 [n/16, k*bits] as in the checkpoint; the lattice: blocks (lattice_layout.h)
-  const float* table;     // HYB: [512, 2]; LUT: [65536]; others: null
+  const uint8_t*
+      packed;  // trellis codes: int16 [n/16, k*bits] as in the checkpoint; the lattice: blocks (lattice_layout.h)
+  const float* table;  // HYB: [512, 2]; LUT: [65536]; others: null
   Code code;
   int bits;
   int64_t n, k;
@@ -40,7 +41,8 @@ struct Rotation {
 struct Kernels {
   const char* name;
   // out[0..k) = rotation of x * su. x has k elements of `type`; scratch holds q*p floats.
-  void (*rotate_in)(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out, float* scratch);
+  void (*rotate_in)(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out,
+                    float* scratch);
   // out = sv * rotation of row[0..n), as `type`. The row is overwritten.
   void (*rotate_out)(float* row, int64_t n, Rotation rotation, const float* sv, Type type, void* out, float* scratch);
   // y[r, row0 + i] = sum_c W[row0 + i, c] x[r, c] in floats, for a panel of up to 16 rows of W. A row of x has `stride`
@@ -49,14 +51,14 @@ struct Kernels {
   // The product with int8 activations (int8/): whether the tier has it for a format, and the bytes of m rows of x.
   bool (*int8_takes)(Code code, int bits) = nullptr;
   int64_t (*int8_bytes)(const Weight& w, int64_t m) = nullptr;
-  // Row r of m rows of x to int8, at the format's place in `out`. x is zero from k up to the next multiple of 64. totals has
-  // one sum for each kChunk8 columns.
+  // Row r of m rows of x to int8, at the format's place in `out`. x is zero from k up to the next multiple of 64.
+  // totals has one sum per kChunk8 columns.
   void (*int8_quantize)(const Weight& w, const float* x, int64_t r, int64_t m, int8_t* out, float* scale,
                         int32_t* totals) = nullptr;
   // As panel, for 32 rows of W; scales [m], totals [m][chunks].
-  void (*int8_panel)(const Weight& w, int64_t row0, const int8_t* x, const float* scales, const int32_t* totals, int64_t m,
-                     float* y, int64_t y_stride) = nullptr;
-  // Tail-biting search of sequences: targets [count][256], values [vector_dim][65536], states out [count][256 / vector_dim].
+  void (*int8_panel)(const Weight& w, int64_t row0, const int8_t* x, const float* scales, const int32_t* totals,
+                     int64_t m, float* y, int64_t y_stride) = nullptr;
+  // Tail-biting search: targets [count][256], values [vector_dim][65536], states out [count][256 / vector_dim].
   void (*encode_trellis)(const float* targets, int64_t count, const float* values, int step_bits, int vector_dim,
                          int32_t* states);
   // The exact nearest E8P code of x[8].
@@ -65,7 +67,8 @@ struct Kernels {
   void (*decode_row)(const Weight& w, int64_t row, float* out);
   // The bytes of a lattice weight's blocks; rows row0 .. row0 + rows - 1 of its codes to them (lattice_layout.h).
   int64_t (*lattice_bytes)(int64_t n, int64_t k, int bits);
-  void (*put_rows)(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks);
+  void (*put_rows)(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits,
+                   uint8_t* blocks);
 };
 
 const Kernels* portable_kernels();

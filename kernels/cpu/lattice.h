@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The E8P codebook of QuIP# (arXiv 2402.04396, section 4.2): its tables, and codes to floats.
 //
-// 16-bit code: high byte = row of the table of 256 absolute vectors, low byte = signs s. With the parity of s in bit 0,
-// s' = s ^ parity flips an even number of components; all components then move by +1/4 (parity 0) or -1/4 (parity 1).
-// Component i has sign bit {0,4,1,5,2,6,3,7}[i] of s'.
+// The high byte of a 16-bit code is a row of the table of 256 absolute vectors, and the low byte is the signs s. With
+// the parity of s in bit 0, s' = s ^ parity flips an even number of components. Then all components move by +1/4
+// (parity 0) or -1/4 (parity 1). Component i has sign bit {0,4,1,5,2,6,3,7}[i] of s'.
 #pragma once
 #include <algorithm>
 
@@ -15,12 +15,13 @@ namespace {
 
 typedef float Octet __attribute__((vector_size(32)));
 
-struct LatticeTables {  // built by the compiler: code of a tier must not run where the CPU lacks it, so not at load either
-  float rows[256][8] = {};              // signed: the sum of a row is even
+// The compiler builds the tables: a tier's code must not run where the CPU lacks it, so it must not run at load either.
+struct LatticeTables {
+  float rows[256][8] = {};  // signed: the sum of a row is even
   alignas(64) float absolute[8][256] = {};
   alignas(64) float half_norm[256] = {};
-  alignas(64) float odd[256] = {};      // 1 where component 7 of the row is negative
-  uint32_t signs[256][8] = {};          // sign masks of s (already s')
+  alignas(64) float odd[256] = {};  // 1 where component 7 of the row is negative
+  uint32_t signs[256][8] = {};      // sign masks of s (already s')
   float shift[256] = {};
   float e81b[256][8] = {};
 
@@ -49,8 +50,8 @@ struct LatticeTables {  // built by the compiler: code of a tier must not run wh
     });
     // The 29 rows of squared norm 12: positions of their three halves, the other five components are 3/2.
     const char* const kHalves[29] = {"123", "023", "013", "012", "367", "357", "347", "356", "346", "345",
-                                            "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
-                                            "146", "045", "067", "057", "047", "056", "046", "014", "237"};
+                                     "267", "257", "247", "256", "246", "245", "167", "157", "147", "156",
+                                     "146", "045", "067", "057", "047", "056", "046", "014", "237"};
     for (const char* halves : kHalves) {
       for (int i = 0; i < 8; ++i) rows[row][i] = 1.5f;
       for (int i = 0; i < 3; ++i) rows[row][halves[i] - '0'] = 0.5f;

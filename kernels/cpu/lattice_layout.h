@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a tier lays out the codes of a lattice weight (n, k) at load: blocks of kBlockRows rows x kBlockColumns columns, block
-// row by block row, n and k padded to whole blocks with zeros.
+// How a tier lays out the codes of a lattice weight (n, k) at load. There are blocks of kBlockRows rows x kBlockColumns
+// columns, block row by block row, and n and k are padded to whole blocks with zeros.
 #pragma once
 #include <cstring>
 
@@ -9,15 +9,16 @@
 namespace quip {
 namespace {
 
-// A code with its second stage: E81B's row at 3 bits, another E8P code at 4.
+// A code with its second stage, which is a row of E81B at 3 bits and another E8P code at 4.
 struct LatticeCode {
   uint8_t row, signs, second_row, second_signs;
 };
 
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)
 
-// 16 x 32 = 64 codes in 64 * bits bytes: byte 4 * row + g is the row of the table of the code of columns 8g .. 8g+7, then
-// come 64 bytes of signs in the same order, then the second stage: 64 of E81B rows at 3 bits, 64 and 64 at 4.
+// A block has 16 x 32 weights, which are 64 codes, in planes of 64 bytes. Byte 4 * row + g of a plane belongs to
+// columns 8g .. 8g+7. The planes are rows of the table, signs, and the second stage: rows of E81B at 3 bits, rows and
+// signs at 4.
 constexpr int kBlockRows = 16, kBlockColumns = 32;
 constexpr int64_t block_bytes(int bits) { return 64 * bits; }
 
@@ -29,25 +30,26 @@ inline void put_code(uint8_t* block, int bits, unsigned row, unsigned group, Lat
 #else
 #define QUIP_LATTICE_PARTS
 
-// 32 x 64 = 256 codes. AVX2 has no look-up of 256 bytes, so codes are taken apart here, at 17 bits an E8P code and 9 an E81B:
+// A block has 32 x 64 weights, which are 256 codes. AVX2 has no look-up of 256 bytes, so the parts of a code are kept:
+// 17 bits for an E8P code, 9 for an E81B code.
 //
-//     E8P stage, 544 bytes:  8 x (32 indices, 32 signs), one pair for each 8 columns; then 8 x 32 bits, "large"
-//     E81B stage, 288 bytes: 8 x 32 pairs; then 8 x 32 bits, "halves"
+//     E8P stage, 544 bytes    8 x (32 indices, 32 signs), one pair per 8 columns, then 8 x 32 bits "large"
+//     E81B stage, 288 bytes   8 x 32 pairs, then 8 x 32 bits "halves"
 //
-// A block is one E8P stage, followed by an E81B one at 3 bits and by another E8P at 4. Byte (and bit) place_of(row) of each 32
-// is that of a row.
+// A block is an E8P stage, followed by an E81B stage at 3 bits and by another E8P stage at 4. Byte (and bit)
+// place_of(row) of each 32 belongs to a row.
 //
-//     index   of a row of components 1/2 and 3/2: bit i is set where component i is 3/2. Of a "large" one, one component of
-//             which is 5/2: its number p in the upper four bits, in the lower four the one that is 3/2, or 8.
-//     signs   bit i: component i is negative; bit 7 is flipped where the code moves by -1/4. The signs of a row have the
-//             parity of its 3/2s, so that of signs and 3/2s together is 1 where it moves by -1/4.
-//     pairs   two nibbles. Of "halves", the signs of components 0..3 and 4..7. Of integers, the two components that change by
-//             one, 8 where it is by +1, which says 0 and +-2, too.
+//     index   Bit i is set where component i is 3/2, and the others are 1/2. A "large" code has one component of 5/2:
+//             the upper four bits are its number, and the lower four are the number of the one that is 3/2, or 8.
+//     signs   Bit i is set where component i is negative. Bit 7 is flipped where the code moves by -1/4. The signs of a
+//             row of the table have the parity of its 3/2s, so the parity of signs and 3/2s is 1 where the code does.
+//     pairs   Two nibbles. Of "halves" they are the signs of components 0..3 and 4..7. Of integers they are the two
+//             components that change by one, plus 8 where it is by +1. That says 0 and +-2, too.
 constexpr int kBlockRows = 32, kBlockColumns = 64;
 constexpr int64_t kE8pBytes = 544, kE81bBytes = 288;
 constexpr int64_t block_bytes(int bits) { return kE8pBytes + (bits == 4 ? kE8pBytes : bits == 3 ? kE81bBytes : 0); }
 
-// So that two unpackings (lattice_avx2.h) give rows 8p .. 8p+7.
+// In this order two unpackings (int8/lattice_avx2.h) give rows 8p .. 8p+7.
 constexpr unsigned place_of(unsigned row) { return row % 8 / 4 * 16 + row / 8 * 4 + row % 4; }
 
 struct LatticeParts {
@@ -105,15 +107,18 @@ inline void put_code(uint8_t* block, int bits, unsigned row, unsigned group, Lat
 
 #endif
 
-inline int64_t block_row_bytes(int64_t k, int bits) { return (k + kBlockColumns - 1) / kBlockColumns * block_bytes(bits); }
+inline int64_t block_row_bytes(int64_t k, int bits) {
+  return (k + kBlockColumns - 1) / kBlockColumns * block_bytes(bits);
+}
 
 inline int64_t lattice_bytes(int64_t n, int64_t k, int bits) {
   return (n + kBlockRows - 1) / kBlockRows * block_row_bytes(k, bits);
 }
 
-// Rows row0 .. row0 + rows - 1 of a part to its blocks, which are zero; row0 is a multiple of 32, and so are rows, but for
-// the last. codes: int16 [n, k/8]; second: of k/8 a row, uint8 at 3 bits, int16 at 4.
-inline void put_rows(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits, uint8_t* blocks) {
+// Puts rows row0 .. row0 + rows - 1 of a part in its blocks, which are zero. row0 is a multiple of 32, and so is rows,
+// except for the last. codes is int16 [n, k/8]; second has the same shape, uint8 at 3 bits and int16 at 4.
+inline void put_rows(const int16_t* codes, const void* second, int64_t row0, int64_t rows, int64_t k, int bits,
+                     uint8_t* blocks) {
   for (int64_t r = row0; r < row0 + rows; ++r)
     for (int64_t g = 0; g < k / 8; ++g) {
       const int64_t at = r * (k / 8) + g;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The parts of lattice codes on AVX2 (lattice_layout.h), 32 rows x 8 columns at a time; their components as bytes and as floats.
+// The parts of lattice codes on AVX2 (lattice_layout.h), and their components as bytes, 32 rows x 8 columns at a time.
 #pragma once
 #include "bytes_avx2.h"
 #include "lattice_layout.h"
@@ -23,7 +23,8 @@ constexpr NibbleTables kNibbles;
 struct E8pParts {
   __m256i threes, signs;  // bit i: component i
   __m256i parity;         // a nibble, odd where the code moves by -1/4
-  __m256i large, number, positive;  // where one component is 5/2, which one (else without meaning), whether it is positive
+  __m256i large, number,
+      positive;  // where one component is 5/2, which one (else without meaning), whether it is positive
 
   [[gnu::always_inline]] E8pParts(const uint8_t* stage, int group) {
     const __m256i index = bytes_at(stage + 64 * group), stored = bytes_at(stage + 64 * group + 32);
@@ -39,8 +40,10 @@ struct E8pParts {
   // pair[k], a nibble: components 2k and 2k+1, is 3/2 in bits 0 and 1, is negative in bits 2 and 3.
   [[gnu::always_inline]] void pairs(__m256i* pair) const {
     const __m256i even = splat8(0x33), odd = splat8(0xCC);
-    const __m256i a = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(signs, even), 2), _mm256_and_si256(threes, even));
-    const __m256i b = _mm256_or_si256(_mm256_and_si256(signs, odd), _mm256_srli_epi16(_mm256_and_si256(threes, odd), 2));
+    const __m256i a =
+        _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(signs, even), 2), _mm256_and_si256(threes, even));
+    const __m256i b =
+        _mm256_or_si256(_mm256_and_si256(signs, odd), _mm256_srli_epi16(_mm256_and_si256(threes, odd), 2));
     pair[0] = low_nibbles(a), pair[1] = low_nibbles(b), pair[2] = high_nibbles(a), pair[3] = high_nibbles(b);
   }
   // A nibble: the number of the large component, plus 8 where it is positive.
@@ -49,7 +52,8 @@ struct E8pParts {
   }
 };
 
-// 4 v times `factor`, v without its shift and 5/2, of the first and the second of a pair; and the shift, plus `offset`.
+// of: 4 v times `factor`, v without its shift and 5/2, for the first and the second component of a pair.
+// shift: the shift times 4 * factor, plus `offset`.
 template <int factor, int offset>
 struct ComponentTables {
   uint8_t of[2][16] = {}, shift[16] = {};
@@ -103,11 +107,12 @@ constexpr E81bTables kE81b;
   }
 }
 
-// out[8 * row + i]: component i of rows 16 * upper .. 16 * upper + 15, from one vector a component.
+// out[8 * row + i]: component i of rows 16 * upper .. 16 * upper + 15, from one vector per component.
 template <bool upper>
 [[gnu::always_inline]] inline void in_rows(const __m256i* components, int8_t* out) {
   const auto pair = [&](int i) {
-    return upper ? _mm256_unpackhi_epi8(components[i], components[i + 1]) : _mm256_unpacklo_epi8(components[i], components[i + 1]);
+    return upper ? _mm256_unpackhi_epi8(components[i], components[i + 1])
+                 : _mm256_unpacklo_epi8(components[i], components[i + 1]);
   };
   const __m256i first[2] = {pair(0), pair(2)}, second[2] = {pair(4), pair(6)};
   for (int part = 0; part < 2; ++part) {

@@ -15,7 +15,8 @@ namespace quip {
 namespace {
 
 #if defined(__x86_64__)
-#define QUIP_FEATURE(name) Feature{name, bool(__builtin_cpu_supports(name))}
+#define QUIP_FEATURE(name) \
+  Feature { name, bool(__builtin_cpu_supports(name)) }
 
 std::vector<Feature> operator+(std::vector<Feature> features, const std::vector<Feature>& more) {
   features.insert(features.end(), more.begin(), more.end());
@@ -36,10 +37,15 @@ std::vector<Tier> tiers_here() {
   const std::vector<Feature> avx2{QUIP_FEATURE("avx2"), QUIP_FEATURE("fma"), QUIP_FEATURE("f16c")};
   const std::vector<Feature> avx512{QUIP_FEATURE("avx512f"), QUIP_FEATURE("avx512bw"), QUIP_FEATURE("avx512vl"),
                                     QUIP_FEATURE("avx512dq")};
-  const std::vector<Feature> vnni = avx512 + std::vector<Feature>{QUIP_FEATURE("avx512vnni"), QUIP_FEATURE("avx512vbmi"),
-                                                                  QUIP_FEATURE("avx512vbmi2"), QUIP_FEATURE("gfni")};
-  return {{amx_kernels(), vnni + amx_features()}, {avx512_vnni_kernels(), vnni}, {avx512_kernels(), avx512},
-          {avx2_kernels(), avx2},                 {portable_kernels(), {}},      {amx_emulated_kernels(), vnni}};
+  const std::vector<Feature> vnni =
+      avx512 + std::vector<Feature>{QUIP_FEATURE("avx512vnni"), QUIP_FEATURE("avx512vbmi"), QUIP_FEATURE("avx512vbmi2"),
+                                    QUIP_FEATURE("gfni")};
+  return {{amx_kernels(), vnni + amx_features()},
+          {avx512_vnni_kernels(), vnni},
+          {avx512_kernels(), avx512},
+          {avx2_kernels(), avx2},
+          {portable_kernels(), {}},
+          {amx_emulated_kernels(), vnni}};
 }
 #else
 std::vector<Tier> tiers_here() { return {{portable_kernels(), {}}}; }

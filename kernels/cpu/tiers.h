@@ -23,8 +23,8 @@ struct Tier {
   }
 };
 
-// All tiers, best first. The first that runs is used. Those behind `portable`, which runs anywhere, are used only where the
-// user names them.
+// All tiers, best first. The first that runs is used. `portable` runs anywhere, so those behind it are used only where
+// the user names them.
 const std::vector<Tier>& tiers();
 
 // The kernels in use: those of the tier that QUIP_VLLM_CPU_TIER names, else of the first that runs. Throws

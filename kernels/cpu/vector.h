@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen-lane vectors in the compiler's own notation: one source for every tier; a narrower machine splits them.
+// Sixteen-lane vectors in the compiler's own notation, one source for every tier. A narrower machine splits them.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 namespace quip {
-namespace {  // internal linkage: each tier keeps its own copy
+namespace {  // internal linkage, so that each tier keeps its own copy
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 constexpr int kLanes = 16;
 
-// The compiler keeps vectors wider than the machine's in memory, and shuffles and compares them lane by lane.
+// The compiler keeps vectors wider than the machine's in memory, and it shuffles and compares them lane by lane.
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)
@@ -21,7 +21,7 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// Where lanes are compared or shuffled: as wide as the machine's.
+// Vectors as wide as the machine's, for loops that compare or shuffle lanes.
 constexpr int kRegisterLanes = kRegisterBytes / 4;
 typedef float RegisterFloats __attribute__((vector_size(kRegisterBytes)));
 typedef int32_t RegisterInts __attribute__((vector_size(kRegisterBytes)));
@@ -38,7 +38,7 @@ inline void store(T* p, V v) {
 }
 inline Floats splat(float x) { return x - Floats{}; }
 
-// The upper half of the lanes added to the lower one.
+// Adds the upper half of the lanes to the lower half.
 template <class Half, class V>
 inline Half fold(V v) {
   Half halves[2];
@@ -46,7 +46,7 @@ inline Half fold(V v) {
   return halves[0] + halves[1];
 }
 
-// Sum of the lanes in a fixed order.
+// The sum of the lanes, in a fixed order.
 inline float sum(Floats v) {
   typedef float Eight __attribute__((vector_size(32)));
   typedef float Four __attribute__((vector_size(16)));

@@ -2,17 +2,13 @@
 // The torch ops over the launches: checks and memory. The only file here with torch headers (stable ABI).
 //
 // nvcc registers them for CUDA tensors. A C++ compiler, with the emulator, registers the same ops for CPU tensors.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../torch_checks.h"
 #include "decode_gemm.h"
 #include "kernels.h"
 
@@ -27,9 +23,6 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace quip {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 device::Stream current_stream([[maybe_unused]] const Tensor& x) {
 #if defined(__CUDACC__)
   void* stream = nullptr;
@@ -42,26 +35,13 @@ device::Stream current_stream([[maybe_unused]] const Tensor& x) {
 #endif
 }
 
-Type type_of(const Tensor& x, const char* name = "x") {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::kFloat;
-    case ScalarType::Half: return Type::kHalf;
-    case ScalarType::BFloat16: return Type::kBfloat;
-    default: STD_TORCH_CHECK(false, name, " has an unsupported dtype: give float32, float16 or bfloat16");
-  }
-  return Type::kFloat;
-}
-
-const void* data_of(const Tensor& t, const Tensor& x, ScalarType type, int64_t count, const char* name, const char* type_name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name, " has ", t.numel(),
-                  " elements: the op wants a contiguous ", type_name, " tensor of ", count);
+// The data of a tensor on the device of x, which loads of 16 bytes read.
+const void* data_of(const Tensor& t, const Tensor& x, ScalarType type, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.device() == x.device(), name, " and x are on different devices: move one");
-  const void* data = t.const_data_ptr();
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " does not begin at a multiple of 16 bytes: give a clone");
-  return data;
+  return data_of(t, type, count, 16, name);
 }
 const float* floats(const Tensor& t, const Tensor& x, int64_t count, const char* name) {
-  return static_cast<const float*>(data_of(t, x, ScalarType::Float, count, name, "float32"));
+  return static_cast<const float*>(data_of(t, x, ScalarType::Float, count, name));
 }
 
 const CodeKernels& kernels_of(const std::string& code) {
@@ -72,40 +52,29 @@ const CodeKernels& kernels_of(const std::string& code) {
 }
 
 GemmEntry entry_of(const CodeKernels& info, const std::string& code, int64_t bits) {
-  STD_TORCH_CHECK(bits >= info.first_bits && bits <= info.last_bits, "bits is ", bits, ": ", code, " has ", info.first_bits,
-                  " to ", info.last_bits);
+  STD_TORCH_CHECK(bits >= info.first_bits && bits <= info.last_bits, "bits is ", bits, ": ", code, " has ",
+                  info.first_bits, " to ", info.last_bits);
   return info.entry(int(bits));
 }
 
-constexpr int64_t kSpare = kWarpsK * kDeep;  // chunks that the last stage may copy beyond the end
-
 const uint32_t* packed_words(const Tensor& packed, const Tensor& x, int64_t tiles, int64_t chunks, int64_t bits) {
   const int64_t words = (tiles * chunks + kSpare) * kLanes * bits;
-  return static_cast<const uint32_t*>(data_of(packed, x, ScalarType::Int, words, "packed", "int32"));
+  return static_cast<const uint32_t*>(data_of(packed, x, ScalarType::Int, words, "packed"));
 }
 
-// The tables of `count` projections, if the code has one.
-const void* table_of(const std::optional<Tensor>& table, const Tensor& x, const CodeKernels& info, const std::string& code,
-                     int64_t count) {
+// The tables of `count` parts, if the code has one.
+const void* table_of(const std::optional<Tensor>& table, const Tensor& x, const CodeKernels& info,
+                     const std::string& code, int64_t count) {
   if (!info.table_words) return nullptr;
   STD_TORCH_CHECK(table.has_value(), "code ", code, " needs its table");
-  return data_of(*table, x, ScalarType::Int, count * info.table_words, "table", "int32");
+  return data_of(*table, x, ScalarType::Int, count * info.table_words, "table");
 }
-
-struct Memory {
-  Tensor tensor;
-  float* floats;
-  Memory(const Tensor& like, int64_t count)
-      : tensor(torch::stable::new_empty(like, {std::max<int64_t>(count, 1)}, ScalarType::Float)),
-        floats(tensor.mutable_data_ptr<float>()) {}
-};
 
 Rotation rotation_of(const Tensor& base, int64_t p, int64_t length, const Tensor& x) {
   const int64_t q = base.size(0);
-  const bool divides = q > 0 && p > 0 && (p & (p - 1)) == 0 && length > 0 && length % q == 0 && length / q % p == 0;
-  STD_TORCH_CHECK(divides, "a rotation of ", q, " x ", p, " does not divide the length ", length,
-                  ": widths are powers of two whose product with the base does");
-  STD_TORCH_CHECK(q == 1 || q % 4 == 0, "a base of order ", q, ": Hadamard matrices have order 1 or a multiple of 4 here");
+  check_rotation(q, p, length);
+  STD_TORCH_CHECK(q == 1 || q % 4 == 0, "a base of order ", q,
+                  ": Hadamard matrices have order 1 or a multiple of 4 here");
   return {floats(base, x, q * q, "base"), int(q), int(p)};
 }
 
@@ -127,11 +96,12 @@ const void* bias_of(const Tensor& bias, const Tensor& x, int64_t n) {
 // The code's unit with a rotation's norm.
 float unit_of(const CodeKernels& info, const Rotation& r) { return info.unit / std::sqrt(float(r.q) * float(r.p)); }
 
-// Whether decode_gemm's epilogue may do what rotate_out does: k is whole, and runs of one width lie within thread blocks.
+// Whether decode_gemm's epilogue may do what rotate_out does: k is whole, and runs of one width lie within thread
+// blocks.
 bool fuses(const Gemm& g, const RotateOut& out) {
   const int p = out.part[0].rotation.p;
-  const auto same = [p](const RotateOut::Part& part) { return part.rotation.q == 1 && part.rotation.p == p; };
-  return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.segments, same);
+  const auto same = [p](const RotateOut::RotatedPart& part) { return part.rotation.q == 1 && part.rotation.p == p; };
+  return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.parts, same);
 }
 
 // a b^T of fp16 matrices, float.
@@ -155,24 +125,25 @@ struct RotationMemory {
       : scales(x, in.m),
         totals(x, 2 * int64_t(in.m) * in.slices),
         in_scratch(x, fits(in.work) ? 0 : int64_t(in.m) * in.slices * in.work),
-        out_scratch(x, fits(out.work) ? 0 : int64_t(in.m) * out.segments * out.slices * out.work) {
+        out_scratch(x, fits(out.work) ? 0 : int64_t(in.m) * out.parts * out.slices * out.work) {
     in.scales = scales.floats, in.totals = reinterpret_cast<int64_t*>(totals.floats);
     out.out.scales = in.scales, out.out.totals = in.totals, out.out.slices = in.slices;
-    in.scratch = fits(in.work) ? nullptr : in_scratch.floats, out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
+    in.scratch = fits(in.work) ? nullptr : in_scratch.floats,
+    out.scratch = fits(out.work) ? nullptr : out_scratch.floats;
   }
 };
 
 // The layer by way of its whole weight in fp16, which is gone again afterwards.
-std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeKernels& info, const Gemm& g, RotateIn in,
-                           RotateOut out, device::Stream stream) {
+std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const Gemm& g, RotateIn in, RotateOut out,
+                           device::Stream stream) {
   const int64_t columns = int64_t(g.chunks) * kChunk;
   const RotationMemory memory(x, in, out);
   Tensor rotated = torch::stable::new_empty(x, {in.m, columns}, ScalarType::Half);
   Tensor weight = torch::stable::new_empty(x, {int64_t(g.tiles) * kTile, columns}, ScalarType::Half);
   in.order = XOrder::kRows, in.out = static_cast<unsigned char*>(rotated.mutable_data_ptr());
   uint16_t* const decoded = static_cast<uint16_t*>(weight.mutable_data_ptr());
-  DecodeDense d{g.packed, g.table, g.table_stride, g.tiles, g.chunks, out.out.offset, decoded, g.segments, {}};
-  std::copy(g.segment, g.segment + g.segments, d.segment);
+  DecodeDense d{g.packed, g.table, g.table_stride, g.tiles, g.chunks, out.out.offset, decoded, g.parts, {}};
+  std::copy(g.part, g.part + g.parts, d.part);
   std::string problem = rotate_in(in, stream);
   if (problem.empty()) problem = entry.dense(d, stream);
   if (!problem.empty()) return problem;
@@ -181,24 +152,26 @@ std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const CodeKe
   return rotate_out(out, stream);
 }
 
-// x [m][k] -> [m][n], plus bias [n], if there is one; shape: chunks of a split, then warps along n and depth for 1, up to 8,
-// up to 16 and more rows; dense_rows: from how many on the weight is decoded as a whole, and cuBLAS multiplies; 0 is never.
-Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
-                   std::vector<Tensor> bases, std::vector<int64_t> widths, std::vector<int64_t> output_sizes,
-                   std::optional<Tensor> bias, std::string code, int64_t bits, std::vector<int64_t> shape,
-                   int64_t dense_rows) {
+// x [m][k] -> [m][n], plus bias [n], if there is one. thread_blocks has the chunks of a split, and then warps along n
+// and depth for 1, up to 8, up to 16 and more rows. From dense_rows rows on (0 is never) the weight is decoded as a
+// whole, and cuBLAS multiplies.
+Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su,
+                   const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
+                   std::vector<int64_t> output_sizes, std::optional<Tensor> bias, std::string code, int64_t bits,
+                   std::vector<int64_t> thread_blocks, int64_t dense_rows) {
   const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(),
-                  " dimensions and ", x.numel(), " elements: the op wants a contiguous [m, ", k, "]");
-  STD_TORCH_CHECK(parts >= 1 && parts <= kMaxSegments && int64_t(bases.size()) == parts + 1 && widths.size() == bases.size(),
-                  "bases and widths have ", bases.size(), " and ", widths.size(),
-                  " entries: give one for the input and one for each of the ", parts,
-                  " projections, of which there are at most ", kMaxSegments);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == k && x.is_contiguous() && k > 0, "x has ", x.dim(), " dimensions and ",
+                  x.numel(), " elements: the op wants a contiguous [m, ", k, "]");
+  STD_TORCH_CHECK(
+      parts >= 1 && parts <= kMaxParts && int64_t(bases.size()) == parts + 1 && widths.size() == bases.size(),
+      "bases and widths have ", bases.size(), " and ", widths.size(),
+      " entries: give one for the input and one for each of the ", parts, " parts, of which there are at most ",
+      kMaxParts);
   int64_t n = 0;
   for (int64_t size : output_sizes) {
-    STD_TORCH_CHECK(size > 0 && size <= (1 << 24), "a projection has ", size, " outputs: give a positive number");
+    STD_TORCH_CHECK(size > 0 && size <= (1 << 24), "a part has ", size, " outputs: give a positive number");
     n += size;
   }
   const int64_t m = x.size(0), tiles = (n + kTile - 1) / kTile, chunks = (k + kChunk - 1) / kChunk;
@@ -206,35 +179,36 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   if (m == 0) return y;
   const Type type = type_of(x);
   const int64_t item = type == Type::kFloat ? 4 : 2;
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % item == 0, "x lies at an address that is no multiple of ",
-                  item, " bytes: give a clone of it");
-  STD_TORCH_CHECK(shape.size() == 8 && shape[0] > 0, "shape has ", shape.size(), " entries: it comes from cuda_shapes.choose");
-  const int turn = m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : 3;
-  const int64_t warps_n = shape[1 + 2 * turn], depth = turn == 3 ? 1 : shape[2 + 2 * turn];
-  STD_TORCH_CHECK(warps_n == 1 || warps_n == 2 || warps_n == 4 || (warps_n == 8 && turn < 3 && code != "lut"),
-                  "shape has ", warps_n, " warps: they are 1, 2, 4 or, up to 16 rows and not with code lut, 8");
-  const int rows_block = int(std::min<int64_t>(m, kRowBlock));
+  const void* const values = data_of(x, x.scalar_type(), m * k, item, "x");
+  STD_TORCH_CHECK(thread_blocks.size() == 8 && thread_blocks[0] > 0, "thread_blocks has ", thread_blocks.size(),
+                  " entries: it comes from cuda_shapes.choose");
+  const int turn = m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : 3, rows_block = int(std::min<int64_t>(m, kRowBlock));
+  const int64_t warps_n = thread_blocks[1 + 2 * turn], depth = turn == 3 ? 1 : thread_blocks[2 + 2 * turn];
+  STD_TORCH_CHECK(entry.shared(rows_block, int(warps_n), int(depth)) > 0, "thread blocks of ", warps_n,
+                  " warps along the outputs and depth ", depth, " are not compiled for ", code, " at ", bits,
+                  " bits and ", m, " rows: take those of cuda_shapes.choose");
 
   Gemm g{};
   g.packed = packed_words(packed, x, tiles, chunks, bits);
   g.table = table_of(table, x, info, code, info.table_per_part ? parts : 1);
   g.table_stride = info.table_per_part ? 4 * info.table_words : 0;
   g.m = int(m), g.tiles = int(tiles), g.chunks = int(chunks);
-  g.split_chunks = int(std::min<int64_t>(shape[0], chunks)), g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
+  g.split_chunks = int(std::min<int64_t>(thread_blocks[0], chunks)),
+  g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
   g.warps_n = int(warps_n), g.depth = int(depth);
   if (info.table_per_part) {
     int64_t tile = 0;
     for (int64_t size : output_sizes) {
-      STD_TORCH_CHECK(size % kTile == 0, "a projection of ", size, " outputs: a multiple of 16 is wanted");
-      g.segment[g.segments++] = {0, int(tile), int(tile + size / kTile)};
+      STD_TORCH_CHECK(size % kTile == 0, "a part of ", size, " outputs: a multiple of 16 is wanted");
+      g.part[g.parts++] = {0, int(tile), int(tile + size / kTile)};
       tile += size / kTile;
     }
   } else {
-    g.segment[g.segments++] = {0, 0, int(tiles)};
+    g.part[g.parts++] = {0, 0, int(tiles)};
   }
 
   RotateIn in{};
-  in.x = x.const_data_ptr(), in.type = type, in.su = floats(su, x, k, "su");
+  in.x = values, in.type = type, in.su = floats(su, x, k, "su");
   in.rotation = rotation_of(bases[0], widths[0], k, x);
   in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
   const bool aligned = reinterpret_cast<uintptr_t>(in.x) % 16 == 0;
@@ -258,11 +232,11 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
     out.slices = std::min(out.slices, slices_of(m, start % kSlices == 0 && rotation.p % kSlices == 0));
     start += size;
   }
-  out.segments = int(parts), out.work /= out.slices;
+  out.parts = int(parts), out.work /= out.slices;
 
   const device::Stream stream = current_stream(x);
   if (dense_rows > 0 && m >= dense_rows && entry.dense && tiles * kTile * chunks * kChunk <= kDenseLimit) {
-    const std::string problem = multiply_dense(x, entry, info, g, in, out, stream);
+    const std::string problem = multiply_dense(x, entry, g, in, out, stream);
     STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
     return y;
   }
@@ -283,24 +257,25 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
 }
 
 // ids [m] -> rows of the dequantized weight, [m][k] in `dtype`; base and width are of the input rotation's inverse.
-Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su, const Tensor& sv,
-                      const Tensor& base, int64_t width, std::string code, int64_t bits, ScalarType dtype) {
+Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su,
+                      const Tensor& sv, const Tensor& base, int64_t width, std::string code, int64_t bits,
+                      ScalarType dtype) {
   const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   STD_TORCH_CHECK(entry.rows != nullptr, "code is ", code, ": rows are decoded to fp16; name 1mad");
-  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 1 && ids.is_contiguous(), "ids has ", ids.dim(),
-                  " dimensions: a contiguous int64 vector is wanted");
+  STD_TORCH_CHECK(ids.dim() == 1, "ids has ", ids.dim(), " dimensions: the op wants a vector");
   const int64_t k = su.numel(), rows = sv.numel(), m = ids.numel(), tiles = (rows + kTile - 1) / kTile;
   const int64_t chunks = (k + kChunk - 1) / kChunk;
   Tensor y = torch::stable::new_empty(su, {m, k}, dtype);
   if (m == 0) return y;
   DecodeRows d{};
-  d.ids = ids.const_data_ptr<int64_t>();
+  d.ids = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, m, sizeof(int64_t), "ids"));
   d.packed = packed_words(packed, ids, tiles, chunks, bits), d.table = table_of(table, ids, info, code, 1);
-  d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks), d.offset = info.offset(int(bits));
+  d.sv = floats(sv, ids, rows, "sv"), d.rows = rows, d.m = int(m), d.k = int(k), d.chunks = int(chunks),
+  d.offset = info.offset(int(bits));
   RotateOut out{};
   const Rotation rotation = rotation_of(base, width, k, ids);
-  out.part[0] = {rotation, 0, int(k), unit_of(info, rotation)}, out.segments = 1, out.work = int(k);
+  out.part[0] = {rotation, 0, int(k), unit_of(info, rotation)}, out.parts = 1, out.work = int(k);
   out.slices = slices_of(m, rotation.p % kSlices == 0), out.work /= out.slices;
   Memory decoded(su, m * k), scales(su, m), scratch(su, fits(out.work) ? 0 : m * k);
   d.out = decoded.floats, d.scales = scales.floats;
@@ -315,7 +290,7 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   return y;
 }
 
-// Bytes of shared memory of a thread block of decode_gemm.
+// Bytes of shared memory of a thread block of decode_gemm, or 0 where no kernel is compiled for it.
 int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
   return entry_of(kernels_of(code), code, bits).shared(int(rows), int(warps_n), int(depth));
 }

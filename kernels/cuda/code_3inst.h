@@ -14,15 +14,14 @@ struct ThreeInst : TrellisCode<bits> {
   // table: uint32 [4], the first is it.
   DEVICE ThreeInst(const unsigned char*, const void* table) : flips(*static_cast<const uint32_t*>(table)) {}
 
-  DEVICE uint32_t halves(uint32_t state) const {
-    return ((state * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ flips;
-  }
+  DEVICE uint32_t halves(uint32_t state) const { return ((state * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ flips; }
 
   template <int half>
   DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
     this->template join_pairs<half>(words, a, [this](uint32_t first_state, uint32_t second_state) {
       const uint32_t first = halves(first_state), second = halves(second_state);
-      return device::add_halves(device::permute_bytes(first, second, 0x5410), device::permute_bytes(first, second, 0x7632));
+      return device::add_halves(device::permute_bytes(first, second, 0x5410),
+                                device::permute_bytes(first, second, 0x7632));
     });
   }
 };

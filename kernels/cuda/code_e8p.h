@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // The lattice of QuIP# (arXiv 2402.04396, section 4.2): one code is eight weights of a row, absolute values and signs.
 //
-// Nibble j of a row of the first table is 2 v, rounded down to even, plus 8, of component 2 j (j < 4) or 2 (j - 4) + 1. A row
-// of the second has, for a byte of signs, 14 in the nibbles to negate, and in all of them 1 where a quarter is added. Their
-// exclusive or n gives v -+ 1/4 = n / 2 + 1/4 - 4. Put above the lowest four bits of the mantissa of 32, which hold 1/4, a
-// nibble is the number 32 + n / 2 + 1/4: four operations and three shifts make eight weights of a code, and 36 too much
-// comes off the result. E81B, the second stage at 3 bits, is one table of nibbles 2 v + 8; there 36 1/4 are too much.
+// Nibble j of a row of the first table is 2 v, rounded down to even, plus 8, of component 2 j (j < 4) or 2 (j - 4) + 1.
+// A row of the second has, for a byte of signs, 14 in the nibbles to negate, and in all of them 1 where a quarter is
+// added. Their exclusive or n gives v -+ 1/4 = n / 2 + 1/4 - 4. Put above the lowest four bits of the mantissa of 32,
+// which hold 1/4, a nibble is the number 32 + n / 2 + 1/4: four operations and three shifts make eight weights of a
+// code, and 36 too much comes off the result. E81B, the second stage at 3 bits, is one table of nibbles 2 v + 8; there
+// 36 1/4 are too much.
 //
-// The tables have 16 copies side by side, so that two lanes at most meet in a bank, or 32, where a block may have 96 KB for
-// them: no conflicts. Words are stored rotated left by 7: the byte at bits 7..14 is, where it stands, multiplied by 128, the
-// bytes of 32 copies.
+// The tables have 16 copies side by side, so that two lanes at most meet in a bank, or 32, where a block may have 96 KB
+// for them: no conflicts. Words are stored rotated left by 7: the byte at bits 7..14 is, where it stands, multiplied by
+// 128, the bytes of 32 copies.
 //
 //   word half            rotated [row g + 8: absolute, signs | row g: absolute, signs]         first stage
 //   word 2 + half        the same of the second stage, 4 bits
 //   word 2               rotated [half 1, row g + 8 | half 1, row g | half 0, row g + 8 | half 0, row g]     3 bits
 #pragma once
 #include "device.h"
-#include "layout.h"
 #include "table_copies.h"
+#include "thread_block.h"
 
 namespace quip {
 
@@ -32,8 +33,9 @@ struct LatticeTables {
   using Sum = float;
   using Words = uint32_t[bits];
   const unsigned char* table;
-  uint32_t copy;    // 4 * this lane's copy: bits of an address that no row has
-  uint32_t number;  // 32 1/4, twice: from memory, for an instruction takes one constant only and the compiler knows them all
+  uint32_t copy;  // 4 * this lane's copy: bits of an address that no row has
+  uint32_t
+      number;  // 32 1/4, twice: from memory, for an instruction takes one constant only and the compiler knows them all
 
   // tables: uint32 [3][256] and 0x50085008: absolute values, signs, E81B.
   DEVICE LatticeTables(const unsigned char* memory, const void* tables)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// HYB (QTIP, arXiv 2406.11235, section 3.1.2): bits 14..6 of h = x^2 + x choose a row of two weights, bit 15 negates the
-// first. The small table has 16 copies, side by side, so that two lanes at most meet in a bank; 32 KB. The large one has a
-// copy a lane and 1024 rows, the second half with the sign applied: no conflicts, an operation less, 128 KB.
+// HYB (QTIP, arXiv 2406.11235, section 3.1.2): bits 14..6 of h = x^2 + x choose a row of two weights, and bit 15
+// negates the first. The small table, 32 KB, has 16 copies side by side, so that at most two lanes meet in a bank. The
+// large table, 128 KB, has one copy per lane and 1024 rows, of which the second half has the sign applied. It takes one
+// operation less, and no lanes meet.
 #pragma once
 #include "table_copies.h"
 #include "trellis_stream.h"
@@ -13,12 +14,11 @@ struct HybTable : TrellisCode<bits> {
   static constexpr int kTableBytes = kRows * kCopies * 4;
   const unsigned char* table;  // + 4 * kCopies * row: this lane's copy
 
-  // lut: fp16 [512][2], 32 bits a row.
+  // lut: fp16 [512][2], 32 bits per row.
   DEVICE HybTable(const unsigned char* memory, const void*) : table(memory + 4 * (threadIdx.x % kCopies)) {}
   DEVICE static void fill(unsigned char* memory, const void* lut) {
-    fill_copies<kRows, kCopies>(memory, [lut](int i) {
-      return static_cast<const uint32_t*>(lut)[i % 512] ^ (i < 512 ? 0 : 0x8000u);
-    });
+    fill_copies<kRows, kCopies>(
+        memory, [lut](int i) { return static_cast<const uint32_t*>(lut)[i % 512] ^ (i < 512 ? 0 : 0x8000u); });
   }
 
   template <int half>

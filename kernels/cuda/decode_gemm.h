@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fused kernel: packed weights are decoded to tensor-core fragments in registers and multiplied, for 1 to 64 rows of x.
+// The fused kernel. Packed weights are decoded to tensor-core fragments in registers, and multiplied with 1 to 64 rows
+// of x. The grid is (blocks of outputs, splits of k, row blocks), and thread_block.h says what a thread block is.
 //
-//   thread block   warps_n x kWarpsK warps: warp (i, j) has the tiles 2 i, 2 i + 1 of the block and the chunks of its split
-//                  with number = j modulo kWarpsK; grid: (blocks of outputs, splits of k, row blocks)
-//   stage          kWarpsK * depth chunks: each warp's own packed words, and x for all
-//   pipeline       stages_of buffers, filled by asynchronous copies; one barrier a stage
+//   stage          kWarpsK * depth chunks: each warp's own packed words, and x for all warps
+//   pipeline       stages_of buffers, which asynchronous copies fill; one barrier per stage
 //
 //   shared memory  tables | stage 0 | stage 1 | ..        stage: words [warp][chunk][tile] | x [chunk][row]
 //
@@ -24,7 +23,8 @@ constexpr int chunk_bytes() {
   return Code::bits * kLanes * 4;
 }
 
-// Of the pipeline: one is used, the others are on their way. The largest table, or 64 rows of x, leave room for two.
+// Stages of the pipeline: one is used, and the others are on their way. The largest table and 64 rows of x leave room
+// for two.
 template <class Code>
 HOST_DEVICE constexpr int stages_of(int column_tiles) {
   return column_tiles > 2 || Code::kTableBytes > 100 * 1024 ? 2 : 3;
@@ -35,7 +35,8 @@ HOST_DEVICE int stage_bytes(int rows, int warps_n, int depth) {
   return kWarpsK * depth * (warps_n * kRowTiles * chunk_bytes<Code>() + rows * row_bytes(Code::kOrder));
 }
 
-// Sums from a row of the exchange to the next: a block's outputs, and four for lanes of different rows to meet no bank.
+// Sums from a row of the exchange to the next: a block's outputs, and four more so that lanes of different rows meet in
+// no bank.
 HOST_DEVICE constexpr int exchange_stride(int warps_n) { return warps_n * kRowTiles * kTile + 4; }
 
 template <class Code>
@@ -45,43 +46,42 @@ inline int shared_bytes(int rows, int warps_n, int depth) {
   return Code::kTableBytes + (pipeline > exchange ? pipeline : exchange);
 }
 
-template <class Code, int kColumnTiles>
-constexpr int max_threads() {
-  return kColumnTiles > 2 || Code::kGathers ? 256 : 512;  // 256 leave a thread registers for more sums, or more loads
-}
-
-// Copies to shared memory, a stage at a time, what the block's warps need: to has the stage's words, then its x, of which
-// each warp copies a part of its own, as equal as they get.
+// Copies to shared memory, a stage at a time, what the block's warps need. A warp copies its own words, and a share of
+// x.
 template <class Code, int kDepth, int kColumnTiles>
 struct Loader {
   static constexpr int kTileUnits = chunk_bytes<Code>() / 16;  // copies of 16 bytes for a tile's chunk
   // Of as many of a stage's chunks as warps copy in one go: two where one has half a copy left.
   static constexpr int kChunks = kRowTiles * kTileUnits % kLanes && kDepth % 2 == 0 ? 2 : 1;
   static constexpr int kUnits = kChunks * kRowTiles * kTileUnits, kCopies = (kUnits + kLanes - 1) / kLanes;
-  static constexpr bool kWhole = kWarpsK * kDepth * row_bytes(Code::kOrder) % (16 * kLanes) == 0;  // x, in warps' copies
-  const uint32_t* from[kCopies];  // this lane's parts of this warp's next chunks
-  const unsigned char* x;         // this lane's part of the next stage
-  int to, x_to;                   // bytes in a stage
-  unsigned x_bytes;               // of x in a stage
-  int x_units;                    // of 16 bytes in this warp's part
+  static constexpr bool kWhole =
+      kWarpsK * kDepth * row_bytes(Code::kOrder) % (16 * kLanes) == 0;  // x, in warps' copies
+  const uint32_t* from[kCopies];                                        // this lane's parts of this warp's next chunks
+  const unsigned char* x;                                               // this lane's part of the next stage
+  int to, x_to;                                                         // bytes in a stage
+  unsigned x_bytes;                                                     // of x in a stage
+  int x_units;                                                          // of 16 bytes in this warp's part
 
   DEVICE Loader(const Gemm& g, int tile0, int end_tile, const unsigned char* x_, int rows, int begin, int warp) {
     const int lane = device::lane_index(), warps = blockDim.x / kLanes;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int unit = i * kLanes + lane, block = unit / kTileUnits;  // [chunk][tile]; beyond the last tile the last again
+      const int unit = i * kLanes + lane,
+                block = unit / kTileUnits;  // [chunk][tile]; beyond the last tile the last again
       const int64_t first = int64_t(min(tile0 + block % kRowTiles, end_tile - 1)) * g.chunks + begin + warp / g.warps_n;
       from[i] = g.packed + (first + block / kRowTiles * kWarpsK) * (chunk_bytes<Code>() / 4) + unit % kTileUnits * 4;
     }
     to = warp * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * lane;
     x_bytes = kWarpsK * kDepth * rows * row_bytes(Code::kOrder);
-    const int units = int(x_bytes) / 16, each = (units + kLanes * warps - 1) / (kLanes * warps) * kLanes, first = warp * each;
+    const int units = int(x_bytes) / 16, each = (units + kLanes * warps - 1) / (kLanes * warps) * kLanes,
+              first = warp * each;
     x_units = min(each, units - first);
     x = x_ + int64_t(begin) * rows * row_bytes(Code::kOrder) + (first + lane) * 16;
     x_to = warps * kDepth * kRowTiles * chunk_bytes<Code>() + (first + lane) * 16;
   }
 
-  // The next stage, whole: what lies behind a split's last chunk is copied, not used (packed and x are longer for that).
+  // Copies the next stage, whole. What lies behind a split's last chunk is not used, and packed and x are longer for
+  // it.
   DEVICE void load(unsigned char* stage) { load_words(stage), load_x(stage); }
 
   DEVICE void load_words(unsigned char* stage) {
@@ -127,7 +127,7 @@ struct Sums {
   typename Code::Sum of[Code::kSums][kRowTiles][kColumnTiles][4];
 };
 
-// Adds a chunk: 16 rows of x from x_rows, of both row tiles.
+// Adds the products of half a chunk of both row tiles.
 template <class Code, int half, int kColumnTiles>
 DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[kRowTiles], const unsigned char* x,
                           const int (&x_row)[kColumnTiles], int column_tiles, Sums<Code, kColumnTiles>& sums) {
@@ -154,10 +154,10 @@ DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[
   }
 }
 
-// The sums of the warps that share outputs, added in order, to partial; or what they become, to y.
+// Adds the sums of the warps that share outputs, in order, and writes them to partial, or what they become to y.
 template <class Code, int kColumnTiles>
-DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kColumnTiles>& sums, int tile0, int end_tile,
-                       int row0, int rows) {
+DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kColumnTiles>& sums, int tile0,
+                       int end_tile, int row0, int rows) {
   using Sum = typename Code::Sum;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warp_k = warp / g.warps_n;
   const int stride = exchange_stride(g.warps_n), first = (warp - warp_k * g.warps_n) * kRowTiles * kTile;
@@ -180,13 +180,14 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
     }
     device::sync_block();
   }
-  // From here a thread has an output, of every other row.
+  // From here a thread has an output, in every other row.
   const int output = tile0 * kTile + lane;
   if (!g.width) {
     Sum* out = reinterpret_cast<Sum*>(g.partial) + (int64_t(blockIdx.y) * g.m + row0) * (kTile * g.tiles) + output;
     if (output >= end_tile * kTile) return;
 #pragma unroll 1
-    for (int row = warp_k; row < rows; row += kWarpsK) out[int64_t(row) * (kTile * g.tiles)] = exchange[row * stride + lane];
+    for (int row = warp_k; row < rows; row += kWarpsK)
+      out[int64_t(row) * (kTile * g.tiles)] = exchange[row * stride + lane];
     return;
   }
   float* const v = reinterpret_cast<float*>(memory);
@@ -202,30 +203,32 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
 }
 
 template <class Code, int kColumnTiles, int kDepth>
-KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code::kLightDepth ? 2 : 1)) decode_gemm_kernel(const Gemm g) {
+KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDepth))) decode_gemm_kernel(const Gemm g) {
   SHARED(memory);
   constexpr int kStages = stages_of<Code>(kColumnTiles);
   const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;
   int s = 0;
-  while (s + 1 < g.segments && int(blockIdx.x) >= g.segment[s + 1].first_block) ++s;
+  while (s + 1 < g.parts && int(blockIdx.x) >= g.part[s + 1].first_block) ++s;
   const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
   const Code code(memory, table);
 
-  const int end_tile = g.segment[s].end_tile;
-  const int tile0 = g.segment[s].first_tile +
-                    ((int(blockIdx.x) - g.segment[s].first_block) * g.warps_n + warp - warp_k * g.warps_n) * kRowTiles;
+  const int end_tile = g.part[s].end_tile;
+  const int tile0 = g.part[s].first_tile +
+                    ((int(blockIdx.x) - g.part[s].first_block) * g.warps_n + warp - warp_k * g.warps_n) * kRowTiles;
   const int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0);
   const int split = g.split_chunks, begin = min(int(blockIdx.y) * split, g.chunks);
   const int chunks = min(split, g.chunks - begin);
   constexpr int kStageChunks = kWarpsK * kDepth, kAhead = (kStages - 1) * kStageChunks;
-  Loader<Code, kDepth, kColumnTiles> loader(g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows,
-                                            begin, warp);
+  Loader<Code, kDepth, kColumnTiles> loader(
+      g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin, warp);
   const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
   unsigned char* const ring = memory + Code::kTableBytes;
 
-  // What is read of a stage: the warp's words, and this lane's 16 bytes of block 0 of x; rows beyond the last are the last.
+  // What is read of a stage: the warp's words, and this lane's 16 bytes of block 0 of x. Rows beyond the last are the
+  // last.
   const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>();
-  const int x_at = blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
+  const int x_at =
+      blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
   const int x_step = kWarpsK * rows * row_bytes(Code::kOrder), column_tiles = (rows + 7) / 8;
   int x_row[kColumnTiles];
 #pragma unroll
@@ -235,7 +238,7 @@ KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code
   }
   Sums<Code, kColumnTiles> sums = {};
 
-  // What does not need x may be done before rotate_in has written it. Where a multiprocessor has many of these blocks they
+  // What does not need x is done before rotate_in has written it. Where a multiprocessor has many of these blocks, they
   // start late: among blocks of rotate_in they would not spread evenly.
   device::start_next();
 #pragma unroll
@@ -259,7 +262,7 @@ KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code
     multiply_half<Code, 0>(code, words, rows_of_x, x_row, column_tiles, sums);
     multiply_half<Code, 1>(code, words, rows_of_x, x_row, column_tiles, sums);
   };
-  int use = 0, fill = (kStages - 1) * size;  // where in the ring; the stage that was used last is filled next
+  int use = 0, fill = (kStages - 1) * size;  // places in the ring: the stage that was used last is filled next
   for (int left = chunks; left > 0; left -= kStageChunks) {
     device::copy_wait<kStages - 2>();
     device::sync_block();
@@ -285,9 +288,6 @@ KERNEL((max_threads<Code, kColumnTiles>()), (kColumnTiles == 1 && kDepth >= Code
   store_sums<Code>(g, ring, sums, tile0, end_tile, row0, rows);
 }
 
-// Chunks that a warp takes in a stage, where there is a choice: deep spares barriers, shallow spares shared memory.
-constexpr int kDeep = 4, kShallow = 2;
-
 template <class Code, int kColumnTiles, int kDepth>
 std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
   const int rows = g.m < kRowBlock ? g.m : kRowBlock;
@@ -296,32 +296,34 @@ std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
                 shared_bytes<Code>(rows, g.warps_n, kDepth), stream, g);
 }
 
-// Few: the code's kernels for up to 16 rows; Many: for more.
+// Few is the code's kernels for up to 16 rows of x, and Many is those for more.
 template <class Few, class Many>
 std::string run_gemm(Gemm g, device::Stream stream) {
   int blocks = 0;
-  for (int s = 0; s < g.segments; ++s) {
-    g.segment[s].first_block = blocks;
-    blocks += (g.segment[s].end_tile - g.segment[s].first_tile + kRowTiles * g.warps_n - 1) / (kRowTiles * g.warps_n);
+  for (int s = 0; s < g.parts; ++s) {
+    g.part[s].first_block = blocks;
+    blocks += (g.part[s].end_tile - g.part[s].first_tile + kRowTiles * g.warps_n - 1) / (kRowTiles * g.warps_n);
   }
   const int column_tiles = column_tiles_of(g.m);
-  constexpr bool kChoice = Few::bits <= 4 && !Few::kGathers;  // registers for more chunks at a time
-  const int depth = column_tiles == 8 || !kChoice ? 1 : g.depth == kDeep ? kDeep : kShallow;
-  if (g.depth != depth) return "depth " + std::to_string(g.depth) + " is not compiled for this code, bits and rows";
   if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
+  constexpr bool kChoice = has_depths<Few>(1);
   if constexpr (kChoice) {
-    if (depth == kDeep) return (column_tiles == 1 ? launch_gemm<Few, 1, kDeep> : launch_gemm<Few, 2, kDeep>)(g, blocks, stream);
+    if (g.depth == kDeep)
+      return (column_tiles == 1 ? launch_gemm<Few, 1, kDeep> : launch_gemm<Few, 2, kDeep>)(g, blocks, stream);
   }
   constexpr int kLeast = kChoice ? kShallow : 1;
   return (column_tiles == 1 ? launch_gemm<Few, 1, kLeast> : launch_gemm<Few, 2, kLeast>)(g, blocks, stream);
 }
 
+// 0 where there is no kernel for such thread blocks.
 template <class Few, class Many>
 int gemm_shared_bytes(int rows, int warps_n, int depth) {
-  return column_tiles_of(rows) <= 2 ? shared_bytes<Few>(rows, warps_n, depth) : shared_bytes<Many>(rows, warps_n, depth);
+  if (!is_compiled<Few>(rows, warps_n, depth)) return 0;
+  return column_tiles_of(rows) <= 2 ? shared_bytes<Few>(rows, warps_n, depth)
+                                    : shared_bytes<Many>(rows, warps_n, depth);
 }
 
-// What a code's .cu defines: its kernels, by bits.
+// The kernels of a code at one rate, which its .cu defines.
 struct GemmEntry {
   std::string (*run)(Gemm, device::Stream);
   int (*shared)(int rows, int warps_n, int depth);
@@ -347,10 +349,10 @@ GemmEntry gemm_entry(int bits) {
 struct CodeKernels {
   GemmEntry (*entry)(int bits);
   XOrder order;
-  float unit;                 // weight = unit * (what the decoder gives - offset)
+  float unit;  // weight = unit * (what the decoder gives - offset)
   float (*offset)(int bits);
-  int table_words;            // 32-bit words of a table, 0 where the code has none
-  bool table_per_part;        // whether each part has a table of its own
+  int table_words;      // 32-bit words of a table, 0 where the code has none
+  bool table_per_part;  // whether each part has a table of its own
   int first_bits, last_bits;
 };
 

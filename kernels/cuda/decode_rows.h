@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The weight, decoded to memory. A thread block has a tile, its warps take chunks in turn.
 //
-//   decode_rows    for a quantized embedding: a row; a lane decodes two as for a multiplication and keeps it, if it is its own
-//   decode_dense   all, for more rows of x than it pays to decode for again and again: fp16, a matrix for cuBLAS
+//   decode_rows    one row, for a quantized embedding. A lane decodes two rows, as for a multiplication, and keeps
+//                  its own.
+//   decode_dense   the whole weight as a matrix of fp16 for cuBLAS, where there are many rows of x.
 #pragma once
 #include "device.h"
 #include "kernels.h"
@@ -14,12 +15,14 @@ constexpr int kRowWarps = 8;
 // The column that half `i` of the A registers of multiplication `mul` holds in a half chunk (layout.h).
 DEVICE int register_column(XOrder order, int mul, int high, int i) {
   const int t = threadIdx.x % 4;
-  return order == XOrder::kLattice ? 8 * t + 4 * mul + 2 * high + i : 16 * (t / 2) + 8 * high + 4 * (t % 2) + 2 * mul + i;
+  return order == XOrder::kLattice ? 8 * t + 4 * mul + 2 * high + i
+                                   : 16 * (t / 2) + 8 * high + 4 * (t % 2) + 2 * mul + i;
 }
 
 // Half `i` of the A registers of a multiplication, less the offset.
 template <class Code>
-DEVICE float weight_of(const uint32_t (&a)[Code::kSums][2][4], bool second_row, int mul, int high, int i, float offset) {
+DEVICE float weight_of(const uint32_t (&a)[Code::kSums][2][4], bool second_row, int mul, int high, int i,
+                       float offset) {
   float value = -offset;
 #pragma unroll
   for (int s = 0; s < Code::kSums; ++s) {
@@ -63,8 +66,9 @@ KERNEL(kRowWarps * kLanes) decode_rows_kernel(const DecodeRows d) {
   }
 }
 
-// A register of two weights, less the offset. One stage: an fp16 addition, exact for every code's numbers. The halves stay in
-// their registers: ptxas 13.0 stores wrong ones where they are converted one by one (sm_90, 1mad at 3 and 6 bits).
+// A register of two weights, less the offset. With one stage that is an addition in fp16, which is exact for every
+// code's numbers. The halves stay in their registers: ptxas 13.0 stores wrong ones where they are converted one by one
+// (sm_90, 1mad at 3 and 6 bits).
 template <class Code>
 DEVICE uint32_t pair_of(const uint32_t (&a)[Code::kSums][2][4], bool second_row, int mul, int high, float offset) {
   if constexpr (Code::kSums == 1)
@@ -76,7 +80,8 @@ DEVICE uint32_t pair_of(const uint32_t (&a)[Code::kSums][2][4], bool second_row,
 
 // Both rows of a lane, of a half chunk that begins at `to` in its first row.
 template <class Code, int half>
-DEVICE void store_dense(const Code& code, const typename Code::Words& words, uint16_t* to, int64_t stride, float offset) {
+DEVICE void store_dense(const Code& code, const typename Code::Words& words, uint16_t* to, int64_t stride,
+                        float offset) {
   uint32_t a[Code::kSums][2][4];
   code.template decode<half>(words, a);
 #pragma unroll
@@ -88,7 +93,8 @@ DEVICE void store_dense(const Code& code, const typename Code::Words& words, uin
     }
     uint16_t* row = to + (threadIdx.x % kLanes / 4 + 8 * second) * stride;
     if constexpr (Code::kOrder == XOrder::kLattice) {
-      device::store16(row + register_column(Code::kOrder, 0, 0, 0), {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
+      device::store16(row + register_column(Code::kOrder, 0, 0, 0),
+                      {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
 #pragma unroll
       for (int high = 0; high < 2; ++high)
@@ -103,7 +109,7 @@ KERNEL(kRowWarps * kLanes) decode_dense_kernel(const DecodeDense d) {
   SHARED(memory);
   const int tile = blockIdx.x;
   int s = 0;
-  while (s + 1 < d.segments && tile >= d.segment[s + 1].first_tile) ++s;
+  while (s + 1 < d.parts && tile >= d.part[s + 1].first_tile) ++s;
   const void* table = static_cast<const char*>(d.table) + s * d.table_stride;
   Code::fill(memory, table);
   device::sync_block();

@@ -5,7 +5,8 @@
 namespace quip {
 namespace {
 
-const Register one_mad("1mad", {gemm_entry<OneMad, OneMad, 1, 8>, XOrder::kTrellis, 1 / 147.800537109375f, [](int) { return 1024.0f + 510; }, 0, false, 1, 8});
+const Register one_mad("1mad", {gemm_entry<OneMad, OneMad, 1, 8>, XOrder::kTrellis, 1 / 147.800537109375f,
+                                [](int) { return 1024.0f + 510; }, 0, false, 1, 8});
 
 }  // namespace
 }  // namespace quip

@@ -5,7 +5,8 @@
 namespace quip {
 namespace {
 
-const Register three_inst("3inst", {gemm_entry<ThreeInst, ThreeInst, 1, 8>, XOrder::kTrellis, 1, [](int) { return 0.0f; }, 4, false, 1, 8});
+const Register three_inst("3inst", {gemm_entry<ThreeInst, ThreeInst, 1, 8>, XOrder::kTrellis, 1,
+                                    [](int) { return 0.0f; }, 4, false, 1, 8});
 
 }  // namespace
 }  // namespace quip

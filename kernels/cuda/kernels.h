@@ -1,25 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings call: the launches of a linear layer, in raw pointers. Each returns an empty string or an error. The one
-// between the rotations, a code and bit width, is in decode_gemm.h.
+// What the bindings call: the launches of a linear layer, in raw pointers. Each returns an empty string, or an error.
+// The launch between the rotations, one per code and bit width, is in decode_gemm.h.
 #pragma once
 #include <cstdint>
 #include <string>
 
+#include "../dtype.h"
 #include "device.h"
-#include "layout.h"
+#include "thread_block.h"
 
 namespace quip {
 
-enum class Type : int { kFloat, kHalf, kBfloat };
-
-// One rotation: rows are transformed in runs of q * p elements, H_q kron S_p; base is the transpose of H_q, float [q][q].
-// q is 1 or a multiple of 4, as of every Hadamard matrix.
+// A transform of each run of q * p elements of a row, H_q kron S_p. base is the transpose of H_q, float [q][q], where q
+// is 1 or a multiple of 4, as for every Hadamard matrix.
 struct Rotation {
   const float* base;
   int q, p;
 };
 
-// x [m][k] -> activations of decode_gemm, their scale and their sum, a row each.
+// x [m][k] -> activations of decode_gemm, and one scale and one sum per row.
 struct RotateIn {
   const void* x;
   Type type;
@@ -50,31 +49,30 @@ struct Output {
   int n;
 };
 
-// A projection's tiles: those of a thread block belong to one.
-struct Segment {
+// The tiles of a part of the layer. Those of a thread block belong to one part.
+struct Part {
   int first_block, first_tile, end_tile;
 };
 
-// partial[split][m][16 * tiles] = packed times x over the split's chunks; or the outputs, if there is one split and their
-// rotation is within what a thread block has.
+// partial[split][m][16 * tiles] = packed times x over the split's chunks. If there is one split, and the output
+// rotation is within what a thread block has, it writes the outputs instead.
 struct Gemm {
   const uint32_t* packed;  // layout.h
   const unsigned char* x;
-  const void* table;     // of the code: [segments] for HYB, one for LUT and lattice, else null
-  int64_t table_stride;  // bytes from a projection's table to the next
+  const void* table;     // of the code: [parts] for HYB, one for LUT and lattice, else null
+  int64_t table_stride;  // bytes from a part's table to the next
   float* partial;        // the bits of int32 for int8 activations
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
-  int warps_n;       // warps side by side along the outputs: a thread block has warps_n * kWarpsK
-  int depth;    // chunks that a warp takes in a stage: 2 or 4 for up to 16 rows and 4 bits, else, and for LUT, 1
-  int segments;
-  Segment segment[kMaxSegments];
-  int width;  // p of every projection's output rotation, which the epilogue applies, or 0: it writes partial
+  int warps_n, depth;        // thread_block.h
+  int parts;
+  Part part[kMaxParts];
+  int width;  // p of every part's output rotation, which the epilogue applies, or 0: it writes partial
   float unit;
   Output out;
 };
 
-// y [m][n] = sv * H(unit * (sum of the splits - offset * total)) * scale + bias, for each projection.
+// y [m][n] = sv * H(unit * (sum of the splits - offset * total)) * scale + bias, for each part.
 struct RotateOut {
   const float* partial;
   int splits, m, stride;  // floats from a row of partial to the next
@@ -82,17 +80,18 @@ struct RotateOut {
   bool integers;
   Output out;
   int slices;  // 1 or kSlices (rotation.cu), which divides every p and start
-  int segments;
-  struct Part {
+  int parts;
+  struct RotatedPart {
     Rotation rotation;
     int start, size;  // in y, and in partial
     float unit;       // with the rotation's norm
-  } part[kMaxSegments];
-  float* scratch;  // [m][segments][slices][work] where shared memory is too small, else null
-  int work;        // floats of a slice of the largest projection
+  } part[kMaxParts];
+  float* scratch;  // [m][parts][slices][work] where shared memory is too small, else null
+  int work;        // floats of a slice of the largest part
 };
 
-// Rows ids[0..m) of the weight, decoded, float [m][k], less the code's offset; an id that is not there makes the scale a NaN.
+// Rows ids[0..m) of the weight, decoded, float [m][k], less the code's offset. An id that is not there makes the row's
+// scale a NaN.
 struct DecodeRows {
   const int64_t* ids;
   const uint32_t* packed;  // layout.h
@@ -113,8 +112,8 @@ struct DecodeDense {
   int tiles, chunks;
   float offset;
   uint16_t* out;
-  int segments;
-  Segment segment[kMaxSegments];
+  int parts;
+  Part part[kMaxParts];
 };
 
 std::string rotate_in(const RotateIn& r, device::Stream stream);
@@ -122,9 +121,6 @@ std::string rotate_out(const RotateOut& r, device::Stream stream);
 
 // Thread blocks that a row's rotation is cut in, where it can be.
 constexpr int kSlices = 8;
-
-// Column tiles of 8 rows of x that a kernel is compiled for.
-constexpr int column_tiles_of(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 8; }
 
 // Shared memory above which rotations work in global memory: what every supported GPU lends a block.
 constexpr int kSharedLimit = 99 * 1024;

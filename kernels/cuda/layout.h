@@ -1,39 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// How weights and activations lie in memory, for kernels, host code and tests. quip_vllm/ops/cuda_layout.py writes it.
+// How weights and activations lie in memory, for kernels, host code and tests. quip_vllm/ops/cuda_layout.py writes
+// both.
 //
 // The weight is cut in tiles of 16 rows and in chunks of 64 columns, padded with zero bits to whole ones.
 //
 //   packed[tile][chunk][part][lane 0..31][word of the part]      uint32: 16 rows x 64 columns are 32 * bits words
 //
-// Of the `bits` words of a lane, parts are as many fours as there are, then a two, then a one: a load each.
+// The `bits` words of a lane are as many fours as there are, then a two, then a one. Each is one load.
 //
-// In mma.m16n8k16 the weight is operand A: lane 4 g + t holds rows g and g + 8. A chunk is two halves of 32 columns. Of a
-// half, a lane decodes columns 8 t .. 8 t + 7 of a lattice; of a trellis columns 16 (t / 2) + 4 (t % 2) + 0..3 and those 8
-// further, which are 16 positions in a row. trellis_stream.h and code_e8p.h draw the bits.
+// In mma.m16n8k16 the weight is operand A, and lane 4 g + t holds rows g and g + 8. A chunk is two halves of 32
+// columns. In a half, a lane decodes columns 8 t .. 8 t + 7 of a lattice. Of a trellis it decodes columns 16 (t / 2) +
+// 4 (t % 2) + 0..3 and the 4 that lie 8 further, which are 16 positions in a row. trellis_stream.h and code_e8p.h draw
+// the bits.
 //
-// Rotated activations are what operand B reads: a row of a chunk has blocks of 64 bytes (a half is one in fp16, two in
-// int8), a block 16 bytes for each t = 0..3, which are the B registers of two multiplications. Rows come in blocks of 64.
+// Rotated activations are what operand B reads. A row of a chunk has blocks of 64 bytes: a half is one block in fp16,
+// and two in int8. A block has 16 bytes for each t = 0..3, the B registers of two multiplications. Rows come in blocks
+// of 64.
 //
 //   x[row block][chunk][row][block ^ (row & 1)][t][16 bytes]     the exclusive or keeps shared memory free of conflicts
 //
 //   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column c + 2 mul + 8 reg + 0, 1
 //                      lattice, fp16   16 bytes = columns 8 t .. 8 t + 7
-//                      trellis, int8   16 bytes = i 0, 1; register 0, 1; column c + 2 (block % 2) + 8 reg + i four times
+//                      trellis, int8   16 bytes = i 0, 1; register 0, 1; column c + 2 (block % 2) + 8 reg + i, 4 times
 //                      of which c = 16 (t / 2) + 4 (t % 2)
 #pragma once
 #include <cstdint>
 
 namespace quip {
 
-constexpr int kTile = 16;       // rows of a tile
-constexpr int kChunk = 64;      // columns of a chunk
+constexpr int kTile = 16;   // rows of a tile
+constexpr int kChunk = 64;  // columns of a chunk
 constexpr int kLanes = 32;
-constexpr int kRowBlock = 64;   // rows of x that a thread block multiplies
-constexpr int kRowTiles = 2;    // tiles that a warp decodes side by side
-constexpr int kWarpsK = 2;      // warps that share an output and take every other chunk
-constexpr int kBlock = 64;      // bytes of a block of x
-constexpr int kNever = 1 << 10;  // a depth that no kernel has
-constexpr int kMaxSegments = 16;
+constexpr int kBlock = 64;     // bytes of a block of x
+constexpr int kMaxParts = 16;  // of a layer
 
 // kRows: x as a matrix, for a product that is not ours: [row][64 * chunks] in fp16.
 enum class XOrder : int { kTrellis, kLattice, kBytes, kRows };

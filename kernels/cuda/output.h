@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums to outputs: what rotate_out and the epilogue of decode_gemm share, so that both give the same bits.
+// From sums to outputs. rotate_out and the epilogue of decode_gemm share this, so that both give the same bits.
 //
-// Where a sum and a product meet, fmaf says that they are rounded once: a compiler may not choose.
+// Where a sum and a product meet, fmaf says that they are rounded once, so that the compiler does not choose.
 #pragma once
 #include "device.h"
 #include "kernels.h"
 
 namespace quip {
 
-// Butterflies of `radix` elements, `span` apart, of kRows rows of `count` elements, `stride` apart.
+// Butterflies of `radix` elements, `span` apart. kRows rows of `count` elements lie `stride` apart.
 template <int radix, int kRows>
 DEVICE void butterflies(float* v, int count, int stride, int span) {
 #pragma unroll 1
@@ -60,7 +60,7 @@ DEVICE int64_t total_of(const Output& out, int row) {
   return total;
 }
 
-// A row's sum, less what the code's numbers are too large by; integers: modulo 2^32, for the result is below 2^31.
+// A row's sum, less what the code's numbers are too large by. Integers are added modulo 2^32: the result is below 2^31.
 DEVICE float centred(const Output& out, float sum, int64_t total) {
   return fmaf(-out.offset, float(total) * 0x1p-24f, sum);
 }
@@ -68,7 +68,7 @@ DEVICE float centred(const Output& out, int32_t sum, int64_t total) {
   return float(int32_t(uint32_t(sum) - uint32_t(int(out.offset)) * uint32_t(total)));
 }
 
-// Writes an element of y; unit: what a rotated sum is multiplied by, beside the row's scale and sv.
+// Writes an element of y. A rotated sum is multiplied by unit, the row's scale and sv.
 DEVICE void write(const Output& out, float unit, int row, int column, float sum) {
   const float added = out.bias ? read(out.bias, out.bias_type, column) : 0;
   const float v = fmaf(sum, unit * out.scales[row] * out.sv[column], added);

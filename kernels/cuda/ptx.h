@@ -22,7 +22,7 @@ DEVICE void sync_warp() { __syncwarp(); }
 // The thread's warp in its block, in a register that the compiler knows to be the same for all its lanes.
 DEVICE int warp_index() { return __shfl_sync(kAllLanes, int(threadIdx.x / 32), 0); }
 
-// The thread's lane in its warp: the machine has it, so that the compiler does not compute it again wherever it is used.
+// The thread's lane in its warp. The machine has it, so the compiler does not compute it again wherever it is used.
 DEVICE int lane_index() {
   int d;
   asm("mov.u32 %0, %%laneid;" : "=r"(d));
@@ -117,8 +117,7 @@ DEVICE Uint4 load16(const void* from) {
 // 16 bytes to an address aligned to 16.
 DEVICE void store16(void* to, const Uint4& v) { *static_cast<uint4*>(to) = make_uint4(v.x, v.y, v.z, v.w); }
 
-// A lane's `count` words of those of 32 lanes, which begin at a multiple of 16 bytes: parts of 4, then 2, then 1 word for
-// each lane, [part][lane][words of the part], a load a part.
+// Loads a lane's `count` words (layout.h) from those of 32 lanes, which begin at a multiple of 16 bytes.
 template <int count, int size>
 DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size]) {
   const uint32_t* const first = static_cast<const uint32_t*>(from);
@@ -135,8 +134,8 @@ DEVICE void load_words(const void* from, int lane, uint32_t (&words)[size]) {
   if constexpr (count % 2) words[count - 1] = first[32 * (count - 1) + lane];
 }
 
-// Until the kernels before this one in its stream have written all: what a kernel does before it overlaps with them. GPUs
-// before compute capability 9.0 start a kernel after that.
+// Waits until the kernels before this one in its stream have written all. What a kernel does before this overlaps with
+// them. GPUs before compute capability 9.0 start a kernel only then.
 DEVICE void wait_for_writes() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -164,7 +163,8 @@ std::string launch(void (*kernel)(Parameters...), dim3 grid, int block, int shar
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{grid, dim3(block), size_t(shared_bytes), stream, &overlap, overlaps_kernels() ? 1u : 0u};
+  const cudaLaunchConfig_t config{grid,   dim3(block), size_t(shared_bytes),
+                                  stream, &overlap,    overlaps_kernels() ? 1u : 0u};
   cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
   if (error != cudaSuccess) cudaGetLastError();  // an error that stays would be taken for the next launch's
   return error == cudaSuccess ? std::string() : std::string(cudaGetErrorString(error));

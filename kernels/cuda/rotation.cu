@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotations around decode_gemm: a thread block has a row (of a projection), its elements in shared memory as floats.
+// The rotations around decode_gemm. A thread block has a row (of a part), with its elements in shared memory as floats.
 //
-//   rotate_in    x * su, S_p within runs, H_q^T across, then fp16 times a power of two, or int8 of 127ths of the largest
-//   rotate_out   sum of the splits, less the code's offset, S_p, H_q, times sv, plus bias
+//   rotate_in    x * su, S_p within runs, H_q^T across, then fp16 times a power of two, or int8 in 127ths of the
+//                largest
+//   rotate_out   the sum of the splits, less the code's offset, S_p, H_q, times sv, plus bias
 //
-// One block a row leaves most of a GPU idle where rows are few, so a row has eight slices: a block makes the elements whose
-// number is its own modulo 8. It reads the whole row; of the first three butterflies of S_p it needs one result in eight,
-// and what follows works on an eighth. These are additions of the whole rotation in their order, so the bits are the same
-// with one slice.
+// One thread block per row leaves most of a GPU idle where rows are few, so a row is cut in eight slices. A block makes
+// the elements whose number is its own modulo 8. It reads the whole row, needs one result in eight of the first three
+// butterflies of S_p, and then works on an eighth. The additions and their order are those of one slice, and so are the
+// bits.
 //
-// A row too long for shared memory is worked on in global memory, by the same code.
+// A row that is too long for shared memory is worked on in global memory, by the same code.
 #include <algorithm>
 
 #include "output.h"
@@ -53,8 +54,8 @@ DEVICE void read_eight(const void* from, Type type, int64_t i, float (&e)[8]) {
   for (int j = 0; j < 8; ++j) e[j] = from_16_bits(type, uint16_t(words[j / 2] >> (16 * (j % 2))));
 }
 
-// Calls f(i, element i of H_q across runs of p elements of v). A thread makes four elements of a column at a time, for which
-// it reads the column once and four numbers of H_q in one load.
+// Calls f(i, element i of H_q across runs of p elements of v). A thread makes four elements of a column at a time. For
+// them it reads the column once, and four numbers of H_q in one load.
 template <class F>
 DEVICE void mix(const float* v, int count, const Rotation& r, F f) {
   if (r.q == 1) {
@@ -168,9 +169,10 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
     const int c = i * r.slices + slice;
     const float value = c < k && inverse != 0 ? v[i] * inverse : 0;  // zero times a NaN is no number: select
     const int place = place_of(r.order, c % kChunk);
-    unsigned char* to = r.order == XOrder::kRows
-                            ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
-                            : out + (int64_t(c / kChunk) * rows + row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
+    unsigned char* to =
+        r.order == XOrder::kRows
+            ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
+            : out + (int64_t(c / kChunk) * rows + row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
     if (bytes) {
       const int q = device::to_int(value);
       *reinterpret_cast<uint32_t*>(to) = uint32_t(q & 0xFF) * 0x01010101u;
@@ -193,9 +195,9 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
 KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   SHARED(memory);
   const int s = blockIdx.x, row = blockIdx.y, slice = blockIdx.z;
-  const RotateOut::Part& part = r.part[s];
+  const RotateOut::RotatedPart& part = r.part[s];
   float* v = reinterpret_cast<float*>(memory);
-  if (r.scratch) v = r.scratch + ((int64_t(row) * r.segments + s) * r.slices + slice) * r.work;
+  if (r.scratch) v = r.scratch + ((int64_t(row) * r.parts + s) * r.slices + slice) * r.work;
   const float* from = r.partial + int64_t(row) * r.stride + part.start;
   device::start_next();
   device::wait_for_writes();
@@ -231,9 +233,8 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   const Rotation rotation = {part.rotation.base, part.rotation.q, part.rotation.p / r.slices};
   const int count = part.size / r.slices;
   walsh<1>(v, count, 0, rotation.p);
-  mix(v, count, rotation, [&](int i, float sum) {
-    write(r.out, part.unit, row, part.start + i * r.slices + slice, sum);
-  });
+  mix(v, count, rotation,
+      [&](int i, float sum) { write(r.out, part.unit, row, part.start + i * r.slices + slice, sum); });
 }
 
 // Threads that have eight elements of a row each, if there are as many.
@@ -248,7 +249,7 @@ std::string rotate_in(const RotateIn& r, device::Stream stream) {
 
 std::string rotate_out(const RotateOut& r, device::Stream stream) {
   const int bytes = r.scratch ? 16 : r.work * int(sizeof(float));
-  return LAUNCH(rotate_out_kernel, dim3(r.segments, r.m, r.slices), threads_of(r.work * r.slices), bytes, stream, r);
+  return LAUNCH(rotate_out_kernel, dim3(r.parts, r.m, r.slices), threads_of(r.work * r.slices), bytes, stream, r);
 }
 
 }  // namespace quip

@@ -6,8 +6,8 @@
 
 namespace quip {
 
-// [word][copy] from word(i), which reads memory; all threads of a block call it. A warp loads 32 words at once, the next
-// while it writes these: each lane 16 bytes of copies.
+// Fills [word][copy] from word(i), which reads memory. All threads of a block call it. A warp loads 32 words at once,
+// and the next 32 while it writes these. A lane writes 16 bytes of copies.
 template <int kWords, int kCopies, class F>
 DEVICE void fill_copies(unsigned char* memory, F word) {
   static_assert(kWords % kLanes == 0 && kCopies % 4 == 0);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bit stream of a lane. Of a half, lane 4 g + t decodes run 2 g + t % 2 of 16 positions (formats/tile.py) of tile
-// 2 half + t / 2: a run has `bits` units U0 U1 .. of 16 bits, and the first unit N0 of the next run follows, by a shuffle.
-// The units begin `step` bits before the first window, which puts the last one at the end of N0, where it needs no shift.
+// The bit stream of a lane. In a half, lane 4 g + t decodes run 2 g + t % 2 of 16 positions (formats/tile.py) of tile 2
+// half + t / 2. A run has `bits` units U0 U1 .. of 16 bits, and a shuffle fetches the first unit N0 of the next run.
+// The units begin `step` bits before the first window. That puts the last window at the end of N0, where it needs no
+// shift.
 //
-// A pair of units is a word, U0 or U1 the upper half, and a funnel shift of two neighbours gives any window as they are.
-// With an odd number of units the first ones of both halves share a word, and so a shuffle.
+// A word is a pair of units, with U0 or U1 in the upper half. A funnel shift of two neighbouring words gives any
+// window. With an odd number of units the first ones of both halves share a word, and so they share a shuffle.
 //
 //   word half * (bits / 2) + i     even bits [U2i | U2i+1], odd bits [U2i+1 | U2i+2]     of the half
 //   word bits - 1                  odd bits  [half 1: U0 | half 0: U0]
@@ -12,11 +13,11 @@
 #include <type_traits>
 
 #include "device.h"
-#include "layout.h"
+#include "thread_block.h"
 
 namespace quip {
 
-// A lane's words of a tile's chunk, then those that the stream goes on with: of each half, or with odd bits one for both.
+// A lane's words of a tile's chunk, then the word that each half goes on with. With odd bits both halves share it.
 template <int bits>
 using TrellisWords = uint32_t[bits + 2 - bits % 2];
 
@@ -79,8 +80,8 @@ struct TrellisCode {
   static constexpr int kSums = 1;        // that an output has: stages of the code
   static constexpr int kTableBytes = 0;  // of shared memory
   static constexpr XOrder kOrder = XOrder::kTrellis;
-  static constexpr float kSecond = 0;      // scale of the second stage
-  static constexpr bool kGathers = false;  // whether weights come from memory
+  static constexpr float kSecond = 0;         // scale of the second stage
+  static constexpr bool kGathers = false;     // whether weights come from memory
   static constexpr int kLightDepth = kNever;  // depth from which 64 registers of a thread are enough for up to 8 rows
   using Sum = float;
 
@@ -91,7 +92,8 @@ struct TrellisCode {
   DEVICE static void follow(Words& words) {
     const int lane = device::lane_index(), next = lane + 1 + (lane & 1) * 2;
 #pragma unroll
-    for (int i = 0; i < 2 - bits % 2; ++i) words[bits + i] = device::shuffle(words[bits % 2 ? bits - 1 : i * (bits / 2)], next);
+    for (int i = 0; i < 2 - bits % 2; ++i)
+      words[bits + i] = device::shuffle(words[bits % 2 ? bits - 1 : i * (bits / 2)], next);
   }
 
   // The A registers of a half, two fp16 weights each: what join makes of two neighbouring states.
@@ -100,7 +102,8 @@ struct TrellisCode {
     const TrellisStream<bits, half> stream(words);
     unrolled<8>([&](auto index) {
       constexpr int i = decltype(index)::value;
-      a[0][i / 4][i % 4] = join(stream.template window<bits*(2 * i + 1)>(), stream.template window<bits*(2 * i + 2)>());
+      a[0][i / 4][i % 4] =
+          join(stream.template window<bits * (2 * i + 1)>(), stream.template window<bits * (2 * i + 2)>());
     });
   }
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine on a CPU (device.h says what it is): g++ in C++20 compiles the kernels against this file, runtime.cpp runs
-// them, one fiber a CUDA thread. What a GPU leaves undefined is an error here, or turns up as a wrong result.
+// The machine of device.h on a CPU. A C++20 compiler compiles the kernels against this file, and runtime.cpp runs them,
+// one fiber per CUDA thread. What a GPU leaves undefined is an error here, or it turns up as a wrong result.
 //
-//   QUIP_VLLM_EMULATOR   comma-separated: when copy_async copies, "deferred" (when waited for) or "eager" (at once), and
-//                        who runs next, "roundrobin", "depthfirst", "reverse" or "random:SEED"
+//   QUIP_VLLM_EMULATOR   two words with a comma: when copy_async copies, "deferred" (when waited for) or "eager" (at
+//                        once), and who runs next, "roundrobin", "depthfirst", "reverse" or "random:SEED"
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -43,7 +43,8 @@ using Stream = void*;
 [[gnu::const]] dim3 grid_size();
 [[gnu::const]] unsigned char* shared_memory();
 
-// Ends the launch with this sentence. It does not return, which ASan had better not know: it would clean the wrong stack.
+// Ends the launch with this sentence. It does not return, which ASan had better not know: it would clean the wrong
+// stack.
 void stop(const char* what, Site site);
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
@@ -155,7 +156,8 @@ DEVICE void copy_wait() {
 DEVICE void wait_for_writes() {}  // a kernel runs after the one before
 DEVICE void start_next() {}
 
-std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*), const void* kernel);
+std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*),
+                const void* kernel);
 
 template <class Kernel, class... Args>
 std::string launch(const char* name, Kernel kernel, dim3 grid, int block, int shared_bytes, Stream, Args... args) {

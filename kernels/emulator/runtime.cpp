@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs kernels on the CPU (emulator.h). A launch runs in the OS thread that asked for it, block after block; a thread of a
-// block runs until it has to meet others and goes on when all of them have come.
+// Runs kernels on the CPU (emulator.h). A launch runs in the OS thread that asked for it, block after block. A thread
+// of a block runs until it has to meet others, and goes on when all of them have come.
 //
-// ThreadSanitizer then finds races between the threads of a launch, if the kernels are compiled with it and this file is
-// not: each thread is a fiber to it, ordered with others by sync_block, by sync_warp and by nothing else.
+// ThreadSanitizer finds races between the threads of a launch, if the kernels are compiled with it and this file is
+// not. Each thread is a fiber to it, and only sync_block and sync_warp order fibers.
 #include <sys/mman.h>
 
 #include <charconv>
@@ -74,8 +74,8 @@ void prepare(Context& c, char* stack, size_t bytes, void (*entry)()) {
 void switch_stacks(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
 
-// Stacks and shared memory of an OS thread, kept between launches. Not from malloc, so that ThreadSanitizer does not take
-// giving it back for an access.
+// Stacks and shared memory of an OS thread, kept between launches. Not from malloc, so that ThreadSanitizer does not
+// take giving it back for an access.
 struct Memory {
   std::vector<char*> stacks;
   char* shared = nullptr;
@@ -168,7 +168,9 @@ bool same(const Site& a, const Site& b) {
 }
 
 std::string number(long long v) { return std::to_string(v); }
-std::string place(const Site& s) { return std::string(s.file_name()) + ":" + number(s.line()) + ":" + number(s.column()); }
+std::string place(const Site& s) {
+  return std::string(s.file_name()) + ":" + number(s.line()) + ":" + number(s.column());
+}
 std::string call_of(const Fiber& f) { return std::string(f.call) + " at " + place(f.site); }
 
 void fail(Launch& l, int thread, const std::string& what) {
@@ -290,17 +292,18 @@ void report_stall(Launch& l) {
       if (!f.waits || f.waits->of_warp != of_warp) continue;
       int u = f.waits->first;
       while (u < l.block && l.fibers[size_t(u)].waits == f.waits) ++u;
-      const std::string why = u >= l.block                 ? " does not exist"
+      const std::string why = u >= l.block               ? " does not exist"
                               : l.fibers[size_t(u)].left ? " has left the kernel"
                                                          : " waits in " + call_of(l.fibers[size_t(u)]);
-      return fail(l, t, "deadlock: it waits for its " + std::string(of_warp ? "warp" : "block") + " in " + call_of(f) +
-                            ", but thread " + number(u) + why);
+      return fail(l, t,
+                  "deadlock: it waits for its " + std::string(of_warp ? "warp" : "block") + " in " + call_of(f) +
+                      ", but thread " + number(u) + why);
     }
   }
 }
 
-// What they did comes before the end of the launch, not before the next block. ThreadSanitizer takes a new thread with the
-// number of one that ended for the same thread, hence it ends them one block later.
+// What the threads did comes before the end of the launch, not before the next block. They are ended one block later,
+// because ThreadSanitizer takes a new thread with the number of one that ended for the same thread.
 void end_tsan_fibers(Launch& l) {
   for (void* const fiber : l.tsan_ended) __tsan_destroy_fiber(fiber);
   l.tsan_ended.clear();
@@ -342,7 +345,8 @@ void run_block(Launch& l) {
   if (l.error.empty()) report_stall(l);
   for (int i = kCanaryBytes - 1; i >= 0 && l.error.empty(); --i) {
     if (l.shared[l.shared_bytes + i] == kPoison) continue;
-    fail(l, -1, "wrote past its " + number(l.shared_bytes) + " bytes of shared memory, to byte " + number(l.shared_bytes + i));
+    fail(l, -1,
+         "wrote past its " + number(l.shared_bytes) + " bytes of shared memory, to byte " + number(l.shared_bytes + i));
   }
   end_tsan_fibers(l);
   // To ThreadSanitizer, memory used again is a race; to ASan, the stack of a thread that never ended is poisoned.
@@ -443,7 +447,8 @@ void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 const void* copy_starts(void* to, const void* from, Site site) {
   Launch& l = *now;
   const uintptr_t at = reinterpret_cast<uintptr_t>(to), start = reinterpret_cast<uintptr_t>(l.shared);
-  if (at % 16 || reinterpret_cast<uintptr_t>(from) % 16) stop("copy_async between addresses that are not aligned to 16", site);
+  if (at % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    stop("copy_async between addresses that are not aligned to 16", site);
   if (at < start || at + 16 > start + size_t(l.shared_bytes)) stop("copy_async to a place outside shared memory", site);
   if (l.eager) return from;
   Fiber& self = l.self();
@@ -468,10 +473,11 @@ bool copy_ends(int pending, void** to, const void** from) {
 
 void copy_commit() { ++now->self().groups; }
 
-std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*), const void* kernel) {
+std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*),
+                const void* kernel) {
   Launch l{name, grid, block, shared_bytes, call, kernel};
-  if (block < 1 || block > kMostThreads || shared_bytes < 0 || shared_bytes > kMostShared || !grid.x || !grid.y || !grid.z ||
-      grid.y > 65535 || grid.z > 65535) {
+  if (block < 1 || block > kMostThreads || shared_bytes < 0 || shared_bytes > kMostShared || !grid.x || !grid.y ||
+      !grid.z || grid.y > 65535 || grid.z > 65535) {
     return std::string("kernel ") + name + ": no GPU can start this grid, block or size of shared memory";
   }
   if (std::string error = read_settings(l); !error.empty()) return error;

@@ -160,7 +160,6 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         spec.bits,
         INSTRUCTIONS.get(code.removesuffix("_large"), USUAL_INSTRUCTIONS),
         table_words.get(code, 0),
-        spec.code == "lut",
         _shared(code, spec.bits),
         0 if others or order > 1 else width,
     )

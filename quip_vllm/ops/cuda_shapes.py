@@ -47,9 +47,8 @@ class Problem:
     Attributes:
         n, k, bits: outputs (of all fused projections), inputs, code bits per weight.
         instructions: per weight, of the code's main loop.
-        shared: bytes of shared memory of (rows, warps_n, depth).
+        shared: bytes of shared memory of (rows, warps_n, depth), 0 where no kernel is compiled for them.
         table_words: of the table that a block copies before it starts.
-        gathers: whether weights are gathered from memory (code lut).
         width: of the output rotations, if all have one and no base; else 0.
     """
 
@@ -58,7 +57,6 @@ class Problem:
     bits: int
     instructions: float
     table_words: int
-    gathers: bool
     shared: Callable[[int, int, int], int]
     width: int = 0
 
@@ -74,11 +72,9 @@ class Candidate:
 
 def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str | None:
     """Why a candidate cannot run, or None."""
-    if (candidate.depth > 1) == (rows > 16 or problem.bits > 4 or problem.gathers):
-        return "more than 16 rows or 4 bits, and code lut, are compiled with depth 1, others with 2 and 4"
-    if candidate.warps_n > 4 and (rows > 16 or problem.gathers):
-        return "more than 16 rows, or code lut, take the registers of 8 warps at most"
     shared = problem.shared(rows, candidate.warps_n, candidate.depth)
+    if shared == 0:
+        return f"no kernel for {rows} rows has thread blocks of {candidate.warps_n} warps and depth {candidate.depth}"
     if shared > gpu.shared_block:
         return f"{shared} bytes of shared memory: a block has {gpu.shared_block}"
     return None

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels that show what the emulator does, right ones and wrong ones. test_emulator.py builds and runs this with the
-// name of one of them; it prints "right", "wrong", or the sentence of a launch that failed.
+// Small kernels that show what the emulator does, right ones and wrong ones. test_emulator.py builds and runs this with
+// the name of one of them; it prints "right", "wrong", or the sentence of a launch that failed.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -97,7 +97,8 @@ Answer pipeline() {
   bool right = true;
   for (int t = 0; t < 2 * kCopiers; ++t) {
     uint32_t expected = 0;
-    for (int step = 0; step < kSteps; ++step) expected = 3 * expected + x[4 * (step * kCopiers + (t + 37) % kCopiers) + 1];
+    for (int step = 0; step < kSteps; ++step)
+      expected = 3 * expected + x[4 * (step * kCopiers + (t + 37) % kCopiers) + 1];
     right &= sums[t] == expected;
   }
   return judge(error, right);
@@ -167,7 +168,8 @@ Answer product(int depth, Element (*a_at)(int, int), Element (*b_at)(int, int), 
       const Element e = b_at(lane, i);
       b_lanes[size_t(lane * each / 2 + i)] = b[size_t(e.row * 8 + e.column)];
     }
-    for (int i = 0; i < 4; ++i) c_lanes[size_t(4 * lane + i)] = c[size_t(c_both(lane, i).row * 8 + c_both(lane, i).column)];
+    for (int i = 0; i < 4; ++i)
+      c_lanes[size_t(4 * lane + i)] = c[size_t(c_both(lane, i).row * 8 + c_both(lane, i).column)];
   }
   std::vector<uint32_t> a_words(128), b_words(64);
   std::memcpy(a_words.data(), a_lanes.data(), 512);
@@ -283,7 +285,8 @@ Answer convert() {
 
 Answer integers() {
   bool right = permute_bytes(0x33221100u, 0x77665544u, 0x7052u) == 0x77005522u;
-  right &= permute_bytes(0x33221100u, 0x77665544u, 0xFFFF8A9Bu) == 0x00221133u;  // the fourth bit of a nibble is ignored
+  right &=
+      permute_bytes(0x33221100u, 0x77665544u, 0xFFFF8A9Bu) == 0x00221133u;  // the fourth bit of a nibble is ignored
   right &= funnel_left(0x80000001u, 0xC0000000u, 0) == 0x80000001u && funnel_left(0x80000001u, 0xC0000000u, 2) == 7u;
   right &= funnel_left(1u, 0x80000001u, 31) == 0xC0000000u;
   right &= sum_bytes(0xFF01FF02u, 0xFFFFFFFFu) == 0x200u;

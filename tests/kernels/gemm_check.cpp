@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers; and
-// what the dense weight needs in decode_gemm's place. Prints a checksum a case, or the emulator's sentence.
+// Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers;
+// and what the dense weight needs in decode_gemm's place. Prints a checksum a case, or the emulator's sentence.
 //
 //   gemm_check CODE BITS ...      CODE: 1mad, 1mad_int8, 3inst, hyb, hyb_large, lut, e8p, e8p_large
 #include <cstdio>
@@ -19,26 +19,27 @@ using namespace quip;
 
 constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is not whole
 
-// cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the output
-// rotation, of runs of 16, in decode_gemm's epilogue.
+// cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the
+// output rotation, of runs of 16, in decode_gemm's epilogue.
 std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk, spare = kWarpsK * kDeep;
-  std::vector<uint32_t> packed((tiles * chunks + spare) * kLanes * bits), table(std::max(code.table_words, 1));
+  const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk;
+  std::vector<uint32_t> packed((tiles * chunks + kSpare) * kLanes * bits), table(std::max(code.table_words, 1));
   for (auto& word : packed) word = random();
   for (auto& word : table) word = random() & 0x3BFF3BFF;  // halves below one
   std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(172 * 172), y(m * kN);
   for (auto& v : x) v = normal(random);
   for (auto& v : base) v = random() % 2 ? 1.0f : -1.0f;
-  std::vector<unsigned char> arranged(int64_t(m * chunks + spare * std::min(m, kRowBlock)) * row_bytes(code.order) + 16);
+  std::vector<unsigned char> arranged(int64_t(m * chunks + kSpare * std::min(m, kRowBlock)) * row_bytes(code.order) +
+                                      16);
   unsigned char* aligned = arranged.data() + (16 - reinterpret_cast<uintptr_t>(arranged.data()) % 16);
 
   Gemm g{};
   g.packed = packed.data(), g.x = aligned, g.table = table.data();
   g.m = m, g.tiles = tiles, g.chunks = chunks, g.warps_n = warps_n, g.depth = depth;
   g.splits = fused ? 1 : 2, g.split_chunks = fused ? chunks : 8;
-  g.segments = 1, g.segment[0] = {0, 0, tiles};
+  g.parts = 1, g.part[0] = {0, 0, tiles};
   const bool bytes = code.order == XOrder::kBytes;
   const int slices = cut ? kSlices : 1, in_slices = bytes ? 1 : slices;
   std::vector<float> partial(g.splits * m * kN), scales(m);
@@ -46,9 +47,11 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   g.partial = partial.data();
   const Rotation runs{base.data(), 1, 16}, of_x = cut ? runs : Rotation{base.data(), 172, 4};
   const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = cut ? 4 : 10;
-  const RotateIn in{x.data(), Type::kFloat, su.data(), of_x, m, kK, chunks, code.order, in_slices, false, growth, aligned,
-                    scales.data(), totals.data(), nullptr, work};
-  const Output output{510, scales.data(), totals.data(), in_slices, sv.data(), sv.data(), y.data(), Type::kFloat, Type::kFloat, kN};
+  const RotateIn in{x.data(),      Type::kFloat,  su.data(), of_x,  m,      kK,
+                    chunks,        code.order,    in_slices, false, growth, aligned,
+                    scales.data(), totals.data(), nullptr,   work};
+  const Output output{510,       scales.data(), totals.data(), in_slices,    sv.data(),
+                      sv.data(), y.data(),      Type::kFloat,  Type::kFloat, kN};
   if (fused) g.width = 16, g.unit = 1, g.out = output;
   RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, bytes, output, slices, 1, {}, nullptr, kN / slices};
   out.part[0] = {cut ? runs : Rotation{base.data(), 20, 4}, 0, kN, 1};
@@ -61,7 +64,8 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
     RotateIn rows = in;
     rows.order = XOrder::kRows;
     problem = rotate_in(rows, {});
-    if (problem.empty()) problem = entry.dense({g.packed, g.table, 0, tiles, chunks, 510, weight.data(), 1, {{0, 0, tiles}}}, {});
+    if (problem.empty())
+      problem = entry.dense({g.packed, g.table, 0, tiles, chunks, 510, weight.data(), 1, {{0, 0, tiles}}}, {});
   }
   if (!problem.empty()) return problem;
   uint64_t hash = 14695981039346656037ull;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the kernels of a tier over std::thread, as bindings_linear.cpp does with parallel_for, and compares with one thread bit
-// for bit. kernels/tests.cmake builds it; tests/kernels/test_sanitizers.py runs it.
+// Runs the kernels of a tier over std::thread, as bindings_linear.cpp does with parallel_for, and compares with one
+// thread bit for bit. kernels/tests.cmake builds it; tests/kernels/test_sanitizers.py runs it.
 //
 // Usage: panels TIER                                   exit 0, or 1 where bits differ
 //        panels_planted TIER read|misaligned|race      an error on purpose, which the sanitizer must report
@@ -57,7 +57,8 @@ struct Layer {
   Weight weight;
 
   Layer(const Kernels& ops, Code code, int bits, int64_t n, int64_t k, int64_t m)
-      : packed(code == Code::kE8p ? std::vector<uint8_t>(ops.lattice_bytes(n, k, bits)) : random_bits<uint8_t>(n * k * bits / 8)),
+      : packed(code == Code::kE8p ? std::vector<uint8_t>(ops.lattice_bytes(n, k, bits))
+                                  : random_bits<uint8_t>(n * k * bits / 8)),
         table8(random_bits<uint8_t>(1024)),
         table16(random_bits<int16_t>(kStates + 1)),
         table(random_floats(code == Code::kLut ? kStates : 1024)),
@@ -65,8 +66,7 @@ struct Layer {
         su(random_floats(k)),
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
-        weight{packed.data(), table.data(), code, bits, n, k, table8.data(),
-               table16.data()} {
+        weight{packed.data(), table.data(), code, bits, n, k, table8.data(), table16.data()} {
     if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
     ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());
@@ -76,7 +76,8 @@ struct Layer {
 // The three loops of `run` in bindings_linear.cpp.
 std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int64_t m, int threads) {
   const Weight& w = layer.weight;
-  const int64_t stride = (w.k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8, rows = int8 ? 2 * kTile : kTile;
+  const int64_t stride = (w.k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8,
+                rows = int8 ? 2 * kTile : kTile;
   const Rotation in{layer.base.data(), w.k / 8, 8}, out{layer.base.data(), 1, w.n & -w.n};
   std::vector<float> rotated(m * stride), product(m * w.n), y(m * w.n), scales(m);
   std::vector<int32_t> totals(m * chunks), arranged(int8 ? ops.int8_bytes(w, m) / 4 : 0);
@@ -95,13 +96,14 @@ std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int
   });
   parallel(threads, m, [&](int64_t r) {
     std::vector<float> scratch(w.n);
-    ops.rotate_out(product.data() + r * w.n, w.n, out, layer.sv.data(), Type::kFloat, y.data() + r * w.n, scratch.data());
+    ops.rotate_out(product.data() + r * w.n, w.n, out, layer.sv.data(), Type::kFloat, y.data() + r * w.n,
+                   scratch.data());
   });
   return y;
 }
 
-std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& targets, const std::vector<float>& values, int dim,
-                            int threads) {
+std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& targets, const std::vector<float>& values,
+                            int dim, int threads) {
   const int64_t steps = kSequence / dim, count = int64_t(targets.size()) / kSequence;
   std::vector<int32_t> states(count * steps);
   parallel(threads, count, [&](int64_t i) {
@@ -134,12 +136,14 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
         for (const bool int8 : {false, true}) {
           const Layer layer(ops, code, bits, lattice ? 76 : 80, 272, m);
           if (int8 && !(ops.int8_takes && ops.int8_takes(code, bits))) continue;
-          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m, int8);
+          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m,
+                int8);
         }
   }
   for (const int dim : {1, 2}) {
     const std::vector<float> targets = random_floats(2 * kSequence), values = random_floats(dim * kStates);
-    check(same(encode(ops, targets, values, dim, 1), encode(ops, targets, values, dim, 2)), "encode_trellis", dim, 2, 2, false);
+    check(same(encode(ops, targets, values, dim, 1), encode(ops, targets, values, dim, 2)), "encode_trellis", dim, 2, 2,
+          false);
   }
   const std::vector<float> points = random_floats(8 * 64);
   check(same(nearest(ops, points, 1), nearest(ops, points, 4)), "encode_lattice", -1, 2, 64, false);
@@ -168,7 +172,10 @@ int plant(const Kernels& ops, const std::string& error) {
 
 int main(int argc, char** argv) {
   const Kernels* ops = argc > 1 ? kernels_of(argv[1]) : nullptr;
-  if (!ops) return std::fprintf(stderr, "tier %s: give one of those in kernels/CMakeLists.txt\n", argc > 1 ? argv[1] : "missing"), 2;
+  if (!ops)
+    return std::fprintf(stderr, "tier %s: give one of those in kernels/CMakeLists.txt\n",
+                        argc > 1 ? argv[1] : "missing"),
+           2;
 #ifdef QUIP_PLANTED
   return argc > 2 ? plant(*ops, argv[2]) : 2;
 #else

@@ -30,9 +30,8 @@ def test_linear_at_every_tier(tier):
 def test_the_searches_of_all_tiers_are_as_good():
     """16-bit costs (avx512) lose nothing that shows: the distortion equals the float search's to 0.2 %."""
     program = (
-        "import torch; from quip_vllm.ops import encode_trellis; from quip_vllm.formats.methods import Code; "
-        "from quip_vllm.formats.trellis_codes import state_values; "
-        "t = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)); v = ONE_MAD.values(); "
+        "import torch; from quip_vllm.ops import encode_trellis; from quip_vllm.formats.spec import FORMATS; "
+        "t = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)); v = FORMATS['1mad'].values(); "
         "print([float((v[encode_trellis(t, v, b).long()].flatten(1) - t).square().mean()) for b in (2, 4)])"
     )
     tiers = [tier for tier in TIERS if runs_here(tier)]

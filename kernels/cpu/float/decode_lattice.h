@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen rows of a lattice weight to floats, eight columns (one code a row) at a time.
+// Decodes sixteen rows of a lattice weight to floats, eight columns (one code per row) at a time.
 #pragma once
 #include <algorithm>
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kResidual3 = 1.0f / 2.04f, kResidual4 = 1.0f / 3.45f;
 
-// decode_group: rows 16 * upper .. 16 * upper + 15 of a block, columns 8 * group .. 8 * group + 7.
+// decode_group decodes rows 16 * upper .. 16 * upper + 15 and columns 8 * group .. 8 * group + 7 of a block.
 #if defined(QUIP_LATTICE_PARTS)
 
 template <int bits, bool upper>
@@ -58,7 +58,8 @@ void decode_group(const uint8_t* block, int group, float* out, int64_t stride) {
 
 #endif
 
-// Rows row0 .. row0 + 15, columns c0 .. c0 + columns - 1; row0 is a multiple of 16, c0 of 8. Rows beyond n are there, too.
+// Decodes rows row0 .. row0 + 15 and columns c0 .. c0 + columns - 1. row0 is a multiple of 16, and c0 of 8. The blocks
+// have rows beyond n, too.
 inline void decode_lattice(const Weight& w, int64_t row0, int64_t c0, int columns, float* out, int64_t stride) {
   const uint8_t* blocks = w.packed + row0 / kBlockRows * block_row_bytes(w.k, w.bits);
   const bool upper = row0 % kBlockRows != 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One row of a quantized weight as floats, still rotated: what an embedding looks up.
+// Decodes one row of a quantized weight to floats, still rotated, for an embedding.
 #pragma once
 #include <algorithm>
 
@@ -9,8 +9,7 @@
 namespace quip {
 namespace {
 
-// A trellis tile is one sequence, and AVX2 decodes the lattice in vectors of rows: a row costs the decoding of its sixteen
-// neighbours.
+// A row costs the decoding of sixteen: a trellis tile is one sequence, and AVX2 decodes the lattice in vectors of rows.
 inline void decode_row(const Weight& w, int64_t row, float* out) {
   if (w.code == Code::kE8p) {
     alignas(64) float rows[kTile * kPanelColumns];

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// A packed 16x16 trellis tile to 16 rows of floats (QTIP, arXiv 2406.11235, sections 3.1 and 3.2).
+// Decodes a packed 16x16 trellis tile to 16 rows of floats (QTIP, arXiv 2406.11235, sections 3.1 and 3.2).
 //
-// Bit stream of a tile, most significant bit first, in 16-bit words; state s is the 16 bits from bit s*KV, wrapping:
+// The bit stream of a tile has the most significant bit first, in 16-bit words. State s is the 16 bits from bit s*KV
+// on, and the stream wraps:
 //
 //   word   0                1                2
 //   bits   [................][................][....     16 states of a run start at a word; of these lane l reads
 //   state0 ^---------------^                             word (l*KV)/16, shifted by (l*KV)%16
 //   state1   ^KV-------------^
 //
-// 32 weights in sequence order are row r and row r+8 of the tile; store_rows below puts them in column order.
+// 32 weights in sequence order are row r and row r+8 of the tile. store_rows puts them in column order.
 #pragma once
 #include "../kernels.h"
 #include "../vector.h"
@@ -16,14 +17,14 @@
 namespace quip {
 namespace {
 
-// As many states as are decoded together: one register of them, or two of the portable tier.
+// How many states are decoded together: one register of them, or two in the portable tier.
 constexpr int kStatesTogether = kRegisterBytes == 64 ? 16 : 8;
 typedef uint32_t States __attribute__((vector_size(4 * kStatesTogether)));
 typedef int32_t Integers __attribute__((vector_size(4 * kStatesTogether)));
 typedef float Values __attribute__((vector_size(4 * kStatesTogether)));
 typedef uint16_t ShortStates __attribute__((vector_size(2 * kStatesTogether)));
 
-// 1MAD: the value is (b0 + b1 + b2 + b3 - mean) * unit of the four bytes of y = factor * x + term.
+// 1MAD: the value is (b0 + b1 + b2 + b3 - mean) * unit, where b are the four bytes of y = factor * x + term.
 constexpr uint32_t kOneMadFactor = 34038481, kOneMadTerm = 76625530;
 constexpr int kOneMadMean = 510;
 constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
@@ -35,16 +36,18 @@ inline Values one_mad(States x) {
   return __builtin_convertvector(total, Values) * kOneMadUnit;
 }
 
-// 3INST: the sum of the halves (y & 0x8FFF) ^ 0x3B60 of y = factor * x + term, in half precision.
+// 3INST: the value is the sum of both halves of y = factor * x + term, each (half & 0x8FFF) ^ 0x3B60, in half
+// precision.
 constexpr uint32_t kThreeInstFactor = 89226354, kThreeInstTerm = 64248484;
-// A half is +-2^e (1 + mantissa), e = -3 .. 0. As a float32 times 2^8: y with the half on top, shifted by 3, has its sign, the
-// two bits of e and the mantissa in place; these are kept, e flipped as above, and the exponent of 2^(8 - 3) put around it.
+// A half is +-2^e (1 + mantissa) with e = -3 .. 0. To make it a float32 times 2^8, y is shifted by 3 with the half on
+// top. That puts its sign, the two bits of e and the mantissa in place. These bits are kept, e is flipped as above, and
+// the exponent of 2^(8 - 3) is put around it.
 constexpr int kThreeInstKept = int(0x80000000u | 0xFFFu << 13);
 constexpr int kThreeInstFlipped = (127 + 8 - 3) << 23 ^ (0x3B60 & 0xFFF) << 13;
 constexpr float kThreeInstUnit = 1 / 256.0f;
 
-// Every half has one of the exponents 2^-3 .. 2^0, so widening is a shift and a new bias, the float sum is exact, and
-// rounding it to half precision is rounding the mantissa to 10 bits.
+// Every half has one of the exponents 2^-3 .. 2^0. So widening is a shift and a new bias, the float sum is exact, and
+// rounding the sum to half precision is rounding its mantissa to 10 bits.
 inline Values widen_half(States h) { return (Values)(((h & 0x8000u) << 16) | (((h & 0x7FFFu) << 13) + (112u << 23))); }
 
 inline Values three_inst(States x) {
@@ -59,7 +62,7 @@ inline Values look_up(States x, const float* table) {
   return v;
 }
 
-// Component 0 carries the sign of hash bit 15.
+// HYB: bit 15 of the hash negates component 0.
 inline void hyb(States x, const float* table, Values& first, Values& second) {
   const States h = x * x + x, index = ((h >> 6) & 511u) * 2u;
   first = (Values)((States)look_up(index, table) ^ ((h & 0x8000u) << 16));
@@ -73,8 +76,8 @@ inline Values value(States x, const float* table) {
   return look_up(x, table);
 }
 
-// A run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c; its row is
-// r + 8 R, its column C cc c.
+// Stores a run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c. Its
+// row is r + 8 R, and its column is C cc c.
 inline void store_rows(const float* run, float* out, int64_t stride) {
   if constexpr (kStatesTogether == kLanes) {
     const auto place = [](int R) {
@@ -119,7 +122,8 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
       const States x = __builtin_shuffle(high << 16 | low, word_of) << (States)shift_of >> 16;
       if constexpr (kDim == 2) {
         const auto mixed = [](int half) {
-          return lanes<Integers>([=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
+          return lanes<Integers>(
+              [=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
         };
         Values first, second;
         hyb(x, table, first, second);

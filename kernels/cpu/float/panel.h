@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode 16 rows of the weight, 256 columns at a time, and multiply: the dense weight never outlives a panel.
+// The product in floats: 16 rows of the weight, 256 columns at a time, are decoded and multiplied.
 #pragma once
 #include <algorithm>
 
@@ -9,7 +9,7 @@
 namespace quip {
 namespace {
 
-constexpr int kRowBlock = 4;  // rows of W and rows of x multiplied together
+constexpr int kRowBlock = 4;                                     // rows of W and rows of x multiplied together
 constexpr int kTogether = kRegisterBytes == 64 ? kRowBlock : 1;  // rows of x whose sums are in registers
 constexpr int kRegisters = sizeof(Floats) / sizeof(RegisterFloats);
 
@@ -27,7 +27,8 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
 #pragma GCC unroll 2
           for (int v = 0; v < kRegisters; ++v) {
             const int at = c + v * kLanes / kRegisters;
-            acc[i][r][v] += load<RegisterFloats>(w + i * kPanelColumns + at) * load<RegisterFloats>(x + (r0 + r) * stride + at);
+            acc[i][r][v] +=
+                load<RegisterFloats>(w + i * kPanelColumns + at) * load<RegisterFloats>(x + (r0 + r) * stride + at);
           }
     for (int i = 0; i < kRowBlock; ++i)
       for (int r = 0; r < kRows; ++r) y[(r0 + r) * y_stride + i] += sum(load<Floats>(&acc[i][r]));
@@ -39,7 +40,8 @@ inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int6
   for (int c = 0; c < columns; c += kTile) decode(tile_at(w, row0, c0 + c), w.table, out + c, kPanelColumns);
 }
 
-inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride) {
+inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y,
+                  int64_t y_stride) {
   alignas(64) float weights[kTile * kPanelColumns] = {};
   float tail[kRowBlock];
   const int rows = int(std::min<int64_t>(kTile, w.n - row0));

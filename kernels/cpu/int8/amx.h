@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of AMX-INT8: 16 rows x 64 bytes each, and their products. With QUIP_AMX_EMULATED the same in plain C++, so that
-// what is built on them is tested on any machine (tier amx_emulated, never chosen unless asked for by name).
+// Tiles of AMX-INT8, 16 rows x 64 bytes each, and their products. With QUIP_AMX_EMULATED they are plain C++, so that
+// any machine can test what is built on them (tier amx_emulated).
 #pragma once
 #include <immintrin.h>
 
@@ -20,10 +20,12 @@ struct TileUnit {};
 inline void finish_stores(const void*) {}
 
 inline void tile_load(int t, const void* from, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) std::memcpy(emulated_tiles[t][r], static_cast<const char*>(from) + r * stride, kTileBytes);
+  for (int r = 0; r < kTileRows; ++r)
+    std::memcpy(emulated_tiles[t][r], static_cast<const char*>(from) + r * stride, kTileBytes);
 }
 inline void tile_store(int t, void* to, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, emulated_tiles[t][r], kTileBytes);
+  for (int r = 0; r < kTileRows; ++r)
+    std::memcpy(static_cast<char*>(to) + r * stride, emulated_tiles[t][r], kTileBytes);
 }
 // c[m][n] += sum over k, i < 4 of a[m][4 k + i] (signed) * b[k][4 n + i] (unsigned), 32-bit sums.
 inline void tile_multiply(int c, int a, int b) {
@@ -42,7 +44,7 @@ inline void tile_multiply(int c, int a, int b) {
 
 #else
 
-// GCC's tile instructions do not tell the compiler what memory they read: what is to be read must be there first.
+// GCC's tile instructions do not tell the compiler what memory they read, so it must be written before.
 inline void finish_stores(const void* of) { asm volatile("" ::"r"(of) : "memory"); }
 
 // Claims the tile registers of this thread for as long as it lives: all eight of full size.
@@ -66,10 +68,11 @@ struct TileUnit {
 
 #endif
 
-// sums[r][b] += panel[b] times row r of x, for `rows` rows (up to the next multiple of 16 are read and written), two blocks
-// of 16 rows of the weight, `quads` quads, a multiple of 16. Tiles: 0..3 sums, 4 and 5 rows of x, 6 and 7 blocks.
-inline void multiply_tiles(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, int64_t x_stride, int64_t rows,
-                           __m512i (*sums)[2]) {
+// sums[r][b] += panel[b] times row r of x, for `rows` rows and two blocks of 16 rows of the weight. Rows up to the next
+// multiple of 16 are read and written, and `quads` is a multiple of 16. Tiles 0..3 are sums, 4 and 5 rows of x, 6 and 7
+// blocks.
+inline void multiply_tiles(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, int64_t x_stride,
+                           int64_t rows, __m512i (*sums)[2]) {
   constexpr int64_t kSums = 2 * kTileBytes;
   const int64_t stride = 4 * x_stride;
   finish_stores(panel);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the loops of panel.h know of a format.
 //
-// A format decodes a unit, kUnitRows rows x kColumns columns of the weight in kBytes bytes, to kQuads vectors for each set
-// of rows that a vector holds. A lane of a vector is a row of the weight, and its 32 bits are a quad:
+// A format decodes a unit, kUnitRows rows x kColumns columns of the weight in kBytes bytes, to kQuads vectors for each
+// set of rows that a vector holds. A lane of a vector is a row of the weight, and its 32 bits are a quad:
 //
 //   bytes   four columns, value + kOffset          repeated   one column, whose parts are summed, kRepeat of them
 //   wide    two columns as int16                   signed     magnitudes and signs of two quads (TwoQuads)
@@ -16,8 +16,8 @@
 namespace quip {
 namespace {
 
-// What most formats have. A format derives from this, and defines kColumns, kBytes, kQuads, and kFew: up to how many rows
-// of x are multiplied while the weight is decoded. The sums are sums of (value + kOffset) / unit().
+// What most formats have. A format derives from this. It defines kColumns, kBytes, kQuads, and kFew, which is up to how
+// many rows of x are multiplied while the weight is decoded. A decoded number is weight / unit() + kOffset.
 struct FormatDefaults {
   static constexpr int kUnitRows = kTile;
   static constexpr int kOffset = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectors of panel.h on AVX2: 8 rows of the weight in a register. vpmaddubsw adds two products of bytes in 16 bits, so
-// decoded bytes must be small (at most 32, so that eight products fit); larger numbers are multiplied as int16.
+// The vectors of panel.h on AVX2: 8 rows of the weight in a register. vpmaddubsw adds two products of bytes in 16 bits.
+// So decoded bytes are at most 32, for eight products to fit, and larger numbers are multiplied as int16.
 #pragma once
 #include <immintrin.h>
 
@@ -31,10 +31,11 @@ inline Sums multiply_add(Sums sum, __m256i weights, int32_t quad) {
   return plus(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
 }
 
-// Four quads of small bytes: eight products fit 16 bits. Quads of x lie `step` apart.
+// Multiplies four quads of small bytes, of which eight products fit 16 bits. Quads of x lie `step` apart.
 inline Sums multiply_add_four(Sums sum, const __m256i* weights, const int32_t* quads, int64_t step) {
   const auto products = [&](int q) { return _mm256_maddubs_epi16(weights[q], _mm256_set1_epi32(quads[q * step])); };
-  const __m256i all = _mm256_add_epi16(_mm256_add_epi16(products(0), products(1)), _mm256_add_epi16(products(2), products(3)));
+  const __m256i all =
+      _mm256_add_epi16(_mm256_add_epi16(products(0), products(1)), _mm256_add_epi16(products(2), products(3)));
   return plus(sum, _mm256_madd_epi16(all, _mm256_set1_epi16(1)));
 }
 

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The lattice with int8 activations on AVX2, from the parts of its codes (lattice_layout.h), 32 rows x 8 columns at a time.
+// The lattice with int8 activations on AVX2, from the parts of its codes (lattice_layout.h), 32 rows x 8 columns at a
+// time.
 //
-// Few rows of x: no multiplications. A code is eight weights, but two of them have only 16 values if 5/2 is left out: signs and
-// 3/2s. So what two columns of x can contribute is tabulated once a row of x, and vpshufb looks it up for 32 rows of the weight.
-// With v = (+-(1 + 2 * [3/2]) +- [5/2] * 4) / 2 + (1 or -1) / 4 a code's product is
+// For few rows of x there are no multiplications. If 5/2 is left out, two weights of a code are signs and 3/2s, which
+// have 16 values. So what two columns of x can contribute is tabulated once per row of x, and vpshufb looks it up for
+// 32 rows of the weight. With v = (+-(1 + 2 * [3/2]) +- [5/2] * 4) / 2 + (1 or -1) / 4, the product of a code is
 //
 //     sum of 4 v x = 2 * (four look-ups of pairs + one of 5/2 + one of the shift) + sum of x
 //
-// where the shift's is 0 or minus the sum of x. Entries have 12 bits: 5 low ones and the rest are looked up and summed as bytes.
-// E81B has two look-ups: of halves, the signs of four columns each; of integers, the two components that change.
+// where that of the shift is 0 or minus the sum of x. Entries have 12 bits: the 5 low ones and the rest are looked up
+// and summed as bytes. E81B has two look-ups: the signs of four columns each, or the two components that change.
 //
-// More rows: the values as bytes (or int16 at 4 bits), put in the order of panel.h's quads by unpacking.
+// For more rows, unpacking puts the values in quads, as bytes or, at 4 bits, as int16.
 #pragma once
 #include <immintrin.h>
 
@@ -25,8 +26,8 @@ namespace {
 
 // ---- Few rows ----
 
-// Sums, a row a byte, of numbers cut in 5 low bits and the rest, the rest plus 128 a call of add. A code has at most five 3/2s,
-// so its sum is below 3303, and eight of them fit 16 bits.
+// Sums of numbers cut in 5 low bits and the rest, one byte per row. Each call of add adds 128 to the rest. A code has
+// at most five 3/2s, so its sum is below 3303, and eight of them fit 16 bits.
 struct CutSums {
   static constexpr int kLow = 5, kCalls = 8;
   __m256i low = _mm256_setzero_si256(), low_odd = low, high = low, high_odd = low;  // int16: all, and odd bytes alone
@@ -143,7 +144,8 @@ struct LatticeFew8 : FormatDefaults {
 
   // Of M rows of x, whose tables lie table_step bytes apart; stage: of the first of `units` blocks.
   template <class LookUps, int M>
-  static void add_stage(const uint8_t* stage, int64_t units, const uint8_t* tables, int64_t table_step, Sums (*sums)[4]) {
+  static void add_stage(const uint8_t* stage, int64_t units, const uint8_t* tables, int64_t table_step,
+                        Sums (*sums)[4]) {
     for (int64_t u = 0; u < units; ++u, stage += kBytes) {
       fetch(stage + kAhead * kBytes, LookUps::kStageBytes);
       CutSums cut[M];
@@ -159,13 +161,15 @@ struct LatticeFew8 : FormatDefaults {
     }
   }
 
-  // sums[r][i] = (weights of rows 8i .. 8i+7, in units, less what kOffset says) * row r of M of x, whose tables lie x_step apart.
+  // sums[r][i] = (weights of rows 8i .. 8i+7, in units, plus kOffset) * row r of x. The tables of M rows lie x_step
+  // apart.
   template <int M>
   static void sum(const uint8_t* block, int64_t units, const int32_t* x, int64_t x_step, Sums (*sums)[4]) {
     const uint8_t* tables = reinterpret_cast<const uint8_t*>(x);
     const int64_t step = x_step * int64_t(sizeof(int32_t));
     Sums second[M][4];
-    for (int r = 0; r < M; ++r) std::fill(sums[r], sums[r] + 4, no_sums()), std::fill(second[r], second[r] + 4, no_sums());
+    for (int r = 0; r < M; ++r)
+      std::fill(sums[r], sums[r] + 4, no_sums()), std::fill(second[r], second[r] + 4, no_sums());
     add_stage<E8pLookUps, M>(block, units, tables, step, sums);
     if constexpr (bits == 3) add_stage<E81bLookUps, M>(block + kE8pBytes, units, tables, step, second);
     if constexpr (bits == 4) add_stage<E8pLookUps, M>(block + kE8pBytes, units, tables, step, second);
@@ -180,7 +184,7 @@ struct LatticeFew8 : FormatDefaults {
 
 // ---- Many rows ----
 
-// As in int8_lattice.h: 4 v at 2 bits, 4 v + 2 w at 3, and at 4 bits 7 * 4 v + 2 * 4 w, which is int16.
+// As in lattice_avx512.h: 4 v at 2 bits, 4 v + 2 w at 3, and 7 * 4 v + 2 * 4 w, which is int16, at 4.
 template <int bits>
 struct Lattice8 : FormatDefaults {
   static constexpr bool kWide = bits == 4, kWhole = true;

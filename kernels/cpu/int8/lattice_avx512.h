@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lattice codes to bytes for int8 activations: 64 codes (16 rows x 32 columns) at a time, all in registers.
+// Decodes lattice codes to bytes for int8 activations, 64 codes (16 rows x 32 columns) at a time, all in registers.
 //
-// A block is 64 rows-of-table indices, then 64 sign bytes (lattice_layout.h); byte 4*row + g belongs to columns 8g .. 8g+7, so
-// component j of the 64 codes is one vector: 16 rows (32-bit lanes) x 4 columns {j, 8+j, 16+j, 24+j}.
+// Component j of the 64 codes of a block (lattice_layout.h) is one vector: 16 rows, the 32-bit lanes, x 4 columns
+// {j, 8+j, 16+j, 24+j}.
 //
-// Each component of the table of absolute vectors is 1/2, 3/2 or 5/2: d = 0, 1, 2 in two bits, four components a byte, so
-// two tables of 256 bytes hold it. In quarters, the value is 4|v| = d<<2 | 2, and both sign and shift are an exclusive or:
+// Each component of the table of absolute vectors is 1/2, 3/2 or 5/2, which is d = 0, 1, 2 in two bits. A byte holds
+// four components, so two tables of 256 bytes hold all. In quarters, 4|v| = d<<2 | 2, and both sign and shift are an
+// exclusive or:
 //
 //     4 (+-|v| +- 1/4) = (d<<2 | 2) ^ 1 ^ (shift down ? 2 : 0) ^ (negative ? 0xFC : 0)
 //
-// The parity of the signs, the sign bit of a component and the parity fix of component 7 (odd number of 3/2) are all sums
-// modulo 2 of stored bits, so GF2P8AFFINEQB, a matrix product over GF(2) in each byte, computes each in one step. d<<2
-// comes from a shift.
+// The parity of the signs, the sign bit of a component and the parity fix of component 7 (odd number of 3/2) are sums
+// modulo 2 of stored bits. So GF2P8AFFINEQB, a matrix product over GF(2) in each byte, computes each in one step.
 #pragma once
 #include <immintrin.h>
 
@@ -23,8 +23,8 @@
 namespace quip {
 namespace {
 
-// Component i of a row in few bits, where others of its byte leave room: of e8p |v| - 1/2, four a byte; of e81b 2 v as a
-// 4-bit integer, two a byte.
+// Component i of a row in its bits of a byte: |v| - 1/2 of E8P, four per byte, and 2 v of E81B as a 4-bit integer, two
+// per byte.
 constexpr uint8_t field_of(int row, int i) { return uint8_t(int(kLattice.absolute[i][row] - 0.5f) << (2 * (i % 4))); }
 constexpr uint8_t nibble_of(int row, int i) { return uint8_t((int(2 * kLattice.e81b[row][i]) & 15) << (4 * (i % 2))); }
 
@@ -39,8 +39,8 @@ struct BitMatrix {
 };
 
 struct LatticeTables8 {
-  alignas(64) uint8_t fields[2][256] = {};   // e8p: components 0..3 and 4..7, two bits each
-  alignas(64) uint8_t nibbles[4][256] = {};  // e81b: two components a byte, 2 v as a 4-bit integer
+  alignas(64) uint8_t fields[2][256] = {};   // E8P: components 0..3 and 4..7
+  alignas(64) uint8_t nibbles[4][256] = {};  // E81B: components 2 i and 2 i + 1
   long long nibble[2] = {};                  // the matrices that extend the sign of the low and the high four bits
 
   constexpr LatticeTables8() {
@@ -90,7 +90,9 @@ inline void look_up_bytes(__m512i index, const uint8_t (*tables)[256], __m512i* 
   }
 }
 
-inline __m512i shift_left(__m512i v, int bits) { return bits >= 0 ? _mm512_slli_epi16(v, bits) : _mm512_srli_epi16(v, -bits); }
+inline __m512i shift_left(__m512i v, int bits) {
+  return bits >= 0 ? _mm512_slli_epi16(v, bits) : _mm512_srli_epi16(v, -bits);
+}
 
 // 64 E8P codes: component i of all is (4 v << low) ^ flip, or the four bits 4 v >> 1 where low is -1.
 template <int low, int flip>
@@ -127,11 +129,12 @@ struct Sevenfold {
 };
 constexpr Sevenfold kSevenfold;
 
-// The lattice at 2, 3 or 4 bits. So that both stages add up to one byte, the second is divided by 2 instead of 2.04 at 3
-// bits, where a weight is (4 v + 2 w) / 4, and by 3.5 instead of 3.45 at 4, where it is (7 * 4 v + 2 * 4 w) / 28.
+// The lattice at 2, 3 or 4 bits. So that both stages add up to one byte, the second is divided by 2 instead of 2.04 at
+// 3 bits, and by 3.5 instead of 3.45 at 4. Then a weight is (4 v + 2 w) / 4, or (7 * 4 v + 2 * 4 w) / 28.
 template <int bits>
 struct Lattice8 : FormatDefaults {
-  static constexpr int kColumns = kBlockColumns, kQuads = 8, kBytes = int(block_bytes(bits)), kFew = 16, kOffset = kOffset8;
+  static constexpr int kColumns = kBlockColumns, kQuads = 8, kBytes = int(block_bytes(bits)), kFew = 16,
+                       kOffset = kOffset8;
   explicit Lattice8(const Weight&) {}
   float unit() const { return bits == 4 ? 1 / 28.0f : 1 / 4.0f; }
 

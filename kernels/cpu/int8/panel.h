@@ -2,10 +2,10 @@
 // The product with int8 activations. All products and sums are integers, so a result depends neither on threads nor on
 // other rows.
 //
-//   few rows    Each vector is multiplied as it is decoded. Or nothing is multiplied, and products are looked up in tables of
-//               each row of x (lattice_avx2.h).
-//   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache. It is multiplied with
-//               groups of up to kGroup rows of x, or with AMX (amx.h) tile by tile.
+//   few rows    Each vector is multiplied as it is decoded. Or nothing is multiplied, and products are looked up in
+//               tables of each row of x (lattice_avx2.h).
+//   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache. It is multiplied
+//               with groups of up to kGroup rows of x, or with AMX (amx.h) tile by tile.
 //
 // A vector holds 16 rows of the weight on AVX-512, and 8 on AVX2: there a block of 16 rows is two halves.
 #pragma once
@@ -30,7 +30,8 @@ struct Output {
 
 // Adds the sums of one chunk to `rows` outputs of row r; the last chunk applies the scale.
 template <class Format>
-inline void finish(const Format& format, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0, int rows) {
+inline void finish(const Format& format, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0,
+                   int rows) {
   add_sums<Format>(sum, Format::kOffset * out.totals[r * out.chunks + chunk], format.unit(), chunk == 0,
                    chunk + 1 == out.chunks, out.scales[r], rows, out.y + r * out.stride + row0);
 }
@@ -69,8 +70,8 @@ template <class Format, class Emit>
 
 // M rows of x times 32 rows of the weight, by tables.
 template <class Format, int M>
-void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, const int32_t* x, const Output& out, int64_t row0,
-                    int rows) {
+void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, const int32_t* x, const Output& out,
+                    int64_t row0, int rows) {
   const int64_t row_quads = quads_of<Format>(padded(k));
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     const int64_t begin = chunk * kChunk8 / Format::kColumns;
@@ -85,8 +86,8 @@ void tabulated_rows(const Format& format, const uint8_t* blocks, int64_t k, cons
 
 // M rows of x times as many rows of a block as one call of decode gives, from vector `first` on.
 template <class Format, int M>
-void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, const int32_t* x, const Output& out, int64_t row0,
-              int rows) {
+void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, const int32_t* x, const Output& out,
+              int64_t row0, int rows) {
   constexpr int kDecoded = vectors_of<Format>(), kPasses = kHalves / kDecoded;
   constexpr int kSplit = kHalves > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide vpdpbusd's latency
   // Each pass asks for its share of the next block: the first alone would wait for memory, while the second reads none.
@@ -101,17 +102,18 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
       if (kHalves > 1) fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
-      decode(format, block + u * Format::kBytes, first, [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
+      decode(format, block + u * Format::kBytes, first,
+             [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int r = 0; r < M; ++r) {
-          Sums& share = sum[(vector * M + r) * kSplit + quad % kSplit];
-          const int32_t* at = quads + quad * M + r;
-          if constexpr (requires { weights.quad; })
-            share = multiply_add(share, weights, at, M);
-          else
-            share = multiply_add<Format>(share, weights, *at);
-        }
-      });
+               for (int r = 0; r < M; ++r) {
+                 Sums& share = sum[(vector * M + r) * kSplit + quad % kSplit];
+                 const int32_t* at = quads + quad * M + r;
+                 if constexpr (requires { weights.quad; })
+                   share = multiply_add(share, weights, at, M);
+                 else
+                   share = multiply_add<Format>(share, weights, *at);
+               }
+             });
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M * kDecoded; ++i) {
@@ -174,7 +176,8 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
       const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
       for (int64_t u0 = begin; u0 < end; u0 += kUnits) {
         const int64_t units = std::min(kUnits, end - u0);
-        for (int b = 0; kHalves > 1 && b < count; ++b) fetch(blocks[b] + (u0 + units) * Format::kBytes, kUnits * Format::kBytes);
+        for (int b = 0; kHalves > 1 && b < count; ++b)
+          fetch(blocks[b] + (u0 + units) * Format::kBytes, kUnits * Format::kBytes);
         for (int first = 0; first < count * kHalves; first += vectors_of<Format>())
           for (int64_t u = 0; u < units; ++u)
             decode(format, blocks[first / kHalves] + (u0 + u) * Format::kBytes, first % kHalves,
@@ -191,20 +194,20 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
           const int64_t in_group = std::min(group, m - r);
           const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;
           for (int vector = 0; vector < count * kHalves; vector += 2)
-            multiply_group<Format>(int(in_group), panel[vector], kDepth, units * Format::kQuads, quads, sums[r - m0] + vector);
+            multiply_group<Format>(int(in_group), panel[vector], kDepth, units * Format::kQuads, quads,
+                                   sums[r - m0] + vector);
         }
       }
       for (int64_t r = m0; r < m1; ++r)
         for (int row = 0; row < rows; row += kRowsOfSums)
-          finish(format, sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row,
-                         std::min(kRowsOfSums, rows - row));
+          finish(format, sums[r - m0][row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
     }
   }
 }
 
 // Rows row0 .. row0 + 31 of the weight times m rows of x.
-inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const float* scales, const int32_t* totals, int64_t m,
-                       float* y, int64_t y_stride) {
+inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const float* scales, const int32_t* totals,
+                       int64_t m, float* y, int64_t y_stride) {
   const int32_t* x = reinterpret_cast<const int32_t*>(x8);
   const Output out{scales, totals, (padded(w.k) + kChunk8 - 1) / kChunk8, y, y_stride};
   const int rows = int(std::min<int64_t>(2 * kTile, w.n - row0)), count = (rows + kTile - 1) / kTile;
@@ -213,8 +216,10 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
     const Format format(w);
     const uint8_t* first = w.packed + row0 / Format::kUnitRows * row_bytes<Format>(w.k);
     if constexpr (Format::kTabulated) {
-      with_count<Format::kFew>(m, [&](auto count) { tabulated_rows<Format, count>(format, first, w.k, x, out, row0, rows); });
-    } else if (const uint8_t* blocks[2] = {first, first + (count > 1 ? row_bytes<Format>(w.k) : 0)}; m <= Format::kFew) {
+      with_count<Format::kFew>(
+          m, [&](auto count) { tabulated_rows<Format, count>(format, first, w.k, x, out, row0, rows); });
+    } else if (const uint8_t* blocks[2] = {first, first + (count > 1 ? row_bytes<Format>(w.k) : 0)};
+               m <= Format::kFew) {
       constexpr int kRows = vectors_of<Format>() * kRowsOfSums;
       for (int row = 0; row < rows; row += kRows)
         with_count<Format::kFew>(m, [&](auto rows_of_x) {

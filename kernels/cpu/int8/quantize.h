@@ -48,7 +48,8 @@ inline uint32_t largest_bits(const float* x, int64_t count) {
 }
 
 // Row r of m: x[0..k) to int8. x has padded(k) floats, zero beyond k. totals: the sum of q of each kChunk8 columns.
-inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m, int8_t* out, float* scale, int32_t* totals) {
+inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m, int8_t* out, float* scale,
+                          int32_t* totals) {
   const int64_t columns = padded(w.k);
   const uint32_t bits = largest_bits(x, columns);
   float largest;

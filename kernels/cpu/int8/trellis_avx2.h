@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Trellis codes to small integers on AVX2, a half (8 rows) of a tile of 16 rows at a time; lane = row.
+// Decodes trellis tiles for int8 activations on AVX2, a half of a tile (8 rows, the lanes) at a time.
 //
-// Values are those of trellis_avx512.h, save that what does not fit a small byte is int16, or a magnitude and a sign.
+// The numbers are those of trellis_avx512.h, but what does not fit a small byte is int16, or a magnitude and a sign.
 #pragma once
 #include <immintrin.h>
 
@@ -18,13 +18,14 @@ namespace {
 
 [[gnu::always_inline]] inline __m256i upper_bytes() { return _mm256_set1_epi16(short(0xFF00)); }
 
-// Bytes of a quad as int16: columns 0 and 2, then 1 and 3.
+// Bytes of a quad as int16: of columns 0 and 2, and of 1 and 3.
 [[gnu::always_inline]] inline __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
 [[gnu::always_inline]] inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
-// Where a column goes that lies in byte `place` of the quads.
+// Where a column goes then that lies in byte `place` of the quads.
 inline int wide_place(int place) { return place / 4 * 4 + place % 2 * 2 + place % 4 / 2; }
 
-// Lane rrr = the run of 32 positions of rows rrr and rrr + 8: half(j) = its bits 16 j .. 16 j + 31, wrapping into the next.
+// Lane rrr is the run of 32 positions of rows rrr and rrr + 8. half(j) is its bits 16 j .. 16 j + 31, which go on in
+// the next run.
 template <int bits>
 struct Runs {
   __m256i word[bits + 1];  // bits 32 j .. 32 j + 31
@@ -33,8 +34,9 @@ struct Runs {
     __m256i part[bits];
     for (int s = 0; s < bits; ++s) {
       const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile) + s);
-      part[s] = _mm256_shuffle_epi8(words, _mm256_add_epi8(swap, _mm256_broadcastsi128_si256(_mm_setr_epi8(
-                                               0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12))));
+      part[s] =
+          _mm256_shuffle_epi8(words, _mm256_add_epi8(swap, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                                               0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12))));
     }
     for (int j = 0; j < bits; ++j) {  // word bits * rrr + j, from whichever part holds it
       const Ints at = lanes<Ints>([&](int lane) { return bits * (lane % 8) + j; });
@@ -52,15 +54,13 @@ struct Runs {
     return _mm256_or_si256(_mm256_slli_epi32(word[j / 2], 16), _mm256_srli_epi32(word[j / 2 + 1], 16));
   }
   // The 16 bits from `offset` at the top or the bottom of each lane, beside others.
-  [[gnu::always_inline]] __m256i at_top(int offset) const {
-    return _mm256_slli_epi32(half(offset / 16), offset % 16);
-  }
+  [[gnu::always_inline]] __m256i at_top(int offset) const { return _mm256_slli_epi32(half(offset / 16), offset % 16); }
   [[gnu::always_inline]] __m256i at_bottom(int offset) const {
     return _mm256_srli_epi32(half(offset / 16), 16 - offset % 16);
   }
 };
 
-// Codes of one weight a state.
+// Codes of one weight per state.
 template <int bits>
 struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
@@ -96,7 +96,7 @@ struct OneMadSums : Windows<bits> {
   }
 };
 
-// For few rows: vpmaddwd with the activation twice multiplies and sums.
+// For few rows. The activation is there twice, so vpmaddwd multiplies and sums.
 template <int bits>
 struct OneMad8 : OneMadSums<bits> {
   static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
@@ -104,11 +104,12 @@ struct OneMad8 : OneMadSums<bits> {
   explicit OneMad8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
-    this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) { emit(8 * C + 2 * cc + c, this->sums(state)); });
+    this->template states<half>(
+        tile, [&](int cc, int C, int c, __m256i state) { emit(8 * C + 2 * cc + c, this->sums(state)); });
   }
 };
 
-// For many rows: two columns of int16 a lane.
+// For many rows: two columns of int16 per lane.
 template <int bits>
 struct OneMad16 : OneMadSums<bits> {
   static constexpr int kQuads = 8, kFew = 0;
@@ -129,7 +130,7 @@ struct OneMad16 : OneMadSums<bits> {
   static int place(int column) { return column; }
 };
 
-// 3INST and LUT: two columns of int16 a lane, as value() gives them in the low half of each lane.
+// 3INST and LUT: two columns of int16 per lane. Value gives them in the low half of each lane.
 template <int bits, class Value>
 struct Wide : Windows<bits>, Value {
   static constexpr int kQuads = 8, kFew = 4;
@@ -177,8 +178,8 @@ using ThreeInst16 = Wide<bits, ThreeInstValue>;
 template <int bits>
 using Lut16 = Wide<bits, LutValue>;
 
-// Index of bytes: of the two lanes of one rrr, each with `bits` words, to pairs of equal words. The last rrr of a tile is read
-// from earlier on, so that nothing beyond the tile is.
+// The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
+// of a tile is read from earlier on, so that nothing beyond the tile is read.
 template <int bits>
 struct EqualWords {
   uint8_t bytes[2][32] = {};
@@ -191,7 +192,7 @@ struct EqualWords {
   }
 };
 
-// Of a tile, in 16-bit lanes: lane 2 rrr + e has the `bits` words of eight states of HYB, those of cc = 2 e and 2 e + 1.
+// HYB's words of a tile. The 16-bit lane 2 rrr + e has the `bits` words of eight states, those of cc = 2 e and 2 e + 1.
 template <int bits>
 struct HybWords {
   __m256i word[bits + 1];  // the last is the first of the next lane
@@ -199,8 +200,10 @@ struct HybWords {
     if constexpr (bits == 1) {
       word[0] = bytes_at(tile);
     } else if constexpr (bits == 2) {
-      const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-      const __m256i first = _mm256_shuffle_epi8(bytes_at(tile), apart), second = _mm256_shuffle_epi8(bytes_at(tile + 32), apart);
+      const __m256i apart =
+          _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+      const __m256i first = _mm256_shuffle_epi8(bytes_at(tile), apart),
+                    second = _mm256_shuffle_epi8(bytes_at(tile + 32), apart);
       word[0] = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(first, second), 0xD8);
       word[1] = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(first, second), 0xD8);
     } else {  // rrr and rrr + 4 to dwords of equal words, which are then transposed
@@ -233,7 +236,7 @@ struct HybWords {
   }
 };
 
-// Bytes as magnitudes, and what is negative where they are; zero only where they are.
+// Bytes as magnitudes and signs. A sign is negative where the byte is, and zero only where the byte is.
 struct Signed8 {
   __m256i magnitude, sign;
   [[gnu::always_inline]] __m256i value() const { return _mm256_sign_epi8(magnitude, sign); }
@@ -241,19 +244,21 @@ struct Signed8 {
     return _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(quad), sign));
   }
 };
-// Of two quads; four products of small ones fit 16 bits.
+// Two quads. Four products of small bytes fit 16 bits.
 template <bool small>
 struct TwoQuads {
   Signed8 quad[2];
 };
 template <bool small>
-[[gnu::always_inline]] inline __m256i multiply_add(__m256i sum, const TwoQuads<small>& weights, const int32_t* x, int64_t step) {
-  const __m256i first = weights.quad[0].times(x[0]), second = weights.quad[1].times(x[step]), ones = _mm256_set1_epi16(1);
+[[gnu::always_inline]] inline __m256i multiply_add(__m256i sum, const TwoQuads<small>& weights, const int32_t* x,
+                                                   int64_t step) {
+  const __m256i first = weights.quad[0].times(x[0]), second = weights.quad[1].times(x[step]),
+                ones = _mm256_set1_epi16(1);
   if constexpr (small) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(first, second), ones));
   return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones)));
 }
 
-// A table that is a grid (formats/trellis_codes.py): bits 9..6 of the hash choose a point, 12..10 and 13 a line, 13 the points.
+// A table that is a grid (trellis_avx512.h).
 struct HybGrid {
   static constexpr int kFew = 4, kUnits = 2;  // magnitudes of up to 126 are even: 63 are left
   static constexpr bool kSmall = true;
@@ -269,15 +274,16 @@ struct HybGrid {
   static __m256i both(const uint8_t* p) { return _mm256_broadcastsi128_si256(load<__m128i>(p)); }
   [[gnu::always_inline]] void look_up(__m256i bits13_6, __m256i bits15_8, Signed8* value) const {
     const __m256i other = _mm256_xor_si256(bits13_6, splat8(-128));  // with bit 13 set a look-up gives 0
-    value[0].magnitude = _mm256_or_si256(_mm256_shuffle_epi8(points[0], bits13_6), _mm256_shuffle_epi8(points[1], other));
+    value[0].magnitude =
+        _mm256_or_si256(_mm256_shuffle_epi8(points[0], bits13_6), _mm256_shuffle_epi8(points[1], other));
     value[1].magnitude = _mm256_shuffle_epi8(lines, high_nibbles(bits13_6));
     value[0].sign = _mm256_or_si256(bits15_8, splat8(1));
     value[1].sign = _mm256_add_epi8(value[0].sign, value[0].sign);  // bit 14, and not 0
   }
 };
 
-// Any table. A look-up is one of 128 bytes: 8 of 16, of which those that index - 16 p has passed give 0. So the eighths hold
-// differences (by exclusive or) from the one before.
+// Any table. A look-up in 128 bytes is 8 look-ups in 16, of which those that index - 16 p has passed give 0. So each
+// eighth holds its difference, by exclusive or, from the one before.
 struct HybTable {
   static constexpr int kFew = 1, kUnits = 1;
   static constexpr bool kSmall = false;
@@ -302,7 +308,8 @@ struct HybTable {
     const __m256i bit14 = _mm256_add_epi8(bits15_8, bits15_8);
     for (int c = 0; c < 2; ++c) {
       const __m256i* quarter = found + 4 * c;
-      const __m256i v = select(select(quarter[0], quarter[1], bits13_6), select(quarter[2], quarter[3], bits13_6), bit14);
+      const __m256i v =
+          select(select(quarter[0], quarter[1], bits13_6), select(quarter[2], quarter[3], bits13_6), bit14);
       value[c].sign = c ? v : _mm256_sign_epi8(v, _mm256_or_si256(bits15_8, splat8(1)));
       value[c].magnitude = _mm256_abs_epi8(v);
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Trellis tiles to bytes for int8 activations, in registers, from the checkpoint's own order.
+// Decodes trellis tiles for int8 activations, in registers, from the checkpoint's own order.
 //
-// Position t of a tile = rrr cc C R c (formats/tile.py). The 16 lanes of a vector are the 16 rows (rrr, R) of the tile.
-// The bit stream is big-endian in 16-bit words, so stream byte i is memory byte i ^ 1.
+// The bits of position t of a tile are rrr cc C R c (formats/tile.py). The 16 lanes of a vector are the rows (rrr, R)
+// of the tile. The stream is big-endian in 16-bit words (float/decode_trellis.h), so its byte i is byte i ^ 1 in
+// memory.
 #pragma once
 #include <immintrin.h>
 
@@ -19,7 +20,8 @@ struct TileBytes {
   explicit TileBytes(const uint8_t* tile) {
     if constexpr (bits == 1) low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
     if constexpr (bits >= 2) low = _mm512_loadu_si512(tile);
-    if constexpr (bits == 3) high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 64)));
+    if constexpr (bits == 3)
+      high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 64)));
     if constexpr (bits == 4) high = _mm512_loadu_si512(tile + 64);
   }
   __m512i pick(__m512i index) const {
@@ -38,14 +40,16 @@ struct StreamBytes {
       for (int b = 0; b < 64; ++b) index[v][b] = uint8_t(stream(v, b) % (32 * bits) ^ 1);
   }
 };
-// Of one weight a state: qword rrr of vector cc = the 64 bits from position (rrr, cc, 0), most significant byte last.
+// For one weight per state: qword rrr of vector cc is the 64 bits from position (rrr, cc, 0), most significant byte
+// last.
 template <int bits>
 constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; }};
-// Of HYB: word (rrr, cc) of vector d = the 16 bits from position (rrr, cc, 0), d words later.
+// For HYB: word (rrr, cc) of vector d is the 16 bits that lie d words behind position (rrr, cc, 0).
 template <int bits>
-constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{[](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
+constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{
+    [](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
-// Codes of one weight a state.
+// Codes of one weight per state.
 template <int bits>
 struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
@@ -55,7 +59,9 @@ struct Windows : FormatDefaults {
     for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
       const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
-      const auto bytes = [](int offset) { return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8; };
+      const auto bytes = [](int offset) {
+        return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8;
+      };
       window[i] = _mm512_set1_epi64((long long)(bytes(first) | bytes(second) << 32));
     }
   }
@@ -81,7 +87,7 @@ inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
   return _mm512_add_epi32(_mm512_mullo_epi32(state, _mm512_set1_epi32(int(factor))), _mm512_set1_epi32(int(term)));
 }
 
-// For few rows: vpdpbusd of the products with the activation repeated in the four bytes of a lane multiplies and sums.
+// For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes of y.
 template <int bits>
 struct OneMad8 : Windows<bits> {
   static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = kOneMadMean;
@@ -96,7 +102,7 @@ struct OneMad8 : Windows<bits> {
   }
 };
 
-// Two columns of int16 a lane, multiplied by vpdpwssd; Value gives them in the low half of each lane.
+// Two columns of int16 per lane, multiplied by vpdpwssd. Value gives them in the low half of each lane.
 template <int bits, class Value, int few>
 struct Wide : Windows<bits>, Value {
   static constexpr int kQuads = 8, kFew = few;
@@ -129,7 +135,8 @@ struct ThreeInstValue {
   explicit ThreeInstValue(const Weight&) {}
   float unit() const { return kThreeInstUnit; }
   static __m512 widened(__m512i half_on_top) {  // (shifted & kept) ^ flipped
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srai_epi32(half_on_top, 3), _mm512_set1_epi32(kThreeInstKept),
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srai_epi32(half_on_top, 3),
+                                                         _mm512_set1_epi32(kThreeInstKept),
                                                          _mm512_set1_epi32(kThreeInstFlipped), 0x6A));
   }
   __m512i value(__m512i state) const {
@@ -153,11 +160,12 @@ using ThreeInst16 = Wide<bits, ThreeInstValue, 4>;
 template <int bits>
 using Lut16 = Wide<bits, LutValue, 4>;
 
-// HYB: h = x^2 + x; table row = bits 14..6 of h; bit 15 negates component 0. Everything fits 16 bits, and two registers
-// hold the 64 states of C. The table is in bytes (value / unit + 128), component by component.
+// HYB: bits 14..6 of h = x^2 + x are the row of the table, and bit 15 negates component 0. Everything fits 16 bits, and
+// two registers hold the 64 states of C. The table is in bytes, value / unit + 128, component by component.
 inline __m512i negate8(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }
 
-// A table that is a grid (formats/trellis_codes.py): bits 9..6 of the hash choose a point, 12..10 and 13 a line, 13 the points.
+// A table that is a grid (formats/trellis_codes.py). Bits 9..6 of the hash choose a point, bits 12..10 and 13 choose a
+// line, and bit 13 chooses the points.
 struct HybGrid {
   static constexpr int kFew = 16;
   __m512i points[2], lines;
@@ -171,7 +179,8 @@ struct HybGrid {
   void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
     const __m512i nibble = _mm512_set1_epi8(15), point = _mm512_and_si512(bits13_6, nibble);
     const __m512i line = _mm512_and_si512(_mm512_srli_epi16(bits13_6, 4), nibble);
-    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6), bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
+    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6),
+                    bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
     value[0] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(points[0], point), bit13, points[1], point);
     value[1] = negate8(bit14, _mm512_shuffle_epi8(lines, line));
   }
@@ -185,7 +194,8 @@ struct HybTable {
     for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(table8 + 64 * i);
   }
   void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
-    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6), bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
+    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6),
+                    bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
 #pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
       const auto rows = [&](int i) { return _mm512_permutex2var_epi8(part[c][i], bits13_6, part[c][i + 1]); };

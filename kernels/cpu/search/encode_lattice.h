@@ -8,8 +8,8 @@
 namespace quip {
 namespace {
 
-// For each shift, signs follow y = x - shift; where a row then flips an odd number of components, the cheapest flip
-// (smallest |y_i| |T_i|) is undone. Score = <y, v> - |v|^2 / 2, so the distance is |y|^2 - 2 score.
+// For each shift, the signs follow y = x - shift. Where a row then flips an odd number of components, the cheapest flip
+// (smallest |y_i| |T_i|) is undone. The score is <y, v> - |v|^2 / 2, so the distance is |y|^2 - 2 score.
 inline int16_t encode_lattice(const float* x) {
   float best_distance = INFINITY;
   int best_code = 0;
@@ -48,7 +48,8 @@ inline int16_t encode_lattice(const float* x) {
     int row = best_row[lane], flips = 0, cheapest = 0;
     for (int i = 0; i < 8; ++i) {
       if ((y[i] < 0) != (kLattice.rows[row][i] < 0)) flips ^= 1 << LatticeTables::kSignBit[i];
-      if (magnitude[i] * kLattice.absolute[i][row] < magnitude[cheapest] * kLattice.absolute[cheapest][row]) cheapest = i;
+      if (magnitude[i] * kLattice.absolute[i][row] < magnitude[cheapest] * kLattice.absolute[cheapest][row])
+        cheapest = i;
     }
     if (__builtin_popcount(flips) & 1) flips ^= 1 << LatticeTables::kSignBit[cheapest];
     best_code = row << 8 | (flips ^ parity);

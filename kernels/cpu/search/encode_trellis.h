@@ -9,7 +9,7 @@
 namespace quip {
 namespace {
 
-// Vectors that cross a line of the cache would be two accesses.
+// Memory is aligned to lines of the cache: a vector that crosses one is two accesses.
 struct alignas(64) Line {
   uint8_t bytes[64];
 };
@@ -51,7 +51,8 @@ void encode_steps(const float* targets, int64_t count, const float* values, int 
   }
 }
 
-inline void encode_trellis(const float* targets, int64_t count, const float* values, int step_bits, int dim, int32_t* states) {
+inline void encode_trellis(const float* targets, int64_t count, const float* values, int step_bits, int dim,
+                           int32_t* states) {
   if (dim == 1) encode_steps<1>(targets, count, values, step_bits, states);
   if (dim == 2) encode_steps<2>(targets, count, values, step_bits, states);
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tail-biting Viterbi search over the bitshift trellis (QTIP, arXiv 2406.11235, section 3.1 and algorithm 4).
 //
-// With KV bits a step, the 2^KV predecessors of state t are (t >> KV) + c * G, G = 65536 >> KV, c < 2^KV, so the 2^KV
-// states t that share t >> KV = g (a group) share the best predecessor: one minimum a group, then 2^KV new costs.
+// With KV bits per step, the 2^KV predecessors of state t are (t >> KV) + c * G, where G = 65536 >> KV and c < 2^KV.
+// The 2^KV states t of a group, which share t >> KV = g, share the best predecessor. So a step takes one minimum per
+// group, and then 2^KV new costs.
 #pragma once
 #include <utility>
 
@@ -12,12 +13,12 @@
 namespace quip {
 namespace {
 
-typedef uint8_t LaneBytes __attribute__((vector_size(kRegisterLanes)));  // one a lane
+typedef uint8_t LaneBytes __attribute__((vector_size(kRegisterLanes)));  // one byte per lane
 
 constexpr float kForbidden = 1e30f;
 
-// Where the cost of a state lies. The predecessors of a group are read G apart; with 16 of them that is a multiple of
-// 4 KiB, which would put them all in one set of the first-level cache: a gap after each 4096 states spreads them.
+// Where the cost of a state lies. The predecessors of a group lie G apart. With 16 of them that is a multiple of 4 KiB,
+// which would put them all in one set of the first-level cache, so a gap after each 4096 states spreads them.
 inline int64_t place(int64_t state) { return state + (state >> 12) * 32; }
 
 struct Search {
@@ -69,7 +70,7 @@ void step(const Search& s, const float* x, uint8_t* choice) {
   }
 }
 
-// The best last state (of those that agree with the overlap, if there is one) and the way back from it.
+// Finds the best last state, of those that agree with the overlap if there is one, and the way back from it.
 template <int KV, int kSteps, class Cost>
 void trace_back(const Cost* cost, const uint8_t* choice, int64_t overlap, int32_t* states) {
   constexpr int64_t kGroups = kStates >> KV;
@@ -83,8 +84,8 @@ void trace_back(const Cost* cost, const uint8_t* choice, int64_t overlap, int32_
   }
 }
 
-// One search over `target`, rotated by `first` steps. overlap >= 0 forces the state before the first step and the last
-// state to agree in the 16 - KV bits they share. Writes states in the order searched.
+// Searches `target`, rotated by `first` steps, and writes the states in that order. overlap >= 0 forces the state
+// before the first step and the last state to agree in the 16 - KV bits that they share.
 template <int KV, int V>
 void search(Search s, const float* target, int first, int64_t overlap, int32_t* states) {
   constexpr int64_t kGroups = kStates >> KV;

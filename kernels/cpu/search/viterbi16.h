@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search of viterbi.h with 16-bit costs, for AVX2 and AVX-512BW: twice the states in a register, and half the memory traffic.
+// The search of viterbi.h with 16-bit costs, for AVX2 and AVX-512BW: twice the states in a register, and half the
+// memory traffic.
 //
-// Values and targets are integers of kUnit-th parts of the largest value; d = x - v saturates; a branch costs
-// round(d^2 / 2^15), with d doubled first from 3 bits on, where errors are small. Costs saturate at 65535, and the
-// smallest cost is taken off at each step, except while states may still be forbidden (65535). A tile whose result does
-// not start where it must (a target far outside the code's range) is searched again in floats. The integers are the same
-// on every tier.
+// Values and targets are integers, in units of the largest value / kUnit. d = x - v saturates. A branch costs round(d^2
+// / 2^15), where d is doubled first from 3 bits on, because errors are small there. Costs saturate at 65535. The
+// smallest cost is taken off at each step, except while states may still be forbidden (65535). A tile whose walk does
+// not close, since a target is far outside the code's range, is searched again in floats. All tiers compute the same
+// integers.
 #pragma once
 #if defined(__AVX2__)
 #define QUIP_COSTS16
@@ -56,7 +57,7 @@ inline void store_bytes(uint8_t* out, Wide16 v) {
 }
 #endif
 
-// Lane j = best[(i * kWide + j) >> KV]: what the successors of those groups start from.
+// Lane j is best[(i * kWide + j) >> KV], the cost that the successors of a group start from.
 template <int KV>
 struct Spread16 {
   static constexpr int kVectors = 1 << KV < kWide ? 1 << KV : 1;
@@ -75,7 +76,8 @@ struct Spread16 {
 #if defined(__AVX512BW__)
     return _mm512_permutexvar_epi16(index[i], best);
 #else
-    const Wide16 half = (i * kWide >> KV) < 8 ? _mm256_permute2x128_si256(best, best, 0x00) : _mm256_permute2x128_si256(best, best, 0x11);
+    const Wide16 half = (i * kWide >> KV) < 8 ? _mm256_permute2x128_si256(best, best, 0x00)
+                                              : _mm256_permute2x128_si256(best, best, 0x11);
     return _mm256_shuffle_epi8(half, index[i]);
 #endif
   }
@@ -104,11 +106,13 @@ inline uint16_t smallest(Wide16 v) {
   return *std::min_element(lane, lane + kWide);
 }
 
-// Of kWide groups from g on: the best of what cost(c) says of their predecessors, less `taken_off`, to `choice`, and the costs of
-// their successors to out(state). lowest: the least of these, lane by lane.
+// A step of kWide groups from g on. cost(c) gives the costs of their predecessors. The best predecessor goes to
+// `choice`, its cost loses `taken_off`, and the costs of the successors go to out(state). `lowest` gets their least,
+// lane by lane.
 template <int KV, int V, bool kDouble, class Cost, class Out>
-[[gnu::always_inline]] inline void groups16(const int16_t* values, const Wide16* x, const Spread16<KV>& spread, int64_t g, Cost cost,
-                                            Wide16 taken_off, uint8_t* choice, Out out, Wide16& lowest) {
+[[gnu::always_inline]] inline void groups16(const int16_t* values, const Wide16* x, const Spread16<KV>& spread,
+                                            int64_t g, Cost cost, Wide16 taken_off, uint8_t* choice, Out out,
+                                            Wide16& lowest) {
   constexpr int kBranches = 1 << KV;
   Wide16 best = cost(0), chosen = {};
 #pragma GCC unroll 16
@@ -131,7 +135,7 @@ template <int KV, int V, bool kDouble, class Cost, class Out>
   }
 }
 
-// Returns the smallest new cost. `taken_off` is subtracted from every old one.
+// Returns the smallest new cost. `taken_off` comes off every old one.
 template <int KV, int V, bool kDouble>
 uint16_t step16(const Search16& s, const Wide16* x, uint16_t taken_off, uint8_t* choice) {
   constexpr int64_t kGroups = kStates >> KV;
@@ -139,13 +143,13 @@ uint16_t step16(const Search16& s, const Wide16* x, uint16_t taken_off, uint8_t*
   Wide16 lowest = splat16(-1);
   for (int64_t g = 0; g < kGroups; g += kWide)
     groups16<KV, V, kDouble>(
-        s.values, x, spread, g, [&](int c) { return load<Wide16>(s.cost + place(c * kGroups + g)); }, splat16(taken_off), choice,
-        [&](int64_t state) { return s.next + place(state); }, lowest);
+        s.values, x, spread, g, [&](int c) { return load<Wide16>(s.cost + place(c * kGroups + g)); },
+        splat16(taken_off), choice, [&](int64_t state) { return s.next + place(state); }, lowest);
   return smallest(lowest);
 }
 
-// Two steps, with targets x[0..V) and x[V..2V). The predecessors of a run of groups in the second are the successors of one run for
-// each c in the first: the costs between stay in the first-level cache.
+// Two steps, with targets x[0..V) and x[V..2V). The predecessors of a run of groups in the second step are the
+// successors of one run for each c in the first, so the costs between the steps stay in the first-level cache.
 template <int KV, int V, bool kDouble>
 uint16_t two_steps16(const Search16& s, const Wide16* x, uint16_t taken_off, uint8_t* choice) {
   constexpr int kBranches = 1 << KV;
@@ -157,13 +161,13 @@ uint16_t two_steps16(const Search16& s, const Wide16* x, uint16_t taken_off, uin
     for (int before = 0; before < kBranches; ++before) {
       const int64_t g = before * kRuns + run;
       groups16<KV, V, kDouble>(
-          s.values, x, spread, g, [&](int c) { return load<Wide16>(s.cost + place(c * kGroups + g)); }, splat16(taken_off), choice,
-          [&](int64_t state) { return between[before] + (state - (g << KV)); }, unused);
+          s.values, x, spread, g, [&](int c) { return load<Wide16>(s.cost + place(c * kGroups + g)); },
+          splat16(taken_off), choice, [&](int64_t state) { return between[before] + (state - (g << KV)); }, unused);
     }
     for (int i = 0; i < kBranches; ++i)
       groups16<KV, V, kDouble>(
-          s.values, x + V, spread, (run << KV) + i * kWide, [&](int c) { return load<Wide16>(between[c] + i * kWide); }, splat16(0),
-          choice + kGroups, [&](int64_t state) { return s.next + place(state); }, lowest);
+          s.values, x + V, spread, (run << KV) + i * kWide, [&](int c) { return load<Wide16>(between[c] + i * kWide); },
+          splat16(0), choice + kGroups, [&](int64_t state) { return s.next + place(state); }, lowest);
   }
   return smallest(lowest);
 }
@@ -196,7 +200,7 @@ void search16(Search16 s, const int16_t* target, int first, int64_t overlap, int
   trace_back<KV, kSteps>(s.cost, s.choice, overlap, states);
 }
 
-// Values to integers; returns how many of them are 1.
+// Rounds values to integers, and returns which integer 1 would be.
 inline float to_integers(const float* values, int64_t count, int16_t* out) {
   float largest = 0;
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread block of decode_gemm is made of. quip_vllm/ops/cuda_layout.py and cuda_shapes.py repeat the numbers
+// that the choice of thread blocks needs, and a test compares them.
+//
+// A thread block has warps_n * kWarpsK warps. Warp (i, j) has tiles 2 i and 2 i + 1 of the block, and the chunks whose
+// number is j modulo kWarpsK. In a stage of the pipeline a warp takes `depth` chunks.
+#pragma once
+#include "layout.h"
+
+namespace quip {
+
+constexpr int kWarpsK = 2;     // warps that share an output and take every other chunk
+constexpr int kRowTiles = 2;   // tiles that a warp decodes side by side
+constexpr int kRowBlock = 64;  // rows of x that a thread block multiplies
+
+// The depths where there is a choice: deep spares barriers, shallow spares shared memory.
+constexpr int kDeep = 4, kShallow = 2;
+constexpr int kNever = 1 << 10;  // a depth that no kernel has
+
+constexpr int kSpare = kWarpsK * kDeep;  // chunks behind a layer's last that the last stage copies and does not use
+
+// Column tiles of 8 rows of x that a kernel is compiled for.
+constexpr int column_tiles_of(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 8; }
+
+// 256 threads leave a thread the registers for more sums, or for more loads.
+template <class Code>
+constexpr int max_threads(int column_tiles) {
+  return column_tiles > 2 || Code::kGathers ? 256 : 512;
+}
+
+// Thread blocks for which a multiprocessor must have registers.
+template <class Code>
+constexpr int least_blocks(int column_tiles, int depth) {
+  return column_tiles == 1 && depth >= Code::kLightDepth ? 2 : 1;
+}
+
+// Whether depth is kShallow or kDeep; else it is 1.
+template <class Code>
+constexpr bool has_depths(int column_tiles) {
+  return column_tiles <= 2 && Code::bits <= 4 && !Code::kGathers;
+}
+
+// Whether there is a kernel for such thread blocks.
+template <class Code>
+constexpr bool is_compiled(int rows, int warps_n, int depth) {
+  const int column_tiles = column_tiles_of(rows);
+  const bool power = warps_n > 0 && (warps_n & (warps_n - 1)) == 0;
+  return power && warps_n * kWarpsK * kLanes <= max_threads<Code>(column_tiles) &&
+         (has_depths<Code>(column_tiles) ? depth == kShallow || depth == kDeep : depth == 1);
+}
+
+}  // namespace quip

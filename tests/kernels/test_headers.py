@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each header of kernels/ compiles alone, and the numbers that Python repeats are those of the kernels."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from quip_vllm.formats.tile import TILE
+from quip_vllm.ops import cuda_layout, cuda_shapes
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+COMMAND = ("g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-fconstexpr-ops-limit=200000000")
+CMAKE = (KERNELS / "CMakeLists.txt").read_text()
+
+
+def flags(tier):
+    """A tier's compiler flags, as CMakeLists.txt sets them."""
+    found = re.search(rf"set\(FLAGS_{tier} (.*)\)", CMAKE)
+    words = found[1].split() if found else []
+    return [flag for word in words for flag in (flags(word[8:-1]) if word.startswith("${FLAGS_") else [word])]
+
+
+def serves(path, tier):
+    """Whether a header is for a tier: some are for one width of vector, and int8/ is for all but the portable one."""
+    if path.stem.endswith("_avx2"):
+        return tier == "avx2"
+    if path.stem.endswith("_avx512") or path.stem == "amx":
+        return tier == "avx512_vnni"
+    return True
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tier", ["portable", "avx2", "avx512_vnni"])
+def test_headers_of_the_cpu_compile_alone(tier):
+    headers = [path for path in sorted(KERNELS.rglob("cpu/**/*.h")) if serves(path, tier)]
+    amx = ["-DQUIP_AMX_EMULATED"] if tier == "avx512_vnni" else []
+    result = subprocess.run([*COMMAND, *flags(tier), *amx, *headers], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.exhaustive
+def test_headers_of_the_gpu_compile_alone():
+    headers = [path for path in sorted((KERNELS / "cuda").glob("*.h")) if path.stem != "ptx"]
+    result = subprocess.run([*COMMAND, *headers], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_python_repeats_the_numbers_of_the_kernels():
+    text = "".join((KERNELS / "cuda" / name).read_text() for name in ("layout.h", "thread_block.h"))
+    number = {
+        name: eval(value, {}, {"kWarpsK": 2, "kDeep": 4}) for name, value in re.findall(r"(k\w+) = ([\w *]+)[;,]", text)
+    }
+    assert (number["kTile"], number["kChunk"], number["kLanes"]) == (TILE, cuda_layout.CHUNK, cuda_layout.LANES)
+    assert (number["kWarpsK"], number["kRowTiles"]) == (cuda_shapes.WARPS_K, cuda_shapes.ROW_TILES)
+    assert (number["kSpare"], number["kRowBlock"]) == (cuda_layout.SPARE_CHUNKS, cuda_shapes.ROWS[-1])
