@@ -7,7 +7,7 @@
 # Steps, all by default:
 #   machine     GPU, driver, compiler, commit, what the doctor says
 #   build       the CUDA library, from these sources
-#   results     tests/ops/test_device.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile, tuning
+#   results     tests/ops/test_gpu.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile, tuning
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
 #   bench       scripts/bench/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth
 #   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model
@@ -52,11 +52,11 @@ machine() {
   $python -m quip_vllm.cli doctor
 }
 build() { $python -m cmake -S kernels --preset release && $python -m cmake --build build/release --target install; }
-results() { $python -m pytest -q tests/ops/test_device.py --durations 10; }
+results() { $python -m pytest -q tests/ops/test_gpu.py --durations 10; }
 sanitizer() {
   local status=0
   for tool in memcheck racecheck; do
-    compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_device.py \
+    compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_gpu.py \
       -k 'rounds_like_torch and bfloat16 or embedding' || status=1
   done
   return $status

@@ -68,9 +68,9 @@ def test_every_step_runs_both_backends(tmp_path):
     done = subprocess.run([script], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = noted.read_text().splitlines()
-    sanitized = [line for line in lines if "test_device.py" in line and "--tool" in line]
+    sanitized = [line for line in lines if "test_gpu.py" in line and "--tool" in line]
     assert len(sanitized) == 2 and not any(re.search("cuda|triton", line) for line in sanitized)  # in no -k: both
-    assert ",: -m pytest -q tests/ops/test_device.py --durations 10" in lines
+    assert ",: -m pytest -q tests/ops/test_gpu.py --durations 10" in lines
     assert ",: scripts/bench/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
     assert ",1: scripts/bench/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
     assert ",: -m cmake -S kernels --preset release" in lines

@@ -2,7 +2,7 @@
 """The Triton kernels in Triton's interpreter, against the dequantized weight: every format, odd sizes, every dtype.
 
 The interpreter is chosen when triton is imported, so this file runs itself once more, in a process of its own. There,
-guards are around every buffer. By hand:  TRITON_INTERPRET=1 pytest tests/ops/test_triton.py
+guards are around every buffer. By hand:  TRITON_INTERPRET=1 pytest tests/ops/test_triton_interpreted.py
 """
 
 import importlib.util
