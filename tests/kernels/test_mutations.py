@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the CUDA kernels are caught: each mutation of the sources makes a part of tests/ops/test_emulated.py fail."""
+"""Mistakes in the CUDA kernels are caught: each mutation makes a part of tests/ops/test_emulated.py fail."""
 
 import subprocess
 import sys
