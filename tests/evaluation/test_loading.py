@@ -11,7 +11,7 @@ from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import load_model
 
 LAYER = "model.layers.0.mlp.up_proj"
-SHARD = "model-00001-of-00003.safetensors"
+SHARD = "model.safetensors"
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from numerics import FLOAT32_TRANSFORM, FLOAT64_TRANSFORM
+from numerics import FLOAT32_TRANSFORM, FLOAT64_TRANSFORM, relative
 
 from quip_vllm.transforms.hadamard import _matrix, block_size, factor, hadamard
 from quip_vllm.transforms.hadamard_matrices import EXTRA_ORDERS, PUBLISHED_ORDERS, hadamard_matrix
@@ -22,10 +22,6 @@ def dense(q, p):
 
 def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -110,21 +106,21 @@ def test_full_width_equals_the_dense_matrix(q):
     p = 16 if q == 1 else 4
     x = random(3, q * p)
     u = dense(q, p)
-    assert relative_error(hadamard(x), x @ u.T) < FLOAT64_TRANSFORM
-    assert relative_error(hadamard(x, transpose=True), x @ u) < FLOAT64_TRANSFORM
+    assert relative(hadamard(x), x @ u.T) < FLOAT64_TRANSFORM
+    assert relative(hadamard(x, transpose=True), x @ u) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize("n", [1, 2, 12, 172, 4096, 11008, 29568])
 def test_transpose_is_the_inverse_and_keeps_length(n):
     x = random(2, n)
-    assert relative_error(hadamard(hadamard(x), transpose=True), x) < FLOAT64_TRANSFORM
-    assert relative_error(hadamard(hadamard(x, transpose=True)), x) < FLOAT64_TRANSFORM
-    assert relative_error(hadamard(x).norm(dim=1), x.norm(dim=1)) < FLOAT64_TRANSFORM
+    assert relative(hadamard(hadamard(x), transpose=True), x) < FLOAT64_TRANSFORM
+    assert relative(hadamard(hadamard(x, transpose=True)), x) < FLOAT64_TRANSFORM
+    assert relative(hadamard(x).norm(dim=1), x.norm(dim=1)) < FLOAT64_TRANSFORM
 
 
 def test_transpose_matters():
     x = random(1, 80)
-    assert relative_error(hadamard(x), hadamard(x, transpose=True)) > 0.1
+    assert relative(hadamard(x), hadamard(x, transpose=True)) > 0.1
 
 
 @pytest.mark.parametrize(("n", "block", "size"), [(96, 16, 16), (96, 128, 32), (6, 2, 2), (64, 64, 64)])
@@ -132,7 +128,7 @@ def test_transpose_matters():
 def test_blockwise_equals_the_block_diagonal_matrix(n, block, size, transpose):
     x = random(2, 3, n)
     u = torch.block_diag(*[sylvester(size) / size**0.5] * (n // size))
-    assert relative_error(hadamard(x, block, transpose), x @ u.T) < FLOAT64_TRANSFORM
+    assert relative(hadamard(x, block, transpose), x @ u.T) < FLOAT64_TRANSFORM
 
 
 def test_blocks_do_not_see_each_other():
@@ -147,14 +143,14 @@ def test_float32(n):
     x = random(4, n)
     y = hadamard(x.float())
     assert y.dtype is torch.float32
-    assert relative_error(y, hadamard(x)) < FLOAT32_TRANSFORM
+    assert relative(y, hadamard(x)) < FLOAT32_TRANSFORM
 
 
 def test_leading_dimensions_and_strides():
     x = random(40, 5, 2).permute(1, 2, 0)
     y = hadamard(x)
     assert y.shape == (5, 2, 40)
-    assert relative_error(y[3, 1], hadamard(x[3, 1].contiguous())) < FLOAT64_TRANSFORM
+    assert relative(y[3, 1], hadamard(x[3, 1].contiguous())) < FLOAT64_TRANSFORM
     assert hadamard(torch.zeros(0, 40)).shape == (0, 40)
 
 
@@ -171,7 +167,7 @@ def test_gradient_is_the_transpose():
         hadamard(torch.zeros(1, 40, dtype=torch.float64))  # a matrix first cached here has to serve autograd too
     x, weight = random(2, 40).requires_grad_(), random(2, 40, seed=1)
     (hadamard(x) * weight).sum().backward()
-    assert relative_error(x.grad, hadamard(weight, transpose=True)) < FLOAT64_TRANSFORM
+    assert relative(x.grad, hadamard(weight, transpose=True)) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])

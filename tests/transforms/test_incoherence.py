@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from numerics import FLOAT64_TRANSFORM
+from numerics import FLOAT64_TRANSFORM, relative
 
 from quip_vllm.transforms.hadamard import hadamard
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight, unrotate_weight
@@ -25,19 +25,15 @@ def dense(n, block):
     return hadamard(torch.eye(n, dtype=torch.float64), block).T
 
 
-def relative_error(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize(("n", "k", "block"), CASES)
 def test_rotations_equal_dense_products(n, k, block):
     w, su, sv = random(n, k), random_signs(k, generator(1)), random_signs(n, generator(2))
     h = random(k, k)
     u_out, u_in = dense(n, block), dense(k, block)
     d_out, d_in = torch.diag(sv.double()), torch.diag(su.double())
-    assert relative_error(rotate_weight(w, su, sv, block), u_out.T @ d_out @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
-    assert relative_error(unrotate_weight(w, su, sv, block), d_out @ u_out @ w @ u_in.T @ d_in) < FLOAT64_TRANSFORM
-    assert relative_error(rotate_hessian(h, su, block), u_in.T @ d_in @ h @ d_in @ u_in) < FLOAT64_TRANSFORM
+    assert relative(rotate_weight(w, su, sv, block), u_out.T @ d_out @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
+    assert relative(unrotate_weight(w, su, sv, block), d_out @ u_out @ w @ u_in.T @ d_in) < FLOAT64_TRANSFORM
+    assert relative(rotate_hessian(h, su, block), u_in.T @ d_in @ h @ d_in @ u_in) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize(("n", "k", "block"), [(13, 48, None), (1, 64, 16)])
@@ -45,8 +41,8 @@ def test_the_input_side_alone(n, k, block):
     w, su, sv = random(n, k), random_signs(k, generator(1)), random(n, seed=2)
     u_in, d_in = dense(k, block), torch.diag(su.double())
     rotated = rotate_weight(w, su, sv, block, rotate_output=False)
-    assert relative_error(rotated, torch.diag(sv) @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
-    assert relative_error(unrotate_weight(rotated, su, 1 / sv, block, rotate_output=False), w) < FLOAT64_TRANSFORM
+    assert relative(rotated, torch.diag(sv) @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
+    assert relative(unrotate_weight(rotated, su, 1 / sv, block, rotate_output=False), w) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize(("n", "k", "block"), CASES)
@@ -54,14 +50,14 @@ def test_round_trip_with_signs(n, k, block):
     w, su, sv = random(n, k), random_signs(k, generator(1)), random_signs(n, generator(2))
     wr = rotate_weight(w, su, sv, block)
     assert wr.dtype is torch.float64 and wr.is_contiguous()
-    assert relative_error(unrotate_weight(wr, su, sv, block), w) < FLOAT64_TRANSFORM
+    assert relative(unrotate_weight(wr, su, sv, block), w) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize(("n", "k", "block"), CASES)
 def test_serving_formula_with_real_vectors(n, k, block):
     wr, su, sv, x = random(n, k), random(k, seed=1), random(n, seed=2), random(7, k, seed=3)
     served = sv * hadamard(hadamard(su * x, block, transpose=True) @ wr.T, block)
-    assert relative_error(served, x @ unrotate_weight(wr, su, sv, block).T) < FLOAT64_TRANSFORM
+    assert relative(served, x @ unrotate_weight(wr, su, sv, block).T) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize("block", [None, 8])
