@@ -84,14 +84,8 @@ def objects():
 
 
 def mutated_library(folder, objects, file, old, new, unit):
-    torch_libraries = [
-        f"-L{Path(torch.__file__).parent / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    return link(folder, objects, file, old, new, unit, ["-shared", *torch_libraries], "libquip_vllm_cuda.so")
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return link(folder, objects, file, old, new, unit, ["-shared", *libraries], "libquip_vllm_cuda.so")
 
 
 def outcome(library, tests):

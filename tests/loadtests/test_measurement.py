@@ -64,11 +64,11 @@ def _run(url: str, folder: Path, *options: str) -> tuple[subprocess.CompletedPro
     ("profile", "user", "model"),
     [
         ("chat", "ChatCompletionsUser", ""),
-        ("chat", "CompletionsUser", ""),
-        ("long_prompt", "ChatCompletionsUser", ""),
+        pytest.param("chat", "CompletionsUser", "", marks=pytest.mark.exhaustive),
+        pytest.param("long_prompt", "ChatCompletionsUser", "", marks=pytest.mark.exhaustive),
         ("long_prompt", "CompletionsUser", "pairs"),
         ("burst", "ChatCompletionsUser", "pairs"),
-        ("burst", "CompletionsUser", ""),
+        pytest.param("burst", "CompletionsUser", "", marks=pytest.mark.exhaustive),
     ],
 )
 def test_figures_equal_what_was_emitted(server: str, tmp_path: Path, profile: str, user: str, model: str) -> None:
