@@ -77,6 +77,7 @@ lint: $(INSTALLED)
 
 format: $(INSTALLED)
 	ruff format --check .
+	git ls-files 'kernels/*.h' 'kernels/*.cpp' 'kernels/*.cu' 'tests/*.cpp' | xargs clang-format --dry-run -Werror
 
 types: $(INSTALLED)
 	mypy

@@ -67,7 +67,7 @@ def _gpu() -> str:
 
 
 def _served(backend: Backend, format: Format) -> str:
-    """ "yes", and on the CPU at which bits 16-bit activations are rounded to int8."""
+    """The word yes, and on the CPU at which bits 16-bit activations are rounded to int8."""
     if backend.name != "cpu":
         return "yes"
     rounded = [bits for bits in format.bits if int8_activations(_sample(format, bits), torch.bfloat16)]

@@ -40,7 +40,8 @@ def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) 
     """Perplexity of each model, and with a reference KL(reference || model) in nats and top-1 agreement.
 
     Args:
-        models, reference: causal LMs over one vocabulary.
+        models: causal LMs over one vocabulary.
+        reference: another, to compare with.
         windows: int64 [windows, length].
 
     Returns:

@@ -44,6 +44,7 @@ class QuantizedLinear(_Quantized):
 
     def __init__(self, spec: LinearSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__(spec, tensors)
+        self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def _sizes(spec: LinearSpec) -> list[int]:
 def _gpu(device: torch.device) -> cuda_shapes.Gpu:
     if device.type != "cuda":  # the emulator
         return cuda_shapes.Gpu(4, 99 * 1024, 100 * 1024)
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # whose stub lacks an attribute
     return cuda_shapes.Gpu(
         found.multi_processor_count, found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
     )

@@ -95,7 +95,7 @@ def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
     parts = stage(tensors[CODES])
     if bits == 3:
         rest = by_lane(tensors[RESIDUAL_CODES], 0xFF).flatten(-2)
-        parts.append(rotated(sum(rest[..., i] << (8 * i) for i in range(4))))
+        parts.append(rotated((rest << torch.arange(0, 32, 8, device=rest.device)).sum(-1)))
     if bits == 4:
         parts += stage(tensors[RESIDUAL_CODES])
     return torch.stack(parts, dim=-1)
@@ -135,9 +135,10 @@ def lattice_tables() -> Tensor:
     """int32 [3 * 256 + 4]: absolute values, signs, E81B, and the number that the kernel adds (code_e8p.h)."""
     absolute = e8p.packed_abs_table().to(torch.int64) & 0xEEEEEEEE
     byte = torch.arange(256, dtype=torch.int64, device="cpu")
-    parity = sum(byte >> bit & 1 for bit in range(8)) & 1
+    bits = torch.arange(8, dtype=torch.int64, device="cpu")
+    parity = (byte[:, None] >> bits & 1).sum(dim=1) & 1
     flipped = byte ^ parity
-    signs = sum((14 * (flipped >> bit & 1) | 1 - parity) << (4 * bit) for bit in range(8))
+    signs = ((14 * (flipped[:, None] >> bits & 1) | 1 - parity[:, None]) << (4 * bits)).sum(dim=1)
     nibbles = (e8p_residual.e81b_table()[:, list(e8p.NIBBLE_COMPONENT)] * 2 + 8).to(torch.int64)
     fine = (nibbles << torch.arange(0, 32, 4, dtype=torch.int64, device="cpu")).sum(dim=1)
     number = torch.full((4,), 0x50085008, dtype=torch.int64, device="cpu")

@@ -121,7 +121,8 @@ def choose(problem: Problem, gpu: Gpu) -> list[int]:
     Raises:
         ValueError: no candidate fits the GPU.
     """
-    every, shape = candidates(problem), []
+    every = candidates(problem)
+    shape: list[int] = []
     for rows in ROWS:
         refused = {c: refusal(c, problem, gpu, rows) for c in every}
         fitting = [c for c in every if refused[c] is None and (not shape or c.split_chunks == shape[0])]

@@ -31,6 +31,7 @@ class QuipParameter(Parameter):
     """
 
     def __new__(cls, tensor_name: str, share: Share) -> "QuipParameter":
+        """Zeros for all parts; the widest dtype of any."""
         specs = [one for i in range(len(share.parts)) if (one := share.tensor(i, tensor_name)) is not None]
         widest = max((dtype for one in specs for dtype in one.dtypes), key=lambda dtype: dtype.itemsize)
         return super().__new__(cls, torch.zeros(sum(_sizes(tensor_name, share)), dtype=widest), requires_grad=False)

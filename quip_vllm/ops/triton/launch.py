@@ -192,7 +192,7 @@ def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bo
     m, k = x.shape
     stride = padded(k)
     out = (torch.zeros if k % CHUNK else torch.empty)(m, stride, dtype=torch.float16, device=x.device)
-    floats = {"dtype": torch.float32, "device": x.device}
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     scales, totals = torch.empty(m, **floats), torch.empty(m, 1 if turn.whole else turn.runs * turn.parts, **floats)
     scratch, largest = scales, scales.view(torch.int32)  # never written
     if not turn.whole:

@@ -58,6 +58,7 @@ class LatticeEncoder:
         self.rms = LATTICE_RMS[bits]
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Encoder."""
         codes = encode_lattice(block)[:, None]
         values = e8p.decode(codes)
         tensors = {"codes": codes}
@@ -68,6 +69,7 @@ class LatticeEncoder:
         return values, tensors
 
     def constants(self) -> dict[str, Tensor]:
+        """See Encoder."""
         return {}
 
 
@@ -89,6 +91,7 @@ class TrellisEncoder:
         self.rms = (HYB_RMS[bits] if code is HYB else TRELLIS_RMS) * code_rms(code, self.values)
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Encoder."""
         sequences = weight_to_sequences(block).squeeze(1)
         states = encode_trellis(sequences, self.values, self.bits)
         values = self.values[states.long()].flatten(1)
@@ -96,6 +99,7 @@ class TrellisEncoder:
         return sequences_to_weight(values[:, None]), {PACKED: packed}
 
     def constants(self) -> dict[str, Tensor]:
+        """See Encoder."""
         return {} if self.table is None else {TABLE: self.table.clone()}  # a file holds no tensor twice
 
 
