@@ -61,10 +61,10 @@ class QuipConfig(QuantizationConfig):
 
         def rename(name: str) -> str:
             # Mappers are written for names of tensors: the prefix "model.visual." must also match module model.visual.
-            mapped = hf_to_vllm_mapper.map_name(name)
-            if mapped == name:
-                mapped = (hf_to_vllm_mapper.map_name(name + ".") or "").removesuffix(".")
-            return mapped or name
+            mapped = hf_to_vllm_mapper.apply_list([name])  # empty where the mapper drops the name
+            if mapped == [name]:
+                mapped = [one.removesuffix(".") for one in hf_to_vllm_mapper.apply_list([name + "."])]
+            return mapped[0] if mapped else name
 
         head = self.checkpoint.head
         self.checkpoint = replace(
