@@ -22,6 +22,8 @@ def link(folder: Path, objects: Path, file: str, old: str, new: str, unit: str, 
     """
     for part in ("cuda", "emulator"):
         shutil.copytree(KERNELS / part, folder / part)
+    for header in KERNELS.glob("*.h"):
+        shutil.copy(header, folder)
     source, fresh = folder / "cuda" / file, folder / f"{unit}.o"
     text = source.read_text()
     assert text.count(old) == 1, f"{file} has changed: say what this mutation is now"

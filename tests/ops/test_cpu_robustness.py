@@ -137,7 +137,7 @@ def test_two_processes_at_once_give_the_same_bits(request):
     program = (
         "import sys; sys.path[:0] = ['tests', 'tests/ops']; from pathlib import Path; "
         "from quip_vllm.ops import extension; extension.CPU_LIBRARY = Path(sys.argv[1]); "
-        "import test_robustness; print(test_robustness.digests())"
+        "import test_cpu_robustness; print(test_cpu_robustness.digests())"
     )
     command = [sys.executable, "-c", program, str(extension.CPU_LIBRARY)]
     processes = [
