@@ -44,13 +44,13 @@ struct Linear {
 // ---- The weight ----
 
 Code code_of(const std::string& name) {
-  std::string names;
-#define QUIP_NAME(enumerator, own)          \
-  if (name == own) return Code::enumerator; \
-  names += own ", ";
-  QUIP_TRELLIS_CODES(QUIP_NAME)
+#define QUIP_CASE(enumerator, own) \
+  if (name == own) return Code::enumerator;
+  QUIP_TRELLIS_CODES(QUIP_CASE)
+#undef QUIP_CASE
+#define QUIP_NAME(enumerator, own) own ", "
+  STD_TORCH_CHECK(name == "e8p", "code is ", name, ": it must be one of " QUIP_TRELLIS_CODES(QUIP_NAME) "e8p");
 #undef QUIP_NAME
-  STD_TORCH_CHECK(name == "e8p", "code is ", name, ": it must be one of ", names, "e8p");
   return Code::kE8p;
 }
 

@@ -45,10 +45,12 @@ const float* floats(const Tensor& t, const Tensor& x, int64_t count, const char*
 }
 
 const CodeKernels& kernels_of(const std::string& code) {
+  const auto found = codes().find(code);
+  if (found != codes().end()) return found->second;
   std::string names;
   for (const auto& one : codes()) names += (names.empty() ? "" : ", ") + one.first;
-  STD_TORCH_CHECK(codes().count(code), "code is ", code, ": it must be one of ", names);
-  return codes().at(code);
+  STD_TORCH_CHECK(false, "code is ", code, ": it must be one of ", names);
+  return found->second;
 }
 
 GemmEntry entry_of(const CodeKernels& info, const std::string& code, int64_t bits) {
