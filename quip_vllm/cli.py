@@ -99,6 +99,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-head", type=int, metavar="BITS", help="quantize the output head too, and the embedding where it is tied"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.set_defaults(run=_quantize)
 
@@ -123,6 +124,7 @@ def _quantize(args: argparse.Namespace) -> int:
         overrides=tuple(_override(item) for item in args.override),
         drift_correction=args.drift_correction,
         lm_head=args.lm_head,
+        trust_remote_code=args.trust_remote_code,
     )
     report = quantize(settings, args.out, args.resume)
     losses = [layer["proxy_loss"] for layer in report["layers"]]

@@ -12,7 +12,7 @@ import torch
 from quip_vllm import __version__
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.cli import main
-from quip_vllm.quantizer import run
+from quip_vllm.quantizer import checks, run
 
 
 @pytest.fixture
@@ -104,7 +104,8 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         (["--hadamard-block", "1"], "--hadamard-block is 1: give a power of two"),
         (["--sequences", "0"], "sequences is 0: it must be at least 1"),
         (["--sequence-length", "0"], "sequence_length is 0: it must be at least 1"),
-        (["--sequences", "1000"], " has 6000 tokens: 1000 sequences of 32 need 32000; "),
+        (["--seed", "-1"], "seed is -1: give a number from 0 to"),
+        (["--sequence-length", "300"], "sequence_length is 300, but "),
         (["--calibration", "gone.txt"], "calibration file gone.txt cannot be read"),
         (["--ignore", "."], "is left to quantize: give a narrower --ignore"),
         (["--resume"], "holds no unfinished run: leave --resume away"),
@@ -160,10 +161,10 @@ def test_pickles_are_not_read(quantize, refusal, damaged, tiny_text):
 
 def test_no_space(quantize, refusal, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    assert "GB are needed; make room, then --resume" in refusal(quantize())
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    assert "GB are needed; make room, then give the same command again" in refusal(quantize())
     monkeypatch.undo()
-    assert quantize("--resume") == 0
+    assert quantize() == 0
 
 
 def test_out_is_not_empty(quantize, refusal, tmp_path):

@@ -49,20 +49,21 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _write(path, {name: entry(tensor) for name, tensor in tensors.items()})
 
 
-def copy_shard(path: Path, files: Mapping[str, Path]) -> None:
+def copy_shard(path: Path, files: Mapping[str, Path], stored_as: Mapping[str, str] | None = None) -> None:
     """As `write_shard`, but each tensor's bytes come from the file of another shard.
 
     Args:
         path: the shard to write.
         files: tensor name -> the safetensors file that holds it.
+        stored_as: tensor name -> its name in that file, where that is another one.
     """
     headers = {file: _header(file) for file in set(files.values())}
 
     def entry(name: str, file: Path) -> _Entry:
         described, start = headers[file]
-        begin, end = described[name]["data_offsets"]
-        pieces = _pieces(file, start + begin, end - begin)
-        return _Entry(described[name]["dtype"], described[name]["shape"], end - begin, pieces)
+        one = described[(stored_as or {}).get(name, name)]
+        begin, end = one["data_offsets"]
+        return _Entry(one["dtype"], one["shape"], end - begin, _pieces(file, start + begin, end - begin))
 
     _write(path, {name: entry(name, file) for name, file in files.items()})
 

@@ -2,6 +2,7 @@
 """Reading a folder of safetensors files; reading and writing JSON. Shards are written by `checkpoint.shards`."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -48,6 +49,7 @@ class CheckpointReader:
     Attributes:
         folder: where the files are.
         file_of, shapes, dtypes, bytes_of: by name, from the headers.
+        stored_as: by name, the name in its file, which is another one for what `rename` was told.
 
     Raises:
         ValueError: no safetensors file is there, or one is truncated; the message names the file and the remedy.
@@ -74,6 +76,7 @@ class CheckpointReader:
                 f"{folder} has no *.safetensors file: give a folder with safetensors weights (never pickles)"
             )
         self.file_of: dict[str, Path] = {}
+        self.stored_as: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.bytes_of: dict[str, int] = {}
@@ -81,12 +84,20 @@ class CheckpointReader:
             with open_shard(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
                     self.file_of[name] = file
+                    self.stored_as[name] = name
                     self.shapes[name], self.dtypes[name] = _header(handle, file, name)
                     self.bytes_of[name] = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self.file_of)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names from now on: old name -> new name."""
+        for by_name in (self.file_of, self.stored_as, self.shapes, self.dtypes, self.bytes_of):
+            values = {names.get(name, name): value for name, value in by_name.items()}
+            by_name.clear()
+            by_name.update(values)  # type: ignore[arg-type]  # of its own values
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
@@ -100,8 +111,17 @@ class CheckpointReader:
                     f"{self.folder} has no tensor {name}: its files and its config.json do not belong together"
                 )
             with open_shard(self.file_of[name]) as handle:
-                found[name] = handle.get_tensor(name)
+                found[name] = handle.get_tensor(self.stored_as[name])
         return found
+
+    def digest(self, names: Iterable[str]) -> str:
+        """A digest of the named tensors: names, dtypes, shapes and contents, one tensor in memory at a time."""
+        total = hashlib.sha256()
+        for name in sorted(names):
+            tensor = self.read([name])[name]
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}:".encode())
+            total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()[:32]
 
 
 DTYPES = {

@@ -2,6 +2,8 @@
 """Which layers are quantized, and the code and bits of each: decided once, before a run begins."""
 
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
@@ -10,6 +12,18 @@ from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.model import LayeredModel
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("fc1", "fc3"),
+    ("c_fc_0", "c_fc_1"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Linear layers that vLLM's models make one of, where a module has all of them (`packed_modules_mapping`)."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +58,25 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
     """Decides for every linear layer of the model.
 
     Raises:
-        ValueError: a layer that is to be quantized cannot be, or none is left.
+        ValueError: a layer that is to be quantized cannot be, none is left, or a pattern matches none.
     """
     specs: dict[str, LinearSpec] = {}
     head = None if settings.lm_head is None else source.head_name
     kept = [name for name in source.other_linears if name != head]
-    for index in range(len(source.layers)):
-        for name, module in source.linears(index).items():
-            stored = settings.layer_format(name)
-            if stored is None:
-                kept.append(name)
-            else:
-                specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
+    layers = {name: module for index in range(len(source.layers)) for name, module in source.linears(index).items()}
+    for option, patterns in (("--ignore", settings.ignore), ("--override", [one for one, _ in settings.overrides])):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in layers):
+                raise ValueError(
+                    f"{option} {pattern} matches no linear layer: their names are like {next(iter(layers))}"
+                )
+    for name, module in layers.items():
+        stored = settings.layer_format(name)
+        if stored is None:
+            kept.append(name)
+        else:
+            specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
+    _check_fused(specs, layers)
     if not specs and settings.lm_head is None:
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
     if settings.lm_head is not None:
@@ -63,6 +84,19 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         stored = LayerFormat(settings.code, settings.lm_head)
         specs[head] = _spec(head, shape, stored, settings.hadamard_block, rotate_output=False)
     return Plan(specs, tuple(kept), head)
+
+
+def _check_fused(specs: Mapping[str, LinearSpec], layers: Collection[str]) -> None:
+    """Raises ValueError where one part of what vLLM fuses is quantized and another keeps its weight."""
+    for name in specs:
+        parent, dot, leaf = name.rpartition(".")
+        for group in FUSED:
+            parts = [parent + dot + one for one in group]
+            if leaf in group and all(part in layers for part in parts) and not all(part in specs for part in parts):
+                raise ValueError(
+                    f"--ignore leaves out a part of {', '.join(group)} in {parent}: vLLM makes one layer of them, so "
+                    "ignore all of them or none"
+                )
 
 
 def _spec(

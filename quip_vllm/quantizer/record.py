@@ -5,9 +5,14 @@ It holds the settings, the calibration tokens and, per unit (a decoder layer, or
 and its entries of the report. Once all units are there, it holds the plan of the checkpoint's shards.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,42 @@ from quip_vllm.checkpoint.shards import (
 from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 
 FOLDER = ".quantize"
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps every other run out of `out`; the system ends that when the process ends, however it does.
+
+    Raises:
+        ValueError: another run is there, or nothing can be written there.
+    """
+    folder = out / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written ({error.strerror}): give a new folder on a disk that can be written"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read() or "another process"
+            raise ValueError(f"{out} is being written by {holder}: wait until it ends, or give a new folder") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            if [file.name for file in folder.glob("*")] == [LOCK]:  # nothing was begun, or all is finished
+                (folder / LOCK).unlink()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                    out.rmdir()
 
 
 class Record:
@@ -43,9 +84,9 @@ class Record:
         self.out, self.folder = out, out / FOLDER
         state = self.folder / "settings.json"
         if not resume:
-            if any(file.is_file() and file != state for file in out.rglob("*")):
+            own = (state, self.folder / LOCK)
+            if any(file.is_file() and file not in own for file in out.rglob("*")):
                 raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(state, wanted)
             return
         if (out / "config.json").exists():
@@ -75,10 +116,14 @@ class Record:
         """Whether a unit is finished."""
         return self.shard(unit).exists() and self._entries(unit).exists()
 
-    def write(self, unit: str, tensors: dict[str, Tensor], entries: list[dict[str, Any]]) -> None:
-        """Keeps a finished unit: its tensors by full name, and its report entries."""
+    def write(self, unit: str, tensors: dict[str, Tensor], entries: list[dict[str, Any]], digest: str) -> None:
+        """Keeps a finished unit: its tensors by full name, its report entries, and the digest of its original."""
         write_shard(self.shard(unit), tensors)
-        write_json(self._entries(unit), {"layers": entries})
+        write_json(self._entries(unit), {"layers": entries, "digest": digest})
+
+    def digest(self, unit: str) -> str | None:
+        """The digest of the model's tensors from which a finished unit was made; None for one that is not finished."""
+        return read_json(self._entries(unit))["digest"] if self._entries(unit).exists() else None
 
     def entries(self, unit: str) -> list[dict[str, Any]]:
         """Report entries of a finished unit."""
@@ -104,7 +149,8 @@ class Record:
         for index, shard in enumerate(shards):
             path = self.out / shard_name(index, len(shards))
             if not path.exists():
-                copy_shard(path, {n: self.shard(unit) if unit else reader.file_of[n] for n, unit in shard.items()})
+                files = {n: self.shard(unit) if unit else reader.file_of[n] for n, unit in shard.items()}
+                copy_shard(path, files, {n: reader.stored_as[n] for n, unit in shard.items() if not unit})
             later = {unit for names in shards[index + 1 :] for unit in names.values()}
             for unit in set(shard.values()) - later - {None}:
                 self.shard(unit).unlink(missing_ok=True)

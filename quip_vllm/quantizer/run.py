@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,15 +21,18 @@ from quip_vllm.checkpoint.store import local_folder, read_json, write_json
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
-from quip_vllm.quantizer import record
+from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.record import Record
-from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.settings import SELF, Settings
+from quip_vllm.quantizer.source.architecture import load_tokenizer, out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
-from quip_vllm.quantizer.source.model import LayeredModel, run_layer
+from quip_vllm.quantizer.source.model import LayeredModel
+from quip_vllm.quantizer.source.replay import Calls, run_layer
+from quip_vllm.quantizer.source.replay_check import check_replay
 
 REPORT = "quantization_report.json"
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
@@ -44,13 +48,25 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     Raises:
         ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
     """
-    if resume and (out / "config.json").exists() and (out / record.FOLDER).exists():  # killed while it was removed
-        shutil.rmtree(out / record.FOLDER)
-        return read_json(out / REPORT)
-    run = Run(settings, out, resume)
-    if not run.record.all_units_done:
-        run.quantize_units()
-    return run.finish()
+    # The record was killed while it was removed.
+    finished = resume and (out / "config.json").exists() and (out / record.FOLDER).exists()
+    run = None if finished else Run(settings, out)
+    try:
+        with record.locked(out):
+            if run is None:
+                shutil.rmtree(out / record.FOLDER)
+                return read_json(out / REPORT)
+            run.open(resume)
+            if not run.record.all_units_done:
+                run.quantize_units()
+            return run.finish()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the memory is too small ({psutil.virtual_memory().total / 1e9:.1f} GB): give fewer --sequences, a "
+            "smaller --sequence-length or a smaller model; what is finished stays for --resume"
+        ) from None
 
 
 class Run:
@@ -65,16 +81,18 @@ class Run:
         originals: the same in the original model, for the drift; empty where drift is not corrected.
 
     Raises:
-        ValueError: something cannot be quantized or resumed, or the disk is too small.
+        ValueError: something cannot be quantized.
     """
 
-    def __init__(self, settings: Settings, out: Path, resume: bool):
+    record: Record
+
+    def __init__(self, settings: Settings, out: Path):
         require_cpu_library()
         self.settings, self.out = settings, out
-        self.source = LayeredModel(local_folder(settings.model))
+        self.source = LayeredModel(local_folder(settings.model), settings.trust_remote_code)
         self.plan = make_plan(settings, self.source)
-        wanted = {**settings.to_dict(), "quip_vllm": __version__, "compute_dtype": str(self.source.compute_dtype)}
-        self.record = Record(out, {**wanted, "tensors": self._fingerprint()}, resume)
+        checks.check_window(settings, self.source)
+        load_tokenizer(self.source.folder, settings.trust_remote_code)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]
         self.units = [*self.layers, HEAD] if self.plan.head else self.layers
         replaced = {f"{name}.weight" for name in self.plan.specs}
@@ -84,24 +102,51 @@ class Run:
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
 
+    def open(self, resume: bool) -> None:
+        """Begins the record, or takes up the one that is there if all of it is of this model.
+
+        Raises:
+            ValueError: the disk is too small, a weight is not finite, or there is nothing that can be resumed.
+        """
+        reader = self.source.reader
+        checks.check_disk(self.out, sum(self.kept_bytes.values()), self.plan.stored_bytes())
+        config = (self.source.folder / "config.json").read_bytes()
+        wanted = {
+            **self.settings.to_dict(),
+            "quip_vllm": __version__,
+            "compute_dtype": str(self.source.compute_dtype),
+            "config.json": hashlib.sha256(config).hexdigest()[:32],
+            "tensors": hashlib.sha256(json.dumps(sorted(reader.shapes.items())).encode()).hexdigest()[:32],
+            "weights outside the decoder layers": reader.digest(self.source.outside),
+        }
+        self.record = Record(self.out, wanted, resume)
+        for index, unit in enumerate(self.layers):
+            if self.record.digest(unit) not in (None, reader.digest(self.source.layer_names(index))):
+                raise ValueError(
+                    f"{self.out} was begun with other weights ({self.source.prefix}.{index} has changed): give the "
+                    "model of then, or a new folder"
+                )
+
     def quantize_units(self) -> None:
         """Quantizes every layer that the record does not have, in order, then the head."""
-        self._check_space()
-        tokens = self._tokens()
-        batch = max(1, BATCH_TOKENS // tokens.shape[1])
-        self.hidden, kwargs = self.source.first_hidden_states(tokens, batch)
+        checks.check_values(self.source)
+        tokens = self.record.tokens(self._make_tokens)
+        checks.check_memory(self.settings, self.source, len(tokens))
+        if len(tokens) < self.settings.sequences:
+            check_replay(self.source, self._batches(len(tokens)))
+        batch, _ = self._batches(len(tokens))[0]
+        self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         self.originals = [x.clone() for x in self.hidden] if self.settings.drift_correction else []
         for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
-            self._layer(index, kwargs[index])
+            self._layer(index, calls[index])
         if self.plan.head and not self.record.has(HEAD):
             self._head(self.plan.head, tokens)
 
     def finish(self) -> dict[str, Any]:
         """Writes the checkpoint's shards, its other files and the report, and removes the record."""
-        inside = self.source.prefix + "."
-        others = [name for name in self.kept_bytes if not name.startswith(inside)]
+        others = [name for name in self.source.outside if name in self.kept_bytes]
         self.record.merge(self.units, others, self.source.reader)
-        tokens = self._tokens()
+        tokens = self.record.tokens(self._make_tokens)
         report = {
             "quip_vllm": __version__,
             "settings": self.settings.to_dict(),
@@ -123,22 +168,22 @@ class Run:
         self.record.remove()
         return report
 
-    def _layer(self, index: int, kwargs: dict[str, Any]) -> None:
+    def _layer(self, index: int, calls: Calls) -> None:
         """Quantizes one decoder layer, or takes it from the record, and moves `hidden` and `originals` behind it."""
         unit, names = self.layers[index], [name for name in self.source.linears(index) if name in self.plan.specs]
-        groups = self._curvature(index, names, kwargs, self.record.has(unit))
+        groups = self._curvature(index, names, calls, self.record.has(unit))
         if not self.record.has(unit):
             missing = set(names) - {name for group in groups for name in group.names}
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
-            self._quantize(unit, self.source.read_layer(index), groups)
+            self._quantize(unit, self.source.layer_names(index), groups)
         if index + 1 == len(self.layers) and not self.plan.head:
             return  # nothing reads the layer's output
         with self.source.layer(index, self._stored(unit, names)) as layer:
             for i, x in enumerate(tqdm(self.hidden, desc=f"{unit}: outputs", leave=False)):
-                self.hidden[i] = run_layer(layer, x, kwargs)
+                self.hidden[i] = run_layer(layer, x, calls)
 
-    def _curvature(self, index: int, names: list[str], kwargs: dict[str, Any], done: bool) -> list[Inputs]:
+    def _curvature(self, index: int, names: list[str], calls: Calls, done: bool) -> list[Inputs]:
         """Runs the original layer: what its linear layers read, unless it is done; and `originals` behind it."""
         if done and not self.originals:
             return []
@@ -147,14 +192,14 @@ class Run:
             collector = Collector({name: linears[name] for name in names})
             for i, x in enumerate(tqdm(self.hidden, desc=f"{self.layers[index]}: Hessians", leave=False)):
                 if self.originals and index == 0:  # both are still the same
-                    self.originals[i] = run_layer(layer, x, kwargs)
+                    self.originals[i] = run_layer(layer, x, calls)
                     continue
                 if self.originals:
                     with collector.original():
-                        self.originals[i] = run_layer(layer, self.originals[i], kwargs)
+                        self.originals[i] = run_layer(layer, self.originals[i], calls)
                 if not done:
                     with collector.inputs():
-                        run_layer(layer, x, kwargs)
+                        run_layer(layer, x, calls)
             return collector.close()
 
     def _head(self, name: str, tokens: Tensor) -> None:
@@ -165,17 +210,17 @@ class Run:
             group = group or Inputs.of(name, x.shape[-1])
             group.add(x)
         assert group is not None
-        self._quantize(HEAD, self.source.reader.read([f"{name}.weight"]), [group])
+        self._quantize(HEAD, [f"{name}.weight"], [group])
 
-    def _quantize(self, unit: str, tensors: dict[str, Tensor], groups: list[Inputs]) -> None:
+    def _quantize(self, unit: str, names: list[str], groups: list[Inputs]) -> None:
         """Replaces the weights among a unit's tensors, and keeps the unit in the record."""
-        entries = []
+        tensors, entries = self.source.reader.read(names), []
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
             for name, result in quantize_group(group, weights, self.plan.specs, self.settings).items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)
-        self.record.write(unit, tensors, entries)
+        self.record.write(unit, tensors, entries, self.source.reader.digest(names))
 
     def _stored(self, unit: str, names: list[str]) -> dict[str, Tensor]:
         """A unit's tensors as they are stored, the quantized weights dequantized."""
@@ -186,22 +231,17 @@ class Run:
             tensors[f"{name}.weight"] = dequantize(spec, own).to(self.source.compute_dtype)
         return tensors
 
-    def _tokens(self) -> Tensor:
-        return self.record.tokens(lambda: calibration_tokens(self.settings, str(self.source.folder)))
+    def _make_tokens(self) -> Tensor:
+        """The calibration tokens, once it is known that the layers can run on as many."""
+        count = self.settings.sequences
+        if self.settings.calibration == SELF:  # else the text may have fewer
+            checks.check_memory(self.settings, self.source, count)
+        check_replay(self.source, self._batches(count))
+        vocabulary = self.source.model.get_input_embeddings().weight.shape[0]
+        return calibration_tokens(self.settings, self.source.folder, vocabulary)
 
-    def _fingerprint(self) -> str:
-        """Of the names and shapes of the model's tensors."""
-        listing = json.dumps(sorted(self.source.reader.shapes.items()))
-        return hashlib.sha256(listing.encode()).hexdigest()[:16]
-
-    def _check_space(self) -> None:
-        """Raises ValueError unless the disk takes the checkpoint and, while shards are merged, one of them twice."""
-        quantized = self.plan.stored_bytes()
-        wanted = sum(self.kept_bytes.values()) + quantized + min(quantized, shards.SHARD_BYTES)
-        there = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self.out).free
-        if free + there < wanted:
-            raise ValueError(
-                f"{self.out} has {free / 1e9:.1f} GB free: about {(wanted - there) / 1e9:.1f} GB are needed; make "
-                "room, then --resume"
-            )
+    def _batches(self, count: int) -> list[tuple[int, int]]:
+        """(sequences, tokens in each) of the first and the last of the batches that `count` sequences make."""
+        length = self.settings.sequence_length
+        batch = min(count, max(1, BATCH_TOKENS // length))
+        return [(batch, length), (count % batch or batch, length)]

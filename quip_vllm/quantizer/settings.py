@@ -33,6 +33,7 @@ class Settings:
         drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
             (docs/benchmarks/quality.md).
         lm_head: bits of the output head, and of the embedding where the two are tied. None keeps their weight.
+        trust_remote_code: whether Python code among the model's files may run.
 
     Raises:
         ValueError: names the setting, its value and the rule.
@@ -51,6 +52,7 @@ class Settings:
     damping: float = 0.01
     drift_correction: float = 0.35
     lm_head: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         own = self.calibration == SELF
@@ -69,6 +71,8 @@ class Settings:
         for name in ("sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
         if not 0 <= self.drift_correction <= 1:
             raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
 

@@ -16,7 +16,8 @@ from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.rounding.encoders import code_rms, make_encoder
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.calibration import calibration_tokens
-from quip_vllm.quantizer.source.model import LayeredModel, run_layer
+from quip_vllm.quantizer.source.model import LayeredModel
+from quip_vllm.quantizer.source.replay import run_layer
 
 LAYER = 2
 SWEEP = [
@@ -38,14 +39,15 @@ def main(model: str, text: str) -> int:
     settings = Settings(model, "e8p", 2, text, 16, 1024)
     source = LayeredModel(Path(model))
     name = f"{source.prefix}.{LAYER}.self_attn.o_proj"
-    hidden, kwargs = source.first_hidden_states(calibration_tokens(settings, model), 2)
+    vocabulary = source.config.vocab_size
+    hidden, calls = source.first_hidden_states(calibration_tokens(settings, Path(model), vocabulary), 2)
     for index in range(LAYER + 1):
         with source.layer(index) as layer:
             linears = source.linears(index)
             collector = Collector({name: linears[name]} if name in linears else {})
-            hidden = [run_layer(layer, x, kwargs[index]) for x in hidden]
+            hidden = [run_layer(layer, x, calls[index]) for x in hidden]
             groups = collector.close()
-    weight = source.read_layer(LAYER)[f"{name}.weight"]
+    weight = source.reader.read([f"{name}.weight"])[f"{name}.weight"]
     for code, bits, scales in SWEEP:
         encoder, format = make_encoder(code, bits), format_of(code)
         unit = code_rms(format, encoder.values) if isinstance(format, TrellisCode) else 1.0

@@ -15,7 +15,7 @@ from quip_vllm.quantizer.source.self_text import prepack, reserve
 @pytest.fixture
 def tokens(tiny_model, make_settings):
     def tokens(**changes):
-        return calibration_tokens(make_settings(tiny_model(), **changes), str(tiny_model()))
+        return calibration_tokens(make_settings(tiny_model(), **changes), tiny_model(), 272)
 
     return tokens
 
@@ -33,10 +33,21 @@ def test_file(tokens, tiny_text, tiny_model):
     assert not torch.equal(found, tokens(sequences=20, sequence_length=30, seed=1))
 
 
+def test_a_text_that_is_shorter_is_used_for_what_it_has(tokens, caplog):
+    assert tokens(sequences=100, sequence_length=60).shape == (100, 60) and not caplog.messages
+    found = tokens(sequences=101, sequence_length=60)
+    assert torch.equal(found, tokens(sequences=100, sequence_length=60))
+    assert "has 100 sequences of 60 tokens, not 101: all are used" in caplog.text
+
+
 def test_file_too_short(tokens):
-    assert tokens(sequences=100, sequence_length=60).shape == (100, 60)
-    with pytest.raises(ValueError, match=r"has 6000 tokens: 101 sequences of 60 need 6060; give a longer text or sma"):
-        tokens(sequences=101, sequence_length=60)
+    with pytest.raises(ValueError, match="has 6000 tokens, hence 1 sequences of 4000: give a text .* 4096 tokens"):
+        tokens(sequences=2, sequence_length=4000)
+
+
+def test_tokens_of_another_model(make_settings, tiny_model):
+    with pytest.raises(ValueError, match="makes token 220, but the model knows 100: fetch the model's own tokenizer"):
+        calibration_tokens(make_settings(tiny_model()), tiny_model(), 100)
 
 
 def test_file_that_cannot_be_read(tokens, tmp_path):
@@ -61,7 +72,7 @@ def test_self_is_sampled_from_the_model(tiny_model, make_settings):
 
     folder = tiny_model(initializer_range=0.4, dtype="float32")
     settings = make_settings(folder, calibration="self", sequences=8, sequence_length=40)
-    found = calibration_tokens(settings, str(folder))
+    found = calibration_tokens(settings, folder, 272)
     losses = []
     for model in (folder, tiny_model(initializer_range=0.4, dtype="float32", seed=1)):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -117,7 +128,7 @@ def test_self_of_a_broken_model_is_refused(damaged, make_settings):
     folder = damaged(lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
     settings = make_settings(folder, calibration="self", sequences=2, sequence_length=4)
     with pytest.raises(ValueError, match="logits hold a NaN or an infinity: mend its weights"):
-        calibration_tokens(settings, str(folder))
+        calibration_tokens(settings, folder, 272)
 
 
 @torch.no_grad()

@@ -37,6 +37,18 @@ def test_every_layer_has_its_own_format(plan):
     assert len(config.modules_to_not_convert) == 2 + 7
 
 
+def test_a_head_has_its_name_in_the_files(plan):
+    found, _, source = plan("GPTNeoX", {"tie_word_embeddings": False}, lm_head=4)  # transformers calls it lm_head
+    assert found.head == "embed_out" and not source.tied
+    found, settings, source = plan("GPTNeoX", {"tie_word_embeddings": False})
+    assert found.config(settings, source.tied).modules_to_not_convert == ("embed_out",)
+
+
+def test_whole_groups_may_be_ignored(plan):
+    found, *_ = plan(ignore=("layers.0.self_attn.[qkv]_proj", "1.mlp.(gate|up)_proj"), overrides=(("k_proj", 4),))
+    assert len(found.specs) == 14 - 3 - 2
+
+
 def test_stored_bytes(plan):
     found, *_ = plan(overrides=(("down_proj", 4),), ignore=("self_attn", "layers.1"))
     n, k = 128, 64
@@ -53,8 +65,30 @@ ODD = {"hidden_size": 8 * 47 * 3, "num_attention_heads": 3, "num_key_value_heads
         ("Llama", ODD, {}, "layers.0.self_attn.q_proj cannot be quantized: .*--hadamard-block"),
         ("Llama", {"intermediate_size": 136}, {"code": "1mad"}, "gate_proj cannot be quantized: .*--ignore"),
         ("Llama", ODD, {"lm_head": 4, "ignore": (".",)}, "embed_tokens cannot be quantized: .*--hadamard-block"),
-        # embed_out.weight in the file, lm_head in the module
-        ("GPTNeoX", {"tie_word_embeddings": False}, {"lm_head": 4}, "no tensor lm_head.weight: .*leave --lm-head away"),
+        (
+            "Llama",
+            {},
+            {"ignore": ("o_proj", "q_porj")},
+            "--ignore q_porj matches no linear layer: their names are like m",
+        ),
+        (
+            "Phi3",
+            {},
+            {"overrides": (("up_proj$", 4), ("gate_proj", 3))},
+            "--override gate_proj matches no linear layer",
+        ),
+        (
+            "Qwen3",
+            {},
+            {"ignore": ("k_proj",)},
+            "a part of q_proj, k_proj, v_proj in model.layers.0.self_attn: vLLM makes",
+        ),
+        (
+            "Olmo2",
+            {},
+            {"ignore": ("1.mlp.up",)},
+            "a part of gate_proj, up_proj in model.layers.1.mlp: .* all of them or",
+        ),
     ],
 )
 def test_refused(plan, architecture, config, changes, message):

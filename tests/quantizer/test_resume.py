@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quip_vllm.quantizer import run
 from quip_vllm.quantizer.run import quantize
@@ -141,3 +143,52 @@ def test_nothing_to_resume(tiny_model, make_settings, tmp_path, unfinished):
         quantize(make_settings(tiny_model()), tmp_path / "new", resume=True)
     with pytest.raises(ValueError, match="is not empty"):
         quantize(unfinished[1], unfinished[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            "with other weights .model.layers.0 has changed.: give the model of then",
+        ),
+        ("model.layers.0.input_layernorm.weight", "with other weights .model.layers.0 has changed"),
+        ("model.embed_tokens.weight", "weights outside the decoder layers was '.*' and is now '.*'"),
+        ("model.layers.1.mlp.up_proj.weight", None),  # of a layer that is not finished: read when it is its turn
+    ],
+)
+def test_other_weights(tiny_model, make_settings, tmp_path, monkeypatch, name, message):
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    settings, calls, original = make_settings(tmp_path / "model"), [], run.quantize_group
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise OSError("stopped")
+        return original(*args)
+
+    monkeypatch.setattr(run, "quantize_group", failing)
+    with pytest.raises(OSError, match="stopped"):
+        quantize(settings, tmp_path / "out")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[5] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    if message is None:
+        quantize(settings, tmp_path / "out", resume=True)
+        quantize(settings, tmp_path / "whole")
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    else:
+        with pytest.raises(ValueError, match=message):
+            quantize(settings, tmp_path / "out", resume=True)
+
+
+def test_another_config(unfinished, tiny_model, make_settings, tmp_path):
+    out, settings = unfinished
+    shutil.copytree(settings.model, tmp_path / "model")
+    state = json.loads((out / ".quantize" / "settings.json").read_text())
+    (out / ".quantize" / "settings.json").write_text(json.dumps({**state, "model": str(tmp_path / "model")}))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match="config.json was '.*' and is now '.*'; give the same or a new folder"):
+        quantize(make_settings(tmp_path / "model"), out, resume=True)

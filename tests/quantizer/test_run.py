@@ -155,7 +155,7 @@ def test_second_layer_sees_the_quantized_first(tiny_model, make_settings, tmp_pa
     monkeypatch.setattr(run, "quantize_group", recording)
     quantize(settings, tmp_path)
     assert hessians[4][0] == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkv"]
-    tokens = calibration_tokens(settings, str(model))
+    tokens = calibration_tokens(settings, model, 272)
 
     @torch.no_grad()
     def expected(folder):
@@ -174,8 +174,8 @@ def test_one_layer_in_memory(tiny_model, make_settings, tmp_path, monkeypatch):
     sources, ran = [], []
 
     class Watched(run.LayeredModel):
-        def __init__(self, folder):
-            super().__init__(folder)
+        def __init__(self, *args):
+            super().__init__(*args)
             sources.append(self)
 
     def watching(layer, *args):
@@ -208,7 +208,8 @@ def test_refused_settings_do_not_block_the_folder(tiny_model, make_settings, tmp
     with pytest.raises(ValueError, match="no linear layer of .* is left to quantize: give a narrower --ignore"):
         quantize(make_settings(model, ignore=(".",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="give a longer text"):
-        quantize(make_settings(model, sequences=10**6), tmp_path / "out")
+    (tmp_path / "short").write_text(tiny_models.text(300))
+    with pytest.raises(ValueError, match="give a text that makes at least 4096 tokens"):
+        quantize(make_settings(model, calibration=str(tmp_path / "short")), tmp_path / "out")
     quantize(make_settings(model), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()

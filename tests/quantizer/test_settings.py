@@ -46,6 +46,8 @@ def test_to_dict_is_json():
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),
         ({"sequences": 0}, "sequences is 0: it must be at least 1"),
         ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
+        ({"seed": -3}, "seed is -3: give a number from 0 to 9223372036854775807"),
+        ({"seed": 10**23}, "seed is 100000000000000000000000: give a number from 0 to 9223372036854775807"),
         ({"drift_correction": 1.5}, "drift_correction is 1.5: give a share from 0 to 1"),
     ],
 )

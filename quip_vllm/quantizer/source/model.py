@@ -4,38 +4,18 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.quantizer.source.architecture import decoder_layers, empty_model, load_config
+from quip_vllm.quantizer.source.names import modules_beyond, names_in_files
+from quip_vllm.quantizer.source.replay import Calls, Returned, Stub, same
 
 
 class _HeadReached(Exception):
     """Ends a forward pass at the output head."""
-
-
-class _Stub(nn.Module):
-    """Stands in for a decoder layer: passes its input on, or ``output``, and keeps what it was called with."""
-
-    def __init__(self, original: nn.Module, return_tuple: bool):
-        super().__init__()
-        self.seen: tuple[Tensor, dict[str, Any]] | None = None
-        self.output: Tensor | None = None
-        self.return_tuple = return_tuple
-        for name in ("attention_type", "layer_type"):  # some models ask their layers which mask they want
-            if hasattr(original, name):
-                setattr(self, name, getattr(original, name))
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        if args:
-            raise ValueError(
-                "this model passes positional arguments to its decoder layers, which quip_vllm cannot replay"
-            )
-        self.seen = (hidden_states, kwargs)
-        out = hidden_states if self.output is None else self.output
-        return (out,) if self.return_tuple else out
 
 
 def fast_dtype(stored: torch.dtype | None) -> torch.dtype:
@@ -47,79 +27,71 @@ def fast_dtype(stored: torch.dtype | None) -> torch.dtype:
 class LayeredModel:
     """The model with every parameter on the meta device until it is asked for.
 
+    All names of modules and tensors that it gives and takes are those of the model's files.
+
+    Args:
+        folder: config.json and safetensors files.
+        trust_remote_code: whether Python code among the files may run.
+
     Attributes:
         layers: the decoder layers (the longest module list whose members hold nn.Linear).
-        prefix: their name in the checkpoint, for example ``model.layers``.
-        other_linears: names of nn.Linear modules outside of them (lm_head).
+        prefix: their name, for example ``model.layers``.
+        other_linears: names of nn.Linear modules outside of them (lm_head), and of matrices that the model does not
+            have (layers that predict several tokens, a vision tower).
+        outside: names of all tensors that belong to no decoder layer.
         head: the module of the output head, None where there is none.
         tied: whether its weight is that of the input embedding.
         head_name: the embedding's name where tied, else the head's own.
-        head_weights: names that its weight may have in the checkpoint; some tied models store it under both.
+        head_weights: names that its weight may have; some tied models store it under both.
         compute_dtype: of ``fast_dtype``.
+
+    Raises:
+        ValueError: the folder holds no model whose decoder layers can be quantized, or not all of its tensors.
     """
 
-    def __init__(self, folder: Path):
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.folder = folder
+        self.config = load_config(folder, trust_remote_code)
         self.reader = CheckpointReader(folder)
-        try:
-            self.config = AutoConfig.from_pretrained(folder)
-        except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
-            raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
-        if getattr(self.config, "quantization_config", None):
-            raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
         self.compute_dtype = fast_dtype(self.config.dtype)
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.compute_dtype).eval()
-        lists = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
-        }
-        if not lists:
-            raise ValueError(
-                f"{folder} has no list of decoder layers that hold nn.Linear: this architecture is not supported"
-            )
-        self.prefix, self.layers = max(lists.items(), key=lambda item: len(item[1]))
-        inside = self.prefix + "."
+        self.model = empty_model(folder, self.config, self.compute_dtype, trust_remote_code)
+        self._path, self.layers = decoder_layers(folder, self.model)
+        self._names = names_in_files(self.model, self.reader)
+        first = next(name for name in self._names if name.startswith(f"{self._path}.0."))
+        self.prefix = self._names[first].partition(".0.")[0]
+        begins = tuple(f"{self.prefix}.{index}." for index in range(len(self.layers)))
+        inside = {name for index in range(len(self.layers)) for name, _ in self._tensors(index)}
+        self.outside = [name for name in self.reader.names() if name not in inside and not name.startswith(begins)]
         self.other_linears = [
-            name
+            self._module_name(name)
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith(inside)
+            if isinstance(module, nn.Linear) and not name.startswith(self._path + ".")
         ]
+        self.other_linears += modules_beyond(self._names, self.reader, self.outside, self.prefix)
         self.head = self.model.get_output_embeddings()
         names = {module: name for name, module in self.model.named_modules()}
-        own = names.get(self.head)
+        self._head_path = own = names.get(self.head)
         self.tied = f"{own}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {})
-        self.head_name = names[self.model.get_input_embeddings()] if self.tied else own
-        self.head_weights = {f"{self.head_name}.weight", f"{own}.weight"}
-        self.layers[0].register_forward_hook(self._see_output)
-        self._layers_return_tuples = False
-        for i, layer in enumerate(self.layers):
-            for name, parameter in layer.named_parameters():
-                if parameter.dim() > 2:
-                    raise ValueError(
-                        f"{inside}{i}.{name} has {parameter.dim()} dimensions (stacked experts): only models whose "
-                        "decoder layers hold plain nn.Linear are quantized"
-                    )
+        head = names[self.model.get_input_embeddings()] if self.tied else own
+        self.head_name = None if head is None else self._module_name(head)
+        self.head_weights = {f"{self.head_name}.weight", self._names.get(f"{own}.weight", f"{own}.weight")}
+        self._returned = Returned()
+        self.layers[0].register_forward_hook(self._returned.see)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Full module name -> linear layer of decoder layer ``index``."""
-        modules = self.layers[index].named_modules(prefix=f"{self.prefix}.{index}")
-        return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        """Module name -> linear layer of decoder layer ``index``."""
+        modules = self.layers[index].named_modules(prefix=f"{self._path}.{index}")
+        return {self._module_name(name): module for name, module in modules if isinstance(module, nn.Linear)}
 
-    def read_layer(self, index: int) -> dict[str, Tensor]:
-        """The checkpoint's tensors of decoder layer ``index``, by full name, in their own dtype."""
-        names = [name for name, _ in self._parameters(index)]
-        others = {name for name in self.reader.names() if name.startswith(f"{self.prefix}.{index}.")} - set(names)
-        return self.reader.read([*names, *sorted(others)])
+    def layer_names(self, index: int) -> list[str]:
+        """Names of the tensors of decoder layer ``index``, those included that the model does not read."""
+        names = [name for name, _ in self._tensors(index)]
+        begin = f"{self.prefix}.{index}."
+        return [*names, *sorted({name for name in self.reader.names() if name.startswith(begin)} - set(names))]
 
     def stored_dtype(self) -> str:
-        """The dtype of the checkpoint's first layer, as config.json names it."""
-        name = self._parameters(0)[0][0]
-        return str(self.reader.read([name])[name].dtype).removeprefix("torch.")
+        """The dtype of the first layer's weights, as config.json names it."""
+        return str(self.reader.dtypes[self._tensors(0)[0][0]]).removeprefix("torch.")
 
     @contextlib.contextmanager
     def layer(self, index: int, tensors: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -127,24 +99,35 @@ class LayeredModel:
 
         Args:
             index: of the layer.
-            tensors: its parameters by full name. None reads the model's own, one at a time.
+            tensors: its tensors by name. None reads the model's own, one at a time.
         """
-        for name, inside in self._parameters(index):
+        layer = self.layers[index]
+        for name, inside in self._tensors(index):
             tensor = self.reader.read([name])[name] if tensors is None else tensors[name]
-            _set_parameter(self.layers[index], inside, tensor.to(self.compute_dtype))
+            _set_tensor(layer, inside, tensor, self.compute_dtype)
         try:
-            yield self.layers[index]
+            yield layer
         finally:
-            for _, inside in self._parameters(index):
-                old = self.layers[index].get_parameter(inside)
-                _set_parameter(self.layers[index], inside, torch.empty_like(old, device="meta"))
+            for name, old in list(layer.named_parameters()):
+                _set_tensor(layer, name, torch.empty_like(old, device="meta"), old.dtype)
 
-    def _parameters(self, index: int) -> list[tuple[str, str]]:
-        """(full name, name inside the layer) of the parameters of decoder layer ``index``."""
-        names = [name for name, _ in self.layers[index].named_parameters()]
-        return [(f"{self.prefix}.{index}.{name}", name) for name in names]
+    def run_others(self, tokens: Tensor, real: int | None = None) -> list[Stub]:
+        """Runs all but the decoder layers, or all but the others than `real`; returns the stubs.
 
-    def first_hidden_states(self, tokens: Tensor, batch: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        The stub of `real`, which did not run, has that layer's output as its ``hidden``.
+        """
+        self._read_others()
+        with self._stubs(real) as stubs, contextlib.ExitStack() as hooks:
+            if real is not None:
+
+                def keep(_: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+                    stubs[real].hidden = out[0] if isinstance(out, tuple) else out
+
+                hooks.callback(self.layers[real].register_forward_hook(keep).remove)
+            self.model.base_model(input_ids=tokens, use_cache=False)
+        return stubs
+
+    def first_hidden_states(self, tokens: Tensor, batch: int) -> tuple[list[Tensor], list[Calls]]:
         """Runs all but the decoder layers.
 
         Args:
@@ -152,32 +135,24 @@ class LayeredModel:
             batch: sequences at a time.
 
         Returns:
-            (hidden states before layer 0, [batch, length, hidden] each; keyword arguments of each layer, for full
-            batches of the same shape).
+            (hidden states before layer 0, [batch, length, hidden] each; the calls of each layer).
         """
-        base = self.model.base_model
-        for name, _ in list(base.named_parameters()):
-            if name.startswith(self.prefix.removeprefix(self.model.base_model_prefix + ".") + "."):
-                continue
-            full = f"{self.model.base_model_prefix}.{name}"
-            source = full if full in self.reader else name
-            _set_parameter(base, name, self.reader.read([source])[source].to(self.compute_dtype))
-        hidden = []
-        with self._stubs() as stubs:
-            for chunk in tokens.split(batch):
-                base(input_ids=chunk, use_cache=False)
-                hidden.append(stubs[0].seen[0].clone())
-        return hidden, [stub.seen[1] for stub in stubs]
+        hidden: list[Tensor] = []
+        calls: list[Calls] = [{} for _ in self.layers]
+        for chunk in tokens.split(batch):
+            stubs = self.run_others(chunk)
+            hidden.append(stubs[0].hidden.clone())
+            for stub, of_layer in zip(stubs, calls, strict=True):
+                if not same(of_layer.setdefault(len(chunk), stub.call), stub.call):
+                    raise ValueError(
+                        f"{self.folder}: its decoder layers read more of the text than their hidden states"
+                    )
+        return hidden, calls
 
     def quantizable_head(self) -> tuple[str, tuple[int, ...]]:
         """Name and shape [n, k] of the output head. Raises ValueError if it cannot be quantized."""
-        if self.head is None or self.head_name is None:
+        if self.head is None or self.head_name is None or f"{self.head_name}.weight" not in self.reader:
             raise ValueError(f"{self.folder} has no output head: leave --lm-head away")
-        if f"{self.head_name}.weight" not in self.reader:
-            raise ValueError(
-                f"{self.folder} has no tensor {self.head_name}.weight: its files name the output head otherwise than "
-                "transformers does; leave --lm-head away"
-            )
         return self.head_name, tuple(self.head.weight.shape)
 
     def head_inputs(self, tokens: Tensor, hidden: list[Tensor]) -> Iterator[Tensor]:
@@ -215,41 +190,47 @@ class LayeredModel:
         finally:
             handle.remove()
 
+    def _read_others(self) -> None:
+        """Reads what is outside the decoder layers, the output head excepted."""
+        for name, old in list(self.model.named_parameters()):
+            if (
+                old.device.type == "meta"
+                and not name.startswith(self._path + ".")
+                and not name.startswith(f"{self._head_path}.")
+            ):
+                stored = self._names[name]
+                _set_tensor(self.model, name, self.reader.read([stored])[stored], self.compute_dtype)
+
     @contextlib.contextmanager
-    def _stubs(self) -> Iterator[Any]:
-        """Stubs in place of the decoder layers."""
-        parent_name, _, list_name = self.prefix.rpartition(".")
+    def _stubs(self, real: int | None = None) -> Iterator[list[Stub]]:
+        """Stubs in place of the decoder layers, `real` excepted."""
+        parent_name, _, list_name = self._path.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        stubs = nn.ModuleList(_Stub(layer, self._layers_return_tuples) for layer in self.layers)
-        setattr(parent, list_name, stubs)
+        stubs = [Stub(layer, self._returned) for layer in self.layers]
+        placed = [self.layers[i] if i == real else stub for i, stub in enumerate(stubs)]
+        setattr(parent, list_name, nn.ModuleList(placed))
         try:
             yield stubs
         finally:
             setattr(parent, list_name, self.layers)
 
-    def _see_output(self, _: nn.Module, args: Any, out: Any) -> None:
-        self._layers_return_tuples = isinstance(out, tuple)
+    def _tensors(self, index: int) -> list[tuple[str, str]]:
+        """(name in the files, name inside the layer) of the parameters and buffers of decoder layer ``index``."""
+        begin = f"{self._path}.{index}."
+        full = [name for name in self.layers[index].state_dict(prefix=begin) if name in self._names]
+        return [(self._names[name], name.removeprefix(begin)) for name in full]
+
+    def _module_name(self, path: str) -> str:
+        """The name in the files of the linear layer or embedding at `path`."""
+        return self._names.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One decoder layer's output hidden states; ``kwargs`` may be those of a batch of another size."""
-    out = layer(hidden, **{key: _fit(value, hidden.shape[0]) for key, value in kwargs.items()})
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _fit(value: Any, batch: int) -> Any:
-    """A recorded argument for ``batch`` sequences: what has another number of rows repeats its first."""
-    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] != batch:
-        return value[:1].expand(batch, *value.shape[1:])
-    return tuple(_fit(one, batch) for one in value) if isinstance(value, tuple) else value
-
-
-def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+def _set_tensor(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Puts a value in the place of a parameter, in `dtype`, or of a buffer, in the dtype that it has."""
     owner, _, leaf = name.rpartition(".")
     holder = module.get_submodule(owner)
-    old = holder._parameters[leaf]
-    if old is not None and tuple(old.shape) != tuple(value.shape):
-        raise ValueError(
-            f"tensor {name} is {tuple(value.shape)}: config.json makes it {tuple(old.shape)}; fetch the model again"
-        )
-    holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    buffer = holder._buffers.get(leaf)
+    if buffer is not None:
+        holder._buffers[leaf] = value.to(buffer.dtype)
+    else:
+        holder._parameters[leaf] = nn.Parameter(value.to(dtype), requires_grad=False)

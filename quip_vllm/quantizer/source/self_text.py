@@ -2,6 +2,7 @@
 """Calibration text that the model itself writes."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,17 +10,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.source.architecture import load_config, load_tokenizer
 from quip_vllm.quantizer.source.model import fast_dtype
 
 
 @torch.no_grad()
-def self_written(settings: Settings, model_path: str) -> Tensor:
+def self_written(settings: Settings, folder: Path) -> Tensor:
     """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    dtype = fast_dtype(AutoConfig.from_pretrained(model_path).dtype)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, use_safetensors=True).eval()
+    trust = settings.trust_remote_code
+    tokenizer = load_tokenizer(folder, trust)
+    dtype = fast_dtype(load_config(folder, trust).dtype)
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust).eval()
     prepack(model, settings.sequences)
     generator = torch.Generator().manual_seed(settings.seed)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would end a run late, said before its work begins: windows, values, memory and disk."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from quip_vllm.checkpoint.shards import SHARD_BYTES
+from quip_vllm.quantizer.settings import SELF, Settings
+from quip_vllm.quantizer.source.architecture import positions
+from quip_vllm.quantizer.source.model import LayeredModel
+
+
+def check_window(settings: Settings, source: LayeredModel) -> None:
+    """Raises ValueError for sequences that are longer than the model's positions."""
+    limit = positions(source.config)
+    if limit is not None and settings.sequence_length > limit:
+        raise ValueError(
+            f"sequence_length is {settings.sequence_length}, but {settings.model} has {limit} positions: give "
+            f"--sequence-length {limit} or less"
+        )
+
+
+def check_values(source: LayeredModel) -> None:
+    """Raises ValueError for a NaN or an infinity outside the decoder layers, where no calibration text may meet it."""
+    for name in source.outside:
+        tensor = source.reader.read([name])[name]
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds a NaN or an infinity: mend the model, or fetch it again")
+
+
+def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
+    """Raises ValueError unless `count` sequences fit in the memory that is free.
+
+    Their hidden states stay in memory, twice where drift is corrected. A model that writes its own text is there whole,
+    with the probabilities of the next tokens.
+    """
+    config = source.config.get_text_config()
+    tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
+    wanted = tokens * (8 + config.hidden_size * itemsize * (2 if settings.drift_correction else 1))
+    if settings.calibration == SELF:
+        weights = sum(tensor.numel() for tensor in source.model.parameters()) * itemsize
+        wanted = max(wanted, weights + count * config.vocab_size * 8)
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        raise ValueError(
+            f"{count} sequences of {settings.sequence_length} tokens need about {wanted / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free: {'give a text (--calibration), ' if settings.calibration == SELF else ''}"
+            "fewer --sequences or a smaller --sequence-length"
+        )
+
+
+def check_disk(out: Path, kept: int, quantized: int) -> None:
+    """Raises ValueError unless the disk takes the checkpoint and, while shards are merged, one of them twice.
+
+    Args:
+        out: folder of the checkpoint.
+        kept: bytes of the tensors that stay as they are.
+        quantized: bytes of the quantized layers.
+    """
+    wanted = kept + quantized + min(quantized, SHARD_BYTES)
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    free = shutil.disk_usage(out).free
+    if free + there < wanted:
+        raise ValueError(
+            f"{out} has {free / 1e9:.1f} GB free: about {(wanted - there) / 1e9:.1f} GB are needed; make "
+            "room, then give the same command again"
+        )

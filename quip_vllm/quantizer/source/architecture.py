@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a folder holds according to its config.json, and why it may be no model that can be quantized."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The transformers config of a causal LM that is not quantized.
+
+    Raises:
+        ValueError: config.json is unusable, needs code of its own, or describes another kind of model.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
+        raise ValueError(_own_code(path, error) or f"{path} cannot be used: {brief(error)}") from None
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{path} describes an encoder-decoder ({config.model_type}): {_ONLY}")
+    names = getattr(config, "architectures", None) or []
+    if names and not any(kind in name for name in names for kind in ("CausalLM", "LMHead", "ConditionalGeneration")):
+        raise ValueError(f"{path} describes {', '.join(names):.100}: {_ONLY}")
+    return config
+
+
+_ONLY = "only causal language models, which write text token by token, are quantized"
+
+
+def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model of a config in eval mode, parameters on the meta device. Raises ValueError where there is none."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            make = AutoModelForCausalLM.from_config
+            return make(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:  # as above, and whatever a model's own code raises
+        path = folder / "config.json"
+        if "Unrecognized configuration class" in str(error):
+            problem = f"{path} has model_type {config.model_type}, of which transformers has no causal LM: {_ONLY}"
+        else:
+            problem = _own_code(path, error) or f"{path} cannot be used: {brief(error)}"
+        raise ValueError(problem) from None
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as many kinds as for a config
+        problem = f"{folder} has no tokenizer that can be used ({brief(error)}): put its tokenizer files there"
+        raise ValueError(_own_code(folder, error) or problem) from None
+
+
+def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers. Raises ValueError unless all they hold are vectors and matrices."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
+    }
+    of_text = {name: module for name, module in lists.items() if any(module is one for one in decoder.modules())}
+    if not lists:
+        raise ValueError(
+            f"{folder} has no list of decoder layers that hold nn.Linear: this architecture is not supported"
+        )
+    path, layers = max((of_text or lists).items(), key=lambda item: len(item[1]))
+    for name, parameter in layers.named_parameters():
+        if parameter.dim() > 2:
+            owner = layers.get_submodule(name.rpartition(".")[0])
+            what = "a convolution" if "Conv" in type(owner).__name__ else "no matrix"
+            what = "a stack of experts" if "expert" in name + type(owner).__name__.lower() else what
+            raise ValueError(
+                f"{path}.{name} is {what} of {parameter.dim()} dimensions: only models whose decoder layers hold plain "
+                "nn.Linear can be quantized"
+            )
+    return path, layers
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a sequence may have; None where the config does not limit it."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
+    return next((one for one in found if isinstance(one, int) and one > 0), None)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of a library's message, 160 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0] if lines else type(error).__name__:.160}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not allocate."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _own_code(path: Path, error: Exception) -> str | None:
+    if "trust_remote_code" not in str(error):
+        return None
+    return f"{path} asks for Python code from the model's own files: read that code, then give --trust-remote-code"

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensor of the files is which tensor of the transformers model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quip_vllm.checkpoint.store import CheckpointReader
+
+
+def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
+    """Matches the tensors of the model with those of its files as transformers does while it loads them.
+
+    A name that only lacks the model's prefix gets it in `reader`, hence in what is written: vLLM wants it. All other
+    names stay those of the files.
+
+    Returns:
+        Name of each of the model's parameters and stored buffers -> its name in `reader`. A tied weight that is not
+        stored has none.
+
+    Raises:
+        ValueError: a parameter is not in the files, has another shape there, or is made out of several tensors.
+    """
+    state, prefix = model.state_dict(), model.base_model_prefix
+    renamed = _rules_of_transformers(model)
+    found: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+    for stored in reader.names():
+        name, converted = (stored, False) if stored in state else renamed(stored)
+        if name not in state and f"{prefix}.{name}" in state:
+            name = f"{prefix}.{name}"
+            lacking[stored] = name
+        if name in state:
+            if converted:
+                raise ValueError(
+                    f"{reader.folder} holds {stored}, which transformers rearranges into {name}: only models whose "
+                    "files hold the weights of nn.Linear as they are can be quantized"
+                )
+            found.setdefault(name, lacking.get(stored, stored))
+    reader.rename(lacking)
+    optional = set(getattr(model, "all_tied_weights_keys", None) or {}) | {name for name, _ in model.named_buffers()}
+    for name, tensor in state.items():
+        if name not in found and name not in optional:
+            raise ValueError(
+                f"{reader.folder} has no tensor {name}: its files and its config.json do not belong together"
+            )
+        if name in found and reader.shapes[found[name]] != tuple(tensor.shape):
+            raise ValueError(
+                f"tensor {found[name]} is {reader.shapes[found[name]]}: config.json makes it {tuple(tensor.shape)}; "
+                "fetch the model again"
+            )
+    return found
+
+
+def modules_beyond(
+    names: Mapping[str, str], reader: CheckpointReader, outside: Iterable[str], prefix: str
+) -> list[str]:
+    """Modules with matrices in the files but not in the model: layers that predict several tokens, a vision tower.
+
+    Args:
+        names: of `names_in_files`.
+        reader: of the files.
+        outside: tensors that belong to none of the model's decoder layers.
+        prefix: the name of the decoder layers; all of a further one is one module.
+    """
+    known, begin = set(names.values()), prefix + "."
+    found = [
+        name.removesuffix(".weight")
+        for name in outside
+        if name not in known and name.endswith(".weight") and len(reader.shapes[name]) == 2
+    ]
+    return sorted({begin + name.split(".")[begin.count(".")] if name.startswith(begin) else name for name in found})
+
+
+def _rules_of_transformers(model: Any) -> Any:
+    """A function: a name in the files -> (the model's name, whether the tensor is more than renamed)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4 has no such rules for causal LMs
+        return lambda stored: (stored, False)
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings: Any = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+
+    def renamed(stored: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(stored, renamings, converters)
+        return name, pattern is not None
+
+    return renamed
