@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
@@ -64,12 +64,8 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
     head = None if settings.lm_head is None else source.head_name
     kept = [name for name in source.other_linears if name != head]
     layers = {name: module for index in range(len(source.layers)) for name, module in source.linears(index).items()}
-    for option, patterns in (("--ignore", settings.ignore), ("--override", [one for one, _ in settings.overrides])):
-        for pattern in patterns:
-            if not any(re.search(pattern, name) for name in layers):
-                raise ValueError(
-                    f"{option} {pattern} matches no linear layer: their names are like {next(iter(layers))}"
-                )
+    _check_patterns("--ignore", settings.ignore, [*layers, *source.other_linears])
+    _check_patterns("--override", [pattern for pattern, _ in settings.overrides], list(layers))
     for name, module in layers.items():
         stored = settings.layer_format(name)
         if stored is None:
@@ -84,6 +80,12 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         stored = LayerFormat(settings.code, settings.lm_head)
         specs[head] = _spec(head, shape, stored, settings.hadamard_block, rotate_output=False)
     return Plan(specs, tuple(kept), head)
+
+
+def _check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(f"{option} {pattern} matches no linear layer: their names are like {names[0]}")
 
 
 def _check_fused(specs: Mapping[str, LinearSpec], layers: Collection[str]) -> None:

@@ -55,6 +55,8 @@ def locked(out: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read() or "another process"
             raise ValueError(f"{out} is being written by {holder}: wait until it ends, or give a new folder") from None
+        except OSError as error:
+            raise ValueError(f"{out} cannot be locked ({error.strerror}): give a new folder on another disk") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()

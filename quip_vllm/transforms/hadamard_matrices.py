@@ -16,11 +16,11 @@ import torch
 PUBLISHED_ORDERS: tuple[int, ...] = (172, 156, 140, 124, 116, 108, 60, 52, 36, 28, 20, 12)
 """Orders used by the published QuIP# and QTIP checkpoints, in the order in which they are tried."""
 
-EXTRA_ORDERS: tuple[int, ...] = (148, 924, 76, 68, 100, 84, 684, 44)
+EXTRA_ORDERS: tuple[int, ...] = (148, 924, 76, 68, 100, 84, 684, 44, 180, 284, 540)
 """Further orders for models whose sizes the published ones do not cover; tried after them, for new checkpoints only."""
 
-_PALEY_ONE: dict[int, int] = {order: order - 1 for order in (12, 20, 60, 108, 140, 68, 84, 684, 44)}
-_PALEY_TWO: dict[int, int] = {28: 13, 36: 17, 148: 73, 924: 461, 76: 37, 100: 49}
+_PALEY_ONE: dict[int, int] = {order: order - 1 for order in (12, 20, 60, 108, 140, 68, 84, 684, 44, 180, 284)}
+_PALEY_TWO: dict[int, int] = {28: 13, 36: 17, 148: 73, 924: 461, 76: 37, 100: 49, 540: 269}
 
 # Where the first rows of the circulants A, B, C, D are -1: at each index k and at its mirror image b - k.
 _WILLIAMSON: dict[int, tuple[tuple[int, ...], ...]] = {

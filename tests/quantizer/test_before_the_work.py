@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 
-from quip_vllm.quantizer import run
+from quip_vllm.quantizer import record, run
 from quip_vllm.quantizer.record import locked
 from quip_vllm.quantizer.run import quantize
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -150,6 +150,15 @@ def test_out_that_cannot_be_written(tiny_model, make_settings, tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(ValueError, match="cannot be written .Read-only file system.: give a new folder"):
+        quantize(make_settings(tiny_model()), tmp_path / "out")
+
+
+def test_a_disk_without_locks(tiny_model, make_settings, tmp_path, monkeypatch):
+    def no_lock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(record.fcntl, "flock", no_lock)
+    with pytest.raises(ValueError, match="out cannot be locked .No locks available.: give a new folder on another disk"):
         quantize(make_settings(tiny_model()), tmp_path / "out")
 
 

@@ -49,6 +49,11 @@ def test_whole_groups_may_be_ignored(plan):
     assert len(found.specs) == 14 - 3 - 2
 
 
+def test_what_is_kept_anyway_may_be_ignored(plan):
+    found, settings, source = plan(ignore=("lm_head",))
+    assert found.config(settings, source.tied).modules_to_not_convert == ("lm_head",)
+
+
 def test_stored_bytes(plan):
     found, *_ = plan(overrides=(("down_proj", 4),), ignore=("self_attn", "layers.1"))
     n, k = 128, 64

@@ -141,9 +141,10 @@ class LayeredModel:
         calls: list[Calls] = [{} for _ in self.layers]
         for chunk in tokens.split(batch):
             stubs = self.run_others(chunk)
+            known: set[tuple[int, int]] = set()
             hidden.append(stubs[0].hidden.clone())
             for stub, of_layer in zip(stubs, calls, strict=True):
-                if not same(of_layer.setdefault(len(chunk), stub.call), stub.call):
+                if not same(of_layer.setdefault(len(chunk), stub.call), stub.call, known):
                     raise ValueError(
                         f"{self.folder}: its decoder layers read more of the text than their hidden states"
                     )

@@ -69,16 +69,31 @@ def run_layer(layer: nn.Module, hidden: Tensor, calls: Calls) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two arguments are equal, tensors bit by bit."""
+def same(one: Any, other: Any, known: set[tuple[int, int]] | None = None) -> bool:
+    """Whether two arguments are equal, tensors bit by bit.
+
+    Args:
+        one: an argument, or a container of them.
+        other: as `one`.
+        known: ids of pairs of tensors that are equal, which are compared once while they live; all layers share some.
+    """
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        pair = (id(one), id(other))
+        equal = pair in (known or ()) or (isinstance(other, Tensor) and torch.equal(one, other))
+        if equal and known is not None:
+            known.add(pair)
+        return equal
     if isinstance(one, tuple | list):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+        return (
+            type(one) is type(other)
+            and len(one) == len(other)
+            and all(same(*two, known) for two in zip(one, other, strict=True))
+        )
     if isinstance(one, _WriteOnly):
         return isinstance(other, Mapping)
     if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+        equal = isinstance(other, Mapping) and one.keys() == other.keys()
+        return equal and all(same(one[key], other[key], known) for key in one)
     return bool(one is other or one == other)
 
 
