@@ -19,8 +19,12 @@ INDEX_NAME = "model.safetensors.index.json"
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 
 
-def local_folder(model: str) -> Path:
+def local_folder(model: str, code: bool = False) -> Path:
     """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
+
+    Args:
+        model: folder or hub name.
+        code: whether Python code is fetched as well.
 
     Raises:
         ValueError: neither exists.
@@ -36,7 +40,7 @@ def local_folder(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=FETCHED))
+        return Path(snapshot_download(model, allow_patterns=[*FETCHED, *(["*.py"] if code else [])]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {model} is no folder, and the hub does not give it ({error}): check the name"

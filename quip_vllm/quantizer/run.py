@@ -89,7 +89,7 @@ class Run:
     def __init__(self, settings: Settings, out: Path):
         require_cpu_library()
         self.settings, self.out = settings, out
-        self.source = LayeredModel(local_folder(settings.model), settings.trust_remote_code)
+        self.source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
         self.plan = make_plan(settings, self.source)
         checks.check_window(settings, self.source)
         load_tokenizer(self.source.folder, settings.trust_remote_code)
@@ -156,7 +156,8 @@ class Run:
             "layers": [entry for unit in self.units for entry in self.record.entries(unit)],
         }
         folder = self.source.folder
-        for file in {file for pattern in COPIED for file in folder.glob(pattern)}:
+        code = ["*.py"] if self.settings.trust_remote_code else []
+        for file in {file for pattern in (*COPIED, *code) for file in folder.glob(pattern)}:
             ours = file.name in ("config.json", REPORT) or file.name.endswith(".index.json")
             if file.is_file() and not ours:
                 shutil.copyfile(file, self.out / file.name)

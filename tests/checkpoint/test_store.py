@@ -110,3 +110,5 @@ def test_the_hub_gives_no_pickles(monkeypatch, tmp_path):
     assert asked == {
         "someone/model": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
     }
+    store.local_folder("someone/model", code=True)
+    assert asked["someone/model"][-1] == "*.py"

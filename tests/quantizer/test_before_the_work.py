@@ -135,6 +135,7 @@ def test_code_among_the_files_runs_only_if_the_user_says_so(tiny_model, refused,
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     settings = make_settings(folder, calibration="self", sequences=2, trust_remote_code=True)
     assert len(quantize(settings, tmp_path / "trusted")["layers"]) == 14
+    assert (tmp_path / "trusted" / "own.py").read_text() == CODE
 
 
 def test_out_that_cannot_be_written(tiny_model, make_settings, tmp_path, monkeypatch):

@@ -45,9 +45,13 @@ def test_file_too_short(tokens):
         tokens(sequences=2, sequence_length=4000)
 
 
-def test_tokens_of_another_model(make_settings, tiny_model):
-    with pytest.raises(ValueError, match="makes token 220, but the model knows 100: fetch the model's own tokenizer"):
-        calibration_tokens(make_settings(tiny_model()), tiny_model(), 100)
+@pytest.mark.parametrize(("changes", "token"), [({}, 220), ({"calibration": "self"}, 256)])
+def test_tokens_of_another_model(make_settings, tiny_model, changes, token):
+    settings = make_settings(tiny_model(), **changes)
+    with pytest.raises(
+        ValueError, match=f"makes token {token}, but the model knows 100: fetch the model's own tokenizer"
+    ):
+        calibration_tokens(settings, tiny_model(), 100)
 
 
 def test_file_that_cannot_be_read(tokens, tmp_path):

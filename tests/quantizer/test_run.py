@@ -24,20 +24,26 @@ HEADS = {  # architecture -> its config, the name of its head
     "GPTNeoX": ({}, "gpt_neox.embed_in"),
 }
 
+OTHERS = {  # a bias in place of positions; layers that return tuples; learned positions
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "GPTJ": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
+    "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+}
+
 
 def weights(folder):
     reader = CheckpointReader(folder)
     return reader.read(reader.names())
 
 
-@pytest.mark.parametrize("architecture", [*tiny_models.ARCHITECTURES, "GPTNeoX"])
+@pytest.mark.parametrize("architecture", [*tiny_models.ARCHITECTURES, "GPTNeoX", *OTHERS])
 def test_architectures(architecture, tiny_model, make_settings, tiny_text, tmp_path):
-    config, head = HEADS.get(architecture, ({}, None))
+    config, head = HEADS.get(architecture, (OTHERS.get(architecture, {}), None))
     model = tiny_model(architecture, **config)
     format = {"code": "hyb", "lm_head": 4} if head else {}
     report = quantize(make_settings(model, **format), tmp_path)
     original, dense, stored, found = weights(model), dense_state(tmp_path), weights(tmp_path), inspect(tmp_path)
-    per_layer = 4 if architecture in ("Phi3", "GPTNeoX") else 7
+    per_layer = {"Phi3": 4, "GPTNeoX": 4, "Bloom": 4, "GPTJ": 6, "OPT": 6}.get(architecture, 7)
     assert len(found["layers"]) == 2 * per_layer + bool(head) and set(dense) == set(original)
     losses = {entry["name"]: entry["proxy_loss"] for entry in report["layers"]}
     for layer in found["layers"]:

@@ -63,6 +63,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise ValueError(_own_code(folder, error) or problem) from None
 
 
+def check_token(folder: Path, token: int, vocabulary: int) -> None:
+    """Raises ValueError for a token of the tokenizer that the model, which knows those below `vocabulary`, lacks."""
+    if token >= vocabulary:
+        raise ValueError(
+            f"the tokenizer in {folder} makes token {token}, but the model knows {vocabulary}: fetch the model's own "
+            "tokenizer files"
+        )
+
+
 def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers. Raises ValueError unless all they hold are vectors and matrices."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

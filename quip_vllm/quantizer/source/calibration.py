@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.quantizer.settings import SELF, Settings
-from quip_vllm.quantizer.source.architecture import brief, load_tokenizer
+from quip_vllm.quantizer.source.architecture import brief, check_token, load_tokenizer
 from quip_vllm.quantizer.source.self_text import self_written
 
 MINIMUM_TOKENS = 4096
@@ -29,7 +29,7 @@ def calibration_tokens(settings: Settings, folder: Path, vocabulary: int) -> Ten
         ValueError: the text is too short, its source cannot be read, or its tokens are not the model's.
     """
     if settings.calibration == SELF:
-        return self_written(settings, folder)
+        return self_written(settings, folder, vocabulary)
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
     text = (
         _hub_text(settings.calibration) if settings.calibration.startswith("hub:") else _file_text(settings.calibration)
@@ -46,11 +46,7 @@ def calibration_tokens(settings: Settings, folder: Path, vocabulary: int) -> Ten
         _LOG.warning(
             "%s has %d sequences of %d tokens, not %d: all are used", settings.calibration, available, length, wanted
         )
-    if ids.max() >= vocabulary:
-        raise ValueError(
-            f"the tokenizer in {folder} makes token {int(ids.max())}, but the model knows {vocabulary}: fetch the "
-            "model's own tokenizer files"
-        )
+    check_token(folder, int(ids.max()), vocabulary)
     windows = ids[: available * length].view(available, length)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
     return windows[order[:wanted]].clone()

@@ -10,25 +10,38 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip_vllm.quantizer.settings import Settings
-from quip_vllm.quantizer.source.architecture import load_config, load_tokenizer
+from quip_vllm.quantizer.source.architecture import check_token, load_config, load_tokenizer
 from quip_vllm.quantizer.source.model import fast_dtype
 
 
 @torch.no_grad()
-def self_written(settings: Settings, folder: Path) -> Tensor:
-    """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory."""
+def self_written(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
+    """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory.
+
+    Args:
+        settings: sequences, sequence_length and seed.
+        folder: the model's.
+        vocabulary: the model knows the tokens below it.
+
+    Returns:
+        int64 [sequences, sequence_length].
+
+    Raises:
+        ValueError: its tokenizer is not the model's, or its logits are not finite.
+    """
     from transformers import AutoModelForCausalLM
 
     trust = settings.trust_remote_code
     tokenizer = load_tokenizer(folder, trust)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    check_token(folder, start or 0, vocabulary)
     dtype = fast_dtype(load_config(folder, trust).dtype)
     load = AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust).eval()
     prepack(model, settings.sequences)
     generator = torch.Generator().manual_seed(settings.seed)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     count, length = settings.sequences, settings.sequence_length
-    tokens = torch.full((count, 1), 0 if start is None else start)
+    tokens = torch.full((count, 1), start or 0)
     cache, latest = None, tokens
     for _ in tqdm(range(length), desc="the model writes its calibration text", unit="token"):
         out = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
