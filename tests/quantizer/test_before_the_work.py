@@ -77,9 +77,9 @@ def test_layers_that_cannot_run_alone(tiny_model, refused):
     refused(tiny_model("Gemma4Text", **layers, **size), "cannot be run one at a time", calibration="self")
 
 
-@pytest.mark.parametrize("calibration", ["text", "self"])
-def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibration):
-    folder = damaged(lambda tensors: tensors["model.embed_tokens.weight"][7, 3].fill_(-torch.inf))
+@pytest.mark.parametrize(("calibration", "value"), [("text", -torch.inf), ("text", torch.nan), ("self", torch.inf)])
+def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibration, value):
+    folder = damaged(lambda tensors: tensors["model.embed_tokens.weight"][7, 3].fill_(value))
     where = str(tiny_text) if calibration == "text" else calibration
     refused(folder, "model.embed_tokens.weight holds a NaN or an infinity: mend the model", calibration=where)
 
@@ -97,7 +97,7 @@ def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibrati
         ),
         (
             {"model_type": "clip_vision_model", "architectures": None},
-            "has model_type clip_vision_model, of which transf",
+            "has model_type clip_vision_model, which is no causal LM",
         ),
         (
             {"model_type": "of_another_year"},
@@ -128,7 +128,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 def test_code_among_the_files_runs_only_if_the_user_says_so(tiny_model, refused, make_settings, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
-    folder = changed(tiny_model(), tmp_path, model_type="own", auto_map=names, architectures=["OwnForCausalLM"])
+    folder = changed(tiny_model(), tmp_path, model_type="own", auto_map=names, architectures=["OwnModel"])
     (folder / "own.py").write_text(CODE)
     refused(folder, "asks for Python code from the model's own files: read that code, then give --trust-remote-code")
     monkeypatch.undo()

@@ -26,6 +26,8 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{path} describes an encoder-decoder ({config.model_type}): {_ONLY}")
     names = getattr(config, "architectures", None) or []
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return config  # its own code calls it one, whatever its name
     if names and not any(kind in name for name in names for kind in ("CausalLM", "LMHead", "ConditionalGeneration")):
         raise ValueError(f"{path} describes {', '.join(names):.100}: {_ONLY}")
     return config
@@ -46,7 +48,11 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code
     except Exception as error:  # as above, and whatever a model's own code raises
         path = folder / "config.json"
         if "Unrecognized configuration class" in str(error):
-            problem = f"{path} has model_type {config.model_type}, of which transformers has no causal LM: {_ONLY}"
+            inner = config.get_text_config().model_type
+            around = "" if inner == config.model_type else f"; give its language model ({inner}) alone"
+            problem = (
+                f"{path} has model_type {config.model_type}, which is no causal LM to transformers: {_ONLY}{around}"
+            )
         else:
             problem = _own_code(path, error) or f"{path} cannot be used: {brief(error)}"
         raise ValueError(problem) from None
