@@ -62,7 +62,7 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
     """
     specs: dict[str, LinearSpec] = {}
     head = None if settings.lm_head is None else source.head_name
-    kept = [name for name in source.other_linears if name != head]
+    kept = [name for name in source.other_linears if name != head] + source.beyond
     layers = {name: module for index in range(len(source.layers)) for name, module in source.linears(index).items()}
     _check_patterns("--ignore", settings.ignore, [*layers, *source.other_linears])
     _check_patterns("--override", [pattern for pattern, _ in settings.overrides], list(layers))

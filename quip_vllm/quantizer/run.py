@@ -6,6 +6,7 @@ config.json is written last, so an unfinished folder is never served.
 
 import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 HEAD = "head"
+
+_LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -91,6 +94,9 @@ class Run:
         self.settings, self.out = settings, out
         self.source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
         self.plan = make_plan(settings, self.source)
+        if self.source.beyond:
+            named = ", ".join(self.source.beyond[:4]) + (", ..." if len(self.source.beyond) > 4 else "")
+            _LOG.warning("the model has no modules %s, which its files hold: they are copied as they are", named)
         checks.check_window(settings, self.source)
         load_tokenizer(self.source.folder, settings.trust_remote_code)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]

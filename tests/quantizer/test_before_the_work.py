@@ -192,7 +192,7 @@ def test_memory_that_ends_in_between(tiny_model, make_settings, tmp_path, monkey
         quantize(make_settings(tiny_model()), tmp_path / "out")
 
 
-def test_further_layers_and_towers_are_kept(damaged, make_settings, tmp_path):
+def test_further_layers_and_towers_are_kept(damaged, make_settings, tmp_path, caplog):
     """Tensors that transformers does not load: they are copied, and their matrices are not to be converted."""
 
     def further(tensors):
@@ -202,8 +202,9 @@ def test_further_layers_and_towers_are_kept(damaged, make_settings, tmp_path):
         tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.randn(8)
 
     source = LayeredModel(damaged(further))
-    assert source.other_linears == ["lm_head", "model.layers.2", "mtp.fc"]
+    assert source.other_linears == ["lm_head"] and source.beyond == ["model.layers.2", "mtp.fc"]
     quantize(make_settings(source.folder), tmp_path / "out")
+    assert "no modules model.layers.2, mtp.fc, which its files hold: they are copied as they are" in caplog.text
     written = LayeredModel(source.folder).reader
     out = run.shards.read_shard(tmp_path / "out" / "model.safetensors")
     for name in written.names():

@@ -112,9 +112,9 @@ def positions(config: Any) -> int | None:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of a library's message, 160 characters at most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0] if lines else type(error).__name__:.160}"
+    """The first line of a library's message, with the next one where it ends in a colon; 160 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{' '.join(lines[: 2 if lines[0].endswith(':') else 1]):.160}"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -36,8 +36,9 @@ class LayeredModel:
     Attributes:
         layers: the decoder layers (the longest module list whose members hold nn.Linear).
         prefix: their name, for example ``model.layers``.
-        other_linears: names of nn.Linear modules outside of them (lm_head), and of matrices that the model does not
-            have (layers that predict several tokens, a vision tower).
+        other_linears: names of nn.Linear modules outside of them (lm_head).
+        beyond: modules that have matrices in the files, but that the model does not have (layers that predict several
+            tokens, a vision tower).
         outside: names of all tensors that belong to no decoder layer.
         head: the module of the output head, None where there is none.
         tied: whether its weight is that of the input embedding.
@@ -67,7 +68,7 @@ class LayeredModel:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(self._path + ".")
         ]
-        self.other_linears += modules_beyond(self._names, self.reader, self.outside, self.prefix)
+        self.beyond = modules_beyond(self._names, self.reader, self.outside, self.prefix)
         self.head = self.model.get_output_embeddings()
         names = {module: name for name, module in self.model.named_modules()}
         self._head_path = own = names.get(self.head)
