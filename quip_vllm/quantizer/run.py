@@ -51,7 +51,7 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
     Raises:
         ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
     """
-    # The record was killed while it was removed.
+    # A finished run was killed while it removed its record.
     finished = resume and (out / "config.json").exists() and (out / record.FOLDER).exists()
     run = None if finished else Run(settings, out)
     try:
@@ -136,6 +136,7 @@ class Run:
     def quantize_units(self) -> None:
         """Quantizes every layer that the record does not have, in order, then the head."""
         checks.check_values(self.source)
+        check_replay(self.source, self._batches(self.settings.sequences))
         tokens = self.record.tokens(self._make_tokens)
         checks.check_memory(self.settings, self.source, len(tokens))
         if len(tokens) < self.settings.sequences:
@@ -239,11 +240,10 @@ class Run:
         return tensors
 
     def _make_tokens(self) -> Tensor:
-        """The calibration tokens, once it is known that the layers can run on as many."""
+        """The calibration tokens, read or written."""
         count = self.settings.sequences
         if self.settings.calibration == SELF:  # else the text may have fewer
             checks.check_memory(self.settings, self.source, count)
-        check_replay(self.source, self._batches(count))
         vocabulary = self.source.model.get_input_embeddings().weight.shape[0]
         return calibration_tokens(self.settings, self.source.folder, vocabulary)
 

@@ -85,23 +85,33 @@ def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
 
 
 @pytest.fixture
-def unfinished(tiny_model, make_settings, tmp_path, monkeypatch):
+def stopped(make_settings, tmp_path, monkeypatch):
+    """stopped(model, group): a folder whose run stopped before a group of layers, and its settings."""
+
+    def stopped(model, group):
+        calls = []
+
+        def failing(*args):
+            calls.append(args)
+            if len(calls) == group:
+                raise OSError("stopped")
+            return original(*args)
+
+        original = run.quantize_group
+        settings = make_settings(model)
+        monkeypatch.setattr(run, "quantize_group", failing)
+        with pytest.raises(OSError, match="stopped"):
+            quantize(settings, tmp_path / "out")
+        monkeypatch.setattr(run, "quantize_group", original)
+        return tmp_path / "out", settings
+
+    return stopped
+
+
+@pytest.fixture
+def unfinished(stopped, tiny_model):
     """A folder whose run stopped in its second layer, and its settings."""
-    calls = []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) > 4:
-            raise OSError("stopped")
-        return original(*args)
-
-    original = run.quantize_group
-    settings = make_settings(tiny_model())
-    monkeypatch.setattr(run, "quantize_group", failing)
-    with pytest.raises(OSError, match="stopped"):
-        quantize(settings, tmp_path / "out")
-    monkeypatch.setattr(run, "quantize_group", original)
-    return tmp_path / "out", settings
+    return stopped(tiny_model(), 5)
 
 
 def test_finished_layers_are_not_done_again(unfinished, monkeypatch):
@@ -157,19 +167,9 @@ def test_nothing_to_resume(tiny_model, make_settings, tmp_path, unfinished):
         ("model.layers.1.mlp.up_proj.weight", None),  # of a layer that is not finished: read when it is its turn
     ],
 )
-def test_other_weights(tiny_model, make_settings, tmp_path, monkeypatch, name, message):
+def test_other_weights(tiny_model, stopped, tmp_path, name, message):
     shutil.copytree(tiny_model(), tmp_path / "model")
-    settings, calls, original = make_settings(tmp_path / "model"), [], run.quantize_group
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 6:
-            raise OSError("stopped")
-        return original(*args)
-
-    monkeypatch.setattr(run, "quantize_group", failing)
-    with pytest.raises(OSError, match="stopped"):
-        quantize(settings, tmp_path / "out")
+    _, settings = stopped(tmp_path / "model", 6)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors[name].view(-1)[5] += 1
@@ -192,3 +192,17 @@ def test_another_config(unfinished, tiny_model, make_settings, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     with pytest.raises(ValueError, match="config.json was '.*' and is now '.*'; give the same or a new folder"):
         quantize(make_settings(tmp_path / "model"), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("GPTJ", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
+        ("Bloom", {"n_layer": 2}),
+    ],
+)
+def test_layers_that_return_tuples(stopped, tiny_model, tmp_path, architecture, config):
+    out, settings = stopped(tiny_model(architecture, **config), 5)
+    quantize(settings, out, resume=True)
+    quantize(settings, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
