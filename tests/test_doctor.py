@@ -8,6 +8,7 @@ import torch
 
 from quip_vllm import __version__, doctor
 from quip_vllm.cli import main
+from quip_vllm.formats.spec import FORMATS
 from quip_vllm.ops import cpu, cpu_tier, cpu_tiers, cuda, extension
 
 
@@ -25,7 +26,7 @@ def test_doctor(capsys):
         assert [cpu_tier(), "in", "use"] in tiers
     assert "portable" in tiers[-1]
     served = [line for line in lines if line.startswith("  cpu ")]
-    assert len(served) == 5
+    assert len(served) == len(FORMATS)
     assert all("cpu yes (" in line for line in served)
     assert all("; reference no (slow, runs only with QUIP_VLLM_BACKEND=reference)" in line for line in served)
     assert served[0].startswith("  cpu   quip_sharp e8p, 2 to 4 bits:")
@@ -41,7 +42,7 @@ def test_doctor_without_the_library(capsys, monkeypatch, tmp_path):
     why = extension.cpu_library_problem.__wrapped__()
     assert why.startswith(f"the compiled library {tmp_path / 'gone.so'} is not there: install quip-vllm again")
     assert f"CPU library   {why}" in out
-    assert out.count(f"cpu no ({why})") == 5 and "cpu yes" not in out
+    assert out.count(f"cpu no ({why})") == len(FORMATS) and "cpu yes" not in out
 
 
 def test_doctor_with_a_broken_library(capsys, monkeypatch, tmp_path):
@@ -64,7 +65,7 @@ def on_a_gpu(monkeypatch, capability):
     monkeypatch.setattr(cuda, "cuda_library_problem", lambda: "no library")
     lines = doctor.report().splitlines()
     served = [line.split(" bits: ")[1].strip() for line in lines if line.startswith("  cuda ")]
-    assert len(served) == 5
+    assert len(served) == len(FORMATS)
     return lines, served
 
 

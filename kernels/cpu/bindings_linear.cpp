@@ -3,6 +3,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -43,6 +44,8 @@ struct Linear {
 
 // ---- The weight ----
 
+constexpr std::string_view kSwapped = "_swapped";  // behind the name of a trellis code: Weight::swapped
+
 Code code_of(const std::string& name) {
 #define QUIP_CASE(enumerator, own) \
   if (name == own) return Code::enumerator;
@@ -80,8 +83,11 @@ std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int6
 // The weight of each part of a layer, without the integers of its table.
 std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>& table, const std::string& name,
                                const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
-  const Code code = code_of(name);
+  const bool swapped = name.ends_with(kSwapped);
+  const Code code = code_of(swapped ? name.substr(0, name.size() - kSwapped.size()) : name);
   if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
+  STD_TORCH_CHECK(!swapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1, "code ", name,
+                  ": 3inst, mcg and mul1 have swapped tiles, the others do not");
   const bool per_part = code == Code::kHyb;  // a table for each part
   const int most = per_part ? 4 : 8;
   STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
@@ -96,8 +102,13 @@ std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>
   }
   std::vector<Weight> weights;
   for (size_t i = 0; i < output_sizes.size(); ++i)
-    weights.push_back({static_cast<const uint8_t*>(words) + starts[i], per_part ? values + 1024 * i : values, code,
-                       int(bits), output_sizes[i], k});
+    weights.push_back({.packed = static_cast<const uint8_t*>(words) + starts[i],
+                       .table = per_part ? values + 1024 * i : values,
+                       .code = code,
+                       .bits = int(bits),
+                       .n = output_sizes[i],
+                       .k = k,
+                       .swapped = swapped});
   return weights;
 }
 

@@ -6,7 +6,9 @@
   CODE(kOneMad, "1mad")          \
   CODE(kThreeInst, "3inst")      \
   CODE(kHyb, "hyb")              \
-  CODE(kLut, "lut")
+  CODE(kLut, "lut")              \
+  CODE(kMcg, "mcg")              \
+  CODE(kMul1, "mul1")
 
 namespace quip {
 

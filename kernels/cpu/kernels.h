@@ -29,6 +29,8 @@ struct Weight {
   const int16_t* table16 = nullptr;  // LUT: [65537], of which the last is not used
   float unit = 1;
   bool grid = false;  // HYB: whether the table is a grid (formats/trellis_codes.py) whose integers are even
+  // Whether the two quarters of a tile off the diagonal have changed places (formats/tile.py); 3INST, MCG and MUL1.
+  bool swapped = false;
 };
 
 // An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then

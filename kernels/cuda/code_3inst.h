@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // 3INST (QTIP, arXiv 2406.11235, section 3.1.1): a weight is the sum of the two fp16 halves of a masked multiply-add.
+// MCG (EXL3): of a masked product.
 //
 // The second mask comes from memory: an instruction takes one constant only, and the compiler would spend two.
 #pragma once
@@ -7,14 +8,14 @@
 
 namespace quip {
 
-template <int bits>
-struct ThreeInst : TrellisCode<bits> {
+template <int bits, bool swapped, uint32_t factor, uint32_t term>
+struct TwoHalves : TrellisCode<bits, swapped> {
   uint32_t flips;  // 0x3B603B60
 
   // table: uint32 [4], the first is it.
-  DEVICE ThreeInst(const unsigned char*, const void* table) : flips(*static_cast<const uint32_t*>(table)) {}
+  DEVICE TwoHalves(const unsigned char*, const void* table) : flips(*static_cast<const uint32_t*>(table)) {}
 
-  DEVICE uint32_t halves(uint32_t state) const { return ((state * 89226354u + 64248484u) & 0x8FFF8FFFu) ^ flips; }
+  DEVICE uint32_t halves(uint32_t state) const { return ((state * factor + term) & 0x8FFF8FFFu) ^ flips; }
 
   template <int half>
   DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
@@ -25,5 +26,14 @@ struct ThreeInst : TrellisCode<bits> {
     });
   }
 };
+
+template <int bits>
+using ThreeInst = TwoHalves<bits, false, 89226354u, 64248484u>;
+template <int bits>
+using ThreeInstSwapped = TwoHalves<bits, true, 89226354u, 64248484u>;
+template <int bits>
+using Mcg = TwoHalves<bits, false, 0xCBAC1FEDu, 0>;
+template <int bits>
+using McgSwapped = TwoHalves<bits, true, 0xCBAC1FEDu, 0>;
 
 }  // namespace quip

@@ -49,6 +49,13 @@ DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   return d;
 }
 
+// Two fp16 a b + c, each rounded once.
+DEVICE uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 DEVICE uint16_t to_half(float v) {
   uint16_t d;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(v));

@@ -71,8 +71,9 @@ DEVICE void unrolled(F f) {
   }
 }
 
-// What trellis codes have in common; a code says what differs.
-template <int bits_>
+// What trellis codes have in common; a code says what differs. In a swapped tile the two quarters off the diagonal have
+// changed places (formats/tile.py), and so have the registers that hold them.
+template <int bits_, bool swapped = false>
 struct TrellisCode {
   static constexpr int bits = bits_;
   using Words = TrellisWords<bits>;
@@ -101,8 +102,8 @@ struct TrellisCode {
   DEVICE static void join_pairs(const Words& words, uint32_t (&a)[1][2][4], F join) {
     const TrellisStream<bits, half> stream(words);
     unrolled<8>([&](auto index) {
-      constexpr int i = decltype(index)::value;
-      a[0][i / 4][i % 4] =
+      constexpr int i = decltype(index)::value, place = i % 4;
+      a[0][i / 4][swapped ? place / 2 + place % 2 * 2 : place] =
           join(stream.template window<bits * (2 * i + 1)>(), stream.template window<bits * (2 * i + 2)>());
     });
   }

@@ -102,6 +102,15 @@ DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   return uint32_t(to_half(from_half(uint16_t(a >> 16)) + from_half(uint16_t(b >> 16)))) << 16 | low;
 }
 
+// MUL1's product and sum have few enough digits to be exact in fp32.
+DEVICE uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  const auto half = [&](int shift) {
+    const auto part = [&](uint32_t v) { return from_half(uint16_t(v >> shift)); };
+    return uint32_t(to_half(part(a) * part(b) + part(c)));
+  };
+  return half(16) << 16 | half(0);
+}
+
 // Saturates, and turns NaN into 0, as CUDA's does.
 DEVICE int to_int(float v) {
   if (!(std::fabs(v) < 0x1p31f)) return v > 0 ? INT32_MAX : v < 0 ? INT32_MIN : 0;

@@ -30,6 +30,7 @@ class Format(abc.ABC):
         method: the family; `quant_method` in config.json, under which vLLM knows the format.
         bits: allowed code bits per weight, ascending.
         multiple_in, multiple_out: inputs and outputs of a layer have to be multiples of these.
+        kernel_orders: the orders of a tile that kernels decode; the reference has all.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Format(abc.ABC):
     bits: tuple[int, ...]
     multiple_in: int
     multiple_out: int
+    kernel_orders: tuple[TileOrder, ...] = (TileOrder.MMA,)
 
     @abc.abstractmethod
     def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
@@ -157,13 +159,15 @@ class LinearSpec:
 
     def beyond_kernels(self) -> str | None:
         """The first property of the layer that only the reference backend has, as a clause, or None."""
+        padded = (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes)
+        alone = len(self.output_sizes) == 1 and self.rotate_output
         properties = {
             "an su per part": self.su_per_part and len(self.output_sizes) > 1,
             "one output rotation over all parts": self.fused_rotation and len(self.output_sizes) > 1,
             "parts served in another order than stored": self.part_order
             not in ((), tuple(range(len(self.output_sizes)))),
-            f"tile order {self.tile_order.value}": self.tile_order is not TileOrder.MMA,
+            f"tile order {self.tile_order.value}": self.tile_order not in self.format.kernel_orders,
             "rotations in chunks": max(self.input_chunks, self.output_chunks) > 1,
-            "sizes that are padded": (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes),
+            "parts, or rows to look up, whose sizes are padded": padded and not alone,
         }
         return next((clause for clause, present in properties.items() if present), None)

@@ -67,7 +67,7 @@ def pack(states: torch.Tensor, bits: int, vector_dim: int) -> torch.Tensor:
     start = torch.arange(STATE_BITS * bits, dtype=torch.int64, device=states.device) * STATE_BITS
     step_of_word, offset = start // step_bits, (start % step_bits).to(torch.int32)
     fresh = following[..., step_of_word] & ((1 << step_bits) - 1)
-    return _to_int16(states[..., step_of_word] << offset | fresh >> (step_bits - offset))
+    return to_int16(states[..., step_of_word] << offset | fresh >> (step_bits - offset))
 
 
 def unpack(packed: torch.Tensor, bits: int, vector_dim: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _step_bits(bits: int, vector_dim: int) -> int:
     return bits * vector_dim
 
 
-def _to_int16(words: torch.Tensor) -> torch.Tensor:
-    """The int16 with the low 16 bits of each integer, without an out-of-range conversion."""
+def to_int16(words: torch.Tensor) -> torch.Tensor:
+    """The int16 with the low 16 bits of each integer: no conversion out of range."""
     sign = 1 << (STATE_BITS - 1)
     return (((words & _STATE_MASK) ^ sign) - sign).to(torch.int16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trellis codes: how a 16-bit state becomes one or two weights (QTIP, arXiv 2406.11235).
+"""Trellis codes: how a 16-bit state becomes one or two weights (QTIP, arXiv 2406.11235; MCG and MUL1 are EXL3's).
 
 A code is one function of an int64 tensor of states [S] that returns float32 values [S, vector_dim], and one `register`
 at the end of this file. "mod 2^32" is what 32-bit registers do; kernels compute the same in fewer instructions.
@@ -68,9 +68,24 @@ def _three_inst(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor
 
     The sum is rounded to fp16, as a half-precision adder does. Its standard deviation is 1.2437, not 1.
     """
-    y = state * 89226354 + 64248484 & _WORD
-    z = y & 0x8FFF8FFF ^ 0x3B603B60
-    return (_as_half(z >> 16) + _as_half(z & 0xFFFF)).to(torch.float32)[:, None]
+    return _two_halves(state * 89226354 + 64248484 & _WORD)
+
+
+def _mcg(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """MCG (EXL3): 3INST with a product in place of the multiply-add. Its standard deviation is 1.2441."""
+    return _two_halves(state * 0xCBAC1FED & _WORD)
+
+
+def _mul1(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+    """MUL1 (EXL3): the sum s of the four bytes of a product, scaled and centred to about N(0, 1) in half precision.
+
+    The value is fp16(a (1024 + s) - b) with a = 1774 * 2^-18 and b = 10.3828125: a fused multiply-add, rounded once. In
+    float32 the product and the difference are exact.
+    """
+    y = state * 0x83DCD12D & _WORD
+    total = (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
+    exact = (1024 + total).to(torch.float32) * (1774 * 2.0**-18) - 10.3828125
+    return exact.to(torch.float16).to(torch.float32)[:, None]
 
 
 def _hyb(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
@@ -122,6 +137,12 @@ def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
     return torch.cat([half, half * torch.tensor([1.0, -1.0], device=half.device)]).to(torch.float16)
 
 
+def _two_halves(y: torch.Tensor) -> torch.Tensor:
+    """The sum of the two fp16 numbers in the halves of a masked word: int64 [S] to float32 [S, 1]."""
+    z = y & 0x8FFF8FFF ^ 0x3B603B60
+    return (_as_half(z >> 16) + _as_half(z & 0xFFFF)).to(torch.float32)[:, None]
+
+
 def _as_half(bits: torch.Tensor) -> torch.Tensor:
     """The fp16 numbers with these bit patterns 0..65535."""
     return ((bits ^ 0x8000) - 0x8000).to(torch.int16).view(torch.float16)
@@ -147,6 +168,7 @@ class TrellisCode(Format):
         vector_dim: weights per trellis step.
         bits: allowed code bits per weight.
         default_table: bits -> the table that the quantizer stores, float16 [2^b, vector_dim]; None for a code without.
+        kernel_orders: see Format.
     """
 
     method = "qtip"
@@ -159,8 +181,9 @@ class TrellisCode(Format):
         vector_dim: int = 1,
         bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
         default_table: Callable[[int], torch.Tensor] | None = None,
+        kernel_orders: tuple[TileOrder, ...] = (TileOrder.MMA,),
     ) -> None:
-        self.name, self.vector_dim, self.bits = name, vector_dim, bits
+        self.name, self.vector_dim, self.bits, self.kernel_orders = name, vector_dim, bits, kernel_orders
         self._function, self._default_table = function, default_table
 
     def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
@@ -254,10 +277,15 @@ class TrellisCode(Format):
         return tile.sequences_to_weight(self.decode_sequences(tiles, bits, table), tile_order)
 
 
+EXL3_ORDERS = (TileOrder.MMA, TileOrder.MMA_SWAPPED)
+"""The quantizer's order and that of EXL3, which has the codes 3inst, mcg and mul1."""
+
 ONE_MAD = TrellisCode("1mad", _one_mad)
-THREE_INST = TrellisCode("3inst", _three_inst)
+THREE_INST = TrellisCode("3inst", _three_inst, kernel_orders=EXL3_ORDERS)
 # HYB stops at 4 bits: its 1024 distinct vectors of two weights carry at most 5 bits per weight.
 HYB = TrellisCode("hyb", _hyb, vector_dim=2, bits=(1, 2, 3, 4), default_table=_hyb_default_table)
 LUT = TrellisCode("lut", _lut)
-for _code in (ONE_MAD, THREE_INST, HYB, LUT):
+MCG = TrellisCode("mcg", _mcg, kernel_orders=EXL3_ORDERS)
+MUL1 = TrellisCode("mul1", _mul1, kernel_orders=EXL3_ORDERS)
+for _code in (ONE_MAD, THREE_INST, HYB, LUT, MCG, MUL1):
     register(_code)

@@ -15,7 +15,7 @@ from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.formats.trellis_codes import LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.prepared import PreparedLayer
-from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
+from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 
 LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
@@ -98,7 +98,7 @@ class CpuLayer(PreparedLayer):
             [tensors[f"base{i}"] for i in range(len(self.widths))],
             self.widths,
             self.output_sizes,
-            self.spec.code,
+            kernels_code(self.spec),
             self.spec.bits,
             self.activations,
             self.grid,
@@ -115,7 +115,7 @@ class CpuLayer(PreparedLayer):
             tensors["sv"][: self.spec.out_features],
             tensors["inverse_base"],
             self.widths[0],
-            self.spec.code,
+            kernels_code(self.spec),
             self.spec.bits,
             dtype,
         )
@@ -146,6 +146,7 @@ class CpuBackend:
         check(spec, tensors)
         require_cpu_library()
         unused = 0 if spec.rotate_output else -spec.out_features % spec.format.outputs_per_row
+        sizes = [*spec.stored_outputs[:-1], spec.stored_outputs[-1] + unused]
         prepared = {
             "packed": _packed(spec, tensors),
             "su": tensors[SU.name].float().contiguous(),
@@ -153,7 +154,6 @@ class CpuBackend:
             **_tables(spec, tensors),
         }
         prepared |= {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
-        sizes = [*spec.output_sizes[:-1], spec.output_sizes[-1] + unused]
         widths = [width for _, width in rotations(spec)]
         grid = spec.code == "hyb" and _is_grid(prepared["table_integers"])
         return CpuLayer(spec, prepared, widths, sizes, envs.activations() or "", grid)
@@ -165,7 +165,7 @@ def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
         return tensors[PACKED].contiguous()
     codes, rest = tensors[CODES].contiguous(), tensors.get(RESIDUAL_CODES)
     rest = None if rest is None else rest.contiguous()
-    return torch.ops.quip_vllm.cpu_lattice_blocks(codes, rest, list(spec.output_sizes), spec.bits)
+    return torch.ops.quip_vllm.cpu_lattice_blocks(codes, rest, list(spec.stored_outputs), spec.bits)
 
 
 def _tables(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

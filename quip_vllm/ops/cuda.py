@@ -15,9 +15,9 @@ from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import cuda_layout, cuda_shapes
 from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
 from quip_vllm.ops.prepared import PreparedLayer
-from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
+from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 
-INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1}
+INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1, "mcg": 5.4}
 """Instructions per weight of a code's main loop at 2 bits and one row, estimates for the choice of thread blocks."""
 USUAL_INSTRUCTIONS = 4.5
 """The same for a code that the table does not name."""
@@ -104,7 +104,7 @@ class CudaBackend:
         prepared = {
             "packed": cuda_layout.packed_words(spec, tensors),
             "su": tensors[SU.name].float().contiguous(),
-            "sv": torch.nn.functional.pad(tensors[SV.name].float(), (0, sum(sizes) - spec.out_features)),
+            "sv": torch.nn.functional.pad(tensors[SV.name].float(), (0, sum(sizes) - sum(spec.stored_outputs))),
         }
         table = cuda_layout.table(spec, tensors)
         if table is not None:
@@ -118,7 +118,7 @@ class CudaBackend:
 def _sizes(spec: LinearSpec) -> list[int]:
     """The outputs of the op: an output head of a trellis has whole tiles."""
     if spec.rotate_output:
-        return list(spec.output_sizes)
+        return list(spec.stored_outputs)
     return [spec.out_features + -spec.out_features % spec.format.outputs_per_row]
 
 
@@ -135,7 +135,7 @@ def _kernels(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     """The op's name of the code: which kernels of it run here."""
     if spec.code == "1mad" and envs.activations() == "int8":
         return "1mad_int8"
-    code = spec.code
+    code = kernels_code(spec)
     if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
         return f"{code}_large"
     return code
@@ -156,10 +156,10 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
     table_words = {"hyb": 512 * 16, "hyb_large": 1024 * 32, "e8p": tables * 256 * 16, "e8p_large": tables * 256 * 32}
     (order, width), *others = set(rotations(spec)[1:])
     return cuda_shapes.Problem(
-        spec.out_features,
-        spec.in_features,
+        sum(spec.stored_outputs),
+        spec.stored_in,
         spec.bits,
-        INSTRUCTIONS.get(code.removesuffix("_large"), USUAL_INSTRUCTIONS),
+        INSTRUCTIONS.get(code.removesuffix("_large").removesuffix("_swapped"), USUAL_INSTRUCTIONS),
         table_words.get(code, 0),
         _shared(code, spec.bits),
         0 if others or order > 1 else width,

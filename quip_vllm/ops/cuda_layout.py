@@ -11,7 +11,7 @@ from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES, Lattice
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import HYB, LUT, PACKED, TABLE, THREE_INST, TrellisCode
+from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, PACKED, TABLE, THREE_INST, TrellisCode
 
 CHUNK = 64
 """Columns of the weight that a warp decodes at a time."""
@@ -21,7 +21,7 @@ SPARE_CHUNKS = 8
 """Chunks behind the last, which the kernel's last stage may copy and does not use."""
 
 THREE_INST_FLIPS = 0x3B603B60
-"""What 3INST's masked product is exclusive-ored with (formats/trellis_codes.py)."""
+"""What 3INST's and MCG's masked product is exclusive-ored with (formats/trellis_codes.py)."""
 
 TILES_AT_A_TIME = 256
 """Rows of tiles that are packed together: packing takes 20 times the memory of what it packs."""
@@ -37,7 +37,7 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     Returns:
         int32 [(tiles * chunks + SPARE_CHUNKS) * 32 * bits]: tiles of 16 rows, chunks of 64 columns.
     """
-    tiles, lattice = -(-spec.out_features // TILE), isinstance(spec.format, Lattice)
+    tiles, lattice = -(-sum(spec.stored_outputs) // TILE), isinstance(spec.format, Lattice)
     codes = {name: tensors[name] for name in (CODES, RESIDUAL_CODES, PACKED) if name in tensors}
     parts = []
     for tile in range(0, tiles, TILES_AT_A_TIME):
@@ -104,7 +104,8 @@ def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     """The code's table, int32, or None.
 
-    HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST: its constant, four times.
+    HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST and MCG: their constant,
+    four times.
     LUT's and the lattice's are one copy a device, shared by all layers: do not write to them.
     """
     if spec.format is HYB:
@@ -112,7 +113,7 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     device = tensors[SV.name].device
     if spec.format is LUT:
         return _lut_table(device)
-    if spec.format is THREE_INST:
+    if spec.format in (THREE_INST, MCG):
         return torch.full((4,), THREE_INST_FLIPS, dtype=torch.int32, device=device)
     return _lattice_tables(device) if isinstance(spec.format, Lattice) else None
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quip_vllm.formats.spec import LinearSpec
 
@@ -38,7 +39,9 @@ class PreparedLayer(abc.ABC):
         Returns:
             [..., n] in x's dtype.
         """
-        rows = x.reshape(-1, self.spec.in_features).contiguous()
+        rows = x.reshape(-1, self.spec.in_features)
+        unused = self.spec.stored_in - self.spec.in_features
+        rows = pad(rows, (0, unused)) if unused else rows.contiguous()
         y = self._rows(rows, bias, self.tensors if tensors is None else tensors)
         return y[:, : self.spec.out_features].reshape(*x.shape[:-1], self.spec.out_features)
 
@@ -59,7 +62,7 @@ class PreparedLayer(abc.ABC):
 
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-        """`linear` of contiguous rows [m, k] -> [m, n or more]: what is too much is cut."""
+        """`linear` of contiguous rows [m, stored k] -> [m, n or more]: what is too much is cut."""
 
     @abc.abstractmethod
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding
 
 from quip_vllm.formats.decode import decode_parts
 from quip_vllm.formats.spec import LinearSpec
@@ -28,8 +28,7 @@ def dequantize(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _linear(spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """float32 x [..., k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, cut and ordered as served."""
-    x = pad(x, (0, spec.stored_in - spec.in_features))
+    """float32 x [..., stored k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, cut and ordered as served."""
     parts = split(spec, tensors)
     rotated = [_turn(x * part[SU.name].float(), spec, spec.input_chunks, transpose=True) for part in parts]
     products = [r @ weight.T for r, weight in zip(rotated, decode_parts(spec, tensors), strict=True)]

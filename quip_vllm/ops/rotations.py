@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats.e8p_residual import Lattice
-from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.trellis_codes import TrellisCode
 from quip_vllm.transforms.hadamard import block_size, factor
 from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
@@ -56,6 +56,11 @@ def kernels_problem(spec: LinearSpec) -> str | None:
         return f"code {spec.code} has no kernels: only the reference backend runs it"
     beyond = spec.beyond_kernels()
     return sizes_problem(spec) or (f"a layer with {beyond}: only the reference backend has that" if beyond else None)
+
+
+def kernels_code(spec: LinearSpec) -> str:
+    """The ops' name of a layer's code: with the order of its tiles where that is not ours."""
+    return spec.code if spec.tile_order is TileOrder.MMA else f"{spec.code}_swapped"
 
 
 @cache

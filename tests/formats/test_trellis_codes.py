@@ -35,6 +35,16 @@ def three_inst(x):
     return [round_to_half(half((low & 0x8FFF) ^ 0x3B60) + half((high & 0x8FFF) ^ 0x3B60))]
 
 
+def mcg(x):
+    low, high = struct.unpack("<HH", struct.pack("<I", 0xCBAC1FED * x % 2**32))
+    return [round_to_half(half((low & 0x8FFF) ^ 0x3B60) + half((high & 0x8FFF) ^ 0x3B60))]
+
+
+def mul1(x):
+    total = sum(struct.pack("<I", 0x83DCD12D * x % 2**32))
+    return [round_to_half((1024 + total) * half(0x1EEE) + half(0xC931))]
+
+
 def hyb(x, rows):
     h = (x * x + x) % 2**32
     first, second = rows[h // 64 % 512]
@@ -50,10 +60,11 @@ def lut(x):
     return [round_to_half(float(numpy.float32(statistics.NormalDist().inv_cdf((x + 0.5) / 65536))))]
 
 
-@pytest.mark.parametrize("code", ["1mad", "3inst", "hyb", "lut"])
+@pytest.mark.parametrize("code", ["1mad", "3inst", "hyb", "lut", "mcg", "mul1"])
 def test_all_states(code):
     rows = HYB.table(2).tolist()
-    scalar = {"1mad": one_mad, "3inst": three_inst, "hyb": lambda x: hyb(x, rows), "lut": lut}[code]
+    scalar = {"1mad": one_mad, "3inst": three_inst, "hyb": lambda x: hyb(x, rows), "lut": lut, "mcg": mcg, "mul1": mul1}
+    scalar = scalar[code]
     values = FORMATS[code].values()
     assert values.dtype is torch.float32 and values.shape == (65536, FORMATS[code].vector_dim)
     assert values.tolist() == [scalar(x) for x in range(65536)]

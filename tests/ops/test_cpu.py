@@ -6,6 +6,7 @@ import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR, relative
 from random_layers import EVERY_RATE, crossed, every_lattice_code, random_layer
 
+from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.ops.cpu import CpuBackend, _state_values
 from quip_vllm.ops.reference import ReferenceBackend
@@ -35,6 +36,29 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
     expected = x.double() @ dequantize(spec, tensors).double().T
     assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
     assert relative(ReferenceBackend().prepare(spec, tensors).linear(x), expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("k", "n"), [(256, 384), (200, 130)])
+def test_layers_of_exl3(code, bits, k, n):
+    """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
+    spec = LinearSpec(code, bits, k, (n,), 128, tile_order=TileOrder.MMA_SWAPPED, padded_to=128)
+    tensors = random_layer(spec)
+    x, bias = torch.randn(2, 5, k), torch.randn(n)
+    expected = x.double() @ dequantize(spec, tensors).double().T + bias
+    assert CPU.refusal(spec) is None
+    y = CPU.prepare(spec, tensors).linear(x, bias)
+    assert y.shape == (2, 5, n) and relative(y, expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+def test_rows_of_swapped_tiles(code):
+    spec = LinearSpec(code, 3, 256, (100,), 128, False, tile_order=TileOrder.MMA_SWAPPED)
+    tensors = random_layer(spec)
+    ids = torch.tensor([0, 7, 8, 99, 41])
+    found = CPU.prepare(spec, tensors).embedding(ids, torch.float32)
+    assert relative(found, dequantize(spec, tensors)[ids]) < FLOAT32_LINEAR
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

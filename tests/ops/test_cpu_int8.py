@@ -12,7 +12,8 @@ from numerics import FLOAT32_LINEAR, INT8_ROUNDING, relative
 from random_layers import every_lattice_code, random_layer
 
 from quip_vllm.formats.decode import decode
-from quip_vllm.formats.trellis_codes import HYB, LUT, THREE_INST, TrellisCode
+from quip_vllm.formats.spec import TileOrder
+from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, MUL1, THREE_INST, TrellisCode
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
 from quip_vllm.transforms.hadamard import hadamard
@@ -46,9 +47,14 @@ exact_values = TrellisCode._default_values
 
 @cache
 def integer_values(code):
-    """What the kernels make of the states: LUT in 1023rds of its largest, 3INST in 256ths before its sum is rounded."""
-    if code is THREE_INST:
-        y = torch.arange(65536) * 89226354 + 64248484 & 0xFFFFFFFF
+    """What the kernels make of the states: LUT in 1023rds of its largest, the others before rounding to fp16."""
+    if code is MUL1:
+        y = torch.arange(65536) * 0x83DCD12D
+        total = sum(y >> shift & 0xFF for shift in (0, 8, 16, 24))
+        return ((1024 + total) * (1774 / 2**18) - 10.3828125)[:, None].float()
+    if code in (THREE_INST, MCG):
+        y = torch.arange(65536) * (0xCBAC1FED if code is MCG else 89226354) + (0 if code is MCG else 64248484)
+        y = y & 0xFFFFFFFF
         z = y & 0x8FFF8FFF ^ 0x3B603B60
         halves = [half.to(torch.int16).view(torch.float16).float() for half in (z >> 16, z & 0xFFFF)]
         return (sum(halves) * 256).round()[:, None] / 256
@@ -94,10 +100,19 @@ def test_integers_of_every_lattice_code(bits, m):
     assert relative(CPU.prepare(spec, tensors).linear(x), expected(spec, tensors, x)) < INT8_ROUNDING
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES, ids=str)
-@pytest.mark.parametrize(("k", "sizes", "block"), SHAPES, ids=str)
-def test_integers_are_those_of_the_rounded_activations(code, bits, k, sizes, block):
-    spec = LinearSpec(code, bits, k, sizes, block)
+SPECS = [LinearSpec(code, bits, *shape) for code, bits in RATES for shape in SHAPES]
+SPECS += [
+    LinearSpec(code, bits, 384, (256,), 128, tile_order=TileOrder.MMA_SWAPPED)
+    for code in ("3inst", "mcg", "mul1")
+    for bits in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda spec: f"{spec.code}-{spec.bits}-{spec.in_features}-{spec.tile_order.value}"
+)
+def test_integers_are_those_of_the_rounded_activations(spec):
+    code, bits, k = spec.code, spec.bits, spec.in_features
     assert _takes_int8(code, bits)
     tensors = random_layer(spec)
     prepared = CPU.prepare(spec, tensors)

@@ -9,6 +9,7 @@ from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ON
 from random_layers import EVERY_RATE, crossed, random_layer
 
 from quip_vllm.formats.decode import decode
+from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
 from quip_vllm.transforms.hadamard import hadamard
 
@@ -60,6 +61,18 @@ def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
     for m in ROWS:  # the bits of a row depend neither on how many there are nor on which
         assert torch.equal(prepared.linear(everything[:m].contiguous()), y[:m])
     assert torch.equal(prepared.linear(everything[-3:].contiguous()), y[-3:])
+
+
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_layers_of_exl3(cuda, code, bits):
+    """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
+    k, n = 200, 130
+    spec = LinearSpec(code, bits, k, (n,), 128, tile_order=TileOrder.MMA_SWAPPED, padded_to=128)
+    assert cuda.refusal(spec) is None
+    tensors, x, bias = random_layer(spec), rows(9, k), rows(1, n)[0]
+    y = cuda.prepare(spec, tensors).linear(x, bias)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T + bias.double()) < HALF_ACTIVATIONS
 
 
 @pytest.mark.parametrize("k", [8, 24, 40, 104])

@@ -8,7 +8,7 @@ import torch
 from numerics import FLOAT32_LINEAR, relative
 from random_layers import random_layer
 
-from quip_vllm.formats.spec import FORMATS, LinearSpec, TileOrder
+from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import split, stack
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.cpu import CpuBackend
@@ -26,7 +26,9 @@ BEYOND = {
     "tile order mma_swapped": replace(PLAIN, tile_order=TileOrder.MMA_SWAPPED),
     "tile order row_major": replace(PLAIN, code="1mad", tile_order=TileOrder.ROW_MAJOR),
     "rotations in chunks": replace(PLAIN, input_chunks=2, output_chunks=4),
-    "sizes that are padded": replace(PLAIN, in_features=90, output_sizes=(40, 31), padded_to=32, hadamard_block=32),
+    "parts, or rows to look up, whose sizes are padded": replace(
+        PLAIN, in_features=90, output_sizes=(40, 31), padded_to=32, hadamard_block=32
+    ),
     "all": LinearSpec(
         *("1mad", 3, 80, (24, 40), None, True),
         su_per_part=True,
@@ -112,26 +114,3 @@ def test_parts_that_do_not_share_su_are_refused():
     one, other = split(PLAIN, random_layer(PLAIN))
     with pytest.raises(ValueError, match="su differs between parts"):
         stack(PLAIN, [one, other | {"su": -other["su"]}])
-
-
-@pytest.mark.parametrize(
-    ("bits", "wanted"),  # EXL3's tile of RAMP bytes with code 3inst, its states 0, 1, 2, 3 and 255
-    [(2, [0x72DD, 0xCB77, 0x2DDE, 0xB77A, 0xDCB7]), (4, [0xCF77, 0xF77A, 0x77A5, 0x7A55, 0x1CF7])],
-)
-def test_a_tile_of_exl3_after_its_stream_is_turned(bits, wanted):
-    """EXL3's window ends with its symbol, ours begins with it: the stream is turned right by 16 - bits."""
-    import numpy
-
-    from quip_vllm.formats.trellis import unpack
-
-    ramp = bytes((37 * t + 11) % 256 for t in range(32 * bits))
-    stream = "".join(f"{word:032b}" for word in numpy.frombuffer(ramp, "<u4"))
-    turned = stream[-(16 - bits) :] + stream[: -(16 - bits)]
-    words = [int(turned[i : i + 16], 2) for i in range(0, len(turned), 16)]
-    packed = torch.tensor(words).to(torch.int16)
-    states = unpack(packed, bits, 1)
-    assert [int(states[i]) for i in (0, 1, 2, 3, 255)] == wanted
-    tile = FORMATS["3inst"].decode({"packed": packed[None]}, bits, TileOrder.MMA_SWAPPED)
-    if bits == 2:  # W[k-row 0, n-columns 0..3]; ours is [n, k]
-        published = torch.tensor([-2.392578, 0.136475, -0.095703, 1.612305])
-        assert torch.equal(tile[:4, 0].half(), published.half())

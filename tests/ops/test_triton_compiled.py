@@ -23,6 +23,7 @@ SHARED_BYTES = 99 * 1024
 """What a thread block of the smallest of these GPUs may have."""
 
 USUAL = [("hyb", 2, 8, target) for target in TARGETS] + [("e8p", 4, 64, 80), ("1mad", 2, 64, 90), ("lut", 8, 8, 80)]
+USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90)]
 EVERY = [(code, bits, rows, target) for code, bits in RATES for rows in (8, 64) for target in (80, 90)]
 
 
@@ -50,7 +51,7 @@ def check(folder, code, bits, rows, target):
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
     assert kernel.metadata.shared <= SHARED_BYTES
     assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in kernel.asm["ptx"]
-    assert ("dp4a" in kernel.asm["ptx"]) == (code == "1mad")
+    assert ("dp4a" in kernel.asm["ptx"]) == (code in ("1mad", "mul1", "mul1_swapped"))
 
 
 @pytest.mark.parametrize(("code", "bits", "rows", "target"), USUAL)

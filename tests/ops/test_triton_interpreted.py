@@ -18,7 +18,7 @@ from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_D
 from random_layers import crossed, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quip_vllm.formats.spec import FORMATS
+from quip_vllm.formats.spec import FORMATS, TileOrder
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.triton import backend as module
@@ -114,6 +114,18 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block, m, guarde
     spec = LinearSpec(code, bits, k, sizes, block)
     tensors = random_layer(spec)
     x = rows(m, k)
+    y = run(spec, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_layers_of_exl3(code, bits, guarded):
+    """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
+    k, n = 100, 130
+    spec = LinearSpec(code, bits, k, (n,), 128, tile_order=TileOrder.MMA_SWAPPED, padded_to=128)
+    tensors, x = random_layer(spec), rows(2, k)
     y = run(spec, tensors, x, guarded)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 

@@ -29,16 +29,36 @@ constexpr uint32_t kOneMadFactor = 34038481, kOneMadTerm = 76625530;
 constexpr int kOneMadMean = 510;
 constexpr float kOneMadUnit = 1.0f / 147.800537109375f;
 
-inline Values one_mad(States x) {
-  const States y = x * kOneMadFactor + kOneMadTerm;
+inline Integers sum_of_bytes(States y) {
   const States pairs = (y & 0x00FF00FFu) + ((y >> 8) & 0x00FF00FFu);
-  const auto total = (Integers)((pairs & 0xFFFFu) + (pairs >> 16)) - kOneMadMean;
-  return __builtin_convertvector(total, Values) * kOneMadUnit;
+  return (Integers)((pairs & 0xFFFFu) + (pairs >> 16));
+}
+
+inline Values one_mad(States x) {
+  return __builtin_convertvector(sum_of_bytes(x * kOneMadFactor + kOneMadTerm) - kOneMadMean, Values) * kOneMadUnit;
+}
+
+// Rounds floats to half precision. They are normal there, or multiples of its smallest number.
+inline Values round_to_half(Values v) {
+  const States bits = (States)v;
+  return (Values)((bits + 0xFFFu + ((bits >> 13) & 1u)) & ~0x1FFFu);
+}
+
+// MUL1: the value is (1024 + b0 + b1 + b2 + b3) * unit - shift in half precision, where b are the bytes of y = factor *
+// x. Product and difference are exact in floats. In integers its mean is 510 and a rest.
+constexpr uint32_t kMul1Factor = 0x83DCD12D;
+constexpr float kMul1Unit = 1774 / 262144.0f, kMul1Shift = 10.3828125f;
+constexpr int kMul1Mean = 510;
+constexpr float kMul1Rest = float(10.3828125 * 262144 / 1774 - 1024 - kMul1Mean);
+
+inline Values mul1(States x) {
+  const Values total = __builtin_convertvector(sum_of_bytes(x * kMul1Factor) + 1024, Values);
+  return round_to_half(total * kMul1Unit - kMul1Shift);
 }
 
 // 3INST: the value is the sum of both halves of y = factor * x + term, each (half & 0x8FFF) ^ 0x3B60, in half
-// precision.
-constexpr uint32_t kThreeInstFactor = 89226354, kThreeInstTerm = 64248484;
+// precision. MCG: the same of a product.
+constexpr uint32_t kThreeInstFactor = 89226354, kThreeInstTerm = 64248484, kMcgFactor = 0xCBAC1FED;
 // A half is +-2^e (1 + mantissa) with e = -3 .. 0. To make it a float32 times 2^8, y is shifted by 3 with the half on
 // top. That puts its sign, the two bits of e and the mantissa in place. These bits are kept, e is flipped as above, and
 // the exponent of 2^(8 - 3) is put around it.
@@ -50,10 +70,9 @@ constexpr float kThreeInstUnit = 1 / 256.0f;
 // rounding the sum to half precision is rounding its mantissa to 10 bits.
 inline Values widen_half(States h) { return (Values)(((h & 0x8000u) << 16) | (((h & 0x7FFFu) << 13) + (112u << 23))); }
 
-inline Values three_inst(States x) {
-  const States z = ((x * kThreeInstFactor + kThreeInstTerm) & 0x8FFF8FFFu) ^ 0x3B603B60u;
-  const States total = (States)(widen_half(z >> 16) + widen_half(z & 0xFFFFu));
-  return (Values)((total + 0xFFFu + ((total >> 13) & 1u)) & ~0x1FFFu);
+inline Values two_halves(States y) {
+  const States z = (y & 0x8FFF8FFFu) ^ 0x3B603B60u;
+  return round_to_half(widen_half(z >> 16) + widen_half(z & 0xFFFFu));
 }
 
 inline Values look_up(States x, const float* table) {
@@ -72,20 +91,26 @@ inline void hyb(States x, const float* table, Values& first, Values& second) {
 template <Code code>
 inline Values value(States x, const float* table) {
   if constexpr (code == Code::kOneMad) return one_mad(x);
-  if constexpr (code == Code::kThreeInst) return three_inst(x);
+  if constexpr (code == Code::kThreeInst) return two_halves(x * kThreeInstFactor + kThreeInstTerm);
+  if constexpr (code == Code::kMcg) return two_halves(x * kMcgFactor);
+  if constexpr (code == Code::kMul1) return mul1(x);
   return look_up(x, table);
 }
 
 // Stores a run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c. Its
-// row is r + 8 R, and its column is C cc c.
-inline void store_rows(const float* run, float* out, int64_t stride) {
+// row is r + 8 R, and its column is C cc c. In a swapped tile C and R change places, so each row has the other's half.
+inline void store_rows(const float* run, float* out, int64_t stride, bool swapped) {
   if constexpr (kStatesTogether == kLanes) {
     const auto place = [](int R) {
       return lanes<Integers>([=](int lane) { return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1); });
     };
     const Values a = load<Values>(run), b = load<Values>(run + kLanes);
-    store(out, __builtin_shuffle(a, b, place(0)));
-    store(out + 8 * stride, __builtin_shuffle(a, b, place(1)));
+    const Values above = __builtin_shuffle(a, b, place(0)), below = __builtin_shuffle(a, b, place(1));
+    const auto half = [](int C) {
+      return lanes<Integers>([=](int lane) { return lane % 8 + 8 * C + 16 * (lane / 8); });
+    };
+    store(out, swapped ? __builtin_shuffle(above, below, half(0)) : above);
+    store(out + 8 * stride, swapped ? __builtin_shuffle(above, below, half(1)) : below);
   } else {
     typedef double Pairs __attribute__((vector_size(32)));  // c = 0, 1
     typedef int64_t Order __attribute__((vector_size(32)));
@@ -94,14 +119,15 @@ inline void store_rows(const float* run, float* out, int64_t stride) {
     for (int R = 0; R < 2; ++R) {  // a transposition: cc[..][C R] to [C R][cc]
       const Order even{R, 4 + R, 2 + R, 6 + R}, low{0, 1, 4, 5}, high{2, 3, 6, 7};
       const Pairs first = __builtin_shuffle(cc[0], cc[1], even), second = __builtin_shuffle(cc[2], cc[3], even);
-      store(out + 8 * R * stride, __builtin_shuffle(first, second, low));
-      store(out + 8 * R * stride + 8, __builtin_shuffle(first, second, high));
+      float* const low_half = swapped ? out + 8 * R : out + 8 * R * stride;
+      store(low_half, __builtin_shuffle(first, second, low));
+      store(low_half + (swapped ? 8 * stride : 8), __builtin_shuffle(first, second, high));
     }
   }
 }
 
 template <Code code, int bits>
-void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride) {
+void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride, bool swapped) {
   constexpr int kDim = code == Code::kHyb ? 2 : 1;
   constexpr int kStep = bits * kDim;
   constexpr int kWords = 16 * bits;
@@ -133,7 +159,7 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
         store(run + s, value<code>(x, table));
       }
     }
-    store_rows(run, out + row * stride, stride);
+    store_rows(run, out + row * stride, stride, swapped);
   }
 }
 
@@ -142,7 +168,7 @@ inline const uint8_t* tile_at(const Weight& w, int64_t row, int64_t column) {
   return w.packed + sizeof(int16_t) * w.bits * (row / kTile * w.k + column / kTile * kTile);
 }
 
-using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t);
+using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t, bool);
 
 template <Code code>
 TileDecoder tile_decoder(int bits) {

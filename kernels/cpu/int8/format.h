@@ -17,10 +17,11 @@ namespace quip {
 namespace {
 
 // What most formats have. A format derives from this. It defines kColumns, kBytes, kQuads, and kFew, which is up to how
-// many rows of x are multiplied while the weight is decoded. A decoded number is weight / unit() + kOffset.
+// many rows of x are multiplied while the weight is decoded. A decoded number is weight / unit() + kOffset + kRest.
 struct FormatDefaults {
   static constexpr int kUnitRows = kTile;
   static constexpr int kOffset = 0;
+  static constexpr float kRest = 0;
   static constexpr int kRepeat = 1;          // how often a column of x lies in a quad
   static constexpr bool kOnlyFew = false;    // whether another format multiplies many rows
   static constexpr bool kTabulated = false;  // whether products are looked up in tables of each row of x

@@ -35,6 +35,16 @@ inline void with_either(int64_t m, F f) {
   m <= Few::kFew ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
 }
 
+// Calls f(null pointer to the format that multiplies m rows) for the codes that have tiles of either order.
+template <int bits, bool swapped, class F>
+inline void with_order(Code code, int64_t m, F f) {
+  switch (code) {
+    case Code::kMul1: return with_either<Bytes8<bits, swapped, Mul1Bytes>, Bytes16<bits, swapped, Mul1Bytes>>(m, f);
+    case Code::kMcg: return f(static_cast<Halves16<bits, swapped, kMcgFactor, 0>*>(nullptr));
+    default: return f(static_cast<Halves16<bits, swapped, kThreeInstFactor, kThreeInstTerm>*>(nullptr));
+  }
+}
+
 // Calls f(null pointer to the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
@@ -44,8 +54,10 @@ inline void with_format(const Weight& w, int64_t m, F f) {
       case Code::kE8p:
         if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
         return;
-      case Code::kOneMad: return with_either<OneMad8<bits>, OneMad16<bits>>(m, f);
-      case Code::kThreeInst: return f(static_cast<ThreeInst16<bits>*>(nullptr));
+      case Code::kOneMad: return with_either<Bytes8<bits, false, OneMadBytes>, Bytes16<bits, false, OneMadBytes>>(m, f);
+      case Code::kThreeInst:
+      case Code::kMcg:
+      case Code::kMul1: return w.swapped ? with_order<bits, true>(w.code, m, f) : with_order<bits, false>(w.code, m, f);
       case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
       case Code::kHyb:
         return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
@@ -57,7 +69,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
 // Whether with_format knows a format for it.
 inline bool int8_takes(Code code, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
-  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kE8p);
+  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kE8p);
 }
 
 // Up to how many rows are multiplied while decoding.

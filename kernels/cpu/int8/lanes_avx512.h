@@ -29,13 +29,16 @@ inline Sums multiply_add(Sums sum, __m512i weights, int32_t quad) {
   return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(quad));
 }
 
-// y[0..rows) = ((first ? 0 : y) + (sum - offset) * unit) * (last ? scale : 1).
+// y[0..rows) = ((first ? 0 : y) + (sum - (kOffset + kRest) * total) * unit) * (last ? scale : 1).
 template <class Format>
-inline void add_sums(Sums sum, int32_t offset, float unit, bool first, bool last, float scale, int rows, float* y) {
+inline void add_sums(Sums sum, int32_t total, float unit, bool first, bool last, float scale, int rows, float* y) {
   const __mmask16 valid = __mmask16((1u << rows) - 1);
   __m512 value = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, y);
-  value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(sum, _mm512_set1_epi32(offset)))),
-                          _mm512_set1_ps(unit), value);
+  const __m512i offset = _mm512_set1_epi32(Format::kOffset * total);
+  __m512 difference = _mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(sum, offset)));
+  if constexpr (Format::kRest != 0)
+    difference = _mm512_sub_ps(difference, _mm512_set1_ps(Format::kRest * float(total)));
+  value = _mm512_fmadd_ps(difference, _mm512_set1_ps(unit), value);
   if (last) value = _mm512_mul_ps(value, _mm512_set1_ps(scale));
   _mm512_mask_storeu_ps(y, valid, value);
 }

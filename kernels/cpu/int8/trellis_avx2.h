@@ -60,8 +60,8 @@ struct Runs {
   }
 };
 
-// Codes of one weight per state.
-template <int bits>
+// Codes of one weight per state. In a swapped tile C and R change places.
+template <int bits, bool swapped>
 struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   // emit(cc, C, c, states): of column 8C + 2cc + c.
@@ -72,7 +72,8 @@ struct Windows : FormatDefaults {
     for (int cc = 0; cc < 4; ++cc)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int offset = bits * (8 * cc + 4 * (i >> 1) + 2 * half + (i & 1));
+        const int C = swapped ? half : i >> 1, R = swapped ? i >> 1 : half;
+        const int offset = bits * (8 * cc + 4 * C + 2 * R + (i & 1));
         emit(cc, i >> 1, i & 1, _mm256_srli_epi32(runs.at_top(offset), 16));
       }
   }
@@ -86,22 +87,35 @@ struct Windows : FormatDefaults {
   return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xAA);
 }
 
-template <int bits>
-struct OneMadSums : Windows<bits> {
-  static constexpr int kOffset = kOneMadMean;
-  float unit() const { return kOneMadUnit; }
-  // Two int16 whose sum is that of the product's bytes.
+// 1MAD and MUL1: a word whose bytes are summed, and what the sum stands for.
+struct OneMadBytes {
+  static constexpr int kMean = kOneMadMean;
+  static constexpr float kUnit = kOneMadUnit, kRest = 0;
+  [[gnu::always_inline]] static __m256i word(__m256i state) { return congruence(state, kOneMadFactor, kOneMadTerm); }
+};
+struct Mul1Bytes {
+  static constexpr int kMean = kMul1Mean;
+  static constexpr float kUnit = kMul1Unit, kRest = kMul1Rest;
+  [[gnu::always_inline]] static __m256i word(__m256i state) { return congruence(state, kMul1Factor, 0); }
+};
+
+template <int bits, bool swapped, class Bytes>
+struct ByteSums : Windows<bits, swapped> {
+  static constexpr int kOffset = Bytes::kMean;
+  static constexpr float kRest = Bytes::kRest;
+  float unit() const { return Bytes::kUnit; }
+  // Two int16 whose sum is that of the word's bytes.
   [[gnu::always_inline]] static __m256i sums(__m256i state) {
-    return _mm256_maddubs_epi16(congruence(state, kOneMadFactor, kOneMadTerm), splat8(1));
+    return _mm256_maddubs_epi16(Bytes::word(state), splat8(1));
   }
 };
 
 // For few rows. The activation is there twice, so vpmaddwd multiplies and sums.
-template <int bits>
-struct OneMad8 : OneMadSums<bits> {
+template <int bits, bool swapped, class Bytes>
+struct Bytes8 : ByteSums<bits, swapped, Bytes> {
   static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
   static constexpr bool kOnlyFew = true;
-  explicit OneMad8(const Weight&) {}
+  explicit Bytes8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     this->template states<half>(
@@ -110,10 +124,10 @@ struct OneMad8 : OneMadSums<bits> {
 };
 
 // For many rows: two columns of int16 per lane.
-template <int bits>
-struct OneMad16 : OneMadSums<bits> {
+template <int bits, bool swapped, class Bytes>
+struct Bytes16 : ByteSums<bits, swapped, Bytes> {
   static constexpr int kQuads = 8, kFew = 0;
-  explicit OneMad16(const Weight&) {}
+  explicit Bytes16(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     __m256i even = _mm256_setzero_si256();
@@ -130,9 +144,9 @@ struct OneMad16 : OneMadSums<bits> {
   static int place(int column) { return column; }
 };
 
-// 3INST and LUT: two columns of int16 per lane. Value gives them in the low half of each lane.
-template <int bits, class Value>
-struct Wide : Windows<bits>, Value {
+// 3INST, MCG and LUT: two columns of int16 per lane. Value gives them in the low half of each lane.
+template <int bits, bool swapped, class Value>
+struct Wide : Windows<bits, swapped>, Value {
   static constexpr int kQuads = 8, kFew = 4;
   explicit Wide(const Weight& w) : Value(w) {}
   template <int half, class Emit>
@@ -149,16 +163,17 @@ struct Wide : Windows<bits>, Value {
   static int place(int column) { return column; }
 };
 
-// The sum of both halves, which three_inst() of decode_trellis.h rounds to half precision, in units of 2^-8.
-struct ThreeInstValue {
-  explicit ThreeInstValue(const Weight&) {}
+// The sum of both halves, which two_halves() of decode_trellis.h rounds to half precision, in units of 2^-8.
+template <uint32_t factor, uint32_t term>
+struct HalvesValue {
+  explicit HalvesValue(const Weight&) {}
   float unit() const { return kThreeInstUnit; }
   [[gnu::always_inline]] static __m256 widened(__m256i half_on_top) {
     const __m256i kept = _mm256_and_si256(_mm256_srai_epi32(half_on_top, 3), _mm256_set1_epi32(kThreeInstKept));
     return _mm256_castsi256_ps(_mm256_xor_si256(kept, _mm256_set1_epi32(kThreeInstFlipped)));
   }
   [[gnu::always_inline]] __m256i value(__m256i state) const {
-    const __m256i y = congruence(state, kThreeInstFactor, kThreeInstTerm);
+    const __m256i y = congruence(state, factor, term);
     return _mm256_cvtps_epi32(_mm256_add_ps(widened(y), widened(_mm256_slli_epi32(y, 16))));
   }
 };
@@ -173,10 +188,10 @@ struct LutValue {
   }
 };
 
+template <int bits, bool swapped, uint32_t factor, uint32_t term>
+using Halves16 = Wide<bits, swapped, HalvesValue<factor, term>>;
 template <int bits>
-using ThreeInst16 = Wide<bits, ThreeInstValue>;
-template <int bits>
-using Lut16 = Wide<bits, LutValue>;
+using Lut16 = Wide<bits, false, LutValue>;
 
 // The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
 // of a tile is read from earlier on, so that nothing beyond the tile is read.

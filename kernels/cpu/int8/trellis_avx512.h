@@ -55,10 +55,11 @@ struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits;
   __m512i run[4];     // kRuns
   __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
-  Windows() {
+  explicit Windows(const Weight& w) {
+    const int C = w.swapped ? 2 : 4, R = w.swapped ? 4 : 2;  // positions from one C or R to the next
     for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
-      const int first = bits * (4 * (i >> 1) + (i & 1)), second = first + 2 * bits;
+      const int first = bits * (C * (i >> 1) + (i & 1)), second = first + R * bits;
       const auto bytes = [](int offset) {
         return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8;
       };
@@ -87,18 +88,29 @@ inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
   return _mm512_add_epi32(_mm512_mullo_epi32(state, _mm512_set1_epi32(int(factor))), _mm512_set1_epi32(int(term)));
 }
 
-// For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes of y.
-template <int bits>
-struct OneMad8 : Windows<bits> {
-  static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = kOneMadMean;
+// 1MAD and MUL1: a word whose bytes are summed, and what the sum stands for.
+struct OneMadBytes {
+  static constexpr int kMean = kOneMadMean;
+  static constexpr float kUnit = kOneMadUnit, kRest = 0;
+  static __m512i word(__m512i state) { return congruence(state, kOneMadFactor, kOneMadTerm); }
+};
+struct Mul1Bytes {
+  static constexpr int kMean = kMul1Mean;
+  static constexpr float kUnit = kMul1Unit, kRest = kMul1Rest;
+  static __m512i word(__m512i state) { return congruence(state, kMul1Factor, 0); }
+};
+
+// For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes.
+template <int bits, class Bytes>
+struct BytesFew : Windows<bits> {
+  static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = Bytes::kMean;
+  static constexpr float kRest = Bytes::kRest;
   static constexpr bool kOnlyFew = true;
-  explicit OneMad8(const Weight&) {}
-  float unit() const { return kOneMadUnit; }
+  using Windows<bits>::Windows;
+  float unit() const { return Bytes::kUnit; }
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
-    this->states(tile, [&](int cc, int C, int c, __m512i state) {
-      emit(8 * C + 2 * cc + c, congruence(state, kOneMadFactor, kOneMadTerm));
-    });
+    this->states(tile, [&](int cc, int C, int c, __m512i state) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
   }
 };
 
@@ -106,7 +118,8 @@ struct OneMad8 : Windows<bits> {
 template <int bits, class Value, int few>
 struct Wide : Windows<bits>, Value {
   static constexpr int kQuads = 8, kFew = few;
-  explicit Wide(const Weight& w) : Value(w) {}
+  static constexpr float kRest = Value::kRest;
+  explicit Wide(const Weight& w) : Windows<bits>(w), Value(w) {}
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
     __m512i even = _mm512_setzero_si512();
@@ -121,18 +134,21 @@ struct Wide : Windows<bits>, Value {
   static int place(int column) { return column; }
 };
 
-struct OneMadValue {
-  explicit OneMadValue(const Weight&) {}
-  float unit() const { return kOneMadUnit; }
+template <class Bytes>
+struct SumValue {
+  static constexpr float kRest = Bytes::kRest;
+  explicit SumValue(const Weight&) {}
+  float unit() const { return Bytes::kUnit; }
   __m512i value(__m512i state) const {
-    return _mm512_dpbusd_epi32(_mm512_set1_epi32(-kOneMadMean), congruence(state, kOneMadFactor, kOneMadTerm),
-                               _mm512_set1_epi8(1));
+    return _mm512_dpbusd_epi32(_mm512_set1_epi32(-Bytes::kMean), Bytes::word(state), _mm512_set1_epi8(1));
   }
 };
 
-// The sum of both halves, which three_inst() of decode_trellis.h rounds to half precision, in units of 2^-8.
-struct ThreeInstValue {
-  explicit ThreeInstValue(const Weight&) {}
+// The sum of both halves, which two_halves() of decode_trellis.h rounds to half precision, in units of 2^-8.
+template <uint32_t factor, uint32_t term>
+struct HalvesValue {
+  static constexpr float kRest = 0;
+  explicit HalvesValue(const Weight&) {}
   float unit() const { return kThreeInstUnit; }
   static __m512 widened(__m512i half_on_top) {  // (shifted & kept) ^ flipped
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_srai_epi32(half_on_top, 3),
@@ -140,12 +156,13 @@ struct ThreeInstValue {
                                                          _mm512_set1_epi32(kThreeInstFlipped), 0x6A));
   }
   __m512i value(__m512i state) const {
-    const __m512i y = congruence(state, kThreeInstFactor, kThreeInstTerm);
+    const __m512i y = congruence(state, factor, term);
     return _mm512_cvtps_epi32(_mm512_add_ps(widened(y), widened(_mm512_slli_epi32(y, 16))));
   }
 };
 
 struct LutValue {
+  static constexpr float kRest = 0;
   const int16_t* table;
   float unit_;
   explicit LutValue(const Weight& w) : table(w.table16), unit_(w.unit) {}
@@ -153,10 +170,13 @@ struct LutValue {
   __m512i value(__m512i state) const { return _mm512_i32gather_epi32(state, table, 2); }
 };
 
-template <int bits>
-using OneMad16 = Wide<bits, OneMadValue, 0>;  // for many rows
-template <int bits>
-using ThreeInst16 = Wide<bits, ThreeInstValue, 4>;
+// Whether a tile is swapped, the constants of Windows say.
+template <int bits, bool swapped, class Bytes>
+using Bytes8 = BytesFew<bits, Bytes>;
+template <int bits, bool swapped, class Bytes>
+using Bytes16 = Wide<bits, SumValue<Bytes>, 0>;  // for many rows
+template <int bits, bool swapped, uint32_t factor, uint32_t term>
+using Halves16 = Wide<bits, HalvesValue<factor, term>, 4>;
 template <int bits>
 using Lut16 = Wide<bits, LutValue, 4>;
 

@@ -14,7 +14,7 @@ from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.extension import gpu_problem
 from quip_vllm.ops.prepared import PreparedLayer
-from quip_vllm.ops.rotations import bases, kernels_problem, rotation_base, rotations
+from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 from quip_vllm.ops.triton import shapes
 
 
@@ -42,13 +42,13 @@ class TritonLayer(PreparedLayer):
             tensors["sv"],
             [tensors[f"base{i}"] for i in range(len(self.widths))],
             self.widths,
-            list(self.spec.output_sizes),
-            self.spec.code,
+            list(self.spec.stored_outputs),
+            kernels_code(self.spec),
             self.spec.bits,
             self.split_chunks,
             self.shapes,
         )
-        return y if bias is None else y + bias
+        return y if bias is None else y[:, : self.spec.out_features] + bias
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.ops.quip_vllm.triton_embedding(
@@ -59,7 +59,7 @@ class TritonLayer(PreparedLayer):
             tensors["sv"],
             tensors["inverse_base"],
             self.widths[0],
-            self.spec.code,
+            kernels_code(self.spec),
             self.spec.bits,
             dtype,
         )
@@ -100,8 +100,8 @@ class TritonBackend:
         split_chunks = shapes.split_chunks(spec, device)
 
         def multiply(rows: int, shape: shapes.Shape) -> None:
-            x = torch.zeros(rows, launch.padded(spec.in_features), dtype=torch.float16, device=device)
-            layer = prepared.get("table"), list(spec.output_sizes), spec.code, spec.bits, split_chunks
+            x = torch.zeros(rows, launch.padded(spec.stored_in), dtype=torch.float16, device=device)
+            layer = prepared.get("table"), list(spec.stored_outputs), kernels_code(spec), spec.bits, split_chunks
             launch.multiply(x, prepared["packed"], *layer, shape)
 
         widths = [width for _, width in rotations(spec)]

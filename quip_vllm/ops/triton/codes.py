@@ -83,23 +83,39 @@ def window(words, following, half: tl.constexpr, start: tl.constexpr, bits: tl.c
 
 
 @triton.jit
-def one_mad(state, table):
-    """1024 + the sum of the bytes, exact in fp16: added to the bit pattern of 1024. The offset comes off the result."""
-    y = ((state & 0xFFFF) * 34038481 + 76625530).to(tl.uint32)
+def sum_bytes(y, base: tl.constexpr):
+    """base + the four bytes of y, uint32."""
+    y = y.to(tl.uint32)
     if PTX:
-        total = tl.inline_asm_elementwise(
-            "dp4a.u32.u32 $0, $1, 0x01010101, 0x6400;", "=r,r", [y], dtype=tl.uint32, is_pure=True, pack=1
-        )
+        if base == 1024:
+            return tl.inline_asm_elementwise(
+                "dp4a.u32.u32 $0, $1, 0x01010101, 1024;", "=r,r", [y], dtype=tl.uint32, is_pure=True, pack=1
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                "dp4a.u32.u32 $0, $1, 0x01010101, 0x6400;", "=r,r", [y], dtype=tl.uint32, is_pure=True, pack=1
+            )
     else:
-        total = 0x6400 + (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
-    return as_half(total)
+        return base + (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
 
 
 @triton.jit
-def three_inst(state, table, zero):
-    y = ((state & 0xFFFF) * 89226354 + 64248484).to(tl.uint32)
-    halves = y & (0x8FFF8FFF ^ zero) ^ 0x3B603B60
+def one_mad(state, table):
+    """1024 + the sum of the bytes, exact in fp16: added to the bit pattern of 1024. The offset comes off the result."""
+    return as_half(sum_bytes((state & 0xFFFF) * 34038481 + 76625530, 0x6400))
+
+
+@triton.jit
+def two_halves(y, zero):
+    halves = y.to(tl.uint32) & (0x8FFF8FFF ^ zero) ^ 0x3B603B60
     return as_half(halves) + as_half(halves >> 16)
+
+
+@triton.jit
+def mul1(state):
+    """The product and the difference are exact in fp32."""
+    total = sum_bytes((state & 0xFFFF) * 0x83DCD12D, 1024)
+    return (total.to(tl.float32) * (1774 / 262144) - 10.3828125).to(tl.float16)
 
 
 @triton.jit
@@ -122,8 +138,12 @@ def hyb(state, table):
 def state_value(state, table, zero, CODE: tl.constexpr):
     if CODE == "1mad":
         return one_mad(state, table)
-    elif CODE == "3inst":
-        return three_inst(state, table, zero)
+    elif CODE == "3inst" or CODE == "3inst_swapped":
+        return two_halves((state & 0xFFFF) * 89226354 + 64248484, zero)
+    elif CODE == "mcg" or CODE == "mcg_swapped":
+        return two_halves((state & 0xFFFF) * 0xCBAC1FED, zero)
+    elif CODE == "mul1" or CODE == "mul1_swapped":
+        return mul1(state)
     else:
         return lut(state, table)
 
@@ -167,7 +187,10 @@ def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, bits: tl.co
     v = join4(e0, e1, e2, e3)
     TILES: tl.constexpr = v.shape[0]
     v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, half of the run, half
-    v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
+    if CODE == "3inst_swapped" or CODE == "mcg_swapped" or CODE == "mul1_swapped":  # R and C change places
+        v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
+    else:
+        v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
     return tl.reshape(v, (TILES * 16, 64))
 
 

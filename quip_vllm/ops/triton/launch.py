@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 
 def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     """The words of the CUDA kernels: int32 [tiles, chunks * 32 * bits]."""
-    tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // CHUNK)
+    tiles, chunks = -(-sum(spec.stored_outputs) // TILE), -(-spec.stored_in // CHUNK)
     words = cuda_layout.packed_words(spec, tensors)[: tiles * chunks * LANES * spec.bits].view(tiles, -1)
     if isinstance(spec.format, Lattice):  # stored rotated left by 7 for the CUDA kernels
         words = (words << 25) | (words >> 7 & (1 << 25) - 1)

@@ -16,6 +16,7 @@ from quip_vllm import envs
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout
+from quip_vllm.ops.rotations import kernels_code
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def choose(spec: LinearSpec, device: torch.device, run: Callable[[int, Shape], o
 
 
 def _fastest(spec: LinearSpec, device: torch.device, rows: int, run: Callable[[int, Shape], object]) -> Shape:
-    key = ((spec.code, spec.bits, spec.in_features, spec.output_sizes, device), rows)
+    key = ((kernels_code(spec), spec.bits, spec.stored_in, spec.stored_outputs, device), rows)
     if key not in _timed:
         every = candidates(rows, gpu(device)[0])
         times = {shape: milliseconds(partial(run, rows, shape)) for shape in every}
@@ -121,7 +122,7 @@ def gpu(device: torch.device) -> tuple[tuple[int, ...], int]:
 def split_chunks(spec: LinearSpec, device: torch.device) -> int:
     """Chunks of a part of k: the same for any number of rows and any shape, so that the order of summation is."""
     (warps, *_), multiprocessors = gpu(device)
-    tiles, chunks = -(-spec.out_features // TILE), -(-spec.in_features // cuda_layout.CHUNK)
+    tiles, chunks = -(-sum(spec.stored_outputs) // TILE), -(-spec.stored_in // cuda_layout.CHUNK)
     wanted = multiprocessors * WARPS_PER_MULTIPROCESSOR // (-(-tiles // warps) * warps)
     splits = max(1, min(wanted, chunks // SPLIT_CHUNKS))
     return -(-chunks // splits)
