@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quip-vllm quantize | evaluate | inspect | doctor. Exits with 2 and one sentence on bad input."""
+"""quip-vllm quantize | evaluate | inspect | verify | doctor. Exits with 2 and one sentence on bad input."""
 
 import argparse
 import json
@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=_inspect)
+    verify = commands.add_parser(
+        "verify", help="whether vLLM serves what the checkpoint holds: loads it and compares with transformers"
+    )
+    verify.add_argument("checkpoint", type=Path)
+    verify.add_argument(
+        "--memory", type=float, default=0.2, help="share of the memory that vLLM may take (default %(default)s)"
+    )
+    verify.set_defaults(run=_verify)
     doctor = commands.add_parser("doctor", help="what this machine has, and which backend serves which format")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -164,6 +172,24 @@ def _inspect(args: argparse.Namespace) -> int:
 
     result = inspect(args.checkpoint)
     print(json.dumps(result, indent=2) if args.json else format_inspection(result))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
+    from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
+
+    tokens, expected = expected_log_probabilities(args.checkpoint)
+    found = largest_difference(expected, prompt_log_probabilities(args.checkpoint, tokens, args.memory))
+    said = f"log probabilities of {len(tokens)} tokens in vLLM and in transformers differ by up to {found:.2g}"
+    if found > TOLERANCE:
+        print(
+            f"quip-vllm verify: {args.checkpoint} is not served as it is stored: {said}, {TOLERANCE:g} is rounding; "
+            "do not serve this model",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{args.checkpoint} is served as it is stored: {said}")
     return 0
 
 

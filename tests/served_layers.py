@@ -8,8 +8,12 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.reference import dequantize
+from quip_vllm.vllm_plugin.arrival import send
 from quip_vllm.vllm_plugin.config import QuipConfig
+from quip_vllm.vllm_plugin.loading import load_parameter
 
+SENT = []
+"""What was sent to layers, which has to live until they are finished."""
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -52,10 +56,14 @@ def random_tensors(code, bits, n, k, seed=0):
 
 
 def load(layer, tensors, *shard_id):
-    """What a vLLM model does with each tensor of the checkpoint."""
+    """What a vLLM model does with the weight that a quantized layer of the checkpoint stands for."""
+    layer.weight.weight_loader(layer.weight, send("on.disk", tensors, SENT), *shard_id)
+
+
+def put(layer, tensors, shard_id=None):
+    """Loads single tensors of a layer."""
     for name, tensor in tensors.items():
-        param = getattr(layer, name)
-        param.weight_loader(param, tensor, *shard_id)
+        load_parameter(getattr(layer, name), tensor, getattr(layer, name).share.covered(shard_id))
 
 
 def finish(layer):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "quip_vllm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ALLOWED = {
-    "cli": {"quantizer", "evaluation", "checkpoint", "formats", "doctor"},
+    "cli": {"quantizer", "evaluation", "vllm_plugin", "checkpoint", "formats", "doctor"},
     "doctor": {"ops", "formats"},
     "nn": {"ops", "formats"},
     "vllm_plugin": {"ops", "checkpoint", "transforms", "formats"},

@@ -51,7 +51,7 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
     for full in reader.names():
         name, _, leaf = full.rpartition(".")
         leaves.setdefault(name, set()).add(leaf)
-    leaves = {name: own - {"bias"} for name, own in leaves.items() if own & _tensor_names()}
+    leaves = {name: own - {"bias"} for name, own in leaves.items() if own & tensor_names()}
     named = [*config.layers, *([] if config.head is None else [config.head.module])]
     for name in named:
         if name not in leaves:
@@ -91,7 +91,7 @@ def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves:
 
 
 @cache
-def _tensor_names() -> set[str]:
+def tensor_names() -> set[str]:
     """Names of all tensors that some format has."""
     specs = (one for format in FORMATS.values() for bits in format.bits for one in format.tensors(bits))
     return {SU.name, SV.name, *(one.name for one in specs)}

@@ -12,7 +12,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, stack
 from quip_vllm.ops import prepare
 from quip_vllm.ops.prepared import PreparedLayer
-from quip_vllm.vllm_plugin.loading import QuipParameter, loaded_parameters, on_disk
+from quip_vllm.vllm_plugin.loading import QuipParameter, load_arrived, loaded_parameters, on_disk
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Call:
 
 
 def prepare_calls(layer: Any) -> None:
-    """Repacks a layer's loaded parameters for the backends, frees them, and sets ``layer.quip_calls``.
+    """Loads a layer's tensors, repacks them for the backends, frees them, and sets ``layer.quip_calls``.
 
+    Where vLLM wants the outputs in another order than the parts have, ``layer.quip_order`` is that order, int64 [n].
     Does nothing the second time.
 
     Raises:
@@ -51,6 +52,10 @@ def prepare_calls(layer: Any) -> None:
     params = loaded_parameters(layer)
     if not params:
         return
+    order = load_arrived(layer)
+    layer.register_parameter(
+        "quip_order", None if order is None else Parameter(order.to(params[SU.name].device), False)
+    )
     calls = [_install(layer, i, *call) for i, call in enumerate(_fused(params))]
     for name in params:
         delattr(layer, name)

@@ -28,6 +28,7 @@ class QuipConfig(QuantizationConfig):
         super().__init__()
         self.checkpoint = checkpoint
         self._head_is_served = False
+        self._carries = False
 
     def get_name(self) -> str:  # type: ignore[override]  # vLLM lists its own names
         """The method's name, ``quant_method`` of config.json."""
@@ -95,6 +96,7 @@ class QuipConfig(QuantizationConfig):
 
         from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
 
+        self._carry_tensors()
         if isinstance(layer, RoutedExperts) and self.checkpoint.layer_format(prefix) is not None:
             raise ValueError(
                 f"{prefix} is a mixture of experts: {self.get_name()} serves linear layers only; requantize with "
@@ -116,6 +118,21 @@ class QuipConfig(QuantizationConfig):
                 "them or none"
             )
         return QuipLinearMethod(self.checkpoint, prefix, names, quantized)
+
+    def _carry_tensors(self) -> None:
+        """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`."""
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.model_loader.utils import get_model_cls
+
+        from quip_vllm.vllm_plugin.arrival import carry_tensors
+
+        config = get_current_vllm_config_or_none()
+        if self._carries or config is None:
+            return
+        self._carries = True
+        for described in (config.model_config, getattr(config.speculative_config, "draft_model_config", None)):
+            if described is not None:
+                carry_tensors(get_model_cls(described))
 
     def _head_method(self, layer: "VocabParallelEmbedding", prefix: str) -> QuantizeMethodBase | None:
         """Ours for the head and the embedding tied to it. Some models, Llama among them, give the embedding no name."""

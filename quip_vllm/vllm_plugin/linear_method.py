@@ -70,6 +70,13 @@ class QuipLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all parts of this rank."""
+        if layer.quip_order is not None:
+            y = self._stored_order(layer, x, None).index_select(-1, layer.quip_order)
+            return y if bias is None else y + bias
+        return self._stored_order(layer, x, bias)
+
+    def _stored_order(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`apply`, the outputs as they are stored."""
         if len(layer.quip_calls) == 1:
             return layer.quip_calls[0].linear(layer, x, bias)
         sizes = [call.prepared.spec.out_features for call in layer.quip_calls]

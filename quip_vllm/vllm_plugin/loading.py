@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint's tensors: this tensor-parallel rank's slice of each, and where it is kept until it is prepared.
 
-A served layer has one or more parts (q, k and v of qkv_proj). A tensor of the checkpoint covers one part, or several
-where the model itself fuses them (Phi-3); which, is known when it arrives.
+The tensors come when `arrival` has seen where vLLM's code puts their layer. A served layer has one or more parts (q, k and v of qkv_proj). A tensor of the checkpoint covers one part, or several
+where the model itself fuses them (Phi-3).
 """
 
 import itertools
@@ -14,7 +14,10 @@ from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.formats.tensors import SV, Follows, TensorSpec, tensor_specs
+from quip_vllm.vllm_plugin.arrival import Arrival, sources_of
 from quip_vllm.vllm_plugin.share import Share
+
+WEIGHT = "weight"
 
 
 class QuipParameter(Parameter):
@@ -27,7 +30,7 @@ class QuipParameter(Parameter):
         share: what the rank holds of the layer.
         loaded: parts that a loaded tensor covered -> its dtype. Replaced and never changed in place: vLLM keeps copies
             of a parameter's attributes from before loading, for reloading.
-        weight_loader: what vLLM calls with each tensor of the checkpoint.
+        weight_loader_numel: what vLLM, which counts while it reloads, has to wait for here: nothing.
     """
 
     def __new__(cls, tensor_name: str, share: Share) -> "QuipParameter":
@@ -43,7 +46,7 @@ class QuipParameter(Parameter):
         if weights_are_dummies():
             dtype = torch.float16 if self.is_floating_point() else self.dtype
             self.loaded = {(i,): dtype for i in range(len(share.parts)) if share.tensor(i, tensor_name) is not None}
-        self.weight_loader = load_parameter
+        self.weight_loader_numel = 0
 
     def run(self, part: int) -> Tensor:
         """From the part's first element on: a view."""
@@ -67,21 +70,18 @@ def _sizes(name: str, share: Share) -> list[int]:
     return [math.prod(shape) for shape in shapes]
 
 
-def load_parameter(param: QuipParameter, loaded_weight: Tensor, loaded_shard_id: object = None) -> None:
-    """The ``weight_loader`` of every parameter here, whatever the vLLM layer's own loader is.
-
-    vLLM's loaders assert on shapes and cut tensors that are fused on disk without knowing rotations.
+def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[int, ...]) -> None:
+    """Fills a parameter with this rank's share of a tensor.
 
     Args:
         param: the parameter to fill.
         loaded_weight: the checkpoint's tensor, over all ranks.
-        loaded_shard_id: vLLM's shard id; None for a layer of one part and for a tensor that covers all of them.
+        covered: the parts that it covers.
 
     Raises:
         ValueError: the tensor is not what the layer has to have; the message names layer, tensor and both shapes.
     """
     share = param.share
-    covered = share.covered(loaded_shard_id)
     share.check_split(covered)
     one = _checked(param, loaded_weight, covered)
     start = 0
@@ -115,8 +115,38 @@ def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> 
     return one
 
 
+def load_arrived(layer: Module) -> Tensor | None:
+    """Fills the layer's parameters with the tensors of the layers on disk whose numbers have arrived.
+
+    Returns:
+        int64 [n], for each output of the layer its place among the outputs that the parts have as stored; None where
+        all are in place.
+
+    Raises:
+        ValueError: see `sources_of` and `load_parameter`; or a tensor is not of the layer's format.
+    """
+    arrival = layer._parameters.pop(WEIGHT, None)
+    if not isinstance(arrival, Arrival):
+        raise ValueError(f"{layer} was prepared before its weight was loaded")
+    params, order = loaded_parameters(layer), None
+    starts = list(itertools.accumulate((part.size for part in arrival.share.parts), initial=0))
+    for disk, covered, moved in sources_of(arrival):
+        for name, tensor in disk.tensors.items():
+            if name not in params:
+                raise ValueError(
+                    f"{arrival.share.label(covered)}: tensor {name} of {disk.name} is none of its format: the "
+                    "checkpoint does not belong to its config.json; copy it again or requantize"
+                )
+            load_parameter(params[name], tensor, covered)
+        if moved is not None:
+            order = torch.arange(starts[-1]) if order is None else order
+            order[starts[covered[0]] : starts[covered[-1] + 1]] = starts[covered[0]] + moved
+    return order
+
+
 def allocate(layer: Module, share: Share) -> None:
-    """Registers a parameter for each tensor that a part of the layer has, under the tensor's name."""
+    """Registers a parameter for each tensor that a part of the layer has, under its name, and one for the arrival."""
+    layer.register_parameter(WEIGHT, Arrival(share))
     for part in range(len(share.parts)):
         for one in tensor_specs(share.spec((part,))):
             if one.name not in layer._parameters:

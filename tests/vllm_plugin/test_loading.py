@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from served_layers import build, finish, load, quant_config, random_tensors
+from served_layers import build, finish, load, put, quant_config, random_tensors
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,

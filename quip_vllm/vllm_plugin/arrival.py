@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where vLLM's code puts each row of a weight, and how quantized tensors follow it.
+
+vLLM's models rename, split and rearrange weights while they load them: Falcon and BLOOM store q, k and v interleaved by
+head. The rows of a quantized weight cannot be rearranged, because its rotation mixes them. So a model's code never
+sees quantized tensors. In their place it gets an ordinary ``weight`` whose elements are numbers, and loads it as it
+would load the weight; where the numbers arrive says which tensors belong there, and in what order the outputs.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config_or_none
+
+from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
+from quip_vllm.formats.tensors import SU, SV
+from quip_vllm.vllm_plugin.share import Share
+
+UNSUPPORTED = "quip_vllm cannot serve this layer: requantize with the layer among --ignore"
+MAPPED = ("auto", "hf", "safetensors")
+"""Load formats whose tensors stay valid: others reuse their memory for the next tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class DiskLayer:
+    """A quantized layer of the checkpoint.
+
+    Attributes:
+        name: on disk.
+        tensors: by their names without the layer's.
+        first: the number of its first element, different for each layer of a checkpoint.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    first: int
+
+    @property
+    def rows(self) -> int:
+        """Outputs on disk."""
+        return len(self.tensors[SV.name])
+
+    @property
+    def end(self) -> int:
+        """The first number beyond those of this layer."""
+        return self.first + 2 * self.rows + len(self.tensors[SU.name])
+
+    def numbers(self) -> Tensor:
+        """int32 [n, k] that stands for the weight: element (i, j) is ``first + 2 i + j``, which takes n + k elements."""
+        size = (self.rows, len(self.tensors[SU.name]))
+        return torch.arange(self.first, self.end, dtype=torch.int32, device="cpu").as_strided(size, (2, 1))
+
+
+_SENT: WeakValueDictionary[int, DiskLayer] = WeakValueDictionary()
+"""The layers whose numbers are on their way through a model's code, by `DiskLayer.first`."""
+
+
+class Arrival(Parameter):
+    """Stands for the weight of one vLLM layer while the checkpoint is read: the number of each output's first element.
+
+    int32 [outputs over all ranks].
+
+    Attributes:
+        share: what this rank holds of the layer.
+        arrived: part -> the layers on disk that its rows came from. Replaced and never changed in place: vLLM keeps
+            copies of a parameter's attributes from before loading, for reloading.
+        weight_loader: what vLLM calls with the numbers.
+        output_dim, input_dim: some models rearrange only weights that have them.
+    """
+
+    def __new__(cls, share: Share) -> "Arrival":
+        """No row has arrived."""
+        size = sum(part.outputs for part in share.parts)
+        return super().__new__(cls, torch.zeros(size, dtype=torch.int32), requires_grad=False)
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.arrived: dict[int, tuple[DiskLayer, ...]] = {}
+        self.weight_loader = note_arrival
+        self.output_dim, self.input_dim = 0, 1
+
+    def run(self, part: int) -> Tensor:
+        """The numbers of a part's rows: a view."""
+        return self.data.split([one.outputs for one in self.share.parts])[part]
+
+
+def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object = None) -> None:
+    """The ``weight_loader`` of an `Arrival`. vLLM also calls it without effect, on the meta device, before a reload.
+
+    Args:
+        param: the layer's.
+        loaded_weight: what the model's code has made of the numbers of layers on disk.
+        loaded_shard_id: as `Share.covered` takes it.
+
+    Raises:
+        ValueError: the model's code has changed the numbers other than by moving rows.
+    """
+    covered = param.share.covered(loaded_shard_id)
+    rows = _rows(param.share, covered, loaded_weight)
+    pieces = rows.split([param.share.parts[i].outputs for i in covered])
+    for i, piece in zip(covered, pieces, strict=True):
+        if not param.is_meta and i in param.arrived and not torch.equal(param.run(i).cpu(), piece.cpu()):
+            raise ValueError(
+                f"{param.share.label((i,))} is in the checkpoint twice, both fused and by part or under two names: "
+                "remove one of the two or requantize"
+            )
+        param.run(i).copy_(piece)
+    if param.is_meta:
+        return
+    layers = sorted(_SENT.values(), key=lambda layer: layer.first)
+    found = {i: _sources(layers, piece) for i, piece in zip(covered, pieces, strict=True)}
+    param.arrived = {**param.arrived, **found}
+
+
+def _rows(share: Share, covered: tuple[int, ...], loaded: Tensor) -> Tensor:
+    """The first number of each row. Raises ValueError unless ``loaded`` consists of whole rows of weights."""
+    label, shape = share.label(covered), (sum(share.parts[i].outputs for i in covered), share.inputs)
+    if tuple(loaded.shape) != shape:
+        raise ValueError(
+            f"{label}: vLLM's code brings a weight of {list(loaded.shape)} in place of {list(shape)}: the checkpoint "
+            f"does not belong to its config.json, or {UNSUPPORTED}"
+        )
+    moved = loaded.dtype != torch.int32 or loaded.stride() != (2, 1)
+    if moved and not (
+        loaded.dtype == torch.int32
+        and torch.equal(
+            loaded - loaded[:, :1], torch.arange(shape[1], dtype=torch.int32, device=loaded.device).expand(shape)
+        )
+    ):
+        raise ValueError(f"{label}: vLLM's code of this model changes the weight as it loads it; {UNSUPPORTED}")
+    return loaded[:, 0].contiguous()
+
+
+def _sources(layers: list[DiskLayer], rows: Tensor) -> tuple[DiskLayer, ...]:
+    """The layers that some rows are of."""
+    numbers = rows.cpu()
+    return tuple(one for one in layers if ((numbers >= one.first) & (numbers < one.end)).any())
+
+
+def sources_of(arrival: Arrival) -> Iterator[tuple[DiskLayer, tuple[int, ...], Tensor | None]]:
+    """Yields each layer on disk that has arrived, the parts it covers, and the order of its outputs.
+
+    The order is int64 [n], the row on disk of each output; None where they are as on disk.
+
+    Raises:
+        ValueError: the rows of a layer on disk do not make up whole parts, each row once.
+    """
+    share = arrival.share
+    for disk in dict.fromkeys(one for layers in arrival.arrived.values() for one in layers):
+        parts = tuple(sorted(i for i, layers in arrival.arrived.items() if disk in layers))
+        order = (torch.cat([arrival.run(i) for i in parts]).cpu().long() - disk.first) // 2
+        own = torch.arange(disk.rows)
+        together = parts == tuple(range(parts[0], parts[-1] + 1))
+        if not together or not torch.equal(order.sort().values, own):
+            raise ValueError(
+                f"{share.prefix}: vLLM's code of this model puts rows of {disk.name} into several layers or repeats "
+                f"them; {UNSUPPORTED}"
+            )
+        moved = not torch.equal(order, own)
+        if moved and (not share.rotate_output or any(share.parts[i].size != share.parts[i].outputs for i in parts)):
+            raise ValueError(
+                f"{share.prefix}: vLLM's code of this model rearranges the rows of {disk.name}, which cannot be split "
+                "into tensor-parallel shares; serve with --tensor-parallel-size 1"
+            )
+        yield disk, parts, order if moved else None
+
+
+def carry_tensors(model_class: Any) -> None:
+    """Makes ``load_weights`` of a class of vLLM models give the model's code numbers in place of quantized tensors.
+
+    Models without a quantized layer of ours load as before. Does nothing the second time.
+    """
+    load: Callable[..., Any] = model_class.load_weights
+    if getattr(load, "quip_carries", False):
+        return
+
+    @functools.wraps(load)
+    def load_weights(self: Module, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(param, Arrival) for param in self.parameters()):
+            return load(self, weights, *args, **kwargs)
+        sent: list[DiskLayer] = []  # holds the tensors until the model's code has put the numbers where they belong
+        return load(self, _numbered(weights, sent), *args, **kwargs)
+
+    load_weights.quip_carries = True  # type: ignore[attr-defined]
+    model_class.load_weights = load_weights
+
+
+def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer]) -> Tensor:
+    """The numbers that stand for a layer's weight; the layer is appended to ``sent``, which the caller holds.
+
+    Raises:
+        ValueError: the layer has no ``su`` or no ``sv``, or they are not vectors.
+    """
+    for vector in (SU.name, SV.name):
+        if vector not in tensors or tensors[vector].dim() != 1:
+            raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
+    disk = DiskLayer(name, tensors, sent[-1].end if sent else 0)
+    sent.append(disk)
+    _SENT[disk.first] = disk
+    return disk.numbers()
+
+
+def _numbered(weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer]) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors, those of each quantized layer replaced by one ``weight`` of numbers, at the end."""
+    config = get_current_vllm_config_or_none()
+    copied = config is not None and config.load_config.load_format not in MAPPED
+    layers: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in weights:
+        name, _, leaf = full.rpartition(".")
+        if leaf in tensor_names():
+            layers.setdefault(name, {})[leaf] = tensor.clone() if copied else tensor
+        else:
+            yield full, tensor
+    _SENT.clear()
+    for name, tensors in layers.items():
+        yield f"{name}.weight", send(name, tensors, sent)

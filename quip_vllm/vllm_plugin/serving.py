@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM computes for a prompt, without a server."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+MEMORY = 0.2
+"""The share of the machine's memory that vLLM may take: little beyond a model's weights is needed."""
+CANDIDATES = 5
+
+
+def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float = MEMORY) -> list[dict[int, float]]:
+    """Loads a checkpoint in vLLM in float32 and runs one prompt.
+
+    Args:
+        folder: the checkpoint.
+        tokens: the prompt.
+        memory: vLLM's ``gpu_memory_utilization``, on a CPU a share of its memory as well.
+
+    Returns:
+        For each position but the last, token -> natural log of its probability at the next one: of the most probable
+        tokens and of the prompt's own.
+    """
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=len(tokens) + 1,
+        max_num_seqs=1,
+        gpu_memory_utilization=memory,
+        enable_prefix_caching=False,
+    )
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=CANDIDATES)
+    found = llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)[0].prompt_logprobs
+    return [{token: one.logprob for token, one in (row or {}).items()} for row in found[1:]]

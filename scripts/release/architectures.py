@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every causal architecture of transformers: a tiny random model of it is quantized, served by vLLM and verified.
+
+    python scripts/release/architectures.py RECORD.jsonl [--only llama falcon] [--table docs/architectures.md]
+
+Each architecture runs in a process of its own and adds one line to RECORD.jsonl; those that are there are not run
+again. --table writes docs/architectures.md from the record. Nothing is downloaded.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_SECONDS = 240
+SMALL = {
+    "vocab_size": 272,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.08,
+    "init_std": 0.08,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "sliding_window": 64,
+    "ffn_dim": 192,
+    "d_ff": 192,
+    "ffn_hidden_size": 192,
+    "word_embed_proj_dim": 128,
+    "query_pre_attn_scalar": 32,
+    "rotary_dim": 16,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 192,
+}
+"""Set where an architecture's config has the key."""
+OWN = {
+    "falcon": {
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 512,
+        "new_decoder_architecture": True,
+        "alibi": False,
+        "bias": False,
+    },
+    "gpt_neox": {"intermediate_size": 512},
+    "gpt2": {"n_inner": 512},
+    "mpt": {"no_bias": True},
+    "phi": {"num_key_value_heads": 4},
+    "mixtral": {"sliding_window": None},
+}
+"""What an architecture needs besides."""
+
+
+def small_config(model_type):
+    """The config of a tiny model."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(model_type)
+    computed = {key for key in SMALL if isinstance(getattr(type(default), key, None), property)}
+    keys = {key: value for key, value in SMALL.items() if hasattr(default, key) and key not in computed}
+    keys |= OWN.get(model_type, {})
+    return AutoConfig.for_model(model_type, **keys)
+
+
+def save(folder, model_type):
+    """Writes a tiny random model of an architecture with a byte tokenizer, and text to calibrate on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_models import save_tokenizer, text
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(model_type), dtype=torch.float32)
+    for parameter in model.parameters():  # biases and norms start as constants: make them matter
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    (folder / "text.txt").write_text(text(20000))
+
+
+def verify(model_type):
+    """The result of one architecture: status, what was said, and the largest difference."""
+    from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
+    from quip_vllm.quantizer.run import quantize
+    from quip_vllm.quantizer.settings import Settings
+
+    with tempfile.TemporaryDirectory() as name:
+        source, out = Path(name) / "source", Path(name) / "out"
+        source.mkdir()
+        try:
+            save(source, model_type)
+        except Exception as error:  # of any kind: the architecture's own code
+            return {"status": "no tiny model", "why": words(error)}
+        settings = Settings(
+            model=str(source), code="e8p", bits=4, calibration=str(source / "text.txt"), sequences=8, sequence_length=64
+        )
+        try:
+            quantize(settings, out)
+        except ValueError as error:
+            return {"status": "refused", "why": words(error).replace(str(source), "MODEL")}
+        try:
+            tokens, expected = expected_log_probabilities(out)
+        except ValueError as error:
+            return {"status": "no reference", "why": words(error).replace(str(out), "OUT")}
+        from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
+
+        try:
+            served = prompt_log_probabilities(out, tokens)
+        except Exception as error:  # vLLM raises many kinds
+            said = words(error).replace(str(out), "OUT")
+            status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
+            return {"status": status, "why": said}
+        found = largest_difference(expected, served)
+        return {"status": "same" if found <= TOLERANCE else "different", "difference": found}
+
+
+def words(error):
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:300]
+
+
+def model_types():
+    """Every causal architecture that transformers knows, with the class of its model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {
+        kind: name if isinstance(name, str) else name[0] for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    }
+
+
+def in_vllm():
+    """The architectures that vLLM has code for, its adapters for any model of transformers aside."""
+    from vllm.model_executor.models import ModelRegistry
+
+    return set(ModelRegistry.get_supported_archs())
+
+
+def run(record, only):
+    """Adds what is missing to the record: first what vLLM has code for."""
+    known, all_types = in_vllm(), model_types()
+    unknown = set(only) - set(all_types)
+    if unknown:
+        raise SystemExit(f"{', '.join(sorted(unknown))}: transformers knows no such causal architecture")
+    done = {one["model_type"] for one in read(record)}
+    todo = [kind for kind in sorted(all_types, key=lambda kind: all_types[kind] not in known) if kind not in done]
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    for kind in [kind for kind in todo if not only or kind in only]:
+        start, found = time.time(), {"status": "not in vLLM"}
+        if all_types[kind] in known:
+            command = [sys.executable, str(Path(__file__).resolve()), "--one", kind]
+            try:
+                done_ = subprocess.run(
+                    command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=LIMIT_SECONDS
+                )
+                last = [line for line in done_.stdout.splitlines() if line.startswith("RESULT ")]
+                tail = (done_.stderr.strip().splitlines() or ["no output"])[-1][:300]
+                found = json.loads(last[-1].removeprefix("RESULT ")) if last else {"status": "failed", "why": tail}
+            except subprocess.TimeoutExpired:
+                found = {"status": "failed", "why": f"more than {LIMIT_SECONDS} seconds"}
+        line = {"model_type": kind, "architecture": all_types[kind], **found, "seconds": round(time.time() - start)}
+        print(json.dumps(line), flush=True)
+        with open(record, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(record):
+    """The record's lines."""
+    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+
+
+def machine():
+    """The processor, the versions and the commit."""
+    import transformers
+    import vllm
+
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return (
+        f"{(models or [platform.machine()])[0]}, vLLM {vllm.__version__}, transformers {transformers.__version__}, "
+        f"{datetime.date.today()}, commit {commit.strip()}"
+    )
+
+
+def write_table(record, file):
+    """docs/architectures.md from the record."""
+    rows = sorted(read(record), key=lambda one: one["architecture"])
+    counts = {
+        status: sum(one["status"] == status for one in rows) for status in dict.fromkeys(r["status"] for r in rows)
+    }
+    untried = len(model_types()) - len(rows)
+    lines = [
+        "<!-- SPDX-License-Identifier: Apache-2.0 -->",
+        "# Architectures",
+        "",
+        "For each causal architecture that transformers knows, a tiny random model was quantized at 4 bits with `e8p`, loaded in vLLM in",
+        "float32, and its log probabilities of a short prompt were compared with those of the dequantized model in transformers.",
+        "`scripts/release/architectures.py` does it and writes this page; `quip-vllm verify OUT` does it for a checkpoint of yours.",
+        "",
+        f"Machine: {machine()}.",
+        "",
+        "Results: "
+        + ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        + f"; {untried} not run yet.",
+        "",
+        "| architecture | model type | result |",
+        "|---|---|---|",
+    ]
+    for one in rows:
+        said = f" to {one['difference']:.1g}" if "difference" in one else f": {one['why']}" if "why" in one else ""
+        result = (one["status"] + said).replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {one['architecture']} | `{one['model_type']}` | {result} |")
+    file.write_text("\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record", type=Path, nargs="?")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL_TYPE")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(verify(args.one)), flush=True)
+        os._exit(0)  # an engine may leave threads behind
+    if args.record is None:
+        parser.error("give RECORD.jsonl")
+    run(args.record, args.only)
+    if args.table:
+        write_table(args.record, args.table)
+
+
+if __name__ == "__main__":
+    main()
