@@ -176,9 +176,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from quip_vllm.checkpoint.layers import read_config
     from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
     from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
 
+    read_config(args.checkpoint)  # any other model is refused
     tokens, expected = expected_log_probabilities(args.checkpoint)
     found = largest_difference(expected, prompt_log_probabilities(args.checkpoint, tokens, args.memory))
     said = f"log probabilities of {len(tokens)} tokens in vLLM and in transformers differ by up to {found:.2g}"

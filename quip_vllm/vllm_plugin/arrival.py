@@ -52,7 +52,7 @@ class DiskLayer:
         return self.first + 2 * self.rows + len(self.tensors[SU.name])
 
     def numbers(self) -> Tensor:
-        """int32 [n, k] that stands for the weight: element (i, j) is ``first + 2 i + j``, which takes n + k elements."""
+        """int32 [n, k] that stands for the weight: element (i, j) is ``first + 2 i + j``. It holds 2 n + k elements."""
         size = (self.rows, len(self.tensors[SU.name]))
         return torch.arange(self.first, self.end, dtype=torch.int32, device="cpu").as_strided(size, (2, 1))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint's tensors: this tensor-parallel rank's slice of each, and where it is kept until it is prepared.
 
-The tensors come when `arrival` has seen where vLLM's code puts their layer. A served layer has one or more parts (q, k and v of qkv_proj). A tensor of the checkpoint covers one part, or several
-where the model itself fuses them (Phi-3).
+The tensors come when `arrival` has seen where vLLM's code puts their layer. A served layer has one or more parts (q, k
+and v of qkv_proj). A tensor of the checkpoint covers one part, or several where the model itself fuses them (Phi-3).
 """
 
 import itertools

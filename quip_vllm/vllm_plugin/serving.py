@@ -22,6 +22,7 @@ def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float 
         tokens and of the prompt's own.
     """
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     llm = LLM(
         str(folder),
@@ -33,5 +34,6 @@ def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float 
         enable_prefix_caching=False,
     )
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=CANDIDATES)
-    found = llm.generate([{"prompt_token_ids": list(tokens)}], sampling, use_tqdm=False)[0].prompt_logprobs
-    return [{token: one.logprob for token, one in (row or {}).items()} for row in found[1:]]
+    found = llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), sampling, use_tqdm=False)[0].prompt_logprobs
+    assert found is not None  # it was asked for
+    return [{token: one.logprob for token, one in (row or {}).items()} for row in list(found)[1:]]

@@ -18,6 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
+from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 240
 SMALL = {
@@ -108,7 +111,6 @@ def save(folder, model_type):
 
 def verify(model_type):
     """The result of one architecture: status, what was said, and the largest difference."""
-    from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
     from quip_vllm.quantizer.run import quantize
     from quip_vllm.quantizer.settings import Settings
 
@@ -126,20 +128,28 @@ def verify(model_type):
             quantize(settings, out)
         except ValueError as error:
             return {"status": "refused", "why": words(error).replace(str(source), "MODEL")}
-        try:
-            tokens, expected = expected_log_probabilities(out)
-        except ValueError as error:
-            return {"status": "no reference", "why": words(error).replace(str(out), "OUT")}
-        from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
+        found = compared(out)
+        if found["status"] == "different":
+            without = compared(source).get("difference", 0)
+            if without > TOLERANCE:  # the two programs disagree about the model itself
+                found |= {"status": "different without us", "unquantized": without}
+        return found
 
-        try:
-            served = prompt_log_probabilities(out, tokens)
-        except Exception as error:  # vLLM raises many kinds
-            said = words(error).replace(str(out), "OUT")
-            status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
-            return {"status": status, "why": said}
-        found = largest_difference(expected, served)
-        return {"status": "same" if found <= TOLERANCE else "different", "difference": found}
+
+def compared(folder):
+    """The largest difference between vLLM and transformers on a model, or why there is none."""
+    try:
+        tokens, expected = expected_log_probabilities(folder)
+    except ValueError as error:
+        return {"status": "no reference", "why": words(error).replace(str(folder), "OUT")}
+    try:
+        served = prompt_log_probabilities(folder, tokens)
+    except Exception as error:  # vLLM raises many kinds
+        said = words(error).replace(str(folder), "OUT")
+        status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
+        return {"status": status, "why": said}
+    found = largest_difference(expected, served)
+    return {"status": "same" if found <= TOLERANCE else "different", "difference": found}
 
 
 def words(error):
@@ -229,9 +239,16 @@ def write_table(record, file):
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# Architectures",
         "",
-        "For each causal architecture that transformers knows, a tiny random model was quantized at 4 bits with `e8p`, loaded in vLLM in",
-        "float32, and its log probabilities of a short prompt were compared with those of the dequantized model in transformers.",
-        "`scripts/release/architectures.py` does it and writes this page; `quip-vllm verify OUT` does it for a checkpoint of yours.",
+        "For each causal architecture that transformers knows, a tiny random model was quantized at 4 bits with `e8p`",
+        "and loaded in vLLM in float32. Its log probabilities of a short prompt were compared with those of the",
+        "dequantized model in transformers. `scripts/release/architectures.py` does it and writes this page;",
+        "`quip-vllm verify OUT` does it for a checkpoint of yours.",
+        "",
+        "* *same*: the two agree to the difference that is given.",
+        "* *different without us*: vLLM and transformers disagree about the unquantized model as well.",
+        "* *refused*: `quip-vllm quantize` says why. *refused by vLLM*: the model does not start there.",
+        "* *not in vLLM*: vLLM has no code for it. *no tiny model*, *no reference*: transformers could not make",
+        "  one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
         f"Machine: {machine()}.",
         "",

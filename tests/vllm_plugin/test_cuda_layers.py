@@ -192,7 +192,7 @@ def test_fake_tensors_on_a_gpu_stay_there(set_rank, dtype):
     finish(layer)
     with FakeTensorMode(), Indexing():
         parameters = {name: on_gpu(p) for name, p in layer.named_parameters()}
-        gpu_layer = SimpleNamespace(quip_calls=layer.quip_calls, **parameters)
+        gpu_layer = SimpleNamespace(quip_calls=layer.quip_calls, quip_order=None, **parameters)
         x = torch.empty(2, 5, K, dtype=dtype, device="cuda")
         y = layer.quant_method.apply(gpu_layer, x, torch.empty(256, dtype=dtype, device="cuda"))
     assert y.device.type == "cuda" and y.dtype is dtype and y.shape == (2, 5, 256)

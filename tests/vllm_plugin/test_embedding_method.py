@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.distributed
-from served_layers import apply, assert_close, dense, finish, load, quant_config, random_tensors
+from served_layers import apply, assert_close, dense, finish, load, put, quant_config, random_tensors
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -137,8 +137,8 @@ def test_missing_and_damaged_tensors_are_named(set_rank, name):
     tensors, _ = stored("e8p", 4, 64)
     layer = build(VocabParallelEmbedding, config_of("e8p", 4), 64)
     with pytest.raises(ValueError, match=f"{NAME}: tensor {name} is .* expected .*requantize"):
-        load(layer, {name: tensors[name][:-1]})
-    load(layer, {other: tensor for other, tensor in tensors.items() if other != name})
+        put(layer, {name: tensors[name][:-1]})
+    put(layer, {other: tensor for other, tensor in tensors.items() if other != name})
     with pytest.raises(ValueError, match=f"{NAME}: tensor {name} of {NAME} is not in the checkpoint"):
         finish(layer)
 

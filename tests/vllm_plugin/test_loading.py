@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from served_layers import build, finish, load, put, quant_config, random_tensors
+from served_layers import build, finish, put, quant_config, random_tensors
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -38,11 +38,11 @@ def test_blocks_must_fit_the_shares(set_rank):
         build(RowParallelLinear, config, K, N)
     layer = build(ColumnParallelLinear, config, K, N)
     with pytest.raises(ValueError, match="output of size 128 is rotated in blocks of 128.*--hadamard-block 64"):
-        load(layer, random_tensors("1mad", 2, N, K))
+        put(layer, random_tensors("1mad", 2, N, K))
     # Fused on disk, each part alone has whole blocks of 64; all three together, 64 + 32 + 32, have not.
     layer = build_qkv(quant_config(hadamard_block=64), 32, 4, 2)
     with pytest.raises(ValueError, match=r"shares of 64 \+ 32 \+ 32: .*--hadamard-block 32"):
-        load(layer, random_tensors("1mad", 2, 256, K), None)
+        put(layer, random_tensors("1mad", 2, 256, K), None)
 
 
 def test_blocks_must_have_the_same_size_on_every_rank(set_rank):
@@ -50,7 +50,7 @@ def test_blocks_must_have_the_same_size_on_every_rank(set_rank):
     set_rank(0, 2)
     layer = build_qkv(quant_config(hadamard_block=64), 16, 2, 1, v_head_size=32)
     with pytest.raises(ValueError, match=r"blocks of 16, .* shares of 16 \+ 16 \+ 32: .*--hadamard-block 16"):
-        load(layer, random_tensors("1mad", 2, 80, K), None)
+        put(layer, random_tensors("1mad", 2, 80, K), None)
 
 
 def test_sizes_must_hold_whole_tiles():
@@ -78,7 +78,7 @@ def test_damaged_tensor_is_named(set_rank, kind, size, name, change):
     layer = build(kind, quant_config("hyb", 2, hadamard_block=16), K, N)
     tensor = random_tensors("hyb", 2, N, K)[name]
     with pytest.raises(ValueError) as error:
-        load(layer, {name: change(tensor)})
+        put(layer, {name: change(tensor)})
     message = str(error.value)
     assert f"m.layer: tensor {name} is {change(tensor).dtype} {list(change(tensor).shape)}, expected " in message
     assert f"{list(tensor.shape)}: the checkpoint is damaged" in message
@@ -88,17 +88,17 @@ def test_unknown_shard_is_refused():
     layer = build(MergedColumnParallelLinear, quant_config(), K, [N, N], prefix="gate_up_proj")
     for shard in ("index_q", 2, -1, (), (0, 5)):
         with pytest.raises(ValueError, match="gate_up_proj: shard id"):
-            load(layer, random_tensors("1mad", 2, N, K), shard)
+            put(layer, random_tensors("1mad", 2, N, K), shard)
 
 
 def test_a_tensor_has_the_format_of_its_part():
     layer = build_qkv(quant_config(layers={"k_proj": ("1mad", 4), "v_proj": ("e8p", 3)}))
     with pytest.raises(ValueError, match="q_proj: tensor packed is .* expected"):
-        load(layer, {"packed": random_tensors("1mad", 4, 64, K)["packed"]}, "q")
+        put(layer, {"packed": random_tensors("1mad", 4, 64, K)["packed"]}, "q")
     with pytest.raises(ValueError, match="q_proj: tensor codes is .* expected none"):
-        load(layer, {"codes": random_tensors("e8p", 3, 64, K)["codes"]}, "q")
+        put(layer, {"codes": random_tensors("e8p", 3, 64, K)["codes"]}, "q")
     with pytest.raises(ValueError, match="said to be 1mad at 2 bits and 1mad at 4 bits and e8p at 3 bits: give it one"):
-        load(layer, {"sv": torch.zeros(128).half()}, None)
+        put(layer, {"sv": torch.zeros(128).half()}, None)
 
 
 def test_parts_without_a_name_of_their_own_need_one_format():
@@ -112,8 +112,8 @@ def test_parts_without_a_name_of_their_own_need_one_format():
 def test_missing_tensor_is_named(name):
     layer = build(MergedColumnParallelLinear, quant_config("e8p", 3), K, [N, N], prefix="gate_up_proj")
     tensors = random_tensors("e8p", 3, N, K)
-    load(layer, tensors, 0)
-    load(layer, {other: tensor for other, tensor in tensors.items() if other != name}, 1)
+    put(layer, tensors, 0)
+    put(layer, {other: tensor for other, tensor in tensors.items() if other != name}, 1)
     with pytest.raises(ValueError, match=f"gate_up_proj: tensor {name} of up_proj is not in the checkpoint"):
         finish(layer)
 
@@ -121,8 +121,8 @@ def test_missing_tensor_is_named(name):
 @pytest.mark.parametrize("twice", [["packed", "sv", "su"], ["packed"]])
 def test_part_stored_twice_is_refused(twice):
     layer = build(MergedColumnParallelLinear, quant_config(), K, [N, N], prefix="gate_up_proj")
-    load(layer, random_tensors("1mad", 2, 2 * N, K), None)
+    put(layer, random_tensors("1mad", 2, 2 * N, K), None)
     tensors = random_tensors("1mad", 2, N, K)
-    load(layer, {name: tensors[name] for name in twice}, 0)
+    put(layer, {name: tensors[name] for name in twice}, 0)
     with pytest.raises(ValueError, match="both fused and by part"):
         finish(layer)

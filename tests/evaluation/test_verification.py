@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quip-vllm verify: the exit status and what is said. vLLM's side is that of tests/scripts/test_architectures.py."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from quip_vllm.cli import main
+from quip_vllm.evaluation import verification
+from quip_vllm.evaluation.verification import expected_log_probabilities, largest_difference
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+from quip_vllm.vllm_plugin import serving
+
+
+def test_largest_difference():
+    expected = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
+    assert largest_difference(expected, [{0: -1.0, 2: -3.25}, {1: -5.5}]) == 0.5
+    assert largest_difference(expected, [{0: -1.0}, {1: math.nan}]) == math.inf
+
+
+def test_the_prompt_has_no_special_token(tiny_model):
+    tokens, expected = expected_log_probabilities(tiny_model())
+    assert len(tokens) == verification.PROMPT_TOKENS and not {256, 257} & set(tokens)
+    assert torch.allclose(expected.exp().sum(-1), torch.ones(len(tokens)))
+
+
+@pytest.mark.parametrize(("shift", "status"), [(0.0, 0), (2e-3, 1)])
+def test_verify(tiny_model, tiny_text, tmp_path, monkeypatch, capsys, shift, status):
+    out = tmp_path / "out"
+    flags = ["--method", "quip_sharp", "--bits", "2", "--calibration", str(tiny_text)]
+    flags += ["--sequences", "4", "--sequence-length", "32"]
+    assert main(["quantize", str(tiny_model()), str(out), *flags]) == 0
+    tokens, expected = expected_log_probabilities(out)
+
+    def served(folder, prompt, memory):
+        assert folder == out and prompt == tokens and memory == 0.5
+        return [{3: float(row[3])} for row in expected[:-2]] + [{5: float(expected[-2, 5]) + shift}]
+
+    monkeypatch.setattr(serving, "prompt_log_probabilities", served)
+    capsys.readouterr()
+    assert main(["verify", str(out), "--memory", "0.5"]) == status
+    said = capsys.readouterr()
+    if status:
+        assert f"quip-vllm verify: {out} is not served as it is stored: " in said.err and "0.002" in said.err
+    else:
+        assert said.out.startswith(f"{out} is served as it is stored: ")
+
+
+def test_verify_refuses_other_models(tiny_model, capsys):
+    assert main(["verify", str(tiny_model())]) == 2
+    assert "has no quantization_config" in capsys.readouterr().err
