@@ -15,7 +15,7 @@ if importlib.util.find_spec("vllm") is None:
 from release import architectures
 
 SCRIPT = Path(architectures.__file__)
-TEN = ["falcon", "llama", "qwen3", "phi3", "gemma2", "olmo2", "cohere2", "opt", "glm4", "granite"]
+TEN = ["falcon", "llama", "qwen3", "phi", "gemma3_text", "olmo2", "cohere2", "opt", "glm4", "granite"]
 
 
 @pytest.mark.parametrize("kind", ["bloom", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in TEN)])
