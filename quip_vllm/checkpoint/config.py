@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from quip_vllm.formats.spec import Format, format_of, methods
 
@@ -87,6 +87,9 @@ class CheckpointConfig:
                 f"head.module is {self.head.module!r}, which layers or modules_to_not_convert name as well: head "
                 "alone says how it is stored; requantize"
             )
+
+    properties: ClassVar[Mapping[str, Any]] = {}
+    """What every LinearSpec of the checkpoint says besides code, bits, sizes and rotation."""
 
     @property
     def method(self) -> str:

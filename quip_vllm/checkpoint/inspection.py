@@ -4,9 +4,8 @@
 from pathlib import Path
 from typing import Any
 
-from quip_vllm.checkpoint.layers import layer_specs, read_config
+from quip_vllm.checkpoint.layers import layer_specs, read_config, stored_names
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
-from quip_vllm.formats.tensors import layout
 
 
 def inspect(folder: Path) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "code": spec.code,
             "bits": spec.bits,
             "shape": [spec.out_features, spec.in_features],
-            "bytes": sum(reader.bytes_of[f"{name}.{leaf}"] for leaf in layout(spec)),
+            "bytes": sum(reader.bytes_of[full] for full in stored_names(reader, name, spec)),
             "proxy_loss": losses.get(name),
         }
         for name, spec in layer_specs(reader, config).items()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import FORMATS, LinearSpec
@@ -21,9 +22,12 @@ DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; 
 
 def read_config(folder: Path) -> CheckpointConfig:
     """What config.json says of a quantized checkpoint. Raises ValueError for any other."""
-    raw = read_json(folder / "config.json").get("quantization_config")
+    model = read_json(folder / "config.json")
+    raw = model.get("quantization_config")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
+    if raw.get("quant_method") == exl3.METHOD:
+        return exl3.read(model, exl3.headers(CheckpointReader(folder)))
     return CheckpointConfig.from_dict(raw)
 
 
@@ -47,6 +51,8 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
         ValueError: a layer's tensors are not those of the code and bits that `config` gives it, or `config` names a
             layer that the files do not hold.
     """
+    if isinstance(config, exl3.Exl3Config):
+        return dict(config.specs)
     leaves: dict[str, set[str]] = {}
     for full in reader.names():
         name, _, leaf = full.rpartition(".")
@@ -56,12 +62,21 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
     for name in named:
         if name not in leaves:
             raise ValueError(f"{name} is quantized by config.json, but its tensors are not there: {DAMAGED}")
-    return {name: _spec(reader, config, name, leaves[name]) for name in sorted(leaves, key=_natural)}
+    return {name: _spec(reader, config, name, leaves[name]) for name in sorted(leaves, key=exl3.natural)}
 
 
 def read_layer(reader: CheckpointReader, name: str, spec: LinearSpec) -> dict[str, Tensor]:
     """The tensors of one layer, named as `formats.tensors.layout` names them."""
-    return {leaf: reader.read([f"{name}.{leaf}"])[f"{name}.{leaf}"] for leaf in layout(spec)}
+    stored = {full.rpartition(".")[2]: one for full, one in reader.read(stored_names(reader, name, spec)).items()}
+    if exl3.TRELLIS not in stored:
+        return stored
+    return dict(exl3.tensors(stored))
+
+
+def stored_names(reader: CheckpointReader, name: str, spec: LinearSpec) -> list[str]:
+    """The names on disk of a layer's tensors, without its bias."""
+    leaves = exl3.LEAVES if f"{name}.{exl3.TRELLIS}" in reader else layout(spec)
+    return [f"{name}.{leaf}" for leaf in leaves if f"{name}.{leaf}" in reader]
 
 
 def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves: set[str]) -> LinearSpec:
@@ -95,8 +110,3 @@ def tensor_names() -> set[str]:
     """Names of all tensors that some format has."""
     specs = (one for format in FORMATS.values() for bits in format.bits for one in format.tensors(bits))
     return {SU.name, SV.name, *(one.name for one in specs)}
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

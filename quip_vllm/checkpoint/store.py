@@ -87,6 +87,11 @@ class CheckpointReader:
         for file in files:
             with open_shard(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
+                    if name in self.file_of:
+                        both = f"{self.file_of[name].name} and in {file.name}"
+                        raise ValueError(
+                            f"{name} is in {both}, of {folder}: remove the file that does not belong there"
+                        )
                     self.file_of[name] = file
                     self.stored_as[name] = name
                     self.shapes[name], self.dtypes[name] = _header(handle, file, name)

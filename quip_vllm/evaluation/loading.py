@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.layers import layer_specs, read_config, read_layer
+from quip_vllm.checkpoint import exl3
+from quip_vllm.checkpoint.layers import layer_specs, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
 from quip_vllm.formats.spec import methods
-from quip_vllm.formats.tensors import layout
 from quip_vllm.ops import dequantize
 
 
@@ -22,7 +22,7 @@ def is_quantized(folder: Path) -> bool:
         raise ValueError(
             f"{folder / 'config.json'} has quantization_config {described!r:.200}: it must name quant_method"
         )
-    return method in methods()
+    return method in methods() or method == exl3.METHOD
 
 
 def load_model(model: str) -> Any:
@@ -42,9 +42,12 @@ def load_model(model: str) -> Any:
     if not quantized:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     del config.quantization_config
+    state = dense_state(folder)
+    if f"{exl3.HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
-        missing, unexpected = loaded.load_state_dict(dense_state(folder), strict=False)
+        missing, unexpected = loaded.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{folder} and its config.json do not belong together: {error}") from None
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
@@ -59,11 +62,13 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
     reader = CheckpointReader(folder)
     specs = layer_specs(reader, read_config(folder))
-    quantized = {f"{name}.{leaf}" for name, spec in specs.items() for leaf in layout(spec)}
+    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
     state = reader.read(name for name in reader.names() if name not in quantized)
     for name, spec in specs.items():
         try:
             state[f"{name}.weight"] = dequantize(spec, read_layer(reader, name, spec))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if f"{name}.bias" in state:
+            state[f"{name}.bias"] = state[f"{name}.bias"][: spec.out_features]  # EXL3's is padded
     return state

@@ -14,8 +14,10 @@ def register() -> None:
 
     from quip_vllm.formats.spec import methods
     from quip_vllm.vllm_plugin.config import QuipConfig
+    from quip_vllm.vllm_plugin.exl3 import METHOD, Exl3QuipConfig
 
     for method in methods():
         register_quantization_config(method)(QuipConfig)
+    register_quantization_config(METHOD)(Exl3QuipConfig)
     # vLLM shows only what reaches its own logger, and the choice of a backend has to be seen.
     logging.getLogger("quip_vllm").parent = logging.getLogger("vllm")

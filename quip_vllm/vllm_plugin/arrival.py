@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config_or_none
 
+from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV
 from quip_vllm.vllm_plugin.share import Share
 
@@ -35,26 +37,28 @@ class DiskLayer:
         name: on disk.
         tensors: by their names without the layer's.
         first: the number of its first element, different for each layer of a checkpoint.
+        rows, columns: outputs and inputs of its weight.
     """
 
     name: str
     tensors: dict[str, Tensor]
     first: int
+    rows: int
+    columns: int
 
-    @property
-    def rows(self) -> int:
-        """Outputs on disk."""
-        return len(self.tensors[SV.name])
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor as its format has them."""
+        yield from exl3.tensors(self.tensors) if exl3.TRELLIS in self.tensors else self.tensors.items()
 
     @property
     def end(self) -> int:
         """The first number beyond those of this layer."""
-        return self.first + 2 * self.rows + len(self.tensors[SU.name])
+        return self.first + 2 * self.rows + self.columns
 
     def numbers(self) -> Tensor:
         """int32 [n, k] that stands for the weight: element (i, j) is ``first + 2 i + j``. It holds 2 n + k elements."""
-        size = (self.rows, len(self.tensors[SU.name]))
-        return torch.arange(self.first, self.end, dtype=torch.int32, device="cpu").as_strided(size, (2, 1))
+        numbers = torch.arange(self.first, self.end, dtype=torch.int32, device="cpu")
+        return numbers.as_strided((self.rows, self.columns), (2, 1))
 
 
 _SENT: WeakValueDictionary[int, DiskLayer] = WeakValueDictionary()
@@ -191,16 +195,26 @@ def carry_tensors(model_class: Any) -> None:
     model_class.load_weights = load_weights
 
 
-def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer]) -> Tensor:
+def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], spec: LinearSpec | None = None) -> Tensor:
     """The numbers that stand for a layer's weight; the layer is appended to ``sent``, which the caller holds.
+
+    Args:
+        name: on disk.
+        tensors: by their names without the layer's.
+        sent: the layers before it.
+        spec: what it is, where its tensors' sizes do not say: EXL3 pads them.
 
     Raises:
         ValueError: the layer has no ``su`` or no ``sv``, or they are not vectors.
     """
-    for vector in (SU.name, SV.name):
-        if vector not in tensors or tensors[vector].dim() != 1:
-            raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
-    disk = DiskLayer(name, tensors, sent[-1].end if sent else 0)
+    if spec is None:
+        for vector in (SU.name, SV.name):
+            if vector not in tensors or tensors[vector].dim() != 1:
+                raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
+        size = len(tensors[SV.name]), len(tensors[SU.name])
+    else:
+        size = spec.out_features, spec.in_features
+    disk = DiskLayer(name, tensors, sent[-1].end if sent else 0, *size)
     sent.append(disk)
     _SENT[disk.first] = disk
     return disk.numbers()
@@ -210,13 +224,15 @@ def _numbered(weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer]) -> I
     """The checkpoint's tensors, those of each quantized layer replaced by one ``weight`` of numbers, at the end."""
     config = get_current_vllm_config_or_none()
     copied = config is not None and config.load_config.load_format not in MAPPED
+    checkpoint = getattr(getattr(config, "quant_config", None), "checkpoint", None)
+    specs = checkpoint.specs if isinstance(checkpoint, exl3.Exl3Config) else {}
     layers: dict[str, dict[str, Tensor]] = {}
     for full, tensor in weights:
         name, _, leaf = full.rpartition(".")
-        if leaf in tensor_names():
+        if leaf in (exl3.LEAVES if name in specs else tensor_names()):
             layers.setdefault(name, {})[leaf] = tensor.clone() if copied else tensor
         else:
             yield full, tensor
     _SENT.clear()
     for name, tensors in layers.items():
-        yield f"{name}.weight", send(name, tensors, sent)
+        yield f"{name}.weight", send(name, tensors, sent, specs.get(name))

@@ -72,7 +72,7 @@ def _fused(params: dict[str, QuipParameter]) -> list[tuple[LinearSpec, dict[str,
             before, parts = runs[-1]
             sizes = (*before.output_sizes, *spec.output_sizes)
             together = replace(spec, output_sizes=sizes)
-            same = together == replace(before, output_sizes=sizes)
+            same = together == replace(before, output_sizes=sizes) and together.beyond_kernels() is None
             if same and torch.equal(parts[0][SU.name], tensors[SU.name]):
                 runs[-1] = (together, [*parts, tensors])
                 continue

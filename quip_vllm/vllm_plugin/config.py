@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM asks of a quantization method: which layers it serves, and how each is stored."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,7 @@ class QuipConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Renames the modules that the config names from Hugging Face's names to vLLM's."""
-
-        def rename(name: str) -> str:
-            # Mappers are written for names of tensors: the prefix "model.visual." must also match module model.visual.
-            mapped = hf_to_vllm_mapper.apply_list([name])  # empty where the mapper drops the name
-            if mapped == [name]:
-                mapped = [one.removesuffix(".") for one in hf_to_vllm_mapper.apply_list([name + "."])]
-            return mapped[0] if mapped else name
-
-        head = self.checkpoint.head
+        rename, head = renaming(hf_to_vllm_mapper), self.checkpoint.head
         self.checkpoint = replace(
             self.checkpoint,
             head=head and replace(head, module=rename(head.module)),
@@ -168,3 +161,16 @@ class QuipConfig(QuantizationConfig):
         """Names on disk of the parts that vLLM fuses in this layer: q, k and v of qkv_proj."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
+
+
+def renaming(mapper: "WeightsMapper") -> Callable[[str], str]:
+    """How a module's name in Hugging Face's model becomes vLLM's."""
+
+    def rename(name: str) -> str:
+        # Mappers are written for names of tensors: the prefix "model.visual." must also match module model.visual.
+        mapped = mapper.apply_list([name])  # empty where the mapper drops the name
+        if mapped == [name]:
+            mapped = [one.removesuffix(".") for one in mapper.apply_list([name + "."])]
+        return mapped[0] if mapped else name
+
+    return rename

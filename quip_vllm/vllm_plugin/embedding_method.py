@@ -24,6 +24,8 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         head: what it says of the head.
     """
 
+    rotate_output = False
+
     def __init__(self, checkpoint: CheckpointConfig, head: Head) -> None:
         self.checkpoint = checkpoint
         self.head = head
@@ -59,7 +61,8 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
             in_start=0,
             in_features=input_size,
             hadamard_block=self.checkpoint.hadamard_block,
-            rotate_output=False,
+            rotate_output=self.rotate_output,
+            properties=self.checkpoint.properties,
         )
         share.spec((0,)).check_sizes()
         allocate(layer, share)

@@ -56,7 +56,8 @@ class QuipParameter(Parameter):
         """This rank's share of the tensor that covered some parts, in the dtype of the file; a view where it can."""
         one = self.share.tensor(covered[0], self.tensor_name)
         assert one is not None  # it was loaded
-        shape = one.shape(sum(self.share.parts[i].size for i in covered), self.share.in_features)
+        rows = sum(self.share.stored(self.share.parts[i].size) for i in covered)
+        shape = one.shape(rows, self.share.stored(self.share.in_features))
         dtype = self.loaded[covered] if self.is_floating_point() else one.dtypes[0]
         return self.run(covered[0])[: math.prod(shape)].view(shape).to(dtype)
 
@@ -65,7 +66,8 @@ def _sizes(name: str, share: Share) -> list[int]:
     """Elements of each part's tensor on this rank."""
     specs = [share.tensor(i, name) for i in range(len(share.parts))]
     shapes = [
-        one.shape(part.size, share.in_features) if one else (0,) for one, part in zip(specs, share.parts, strict=True)
+        one.shape(share.stored(part.size), share.stored(share.in_features)) if one else (0,)
+        for one, part in zip(specs, share.parts, strict=True)
     ]
     return [math.prod(shape) for shape in shapes]
 
@@ -87,13 +89,13 @@ def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[i
     start = 0
     for i in covered:
         part = share.parts[i]
-        piece = share.cut(one, loaded_weight, start + part.start, part.held)
+        piece = share.cut(one, loaded_weight, start + part.start, share.stored(part.held))
         target = param.run(i)[: _sizes(one.name, share)[i]]
         target[: piece.numel()].view(piece.shape).copy_(piece)
         target[piece.numel() :].zero_()
         if one.follows in (Follows.INPUTS, Follows.PART):
             break  # one for all that the tensor covers
-        start += part.outputs
+        start += share.stored(part.outputs)
     param.loaded = {**param.loaded, covered: loaded_weight.dtype}
 
 
@@ -105,7 +107,7 @@ def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> 
         said = " and ".join(f"{stored.code} at {stored.bits} bits" for stored in formats)
         raise ValueError(f"{label} is one tensor in the checkpoint but is said to be {said}: give it one format")
     one = share.tensor(covered[0], param.tensor_name)
-    shape = () if one is None else one.shape(sum(share.parts[i].outputs for i in covered), share.inputs)
+    shape = () if one is None else one.shape(*share.on_disk(covered))
     if one is None or tuple(loaded.shape) != shape or loaded.dtype not in one.dtypes:
         expected = "none" if one is None else f"{' or '.join(map(str, one.dtypes))} {list(shape)}"
         raise ValueError(
@@ -131,7 +133,7 @@ def load_arrived(layer: Module) -> Tensor | None:
     params, order = loaded_parameters(layer), None
     starts = list(itertools.accumulate((part.size for part in arrival.share.parts), initial=0))
     for disk, covered, moved in sources_of(arrival):
-        for name, tensor in disk.tensors.items():
+        for name, tensor in disk.read():
             if name not in params:
                 raise ValueError(
                     f"{arrival.share.label(covered)}: tensor {name} of {disk.name} is none of its format: the "

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a served layer is cut: into parts, and over tensor-parallel ranks."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -47,6 +48,10 @@ class Share:
         in_features: how many inputs this rank holds.
         hadamard_block: of the checkpoint.
         rotate_output: False for an output head or an embedding.
+        properties: what else every LinearSpec of the checkpoint says.
+
+    Raises:
+        ValueError: the rank's share begins or ends within what is padded together.
     """
 
     prefix: str
@@ -56,12 +61,31 @@ class Share:
     in_features: int
     hadamard_block: int | None
     rotate_output: bool = True
+    properties: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cut = [part.size for part in self.parts if part.held < part.outputs]
+        cut += [self.in_features] * (self.in_features < self.inputs)
+        if any(size != self.stored(size) for size in cut):
+            raise ValueError(
+                f"{self.prefix} in tensor-parallel shares of {' + '.join(map(str, cut))}: this checkpoint is cut at "
+                f"multiples of {self.stored(1)}; serve with fewer ranks"
+            )
+
+    def stored(self, size: int) -> int:
+        """A size as the checkpoint stores it, padding included."""
+        return size + -size % self.properties.get("padded_to", 1)
+
+    def on_disk(self, covered: tuple[int, ...]) -> tuple[int, int]:
+        """Outputs and inputs that a tensor covers, as stored."""
+        return sum(self.stored(self.parts[i].outputs) for i in covered), self.stored(self.inputs)
 
     def spec(self, covered: tuple[int, ...]) -> LinearSpec:
         """This rank's share of a tensor that covers some parts of equal format; they have one output rotation."""
         first, size = self.parts[covered[0]], sum(self.parts[i].size for i in covered)
+        sizes = self.in_features, (size,)
         return LinearSpec(
-            *first.stored, self.in_features, (size,), self.hadamard_block, rotate_output=self.rotate_output
+            *first.stored, *sizes, self.hadamard_block, rotate_output=self.rotate_output, **self.properties
         )
 
     def tensor(self, part: int, name: str) -> TensorSpec | None:
@@ -99,12 +123,13 @@ class Share:
             loaded = loaded[first:end]
         if one.follows is not Follows.OUTPUTS:
             columns = one.columns_per_input
-            loaded = loaded.narrow(-1, int(self.in_start * columns), int(self.in_features * columns))
+            loaded = loaded.narrow(-1, int(self.in_start * columns), int(self.stored(self.in_features) * columns))
         return loaded
 
     def check_split(self, covered: tuple[int, ...]) -> None:
         """Raises ValueError if a tensor that covers some parts cannot be split over the ranks: see `check_split`."""
-        local, full = [self.parts[i].size for i in covered], [self.parts[i].outputs for i in covered]
+        local = [self.stored(self.parts[i].size) for i in covered]
+        full = [self.stored(self.parts[i].outputs) for i in covered]
         if self.rotate_output and local != full:
             check_split(self.label(covered), "output", local, full, self.hadamard_block)
 

@@ -24,7 +24,9 @@ def served(folder: str, tokens: list[int], dtype: str, eager: bool) -> list[dict
     """Token -> log probability at each position from the second on, from vLLM's offline engine."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, dtype=dtype, max_model_len=512, enforce_eager=eager, gpu_memory_utilization=0.3, seed=0)
+    llm = LLM(
+        folder, dtype=dtype, max_model_len=len(tokens) + 1, enforce_eager=eager, gpu_memory_utilization=0.3, seed=0
+    )
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=20)
     output = llm.generate([{"prompt_token_ids": tokens}], parameters, use_tqdm=False)[0]
     llm.llm_engine.engine_core.shutdown()

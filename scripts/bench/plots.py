@@ -13,7 +13,6 @@ from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the ba
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 COLOURS = {"quip_sharp": "#0072B2", "1mad": "#D55E00", "3inst": "#E69F00", "hyb": "#009E73", "lut": "#CC79A7"}
-COLOURS |= {"mcg": "#56B4E9", "mul1": "#F0E442"}
 GREY = "#8C8C8C"
 """Okabe and Ito's palette: told apart by colour-blind readers too. Grey is what others' formats have."""
 MARKERS = {2: "o", 3: "^", 4: "s"}

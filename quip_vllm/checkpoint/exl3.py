@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EXL3 checkpoints (docs/imports.md): what config.json and the files' headers say, and a layer's tensors as ours.
+
+Every shape is checked, against the others and against the model's sizes in config.json, before any tensor is read.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
+from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.formats.exl3 import BLOCK, CODE_MARKS, SU_BITS, SUH, SV_BITS, SVH, TRELLIS, packed, signs
+from quip_vllm.formats.spec import LinearSpec, TileOrder
+from quip_vllm.formats.tensors import SU, SV
+from quip_vllm.formats.trellis_codes import PACKED
+
+METHOD = "exl3"
+"""`quant_method` in config.json."""
+
+HEAD = "lm_head"
+PROPERTIES: dict[str, Any] = {"tile_order": TileOrder.MMA_SWAPPED, "padded_to": BLOCK}
+"""What every layer's LinearSpec has besides code, bits, sizes and the blocks of its rotation."""
+
+DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; fetch it again"
+_CODES = ("3inst", *CODE_MARKS)
+_SIDES = {SUH: SU.name, SU_BITS: SU.name, SVH: SV.name, SV_BITS: SV.name}
+_VECTORS = {SUH: torch.float16, SU_BITS: torch.int16, SVH: torch.float16, SV_BITS: torch.int16}
+LEAVES = (TRELLIS, *_VECTORS, *CODE_MARKS)
+_SLICE = re.compile(r"\.slice\.\d+$")
+
+# Models whose layers have the sizes of _sizes; those of others are what their files say.
+_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
+
+_HEAD_WIDTHS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3": 256, "gemma3_text": 256}
+"""What transformers takes for a head_dim that config.json leaves out."""
+
+
+@dataclass(frozen=True)
+class Exl3Config(CheckpointConfig):
+    """What an EXL3 checkpoint says of its layers; made by `read`. `layers` names every quantized one.
+
+    Attributes:
+        raw: ``quantization_config`` of config.json.
+        specs: module name on disk -> the layer, in natural order.
+        dense: modules that have an ordinary weight.
+        tied: whether the output head is the input embedding, so that a quantized copy of it is not used.
+    """
+
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    specs: Mapping[str, LinearSpec] = field(default_factory=dict)
+    dense: frozenset[str] = frozenset()
+    tied: bool = False
+    properties: ClassVar[Mapping[str, Any]] = PROPERTIES
+
+    @property
+    def method(self) -> str:
+        """exl3."""
+        return METHOD
+
+    def layer_format(self, name: str) -> LayerFormat | None:
+        """See CheckpointConfig."""
+        return self.layers.get(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return dict(self.raw)
+
+    def renamed(self, rename: Callable[[str], str]) -> "Exl3Config":
+        """The same with vLLM's module names."""
+        return replace(
+            self,
+            layers={rename(name): stored for name, stored in self.layers.items()},
+            dense=frozenset(map(rename, self.dense)),
+        )
+
+
+@dataclass(frozen=True)
+class Header:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def headers(reader: CheckpointReader) -> dict[str, Header]:
+    """Of every tensor of a folder."""
+    return {name: Header(reader.shapes[name], reader.dtypes[name]) for name in reader.names()}
+
+
+def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
+    """Checks an EXL3 checkpoint's headers.
+
+    Args:
+        model: config.json.
+        headers: of every tensor, by name.
+
+    Raises:
+        ValueError: something is damaged, contradicts config.json, or is not read here; it says which.
+    """
+    raw = model.get("quantization_config")
+    if not isinstance(raw, Mapping) or raw.get("quant_method") != METHOD:
+        raise ValueError(f"quantization_config is {raw!r:.200}: quant_method has to be {METHOD}")
+    stated = raw.get("codebook")
+    if stated is not None and stated not in _CODES:
+        raise ValueError(f"codebook is {stated!r:.100}: EXL3's codes {', '.join(_CODES)} are read; upgrade quip_vllm")
+    sizes = _sizes(model)
+    owned: dict[str, set[str]] = {}
+    for full in headers:
+        name, _, leaf = full.rpartition(".")
+        owned.setdefault(name, set()).add(leaf)
+    leaves = {name: own - {"bias"} for name, own in owned.items() if own & {TRELLIS, SUH, SVH}}
+    for name in leaves:
+        if re.search(r"\.experts\.\d+\.", name):
+            raise ValueError(f"{name} belongs to a mixture of experts: EXL3's are not read yet; take a dense model")
+    if not leaves:
+        raise ValueError(f"no tensor is named trellis, but quant_method is {METHOD}: {DAMAGED}")
+    specs = {name: _spec(name, leaves[name], headers, sizes) for name in sorted(leaves, key=natural)}
+    for name, spec in specs.items():
+        first = stated or next(iter(specs.values())).code
+        if spec.code != first:
+            raise ValueError(f"{name} has code {spec.code}, where the checkpoint has {first}: {DAMAGED}")
+    layers = {name: LayerFormat(spec.code, spec.bits) for name, spec in specs.items()}
+    tied = _text(model).get("tie_word_embeddings", model.get("tie_word_embeddings", False))
+    return Exl3Config(
+        default=Counter(layers.values()).most_common(1)[0][0],
+        hadamard_block=BLOCK,
+        layers=layers,
+        raw=raw,
+        specs=specs,
+        dense=frozenset(name for name, own in owned.items() if "weight" in own),
+        tied=bool(tied),
+    )
+
+
+def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and tensor of ours for each of a layer's tensors, named as on disk; marks of codes are left out."""
+    for leaf, one in stored.items():
+        if leaf == TRELLIS:
+            yield PACKED, packed(one)
+        elif leaf in _VECTORS:
+            yield _SIDES[leaf], signs(one) if leaf in (SU_BITS, SV_BITS) else one
+
+
+def whole(name: str) -> str:
+    """The layer that a module is a slice of, or its own name."""
+    return _SLICE.sub("", name)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _spec(
+    name: str, leaves: set[str], headers: Mapping[str, Header], sizes: Mapping[str, tuple[int, int]]
+) -> LinearSpec:
+    """One layer. Raises ValueError unless its tensors are those of a layer, of the sizes that the model has."""
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"{name} {what}: {DAMAGED}")
+
+    marks = leaves & set(CODE_MARKS)
+    inputs, outputs = leaves & {SUH, SU_BITS}, leaves & {SVH, SV_BITS}
+    if TRELLIS not in leaves or len(inputs) != 1 or len(outputs) != 1 or len(marks) > 1 or leaves - set(LEAVES):
+        raise refuse(
+            f"has tensors {', '.join(sorted(leaves)):.200}, where trellis, suh or su, svh or sv, and at most one of "
+            "mcg and mul1 are wanted"
+        )
+    trellis = headers[f"{name}.{TRELLIS}"]
+    bits, rest = divmod(trellis.shape[-1] if len(trellis.shape) == 3 else 0, 16)
+    if trellis.dtype is not torch.int16 or rest or not 1 <= bits <= 8:
+        raise refuse(f"has a trellis {trellis.dtype} {trellis.shape}, where int16 [k/16, n/16, 16 * bits] is wanted")
+    k, n = 16 * trellis.shape[0], 16 * trellis.shape[1]
+    if k % BLOCK or n % BLOCK or not k or not n:
+        raise refuse(f"has a trellis of {k} inputs and {n} outputs, which have to be multiples of {BLOCK}")
+    for leaf, size in ((next(iter(inputs)), k), (next(iter(outputs)), n)):
+        found, dtype = headers[f"{name}.{leaf}"], _VECTORS[leaf]
+        wanted = (size,) if dtype is torch.float16 else (size // 16,)
+        if found != Header(wanted, dtype):
+            raise refuse(f"has {leaf} {found.dtype} {found.shape} in place of {dtype} {wanted}")
+    code = next(iter(marks), _CODES[0])
+    leaf = name.rpartition(".")[2]
+    served_in, served_out = sizes.get(leaf, (k, n))
+    if (served_in + -served_in % BLOCK, served_out + -served_out % BLOCK) != (k, n):
+        raise refuse(
+            f"is stored with {k} inputs and {n} outputs, but config.json gives it {served_in} and {served_out}"
+        )
+    bias = headers.get(f"{name}.bias")
+    if bias is not None and bias.shape not in ((served_out,), (n,)):
+        raise refuse(f"has a bias {bias.shape} in place of {(served_out,)}")
+    return LinearSpec(code, bits, served_in, (served_out,), BLOCK, **PROPERTIES)
+
+
+def _text(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the language model."""
+    text = model.get("text_config")
+    return text if isinstance(text, Mapping) else model
+
+
+def _sizes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the layers of a model that is known here, by the last part of their names."""
+    text = _text(model)
+    if text.get("model_type") not in _KNOWN:
+        return {}
+
+    def number(key: str, default: int | None = None) -> int:
+        value = text.get(key) if text.get(key) is not None else default
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json has {key} {value!r:.100}: it must be a positive integer")
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    middle, vocabulary = number("intermediate_size"), number("vocab_size")
+    width = number("head_dim", _HEAD_WIDTHS.get(text["model_type"], hidden // heads))
+    queries, keys = heads * width, number("num_key_value_heads", heads) * width
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, middle),
+        "up_proj": (hidden, middle),
+        "down_proj": (middle, hidden),
+        HEAD: (hidden, vocabulary),
+    }

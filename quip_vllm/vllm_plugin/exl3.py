@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EXL3 checkpoints in vLLM, served as they are: which layers, and a rank's share of each (docs/imports.md)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quip_vllm.checkpoint.config import Head, LayerFormat
+from quip_vllm.checkpoint.exl3 import HEAD, METHOD, Exl3Config, Header, headers, read
+from quip_vllm.checkpoint.store import DTYPES, CheckpointReader
+from quip_vllm.vllm_plugin.config import QuipConfig, renaming
+from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class Exl3QuipConfig(QuipConfig):
+    """``quantization_config`` of an EXL3 checkpoint; the layers are known once `maybe_update_config` has run."""
+
+    checkpoint: Exl3Config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Exl3QuipConfig":
+        """Keeps ``quantization_config``: what it says of layers is not to be trusted."""
+        return cls(Exl3Config(LayerFormat("3inst", 1), raw=config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Reads the headers of the model's files, of a folder or of the hub.
+
+        Raises:
+            ValueError: there are none, or they are not those of an EXL3 checkpoint of this model.
+        """
+        if hf_config is None:
+            raise ValueError(
+                f"{METHOD} needs the model's config, which this version of vLLM does not give: upgrade vLLM"
+            )
+        model = {**hf_config.to_dict(), "quantization_config": self.checkpoint.raw}
+        self.checkpoint = read(model, _headers(model_name, revision))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """See QuipConfig."""
+        self.checkpoint = self.checkpoint.renamed(renaming(hf_to_vllm_mapper))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> "QuantizeMethodBase | None":
+        """See QuipConfig.
+
+        Raises:
+            ValueError: the layer is neither quantized nor dense in the files, or is stored in a way that is not served.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.layers.linear import LinearBase
+
+        config = get_current_vllm_config_or_none()
+        if config is not None and self._has_head():  # a copy of its own, although the model may tie it to the embedding
+            for model in (config.model_config.hf_config, config.model_config.hf_text_config):
+                model.tie_word_embeddings = False
+        if isinstance(layer, LinearBase):
+            for name in self._names_on_disk(prefix):
+                if name not in self.checkpoint.layers and name not in self.checkpoint.dense:
+                    raise ValueError(
+                        f"{name} is not in the checkpoint, quantized or not: vLLM's model fuses what EXL3 stores "
+                        "apart, or the MLP is stored in slices; neither is served yet"
+                    )
+        return super().get_quant_method(layer, prefix)
+
+    def _head_method(self, layer: "VocabParallelEmbedding", prefix: str) -> "QuantizeMethodBase | None":
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        if not isinstance(layer, ParallelLMHead) or prefix not in self.checkpoint.layers:
+            return None
+        self._head_is_served = True
+        return Exl3HeadMethod(self.checkpoint, Head(prefix, self.checkpoint.layers[prefix], tied=False))
+
+    def _has_head(self) -> bool:
+        return any(name.rpartition(".")[2] == HEAD for name in self.checkpoint.layers)
+
+    def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static in vLLM
+        """Leaves a quantized head out where vLLM's model multiplies with the embedding to which it is tied.
+
+        Raises:
+            ValueError: the model does so, and they are not tied.
+        """
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        mapper = super().get_checkpoint_weight_mapper()
+        if not self._has_head() or self._head_is_served:
+            return mapper
+        if not self.checkpoint.tied:
+            raise ValueError(f"{HEAD} is quantized, but vLLM's code of this model does not ask how it is stored")
+        return mapper | WeightsMapper(orig_to_new_prefix={f"{HEAD}.": None, f"language_model.{HEAD}.": None})
+
+
+class Exl3HeadMethod(QuipEmbeddingMethod):
+    """Serves the quantized output head. vLLM does not use the logits behind the vocabulary."""
+
+    rotate_output = True
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """The head has tensors of its own."""
+        return layer
+
+
+def _headers(model: str, revision: str | None) -> dict[str, Header]:
+    """Shape and dtype of every tensor of a folder, or of a model on the hub, whose files need not be here yet."""
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    if Path(model).is_dir():
+        return headers(CheckpointReader(Path(model)))
+    found = get_safetensors_params_metadata(model, revision=revision)
+    found.pop("__metadata__", None)
+    if not found or not {one["dtype"] for one in found.values()} <= set(DTYPES):
+        raise ValueError(f"the headers of {model}'s safetensors files cannot be read: check the name and the network")
+    return {name: Header(tuple(one["shape"]), DTYPES[one["dtype"]]) for name, one in found.items()}

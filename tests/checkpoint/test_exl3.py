@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EXL3 checkpoints that exl3_files writes from the specification: read, inspected, and refused where damaged."""
+
+import json
+import random
+import shutil
+
+import exl3_files
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, relative
+from safetensors.torch import load_file, save_file
+
+from quip_vllm.checkpoint.inspection import format_inspection, inspect
+from quip_vllm.checkpoint.layers import read_config, read_layers
+from quip_vllm.evaluation.loading import load_model
+from quip_vllm.ops import dequantize
+
+ARCHITECTURES = ["Llama", "Qwen3", "Gemma3Text", "Qwen2"]
+
+
+def rate(name):
+    return {"q": 2, "k": 5, "v": 8, "down": 1}.get(name.rpartition(".")[2].removesuffix("_proj"), 3)
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model, tmp_path_factory):
+    """written(architecture, code): an EXL3 folder and the state dict of the dense model; never write in it."""
+    made = {}
+
+    def written(architecture="Llama", code="mul1", **changes):
+        key = (architecture, code, *changes.items())
+        if key not in made:
+            out = tmp_path_factory.mktemp("exl3") / "out"
+            state = exl3_files.write(tiny_model(architecture, **changes), out, code, rate, older=("o_proj",))
+            made[key] = out, state
+        return made[key]
+
+    return written
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+def test_layers_are_those_of_the_specification(written, architecture, code):
+    folder, state = written(architecture, code)
+    names = set()
+    for name, spec, tensors in read_layers(folder):
+        wanted = state[f"{name}.weight"]
+        assert (spec.code, spec.bits) == (code, 6 if name == "lm_head" else rate(name))
+        assert (spec.out_features, spec.in_features) == tuple(wanted.shape)
+        assert relative(dequantize(spec, tensors), wanted.double()) < FLOAT32_LINEAR
+        names.add(name)
+    assert names == {
+        name.removesuffix(".weight") for name in state if name.endswith("_proj.weight") or name == "lm_head.weight"
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_is_evaluated_with_the_dense_weights(written, architecture):
+    folder, state = written(architecture)
+    found = load_model(str(folder)).state_dict()
+    for name, wanted in state.items():
+        assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
+
+
+def test_inspection_counts_what_is_stored(written):
+    folder, _ = written()
+    found = inspect(folder)
+    layer = next(one for one in found["layers"] if one["name"] == "model.layers.0.self_attn.q_proj")
+    # 128 x 128 weights are stored of 64 x 64: 2 bits each, two vectors of 128, and the mark of the code
+    assert layer == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "code": "mul1",
+        "bits": 2,
+        "shape": [64, 64],
+        "bytes": 128 * 128 // 4 + 2 * 2 * 128 + 4,
+        "proxy_loss": None,
+    }
+    assert found["totals"]["layers"] == 15 and found["quantization_config"]["codebook"] == "mul1"
+    assert "lm_head" in format_inspection(found)
+
+
+def changed(written, tmp_path, tensors=None, config=None):
+    """A copy of the Llama's folder after changes to its tensors and its config.json."""
+    folder, _ = written()
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    if tensors:
+        state = load_file(copy / "model.safetensors")
+        tensors(state)
+        save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    if config:
+        model = json.loads((copy / "config.json").read_text())
+        config(model)
+        (copy / "config.json").write_text(json.dumps(model))
+    return copy
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{Q}.suh"), f"{Q} has tensors mul1, svh, trellis"),
+        (lambda t: t.pop(f"{Q}.trellis"), f"{Q} has tensors mul1, suh, svh"),
+        (lambda t: t.pop(f"{Q}.mul1"), f"{Q} has code 3inst, where the checkpoint has mul1"),
+        (lambda t: t.update({f"{Q}.mcg": t[f"{Q}.mul1"].clone()}), "at most one of mcg and mul1"),
+        (lambda t: t.update({f"{Q}.scale": torch.ones(1)}), "has tensors .*scale"),
+        (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"][:, :, :-1].contiguous()}), "has a trellis torch.int16"),
+        (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"][:-1]}), "112 inputs and 128 outputs"),
+        (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"].float()}), "has a trellis torch.float32"),
+        (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"].repeat(2, 1, 1)}), "has suh .*128.* in place of"),
+        (lambda t: t.update({f"{Q}.svh": t[f"{Q}.svh"].float()}), "has svh torch.float32"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.experts.3.up_proj.trellis": t[f"{Q}.trellis"].clone()}),
+            "mixture of experts",
+        ),
+    ],
+)
+def test_damaged_tensors_are_named(written, tmp_path, change, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(changed(written, tmp_path, tensors=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(hidden_size=10**15), "is stored with 128 inputs .* gives it 1000000000000000"),
+        (lambda m: m.update(intermediate_size=512), "down_proj is stored with 128 inputs .* gives it 512 and 64"),
+        (lambda m: m.update(num_attention_heads="4"), "num_attention_heads '4'"),
+        (lambda m: m.update(vocab_size=-1), "vocab_size -1"),
+        (lambda m: m["quantization_config"].update(codebook="5inst"), "codebook is '5inst'"),
+        (lambda m: m.update(quantization_config=[]), "no quantization_config"),
+    ],
+)
+def test_a_config_of_another_model_is_refused_before_data_is_read(written, tmp_path, change, words, monkeypatch):
+    folder = changed(written, tmp_path, config=change)
+    monkeypatch.setattr("quip_vllm.checkpoint.store.CheckpointReader.read", None)
+    with pytest.raises(ValueError, match=words):
+        read_config(folder)
+
+
+def test_numbers_that_are_none_are_refused(written, tmp_path):
+    def change(tensors):
+        tensors[f"{Q}.suh"][5] = float("nan")
+
+    with pytest.raises(ValueError, match=f"{Q}.*su holds a NaN"):
+        load_model(str(changed(written, tmp_path, tensors=change)))
+
+
+def mutant(draw, raw, header, model):
+    """(bytes of the file, config.json) after one random change that no checkpoint survives unnoticed."""
+    header, model = json.loads(json.dumps(header)), json.loads(json.dumps(model))
+    names = [name for name in header if name.rpartition(".")[2] in ("trellis", "suh", "svh", "su")]
+    name, kind = draw.choice(names), draw.randrange(6)
+    one, body = header[name], raw
+    if kind == 0:
+        body = raw[: draw.randrange(len(raw))]
+    elif kind == 1:
+        one["dtype"] = draw.choice([d for d in ("F32", "BF16", "I16", "F16", "U8", "XX", "I64") if d != one["dtype"]])
+    elif kind == 2:
+        axis = draw.randrange(len(one["shape"]))
+        one["shape"][axis] = draw.choice([0, 1, 10**12, one["shape"][axis] * 2, -one["shape"][axis]])
+    elif kind == 3:
+        del header[name]
+    elif kind == 4:
+        one["data_offsets"] = [draw.randrange(2**40), draw.randrange(2**40)]
+    else:
+        key = draw.choice(["hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size"])
+        model[key] = draw.choice([0, -1, 10**18, 1.5, "64", [], {}, True, 7 * 128])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body, model
+
+
+def test_mutated_files_end_in_a_sentence(written, tmp_path):
+    folder, _ = written()
+    whole = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, raw = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    model = json.loads((folder / "config.json").read_text())
+    model["head_dim"] = 16
+    draw = random.Random(0)
+    for i in range(500):
+        copy = tmp_path / str(i)
+        copy.mkdir()
+        content, changed_model = mutant(draw, raw, header, model)
+        (copy / "model.safetensors").write_bytes(content)
+        (copy / "config.json").write_text(json.dumps(changed_model))
+        with pytest.raises(ValueError) as caught:
+            for _ in read_layers(copy):
+                pass
+        assert 20 < len(str(caught.value)) < 1500 and str(caught.value).count("\n") < 3
+        shutil.rmtree(copy)
+
+
+def test_a_tensor_in_two_files_is_refused(written, tmp_path):
+    folder = changed(written, tmp_path)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({f"{Q}.suh": state[f"{Q}.suh"] * 2}, folder / "b.safetensors")
+    with pytest.raises(ValueError, match=f"{Q}.suh is in a.safetensors and in b.safetensors"):
+        read_config(folder)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EXL3 in vLLM: layers against the dense weights of the specification, shares of ranks, refusals, and served models."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import exl3_files
+import pytest
+import torch
+from exl3_files import quantized_layer
+from numerics import FLOAT32_LINEAR, SERVED_LOG_PROBABILITY, relative
+from served_layers import FUSED, SENT, apply, build, finish
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from quip_vllm.checkpoint import exl3
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.vllm_plugin import exl3 as plugin
+from quip_vllm.vllm_plugin.arrival import send
+from quip_vllm.vllm_plugin.exl3 import Exl3QuipConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("set_rank")
+
+
+def config_of(layers, **model):
+    """The config of a checkpoint with these layers (name -> tensors) that vLLM has read."""
+    raw = {"quant_method": "exl3", **model.pop("quantization", {})}
+    found = {
+        f"{name}.{leaf}": exl3.Header(tuple(tensor.shape), tensor.dtype)
+        for name, tensors in layers.items()
+        for leaf, tensor in tensors.items()
+    }
+    config = Exl3QuipConfig.from_config(raw)
+    config.checkpoint = exl3.read({"quantization_config": raw, **model}, found)
+    config.packed_modules_mapping = dict(FUSED)
+    return config
+
+
+def put(layer, tensors, dense, *shard_id):
+    """What a vLLM model does with the weight [n, k] that a layer of the checkpoint stands for."""
+    n, k = dense.shape
+    numbers = send("on.disk", tensors, SENT, LinearSpec("3inst", 1, k, (n,)))  # of which the sizes count
+    layer.weight.weight_loader(layer.weight, numbers, *shard_id)
+
+
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("bits", [1, 4, 7])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_layer_with_a_bias(code, bits, older):
+    tensors, dense = quantized_layer(256, 384, bits, code, older, seed=bits)
+    layer = build(ReplicatedLinear, config_of({"m.layer": tensors}), 384, 256, bias=True)
+    put(layer, tensors, dense)
+    layer.bias.data.copy_(torch.randn(256))
+    x = torch.randn(3, 384)
+    y, _ = finish(layer)(x)
+    assert relative(y, x.double() @ dense.double().T + layer.bias) < FLOAT32_LINEAR
+    assert not [name for name, _ in layer.named_parameters() if name in exl3.LEAVES]
+
+
+def test_parts_have_bits_and_input_vectors_of_their_own_and_padding_is_cut():
+    parts = {
+        name: quantized_layer(n, 192, bits, "mul1", seed=bits) for name, n, bits in (("gate", 200, 2), ("up", 200, 5))
+    }
+    config = config_of({f"m.{name}_proj": tensors for name, (tensors, _) in parts.items()})
+    # the sizes of a model that is not known are those of the files: say what vLLM's layer has
+    layer = build(MergedColumnParallelLinear, config, 192, [200, 200], prefix="m.gate_up_proj")
+    for i, (tensors, weight) in enumerate(parts.values()):
+        put(layer, tensors, weight, i)
+    x = torch.randn(2, 192)
+    y = apply(finish(layer), x)
+    dense = torch.cat([weight for _, weight in parts.values()])
+    assert y.shape == (2, 400) and relative(y, x.double() @ dense.double().T) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shares_of_ranks_are_cut_at_blocks(set_rank, rank):
+    sizes = {"q": 512, "k": 256, "v": 256}
+    parts = {name: quantized_layer(n, 256, 3, "mcg", seed=n) for name, n in sizes.items()}
+    set_rank(rank, 2)
+    config = config_of({f"m.{name}_proj": tensors for name, (tensors, _) in parts.items()})
+    layer = build(QKVParallelLinear, config, 256, 128, 4, 2, prefix="m.qkv_proj")
+    for name, (tensors, weight) in parts.items():
+        put(layer, tensors, weight, name)
+    x = torch.randn(2, 256)
+    own = [
+        dense[rank * n // 2 : (rank + 1) * n // 2] for n, (_, dense) in zip(sizes.values(), parts.values(), strict=True)
+    ]
+    assert relative(apply(finish(layer), x), x.double() @ torch.cat(own).double().T) < FLOAT32_LINEAR
+
+    tensors, dense = quantized_layer(128, 512, 2, "mcg")
+    layer = build(RowParallelLinear, config_of({"m.down_proj": tensors}), 512, 128, prefix="m.down_proj")
+    put(layer, tensors, dense)
+    share = slice(rank * 256, rank * 256 + 256)
+    x = torch.randn(2, 256)
+    assert relative(apply(finish(layer), x), x.double() @ dense[:, share].double().T) < FLOAT32_LINEAR
+
+
+def test_a_share_within_a_block_is_refused(set_rank):
+    tensors, _ = quantized_layer(128, 384, 2, "mul1")
+    set_rank(0, 2)
+    with pytest.raises(
+        ValueError, match="m.down_proj in .* of 192: .* multiples of 128; serve with fewer"
+    ):
+        build(RowParallelLinear, config_of({"m.down_proj": tensors}), 384, 128, prefix="m.down_proj")
+
+
+def test_what_is_not_in_the_files_is_refused():
+    tensors, _ = quantized_layer(128, 128, 2, "mul1")
+    config = config_of({"m.up_proj.slice.0": tensors, "m.up_proj.slice.1": tensors})
+    with pytest.raises(ValueError, match="m.up_proj is not in the checkpoint, quantized or not"):
+        build(ReplicatedLinear, config, 128, 256, prefix="m.up_proj")
+
+
+def test_a_missing_tensor_is_named():
+    tensors, dense = quantized_layer(128, 128, 2, "mul1")
+    layer = build(ReplicatedLinear, config_of({"m.layer": tensors}), 128, 128)
+    put(layer, {name: tensor for name, tensor in tensors.items() if name != "svh"}, dense)
+    with pytest.raises(ValueError, match="tensor sv of m.layer is not in the checkpoint"):
+        finish(layer)
+
+
+def test_headers_of_the_hub(monkeypatch):
+    """The files of a model on the hub are not here yet when vLLM asks for its layers."""
+    tensors, _ = quantized_layer(128, 128, 3, "mul1")
+    names = {torch.int16: "I16", torch.float16: "F16", torch.int32: "I32"}
+    found = {f"m.layer.{leaf}": {"dtype": names[t.dtype], "shape": list(t.shape)} for leaf, t in tensors.items()}
+    module = "vllm.transformers_utils.config.get_safetensors_params_metadata"
+    monkeypatch.setattr(
+        module, lambda model, revision=None: dict(found) if (model, revision) == ("a/b", "3.0bpw") else {}
+    )
+    config, model = Exl3QuipConfig.from_config({"quant_method": "exl3"}), SimpleNamespace(to_dict=dict)
+    config.maybe_update_config("a/b", hf_config=model, revision="3.0bpw")
+    assert config.checkpoint.layers == {"m.layer": ("mul1", 3)} and config.get_name() == plugin.METHOD
+    with pytest.raises(ValueError, match="headers of c/d's safetensors files cannot be read"):
+        config.maybe_update_config("c/d", hf_config=model)
+
+
+SIZES = {"head_dim": 64, "hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+SERVED = [("Qwen3", "mcg"), pytest.param("Llama", "mul1", marks=pytest.mark.exhaustive)]
+SERVED += [pytest.param("Gemma3Text", "3inst", marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize(("architecture", "code"), SERVED)
+def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model, tmp_path, architecture, code):
+    """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied."""
+    rates = {"q": 2, "k": 5, "v": 8}
+    exl3_files.write(
+        tiny_model(architecture, intermediate_size=320, **SIZES),
+        tmp_path / "out",
+        code,
+        lambda name: rates.get(name.rpartition(".")[2].removesuffix("_proj"), 3),
+    )
+    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("QUIP_VLLM_BACKEND")
+    command = [sys.executable, "scripts/bench/check_serving.py", str(tmp_path / "out"), "--eager"]
+    command += ["--text", "these bytes are scored by both", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["positions"] > 20 and figures["max_difference"] < SERVED_LOG_PROBABILITY, figures
