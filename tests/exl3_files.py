@@ -37,7 +37,17 @@ def quantized_layer(n, k, bits, code, older=False, seed=0):
     return {name: torch.from_numpy(one.copy()) for name, one in tensors.items()}, torch.tensor(dense.copy()).float()
 
 
-def write(source, out, code="mul1", bits=lambda name: 3, older=(), head=True):
+def sliced(n, k, widths, inner, bits, code):
+    """(tensors by "slice.i." and their names, the dense weight) of a layer in slices of its inputs or its outputs."""
+    found, dense = {}, []
+    for i, width in enumerate(widths):
+        tensors, weight = quantized_layer(*((n, width) if inner else (width, k)), bits, code, seed=100 + i)
+        found |= {f"slice.{i}.{own}": tensor for own, tensor in tensors.items()}
+        dense.append(weight)
+    return found, torch.cat(dense, 1 if inner else 0)
+
+
+def write(source, out, code="mul1", bits=lambda name: 3, older=(), head=True, widths=()):
     """A copy of a model's folder whose linear layers, and the head if wanted, are EXL3's.
 
     Args:
@@ -47,6 +57,7 @@ def write(source, out, code="mul1", bits=lambda name: 3, older=(), head=True):
         bits: layer name -> code bits per weight.
         older: last parts of names of layers whose input signs are bits.
         head: whether the output head is quantized, at 6 bits.
+        widths: of the slices of each MLP, if it is cut.
 
     Returns:
         The state dict of the dense model, with lm_head.weight if the head is quantized.
@@ -63,7 +74,10 @@ def write(source, out, code="mul1", bits=lambda name: 3, older=(), head=True):
         if leaf == "weight" and (layer.endswith("_proj") or layer == "lm_head"):
             n, k = state[name].shape
             rate = 6 if layer == "lm_head" else bits(layer)
-            tensors, state[name] = quantized_layer(n, k, rate, code, layer.endswith(tuple(older) or "?"), seed=i)
+            if widths and ".mlp." in layer:
+                tensors, state[name] = sliced(n, k, widths, layer.endswith("down_proj"), rate, code)
+            else:
+                tensors, state[name] = quantized_layer(n, k, rate, code, layer.endswith(tuple(older) or "?"), seed=i)
             stored |= {f"{layer}.{own}": tensor for own, tensor in tensors.items()}
         else:
             stored[name] = state[name]

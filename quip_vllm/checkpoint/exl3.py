@@ -6,7 +6,7 @@ Every shape is checked, against the others and against the model's sizes in conf
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -121,6 +121,7 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     if not leaves:
         raise ValueError(f"no tensor is named trellis, but quant_method is {METHOD}: {DAMAGED}")
     specs = {name: _spec(name, leaves[name], headers, sizes) for name in sorted(leaves, key=natural)}
+    specs |= _slices(specs, sizes)
     for name, spec in specs.items():
         first = stated or next(iter(specs.values())).code
         if spec.code != first:
@@ -147,9 +148,18 @@ def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield _SIDES[leaf], signs(one) if leaf in (SU_BITS, SV_BITS) else one
 
 
-def whole(name: str) -> str:
-    """The layer that a module is a slice of, or its own name."""
-    return _SLICE.sub("", name)
+def slices(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layer -> the modules that are slices of it, in order; layers that are not cut are left out."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural):
+        if _SLICE.search(name):
+            found.setdefault(_SLICE.sub("", name), []).append(name)
+    return found
+
+
+def cuts_inputs(layer: str) -> bool:
+    """Whether slices of a layer have its inputs, and their products are summed, or its outputs."""
+    return layer.rpartition(".")[2] == "down_proj"
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -195,6 +205,30 @@ def _spec(
     if bias is not None and bias.shape not in ((served_out,), (n,)):
         raise refuse(f"has a bias {bias.shape} in place of {(served_out,)}")
     return LinearSpec(code, bits, served_in, (served_out,), BLOCK, **PROPERTIES)
+
+
+def _slices(specs: Mapping[str, LinearSpec], sizes: Mapping[str, tuple[int, int]]) -> dict[str, LinearSpec]:
+    """The slices of layers without their padding. Raises ValueError unless they make up the whole layer."""
+    found = {}
+    for layer, names in slices(specs).items():
+        own, inner = [specs[name] for name in names], cuts_inputs(layer)
+        across = {one.out_features if inner else one.in_features for one in own}
+        along = [one.in_features if inner else one.out_features for one in own]
+        k, n = sizes.get(layer.rpartition(".")[2], (0, 0))
+        cut, other = (k, n) if inner else (n, k)
+        cut, other = cut or sum(along), other or max(across)
+        unused = sum(along) - cut
+        numbers = [int(name.rpartition(".")[2]) for name in names]
+        if numbers != list(range(len(own))) or across != {other + -other % BLOCK} or not 0 <= unused < BLOCK:
+            raise ValueError(
+                f"{layer} is stored in slices {numbers} of {along} {'inputs' if inner else 'outputs'}, which do not "
+                f"make up {cut} by {other}: {DAMAGED}"
+            )
+        along[-1] -= unused
+        for name, one, size in zip(names, own, along, strict=True):
+            pair = (size, other) if inner else (other, size)
+            found[name] = replace(one, in_features=pair[0], output_sizes=(pair[1],))
+    return found
 
 
 def _text(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -71,4 +71,7 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{name}: {error}") from None
         if f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][: spec.out_features]  # EXL3's is padded
+    for layer, names in exl3.slices(specs).items():
+        parts = [state.pop(f"{name}.weight") for name in names]
+        state[f"{layer}.weight"] = torch.cat(parts, dim=1 if exl3.cuts_inputs(layer) else 0)
     return state

@@ -63,6 +63,20 @@ def test_a_model_is_evaluated_with_the_dense_weights(written, architecture):
         assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
 
 
+def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
+    source = tiny_model("Llama", intermediate_size=320)
+    state = exl3_files.write(source, tmp_path / "out", "mcg", rate, widths=(128, 128, 64))
+    found = load_model(str(tmp_path / "out")).state_dict()
+    for name, wanted in state.items():
+        assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
+    gone = "model.layers.0.mlp.down_proj.slice.1"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name: one for name, one in tensors.items() if not name.startswith(gone)}
+    save_file(kept, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"down_proj is stored in slices \[0, 2\] of \[128, 128\] inputs"):
+        read_config(tmp_path / "out")
+
+
 def test_inspection_counts_what_is_stored(written):
     folder, _ = written()
     found = inspect(folder)

@@ -11,7 +11,11 @@ from mutants import link
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-ALL = [f"{code} {bits}" for code in ("1mad", "1mad_int8", "3inst", "lut") for bits in range(1, 9)]
+ALL = [
+    f"{code} {bits}"
+    for code in ("1mad", "1mad_int8", "3inst", "lut", "mcg_swapped", "mul1_swapped")
+    for bits in range(1, 9)
+]
 ALL += [f"{code} {bits}" for code in ("hyb", "hyb_large") for bits in range(1, 5)]
 ALL += [f"{code} {bits}" for code in ("e8p", "e8p_large") for bits in (2, 3, 4)]
 RACES = ("1mad 2 1mad_int8 1", "hyb 4", "e8p 3", "e8p_large 2")

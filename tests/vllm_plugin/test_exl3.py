@@ -108,9 +108,7 @@ def test_shares_of_ranks_are_cut_at_blocks(set_rank, rank):
 def test_a_share_within_a_block_is_refused(set_rank):
     tensors, _ = quantized_layer(128, 384, 2, "mul1")
     set_rank(0, 2)
-    with pytest.raises(
-        ValueError, match="m.down_proj in .* of 192: .* multiples of 128; serve with fewer"
-    ):
+    with pytest.raises(ValueError, match="m.down_proj in .* of 192: .* multiples of 128; serve with fewer"):
         build(RowParallelLinear, config_of({"m.down_proj": tensors}), 384, 128, prefix="m.down_proj")
 
 
