@@ -231,6 +231,8 @@ def _numbered(weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer]) -> I
         name, _, leaf = full.rpartition(".")
         if leaf in (exl3.LEAVES if name in specs else tensor_names()):
             layers.setdefault(name, {})[leaf] = tensor.clone() if copied else tensor
+        elif leaf == "bias" and name in specs:
+            yield full, tensor[: specs[name].out_features]  # EXL3 pads it as well
         else:
             yield full, tensor
     _SENT.clear()

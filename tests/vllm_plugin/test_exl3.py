@@ -24,12 +24,16 @@ from vllm.model_executor.layers.linear import (
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.vllm_plugin import arrival
 from quip_vllm.vllm_plugin import exl3 as plugin
 from quip_vllm.vllm_plugin.arrival import send
 from quip_vllm.vllm_plugin.exl3 import Exl3QuipConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("set_rank")
+
+
+LLAMA = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 25, "intermediate_size": 1, "vocab_size": 1}
 
 
 def config_of(layers, **model):
@@ -143,9 +147,22 @@ def test_headers_of_the_hub(monkeypatch):
         config.maybe_update_config("c/d", hf_config=model)
 
 
-SIZES = {"head_dim": 64, "hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
+def test_padded_biases_are_cut(monkeypatch):
+    tensors, _ = quantized_layer(100, 128, 2, "mul1")
+    config = config_of({"model.layers.0.self_attn.q_proj": tensors}, model_type="llama", **LLAMA)
+    served = SimpleNamespace(quant_config=config, load_config=SimpleNamespace(load_format="auto"))
+    monkeypatch.setattr(arrival, "get_current_vllm_config_or_none", lambda: served)
+    on_disk = {f"model.layers.0.self_attn.q_proj.{leaf}": tensor for leaf, tensor in tensors.items()}
+    on_disk["model.layers.0.self_attn.q_proj.bias"] = torch.arange(128.0)
+    (_, bias), (name, numbers) = arrival._numbered(on_disk.items(), [])
+    assert torch.equal(bias, torch.arange(100.0))
+    assert name == "model.layers.0.self_attn.q_proj.weight" and numbers.shape == (100, 128)
+
+
+SIZES = {"intermediate_size": 320, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 SERVED = [("Qwen3", "mcg"), pytest.param("Llama", "mul1", marks=pytest.mark.exhaustive)]
 SERVED += [pytest.param("Gemma3Text", "3inst", marks=pytest.mark.exhaustive)]
+SERVED += [pytest.param("Qwen2", "mul1", marks=pytest.mark.exhaustive)]  # with biases
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
@@ -154,13 +171,14 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model,
     """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied."""
     rates = {"q": 2, "k": 5, "v": 8}
     exl3_files.write(
-        tiny_model(architecture, intermediate_size=320, **SIZES),
+        tiny_model(architecture, **SIZES, hidden_size=128 if architecture == "Qwen2" else 192),
         tmp_path / "out",
         code,
         lambda name: rates.get(name.rpartition(".")[2].removesuffix("_proj"), 3),
     )
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": path}
     environment.pop("QUIP_VLLM_BACKEND")
     command = [sys.executable, "scripts/bench/check_serving.py", str(tmp_path / "out"), "--eager"]
     command += ["--text", "these bytes are scored by both", "--json", str(tmp_path / "figures.json")]
