@@ -22,6 +22,7 @@ from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV
+from quip_vllm.vllm_plugin.reload import Loaded, checked, noted, source_now
 from quip_vllm.vllm_plugin.share import Share
 
 UNSUPPORTED = "quip_vllm cannot serve this layer: requantize with the layer among --ignore"
@@ -186,10 +187,16 @@ def carry_tensors(model_class: Any) -> None:
 
     @functools.wraps(load)
     def load_weights(self: Module, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(param, Arrival) for param in self.parameters()):
+        arrivals = [param for param in self.parameters() if isinstance(param, Arrival)]
+        if not arrivals:
             return load(self, weights, *args, **kwargs)
+        before, headers = getattr(self, "quip_loaded", None), dict[str, exl3.Header]()
+        if arrivals[0].is_meta:  # vLLM has prepared the model for reloading
+            weights = checked(self, weights, before, _copied())
         sent: list[DiskLayer] = []  # holds the tensors until the model's code has put the numbers where they belong
-        return load(self, _numbered(weights, sent), *args, **kwargs)
+        result = load(self, _numbered(noted(weights, headers), sent), *args, **kwargs)
+        self.quip_loaded = Loaded(source_now(), headers)  # type: ignore[assignment]  # an attribute of any type
+        return result
 
     load_weights.quip_carries = True  # type: ignore[attr-defined]
     model_class.load_weights = load_weights
@@ -220,10 +227,15 @@ def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], spec: Lin
     return disk.numbers()
 
 
+def _copied() -> bool:
+    """Whether a tensor that vLLM reads is valid only until it reads the next one."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format not in MAPPED
+
+
 def _numbered(weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer]) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors, those of each quantized layer replaced by one ``weight`` of numbers, at the end."""
-    config = get_current_vllm_config_or_none()
-    copied = config is not None and config.load_config.load_format not in MAPPED
+    config, copied = get_current_vllm_config_or_none(), _copied()
     checkpoint = getattr(getattr(config, "quant_config", None), "checkpoint", None)
     specs = checkpoint.specs if isinstance(checkpoint, exl3.Exl3Config) else {}
     layers: dict[str, dict[str, Tensor]] = {}

@@ -28,6 +28,7 @@ class QuipConfig(QuantizationConfig):
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self._described = checkpoint.to_dict()
         self._head_is_served = False
         self._carries = False
 
@@ -57,6 +58,10 @@ class QuipConfig(QuantizationConfig):
             ValueError: something in it is unknown, ill-typed or out of range.
         """
         return cls(CheckpointConfig.from_dict(config))
+
+    def described(self) -> dict[str, Any]:
+        """What config.json says of the formats, names as in Hugging Face's model."""
+        return self._described
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Renames the modules that the config names from Hugging Face's names to vLLM's."""

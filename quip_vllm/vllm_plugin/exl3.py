@@ -41,6 +41,10 @@ class Exl3QuipConfig(QuipConfig):
         model = {**hf_config.to_dict(), "quantization_config": self.checkpoint.raw}
         self.checkpoint = read(model, _headers(model_name, revision))
 
+    def described(self) -> dict[str, Any]:
+        """The method alone: which tensors there are, and their shapes, say the rest."""
+        return {"quant_method": self.checkpoint.raw.get("quant_method")}
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """See QuipConfig."""
         self.checkpoint = self.checkpoint.renamed(renaming(hf_to_vllm_mapper))
