@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="every layer of a quantized checkpoint, and its totals")
     inspect.add_argument("checkpoint", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.add_argument("--check", action="store_true", help="only say whether every tensor is there, in one sentence")
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
         "verify", help="whether vLLM serves what the checkpoint holds: loads it and compares with transformers"
@@ -67,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
-    parser.add_argument("--method", required=True, choices=list(methods()))
+    parser.add_argument(
+        "--method",
+        required=True,
+        choices=list(methods()),
+        help="quip_sharp: a lattice code, the fastest at 2 bits; qtip: a trellis code, the better quality",
+    )
     parser.add_argument("--bits", required=True, type=int, help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4)")
     parser.add_argument(
         "--code",
@@ -88,7 +94,12 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         type=int,
         help=f"tokens in each (default {TEXT_SEQUENCE_LENGTH}; self: {SELF_SEQUENCE_LENGTH})",
     )
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=Settings.seed,
+        help="of the random signs and of the choice of calibration text; equal seeds give equal files (%(default)s)",
+    )
     parser.add_argument(
         "--hadamard-block",
         default="full",
@@ -109,6 +120,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
+    parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
     parser.set_defaults(run=_quantize)
 
 
@@ -137,7 +149,8 @@ def _quantize(args: argparse.Namespace) -> int:
     report = quantize(settings, args.out, args.resume)
     losses = [layer["proxy_loss"] for layer in report["layers"]]
     print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
-    print(f"serve it with: vllm serve {args.out}")
+    print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
+    print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
     return 0
 
 
@@ -160,6 +173,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from quip_vllm.checkpoint.store import write_json
     from quip_vllm.evaluation.report import evaluate, format_report
 
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json is {args.json}: give a file in a folder that exists")
     result = evaluate(args.model, args.text, args.reference, args.sequence_length, args.windows)
     print(format_report(result))
     if args.json:
@@ -171,6 +186,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from quip_vllm.checkpoint.inspection import format_inspection, inspect
 
     result = inspect(args.checkpoint)
+    if args.check:
+        from quip_vllm.evaluation.loading import check_complete
+
+        check_complete(args.checkpoint)
+        print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
+        return 0
     print(json.dumps(result, indent=2) if args.json else format_inspection(result))
     return 0
 

@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.store import read_json, write_json
@@ -49,7 +50,7 @@ def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, ca
     assert quantize(*choices, "--hadamard-block", "32", "--seed", "3") == 0
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"wrote {out}: 13 layers, mean proxy loss 0\.0\d+", said[0])
-    assert said[1] == f"serve it with: vllm serve {out}"
+    assert said[1] == f"serve it with: vllm serve {out} --gpu-memory-utilization 0.5"
     settings = read_json(out / "quantization_report.json")["settings"]
     assert settings["overrides"] == [["down_proj", 4]] and settings["ignore"] == ["o_proj"]
     assert (settings["hadamard_block"], settings["seed"], settings["sequences"], settings["lm_head"]) == (32, 3, 4, 4)
@@ -128,6 +129,27 @@ def test_no_such_model(quantize, refusal, tmp_path, tiny_text):
     assert "config.json cannot be read" in refusal(main(["inspect", str(tmp_path / "gone")]))
 
 
+def test_json_in_no_folder(refusal, tmp_path):
+    flags = ["--text", "unread", "--json", str(tmp_path / "gone" / "figures.json")]
+    assert "give a file in a folder that exists" in refusal(main(["evaluate", "unread", *flags]))
+
+
+def test_inspect_check(refusal, quantized, tmp_path, capsys):
+    shutil.copytree(quantized(), tmp_path / "copy")
+    check = ["inspect", str(tmp_path / "copy"), "--check"]
+    assert main(check) == 0 and "every tensor is there" in capsys.readouterr().out
+    shard = tmp_path / "copy" / "model.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-1], whole[:8] + b"\xff" * 8 + whole[16:], whole[:4]):
+        shard.write_bytes(damaged)
+        assert refusal(main(check)).startswith(f"{shard} cannot be read")
+    tensors = load(whole)
+    shard.write_bytes(save({k: v for k, v in tensors.items() if k != "model.norm.weight"}))
+    assert "has no weight model.norm.weight" in refusal(main(check))
+    shard.write_bytes(save(tensors | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    assert "holds model.norm.weight as int8" in refusal(main(check))
+
+
 def test_nan_weight_leaves_the_finished_layer(quantize, refusal, damaged, tiny_model, tmp_path):
     folder = damaged(lambda tensors: tensors["model.layers.1.self_attn.k_proj.weight"].view(-1)[5].fill_(torch.nan))
     said = refusal(quantize(model=folder))
@@ -148,7 +170,7 @@ def test_truncated_model(quantize, refusal, damaged):
     folder = damaged(lambda tensors: None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "it is missing or truncated; fetch or quantize it again" in refusal(quantize(model=folder))
+    assert "it is missing, truncated or damaged; fetch or quantize it again" in refusal(quantize(model=folder))
 
 
 def test_pickles_are_not_read(quantize, refusal, damaged, tiny_text):

@@ -16,7 +16,10 @@ from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm"]
+SIDE_FILES += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+"""What travels with the weights: tokenizer, templates and notices."""
+FETCHED = ["*.safetensors", *SIDE_FILES]
 
 
 def local_folder(model: str, code: bool = False) -> Path:
@@ -63,6 +66,7 @@ class CheckpointReader:
         self.folder = folder
         single = folder / SINGLE_NAME  # beside it some models hold the same weights under other names
         files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+        weight_map: Any = {}
         index = folder / INDEX_NAME
         if index.exists():
             weight_map = read_json(index).get("weight_map")
@@ -96,6 +100,11 @@ class CheckpointReader:
                     self.stored_as[name] = name
                     self.shapes[name], self.dtypes[name] = _header(handle, file, name)
                     self.bytes_of[name] = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
+        for name, shard in weight_map.items():
+            if self.file_of.get(name) != folder / str(shard):
+                raise ValueError(
+                    f"{folder / str(shard)} has no tensor {name}, but {INDEX_NAME} says so: fetch it again"
+                )
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -107,6 +116,15 @@ class CheckpointReader:
             values = {names.get(name, name): value for name, value in by_name.items()}
             by_name.clear()
             by_name.update(values)  # type: ignore[arg-type]  # of its own values
+
+    def check_floats(self) -> None:
+        """Raises ValueError for a weight that is no float of 16 bits or more: it needs scales that are elsewhere."""
+        for name, dtype in self.dtypes.items():
+            if name.endswith(".weight") and not (dtype.is_floating_point and dtype.itemsize > 1):
+                raise ValueError(
+                    f"{self.file_of[name]} holds {name} as {str(dtype).removeprefix('torch.')}, which is quantized or "
+                    "damaged: give the model in bf16, fp16 or fp32"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
@@ -159,7 +177,7 @@ def open_shard(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file} cannot be read ({error}): it is missing or truncated; fetch or quantize it again"
+            f"{file} cannot be read ({error}): it is missing, truncated or damaged; fetch or quantize it again"
         ) from None
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any model as a float32 transformers model; a quantized checkpoint is dequantized while it loads."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.checkpoint import exl3
-from quip_vllm.checkpoint.layers import layer_specs, read_config, read_layer, stored_names
+from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
 from quip_vllm.formats.spec import methods
 from quip_vllm.ops import dequantize
@@ -25,37 +27,98 @@ def is_quantized(folder: Path) -> bool:
     return method in methods() or method == exl3.METHOD
 
 
-def load_model(model: str) -> Any:
+def load_model(model: str, trust_remote_code: bool = False) -> Any:
     """A float32 causal LM in eval mode, from a folder or a hub name; a quantized checkpoint of ours is dequantized.
 
+    Args:
+        model: folder or hub name.
+        trust_remote_code: whether Python code among the model's files may run.
+
     Raises:
-        ValueError: the folder holds no model, or its tensors do not fit its config.json.
+        ValueError: the folder holds no model, or not every weight of the model that its config.json describes.
     """
+    folder = local_folder(model)
+    state = dense_state(folder) if is_quantized(folder) else None
+    return _loaded(folder, state, trust_remote_code).eval()
+
+
+def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raises ValueError unless a checkpoint of ours has every weight of its model; reads headers only."""
+    reader = CheckpointReader(folder)
+    reader.check_floats()
+    specs = layer_specs(reader, read_config(folder))
+    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
+    shapes = {name: shape for name, shape in reader.shapes.items() if name not in quantized}
+    for name, spec in specs.items():
+        shapes[f"{name}.weight"] = (spec.out_features, spec.in_features)
+        if f"{name}.bias" in shapes:
+            shapes[f"{name}.bias"] = (spec.out_features,)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    _loaded(folder, state, trust_remote_code, device_map="meta")
+
+
+def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bool, **options: Any) -> Any:
+    """The folder's model with the weights of `state`, or with its own; names are mapped as transformers does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = local_folder(model)
-    quantized = is_quantized(folder)
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _transformers(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if state is None:
+        _check_readable(folder, config)
+    with _transformers(folder):
+        if state is None:
+            options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        else:
+            del config.quantization_config
+            if f"{exl3.HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
+                config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            model, info = kind.from_pretrained(None, config=config, state_dict=state, **options)
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name} is {tuple(stored)}, of which config.json makes {tuple(wanted)}: {DAMAGED}")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} has no weight {name}, which the model of its config.json needs: {DAMAGED}")
+    if state is not None and info["unexpected_keys"]:
+        quantized = layer_specs(CheckpointReader(folder), read_config(folder))
+        for name in sorted(set(info["unexpected_keys"]) & {f"{name}.weight" for name in quantized}):
+            raise ValueError(f"{folder} holds {name}, which the model of its config.json has not: {DAMAGED}")
+    return model
+
+
+@contextlib.contextmanager
+def _transformers(folder: Path) -> Iterator[None]:
+    """Inside, transformers warns of nothing, and whatever it raises is a ValueError of one sentence."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {error}") from None
-    if not quantized:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    del config.quantization_config
-    state = dense_state(folder)
-    if f"{exl3.HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-    loaded = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    try:
-        missing, unexpected = loaded.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} and its config.json do not belong together: {error}") from None
-    tied = set(getattr(loaded, "all_tied_weights_keys", None) or ())
-    wrong = [name for name in (*missing, *unexpected) if name not in tied]
-    if wrong:
-        raise ValueError(f"{folder} and its config.json do not belong together: {wrong[0]} is in one of them only")
-    loaded.tie_weights()
-    return loaded.eval()
+        yield
+    except Exception as error:  # many kinds for a config.json that it does not understand
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            said = "it asks for Python code from the model's own files; read that code, then give --trust-remote-code"
+        raise ValueError(f"{folder / 'config.json'} cannot be used: {said:.300}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_readable(folder: Path, config: Any) -> None:
+    """Raises ValueError for a model that transformers would load without what its weights mean."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        CheckpointReader(folder).check_floats()
+    elif not AutoHfQuantizer.supports_quant_method(described):
+        method = described.get("quant_method") if isinstance(described, dict) else None
+        raise ValueError(
+            f"{folder} is quantized by the method {method!r}, which neither quip_vllm nor transformers reads: give "
+            "the original model"
+        )
 
 
 def dense_state(folder: Path) -> dict[str, Tensor]:

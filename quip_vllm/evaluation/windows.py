@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -57,11 +58,11 @@ def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) 
             targets = window[start + 1 : start + 1 + CHUNK, None]
             span = slice(start, start + len(targets))
             if other is not None:
-                log_p = _log_probabilities(reference, other[span])
+                log_p = _log_probabilities(reference, other, span)
                 reference_nll -= _total(log_p.gather(1, targets))
                 p, best = log_p.exp(), log_p.argmax(1)
             for i, model in enumerate(models):
-                log_q = _log_probabilities(model, hidden[i][span])
+                log_q = _log_probabilities(model, hidden[i], span)
                 nll[i] -= _total(log_q.gather(1, targets))
                 if other is not None:
                     divergence[i] += _total((p * (log_p - log_q)).sum(1))
@@ -82,13 +83,15 @@ def _total(values: Tensor) -> float:
     return float(values.sum(dtype=torch.float64))
 
 
-def _hidden(model: Any, window: Tensor) -> Tensor:
-    return model.base_model(window[None], use_cache=False).last_hidden_state[0]
+def _hidden(model: Any, window: Tensor) -> Any:
+    return model.base_model(window[None], use_cache=False)
 
 
-def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(hidden).float()
-    scale = getattr(model.config, "final_logit_softcapping", None)
-    if scale:
-        logits = torch.tanh(logits / scale) * scale
-    return (logits / getattr(model.config, "logits_scaling", 1.0)).log_softmax(-1)
+def _log_probabilities(model: Any, hidden: Any, span: slice) -> Tensor:
+    """Of a span of positions, by the model itself: some scale or cap their logits, each in a way of its own."""
+    part = type(hidden)(last_hidden_state=hidden.last_hidden_state[:, span])
+    with mock.patch.object(model.base_model, "forward", lambda *_, **__: part):
+        logits = model(
+            input_ids=torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.int64), use_cache=False
+        ).logits
+    return logits[0].float().log_softmax(-1)

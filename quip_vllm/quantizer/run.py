@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
-from quip_vllm.checkpoint.store import local_folder, read_json, write_json
+from quip_vllm.checkpoint.store import SIDE_FILES, local_folder, read_json, write_json
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
@@ -36,7 +36,6 @@ from quip_vllm.quantizer.source.replay import Calls, run_layer
 from quip_vllm.quantizer.source.replay_check import check_replay
 
 REPORT = "quantization_report.json"
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 HEAD = "head"
@@ -164,13 +163,17 @@ class Run:
         }
         folder = self.source.folder
         code = ["*.py"] if self.settings.trust_remote_code else []
-        for file in {file for pattern in (*COPIED, *code) for file in folder.glob(pattern)}:
-            ours = file.name in ("config.json", REPORT) or file.name.endswith(".index.json")
-            if file.is_file() and not ours:
-                shutil.copyfile(file, self.out / file.name)
+        for file in {file for pattern in (*SIDE_FILES, *code) for file in folder.rglob(pattern)}:
+            inside = file.relative_to(folder)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            ours = inside.name in ("config.json", REPORT) or inside.name.endswith(".index.json")
+            if file.is_file() and not ours and not hidden and self.out.resolve() not in file.resolve().parents:
+                (self.out / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, self.out / inside)
         config = read_json(folder / "config.json")
         config["quantization_config"] = self.plan.config(self.settings, self.source.tied).to_dict()
-        config.setdefault("dtype", config.pop("torch_dtype", None) or self.source.stored_dtype())
+        if not (config.get("dtype") or config.get("torch_dtype")):
+            config["dtype"] = self.source.stored_dtype()
         write_json(self.out / REPORT, report)
         write_json(self.out / "config.json", config)
         self.record.remove()

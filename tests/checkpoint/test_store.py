@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a folder: tensors by name; damaged and hostile files are refused."""
 
+import fnmatch
 import json
 import struct
 
@@ -45,7 +46,7 @@ def write_header(file, header):
         ({"a": "sub/x.safetensors"}, "names 'sub/x.safetensors': a shard must be a plain file name"),
         ({"a": ".."}, "cannot be read"),
         ({"a": 7}, "cannot be read"),
-        ({"a": "gone.safetensors"}, r"gone.safetensors cannot be read .* missing or truncated"),
+        ({"a": "gone.safetensors"}, r"gone.safetensors cannot be read .* missing, truncated or damaged"),
         (["a"], "has no weight_map object"),
         (None, "has no weight_map object"),
         ({}, r"has no \*.safetensors file"),
@@ -66,7 +67,7 @@ def test_damaged_files(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(TENSORS, file)
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="missing or truncated; fetch or quantize it again"):
+    with pytest.raises(ValueError, match="missing, truncated or damaged; fetch or quantize it again"):
         CheckpointReader(tmp_path)
     file.write_bytes(b"\xff" * 20)
     with pytest.raises(ValueError, match="cannot be read"):
@@ -107,8 +108,11 @@ def test_the_hub_gives_no_pickles(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert store.local_folder("someone/model") == tmp_path
-    assert asked == {
-        "someone/model": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"],
-    }
+    assert {"*.safetensors", "*.json", "*.tiktoken"} <= set(asked["someone/model"])
+    assert not any(
+        fnmatch.fnmatch(f"model.{kind}", p)
+        for kind in ("bin", "pt", "pth", "ckpt", "pkl")
+        for p in asked["someone/model"]
+    )
     store.local_folder("someone/model", code=True)
     assert asked["someone/model"][-1] == "*.py"

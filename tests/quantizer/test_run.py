@@ -219,3 +219,24 @@ def test_refused_settings_do_not_block_the_folder(tiny_model, make_settings, tmp
         quantize(make_settings(model, calibration=str(tmp_path / "short")), tmp_path / "out")
     quantize(make_settings(model), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_files_beside_the_weights_travel(tiny_model, make_settings, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_model(), model)
+    extra = [
+        "additional_chat_templates/rag.jinja",
+        "cl100k.tiktoken",
+        "vocab.bpe",
+        "NOTICE.txt",
+        "LICENCE",
+    ]
+    for name in extra:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(name)
+    (model / "pytorch_model.bin").touch()
+    (model / ".cache").mkdir()
+    (model / ".cache" / "secret.json").touch()
+    quantize(make_settings(model), out)
+    assert [(out / name).read_text() for name in extra] == extra
+    assert not (out / "pytorch_model.bin").exists() and not (out / ".cache").exists()

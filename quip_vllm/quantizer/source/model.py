@@ -54,6 +54,7 @@ class LayeredModel:
         self.folder = folder
         self.config = load_config(folder, trust_remote_code)
         self.reader = CheckpointReader(folder)
+        self.reader.check_floats()
         self.compute_dtype = fast_dtype(self.config.dtype)
         self.model = empty_model(folder, self.config, self.compute_dtype, trust_remote_code)
         self._path, self.layers = decoder_layers(folder, self.model)
