@@ -69,7 +69,8 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
     with _transformers(folder):
         if state is None:
             options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)  # a pair, with output_loading_info
+            model, info = loaded
         else:
             del config.quantization_config
             if f"{exl3.HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
