@@ -2,8 +2,12 @@
 """The command line: what it prints, and bad input: exit code 2, one sentence on stderr, finished layers left."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -150,10 +154,9 @@ def test_inspect_check(refusal, quantized, tmp_path, capsys):
     assert "holds model.norm.weight as int8" in refusal(main(check))
 
 
-def test_nan_weight_leaves_the_finished_layer(quantize, refusal, damaged, tiny_model, tmp_path):
-    folder = damaged(lambda tensors: tensors["model.layers.1.self_attn.k_proj.weight"].view(-1)[5].fill_(torch.nan))
-    said = refusal(quantize(model=folder))
-    assert said.startswith("model.layers.1.self_attn.k_proj.weight holds a NaN or an infinity: mend the model or")
+def test_overflow_leaves_the_finished_layer(quantize, refusal, damaged, tiny_model, tmp_path):
+    folder = damaged(lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(1e38))
+    assert refusal(quantize(model=folder)).startswith("the activations hold a NaN or an infinity")
     left = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.safetensors")}
     assert left == {".quantize/calibration.safetensors", ".quantize/layer-00000.safetensors"}
     shutil.copyfile(tiny_model() / "model.safetensors", folder / "model.safetensors")  # mended
@@ -162,8 +165,19 @@ def test_nan_weight_leaves_the_finished_layer(quantize, refusal, damaged, tiny_m
 
 
 def test_nan_norm(quantize, refusal, damaged):
-    folder = damaged(lambda tensors: tensors["model.layers.0.input_layernorm.weight"][0].fill_(torch.nan))
-    assert refusal(quantize(model=folder)).startswith("the activations hold a NaN or an infinity")
+    name = "model.layers.0.input_layernorm.weight"
+    folder = damaged(lambda tensors: tensors[name][0].fill_(torch.nan))
+    assert refusal(quantize(model=folder)).startswith(f"{name} holds a NaN or an infinity: mend the model")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_nobody_reads_on(quantized, flags):
+    command = [sys.executable, "-c", "import sys; from quip_vllm.cli import main; sys.exit(main())"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*command, "inspect", str(quantized()), *flags], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.stderr == b"" and done.returncode == 128 + signal.SIGPIPE
 
 
 def test_truncated_model(quantize, refusal, damaged):

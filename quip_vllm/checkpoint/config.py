@@ -171,3 +171,10 @@ def _layer_format(raw: object, key: str) -> LayerFormat:
     stored = LayerFormat(raw.get("code"), raw.get("bits"))  # type: ignore[arg-type]  # checked next
     stored.check()
     return stored
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a sequence may have; None where the config does not limit it."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
+    return next((one for one in found if isinstance(one, int) and one > 0), None)

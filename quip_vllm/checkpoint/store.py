@@ -20,6 +20,8 @@ SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*
 SIDE_FILES += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 """What travels with the weights: tokenizer, templates and notices."""
 FETCHED = ["*.safetensors", *SIDE_FILES]
+SECOND_COPIES = ["*consolidated*.safetensors"]
+"""All weights of some models once more, under other names, which nobody here reads."""
 
 
 def local_folder(model: str, code: bool = False) -> Path:
@@ -30,12 +32,18 @@ def local_folder(model: str, code: bool = False) -> Path:
         code: whether Python code is fetched as well.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: neither exists, or the folder holds no model.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+    folder = Path(model) if Path(model).is_dir() else _fetched(model, code)
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} is a LoRA adapter: merge it into its base model, and give the folder of that")
+        raise ValueError(f"{folder} has no config.json: give a folder with config.json and *.safetensors")
+    return folder
+
+
+def _fetched(model: str, code: bool) -> Path:
+    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ValueError(
             f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
         )
@@ -43,7 +51,8 @@ def local_folder(model: str, code: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=[*FETCHED, *(["*.py"] if code else [])]))
+        patterns = [*FETCHED, *(["*.py"] if code else [])]
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=SECOND_COPIES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model {model} is no folder, and the hub does not give it ({error}): check the name"

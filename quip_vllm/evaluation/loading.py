@@ -42,6 +42,22 @@ def load_model(model: str, trust_remote_code: bool = False) -> Any:
     return _loaded(folder, state, trust_remote_code).eval()
 
 
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder. Raises ValueError where there is none that can be used."""
+    from transformers import AutoConfig
+
+    with _transformers(folder / "config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises ValueError where there is none that can be used."""
+    from transformers import AutoTokenizer
+
+    with _transformers(f"the tokenizer in {folder}"):
+        return AutoTokenizer.from_pretrained(folder)
+
+
 def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
     """Raises ValueError unless a checkpoint of ours has every weight of its model; reads headers only."""
     reader = CheckpointReader(folder)
@@ -59,14 +75,13 @@ def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
 
 def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bool, **options: Any) -> Any:
     """The folder's model with the weights of `state`, or with its own; names are mapped as transformers does."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _transformers(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     if state is None:
         _check_readable(folder, config)
-    with _transformers(folder):
+    with _transformers(folder / "config.json"):
         if state is None:
             options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)  # a pair, with output_loading_info
@@ -90,8 +105,8 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
 
 
 @contextlib.contextmanager
-def _transformers(folder: Path) -> Iterator[None]:
-    """Inside, transformers warns of nothing, and whatever it raises is a ValueError of one sentence."""
+def _transformers(what: Path | str) -> Iterator[None]:
+    """Inside, transformers warns of nothing, and whatever it raises is one sentence, that `what` cannot be used."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -99,10 +114,10 @@ def _transformers(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # many kinds for a config.json that it does not understand
-        said = " ".join(str(error).split())
+        said = " ".join((f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)).split())
         if "trust_remote_code" in said:
             said = "it asks for Python code from the model's own files; read that code, then give --trust-remote-code"
-        raise ValueError(f"{folder / 'config.json'} cannot be used: {said:.300}") from None
+        raise ValueError(f"{what} cannot be used: {said:.300}") from None
     finally:
         logging.set_verbosity(verbosity)
 

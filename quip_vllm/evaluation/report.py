@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from quip_vllm import __version__
+from quip_vllm.checkpoint.config import positions
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder
-from quip_vllm.evaluation.loading import is_quantized, load_model
+from quip_vllm.evaluation.loading import is_quantized, load_config, load_model, load_tokenizer
 from quip_vllm.evaluation.windows import score, windows_of
 
 
@@ -23,10 +24,13 @@ def evaluate(
     Raises:
         ValueError: bad input.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(model))
-    tokens = windows_of(text, tokenizer, sequence_length, windows)
+    for name in (model, reference) if reference else (model,):
+        limit = positions(load_config(local_folder(name)))
+        if limit is not None and sequence_length > limit:
+            raise ValueError(
+                f"--sequence-length is {sequence_length}, but {name} has {limit} positions: give {limit} or less"
+            )
+    tokens = windows_of(text, load_tokenizer(local_folder(model)), sequence_length, windows)
     loaded = load_model(model)
     other = load_model(reference) if reference else None
     if other is not None and other.config.vocab_size != loaded.config.vocab_size:

@@ -2,14 +2,19 @@
 """What would end a run late, said before its work begins: windows, values, memory and disk."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 
+from quip_vllm.checkpoint.config import positions
 from quip_vllm.checkpoint.shards import SHARD_BYTES
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.quantizer.layer import scale_of
+from quip_vllm.quantizer.rounding.encoders import make_encoder
 from quip_vllm.quantizer.settings import SELF, Settings
-from quip_vllm.quantizer.source.architecture import positions
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
@@ -23,15 +28,27 @@ def check_window(settings: Settings, source: LayeredModel) -> None:
         )
 
 
-def check_values(source: LayeredModel) -> None:
-    """Raises ValueError for a NaN or an infinity outside the decoder layers, where no calibration text may meet it."""
-    for name in source.outside:
+def check_values(source: LayeredModel, specs: Mapping[str, LinearSpec]) -> None:
+    """Reads every tensor once, so that no run ends at a late layer, or keeps what its text never meets.
+
+    Args:
+        source: the model.
+        specs: how each of its quantized layers will be stored, by name.
+
+    Raises:
+        ValueError: a tensor holds a NaN or an infinity, or the scale of a layer does not fit fp16.
+    """
+    for name in tqdm(source.reader.names(), desc="check the weights", unit="tensor", leave=False):
         tensor = source.reader.read([name])[name]
         if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
             continue
         extremes = torch.stack(tensor.aminmax())  # 50 times as fast as isfinite; a NaN makes both one
         if not torch.isfinite(extremes).all():
             raise ValueError(f"{name} holds a NaN or an infinity: mend the model, or fetch it again")
+        layer = name.removesuffix(".weight")
+        spec = specs.get(layer)
+        if spec is not None and spec.rotate_output:  # a row of a head that does not fit is not worth its memory here
+            scale_of(layer, tensor.float(), spec, make_encoder(spec.code, spec.bits))
 
 
 def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:

@@ -158,13 +158,24 @@ def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int
     mixed = spec.rotate_output
     sv = signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))
     turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed)
-    squares = turned.square()
-    scale = ((squares.mean() if mixed else squares.mean(1)).sqrt() / encoder.rms).to(spec.vector_dtype).float()
-    if not torch.isfinite(scale).all() or (mixed and scale == 0 and bool(weight.any())):
-        raise ValueError(f"{name}.weight has a scale of {float(scale.max())}: it does not fit fp16; {_remedy(spec)}")
+    scale = scale_of(name, turned, spec, encoder)
     column = scale.view(-1, 1)
     # A row of a head that is too small for fp16 decodes to zeros.
     return _Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
+
+
+def scale_of(name: str, weight: Tensor, spec: LinearSpec, encoder: Encoder) -> Tensor:
+    """The scale of a float32 weight [n, k], rotated or not, as it will be stored: [], or [n] where rows are not mixed.
+
+    Raises:
+        ValueError: it does not fit fp16.
+    """
+    squares = weight.square()
+    mean = squares.mean() if spec.rotate_output else squares.mean(1)
+    scale = (mean.sqrt() / encoder.rms).to(spec.vector_dtype).float()
+    if not torch.isfinite(scale).all() or (spec.rotate_output and scale == 0 and bool(weight.any())):
+        raise ValueError(f"{name}.weight has a scale of {float(scale.max())}: it does not fit fp16; {_remedy(spec)}")
+    return scale
 
 
 def _remedy(spec: LinearSpec) -> str:

@@ -134,7 +134,7 @@ class Run:
 
     def quantize_units(self) -> None:
         """Quantizes every layer that the record does not have, in order, then the head."""
-        checks.check_values(self.source)
+        checks.check_values(self.source, self.plan.specs)
         check_replay(self.source, self._batches(self.settings.sequences))
         tokens = self.record.tokens(self._make_tokens)
         checks.check_memory(self.settings, self.source, len(tokens))
@@ -166,6 +166,7 @@ class Run:
         for file in {file for pattern in (*SIDE_FILES, *code) for file in folder.rglob(pattern)}:
             inside = file.relative_to(folder)
             hidden = any(part.startswith(".") for part in inside.parts)
+            hidden |= any((folder / parent / "config.json").exists() for parent in inside.parents[:-1])  # another model
             ours = inside.name in ("config.json", REPORT) or inside.name.endswith(".index.json")
             if file.is_file() and not ours and not hidden and self.out.resolve() not in file.resolve().parents:
                 (self.out / inside).parent.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,7 @@ def test_read_json_refuses(tmp_path, content, message):
 
 
 def test_local_folder(tmp_path, monkeypatch):
+    (tmp_path / "config.json").touch()
     assert store.local_folder(str(tmp_path)) == tmp_path
     (tmp_path / "file").touch()
     for name in (str(tmp_path / "file"), str(tmp_path / "gone"), "./gone", "gone"):
@@ -99,11 +100,15 @@ def test_local_folder(tmp_path, monkeypatch):
         store.local_folder("nobody/nothing-of-this-name")
 
 
-def test_the_hub_gives_no_pickles(monkeypatch, tmp_path):
+def test_the_hub_gives_no_pickles_and_no_second_copy(monkeypatch, tmp_path):
     asked = {}
+    (tmp_path / "config.json").touch()
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked[name] = allow_patterns
+        for second in ("consolidated.safetensors", "original/consolidated.00.safetensors"):
+            assert any(fnmatch.fnmatch(second, p) for p in ignore_patterns)
+        assert not any(fnmatch.fnmatch("model-00001-of-00002.safetensors", p) for p in ignore_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

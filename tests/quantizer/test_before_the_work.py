@@ -85,6 +85,19 @@ def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibrati
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w[5, 9].fill_(torch.nan), "holds a NaN or an infinity: mend the model"),
+        (lambda w: w.mul_(1e-9), "has a scale of 0.0: it does not fit fp16; leave it out"),
+        (lambda w: w.mul_(1e8), "has a scale of inf: it does not fit fp16; leave it out"),
+    ],
+)
+def test_values_of_a_late_layer(damaged, refused, change, message):
+    name = "model.layers.1.mlp.down_proj.weight"
+    refused(damaged(lambda tensors: change(tensors[name])), f"{name} {message}")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -107,6 +120,18 @@ def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibrati
 )
 def test_models_of_another_kind(tiny_model, refused, tmp_path, changes, message):
     refused(changed(tiny_model(), tmp_path, **changes), message)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "is a LoRA adapter: merge it into its base model"),
+        ("README.md", "has no config.json: give a folder"),
+    ],
+)
+def test_folders_without_a_model(refused, tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    refused(tmp_path, message)
 
 
 def test_no_tokenizer(tiny_model, refused, tmp_path):

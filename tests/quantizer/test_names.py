@@ -41,6 +41,23 @@ def test_names_without_the_prefix_get_it(tiny_model, renamed, make_settings, tmp
     load_model(str(tmp_path / "bare"))
 
 
+def test_a_tied_weight_under_its_other_name_gets_the_one_that_vllm_reads(tiny_model, renamed, make_settings, tmp_path):
+    names = {"gpt_neox.embed_in.weight": "embed_out.weight"}
+    model = tiny_model("GPTNeoX", tie_word_embeddings=True)
+    quantize(make_settings(renamed(model, lambda name: names.get(name, name))), tmp_path / "out")
+    quantize(make_settings(model), tmp_path / "usual")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "usual"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_two_tied_weights_that_differ(damaged):
+    def train_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    with pytest.raises(ValueError, match="ties lm_head.weight to model.embed_tokens.weight, but the files hold two"):
+        LayeredModel(damaged(train_head))
+
+
 @pytest.fixture
 def with_vision(tmp_path):
     """Gemma 3 with a vision tower of more layers than its text, whose files say language_model.model.layers."""

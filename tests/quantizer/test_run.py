@@ -237,6 +237,10 @@ def test_files_beside_the_weights_travel(tiny_model, make_settings, tmp_path):
     (model / "pytorch_model.bin").touch()
     (model / ".cache").mkdir()
     (model / ".cache" / "secret.json").touch()
+    (model / "earlier" / "run").mkdir(parents=True)
+    for name in ("config.json", "run/tokenizer.json"):  # another model, which is no part of this one
+        (model / "earlier" / name).touch()
     quantize(make_settings(model), out)
     assert [(out / name).read_text() for name in extra] == extra
     assert not (out / "pytorch_model.bin").exists() and not (out / ".cache").exists()
+    assert not (out / "earlier").exists()

@@ -104,16 +104,10 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
     return path, layers
 
 
-def positions(config: Any) -> int | None:
-    """How many tokens a sequence may have; None where the config does not limit it."""
-    text = config.get_text_config()
-    found = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"))
-    return next((one for one in found if isinstance(one, int) and one > 0), None)
-
-
 def brief(error: BaseException) -> str:
     """The first line of a library's message, with the next one where it ends in a colon; 160 characters at most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
     return f"{' '.join(lines[: 2 if lines[0].endswith(':') else 1]):.160}"
 
 

@@ -4,6 +4,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from quip_vllm.checkpoint.store import CheckpointReader
 
 
@@ -37,7 +39,9 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
                 )
             found.setdefault(name, lacking.get(stored, stored))
     reader.rename(lacking)
-    optional = set(getattr(model, "all_tied_weights_keys", None) or {}) | {name for name, _ in model.named_buffers()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    _join_tied(tied, found, reader)
+    optional = set(tied) | {name for name, _ in model.named_buffers()}
     for name, tensor in state.items():
         if name not in found and name not in optional:
             raise ValueError(
@@ -49,6 +53,30 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
                 "fetch the model again"
             )
     return found
+
+
+def _join_tied(tied: Mapping[str, str], found: dict[str, str], reader: CheckpointReader) -> None:
+    """Gives a tied weight that is stored under the other of its two names alone the one that vLLM reads.
+
+    Args:
+        tied: the model's name of a weight -> the name of the one it is tied to.
+        found: of `names_in_files`; changed.
+        reader: of the files; renamed.
+
+    Raises:
+        ValueError: both are stored and differ: transformers runs the one, and older versions of vLLM serve the other.
+    """
+    for name, source in tied.items():
+        if name in found and source not in found:
+            reader.rename({found.pop(name): source})
+            found[source] = source
+        elif name in found:
+            one, other = (reader.read([found[key]])[found[key]] for key in (name, source))
+            if not torch.equal(one, other):
+                raise ValueError(
+                    f"config.json ties {name} to {source}, but the files hold two that differ: give "
+                    f"tie_word_embeddings false there, or remove the {name} that does not count"
+                )
 
 
 def modules_beyond(
