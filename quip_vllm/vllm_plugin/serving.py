@@ -20,20 +20,27 @@ def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float 
     Returns:
         For each position but the last, token -> natural log of its probability at the next one: of the most probable
         tokens and of the prompt's own.
+
+    Raises:
+        RuntimeError: vLLM does not start, or dies.
     """
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(
-        str(folder),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=len(tokens) + 1,
-        max_num_seqs=1,
-        gpu_memory_utilization=memory,
-        enable_prefix_caching=False,
-    )
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=CANDIDATES)
-    found = llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), sampling, use_tqdm=False)[0].prompt_logprobs
+    try:
+        llm = LLM(
+            str(folder),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=len(tokens) + 1,
+            max_num_seqs=1,
+            gpu_memory_utilization=memory,
+            enable_prefix_caching=False,
+        )
+        found = llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), sampling, use_tqdm=False)[0].prompt_logprobs
+    except Exception as error:  # vLLM raises many kinds; the cause is in the log of its own process
+        said = " ".join(str(error).split())
+        raise RuntimeError(f"vLLM cannot run {folder} ({said:.300}): its lines above say why") from None
     assert found is not None  # it was asked for
     return [{token: one.logprob for token, one in (row or {}).items()} for row in list(found)[1:]]

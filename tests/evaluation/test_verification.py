@@ -54,3 +54,22 @@ def test_verify(tiny_model, tiny_text, tmp_path, monkeypatch, capsys, shift, sta
 def test_verify_refuses_other_models(tiny_model, capsys):
     assert main(["verify", str(tiny_model())]) == 2
     assert "has no quantization_config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dies", ["LLM", "generate"])
+def test_verify_when_vllm_fails(quantized, monkeypatch, capsys, dies):
+    class Dead(Exception):
+        """Not of the kinds that a command says in a sentence by itself."""
+
+    class Engine:
+        def __init__(self, *args, **kwargs):
+            if dies == "LLM":
+                raise Dead("EngineCore encountered\nan issue")
+
+        def generate(self, *args, **kwargs):
+            raise Dead("EngineCore encountered\nan issue")
+
+    monkeypatch.setattr("vllm.LLM", Engine)
+    assert main(["verify", str(quantized())]) == 2
+    said = f"quip-vllm verify: vLLM cannot run {quantized()} (EngineCore encountered an issue): its lines above say why"
+    assert said in capsys.readouterr().err
