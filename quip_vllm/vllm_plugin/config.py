@@ -3,12 +3,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.layers import layer_specs
+from quip_vllm.checkpoint.store import CheckpointReader
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -58,6 +61,16 @@ class QuipConfig(QuantizationConfig):
             ValueError: something in it is unknown, ill-typed or out of range.
         """
         return cls(CheckpointConfig.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Checks the headers of a folder's files before vLLM reads them. Without weights (a dummy load) there are none.
+
+        Raises:
+            ValueError: a file is truncated or damaged, or its tensors are not those that config.json describes.
+        """
+        folder = Path(model_name)
+        if any(folder.glob("*.safetensors")):
+            layer_specs(CheckpointReader(folder), self.checkpoint)
 
     def described(self) -> dict[str, Any]:
         """What config.json says of the formats, names as in Hugging Face's model."""

@@ -2,15 +2,18 @@
 """Which layers are ours, with how many bits, under vLLM's names."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
 from served_layers import quant_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.vllm_plugin.config import QuipConfig
 from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
 
@@ -89,3 +92,44 @@ def test_config_travels_to_the_engine_process():
     copy = pickle.loads(pickle.dumps(config))
     assert type(copy) is type(config) and copy.checkpoint == config.checkpoint
     assert copy.packed_modules_mapping == config.packed_modules_mapping
+
+
+def bits_3(folder):
+    config = read_json(folder / "config.json")
+    config["quantization_config"]["bits"] = 3
+    write_json(folder / "config.json", config)
+
+
+def overwrite(change):
+    """A change of the bytes of the one shard."""
+
+    def changed(folder):
+        shard = folder / "model.safetensors"
+        shard.write_bytes(change(shard.read_bytes()))
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (overwrite(lambda whole: whole[:-100]), "{folder}/model.safetensors cannot be read .*truncated or damaged; "),
+        (overwrite(lambda whole: whole[:3]), "{folder}/model.safetensors cannot be read "),
+        (overwrite(lambda whole: whole[:8] + b"\xff" * 9 + whole[17:]), "{folder}/model.safetensors cannot be read "),
+        (bits_3, "down_proj, said to be e8p at 3 bits, has tensors .*: the files are damaged"),
+    ],
+)
+def test_damaged_files_are_refused_while_vllm_is_configured(quantized, tmp_path, change, sentence):
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized(), folder)
+    change(folder)
+    with pytest.raises(ValueError, match=sentence.format(folder=folder)):
+        EngineArgs(model=str(folder)).create_engine_config()
+
+
+def test_whole_files_and_none_at_all_are_accepted(quantized, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized(), folder)
+    EngineArgs(model=str(folder)).create_engine_config()
+    (folder / "model.safetensors").unlink()
+    EngineArgs(model=str(folder), load_format="dummy").create_engine_config()
