@@ -4,6 +4,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*
 SIDE_FILES += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 """What travels with the weights: tokenizer, templates and notices."""
 FETCHED = ["*.safetensors", *SIDE_FILES]
+HUB_TIMEOUT_S = 10
+logger = logging.getLogger(__name__)
 SECOND_COPIES = ["*consolidated*.safetensors"]
 """All weights of some models once more, under other names, which nobody here reads."""
 
@@ -27,36 +30,53 @@ SECOND_COPIES = ["*consolidated*.safetensors"]
 def local_folder(model: str, code: bool = False) -> Path:
     """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
 
+    Where the hub is out of reach, the snapshot in its cache is taken with a warning.
+
     Args:
         model: folder or hub name.
         code: whether Python code is fetched as well.
 
     Raises:
-        ValueError: neither exists, or the folder holds no model.
+        ValueError: neither exists, or the hub does not give the model.
     """
-    folder = Path(model) if Path(model).is_dir() else _fetched(model, code)
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(f"{folder} is a LoRA adapter: merge it into its base model, and give the folder of that")
-        raise ValueError(f"{folder} has no config.json: give a folder with config.json and *.safetensors")
-    return folder
-
-
-def _fetched(model: str, code: bool) -> Path:
-    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ValueError(
             f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    away = ""
     try:
-        patterns = [*FETCHED, *(["*.py"] if code else [])]
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=SECOND_COPIES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)  # one try, where a download tries for half a minute
+    except (HFValidationError, RepositoryNotFoundError):
         raise ValueError(
-            f"model {model} is no folder, and the hub does not give it ({error}): check the name"
+            f"model {model} is neither a folder nor a model of the hub that you may read: check the name, or log in "
+            "with `hf auth login`"
         ) from None
+    except Exception as error:  # of requests, httpx or httpx2: that depends on the version of huggingface_hub
+        away = _first_line(error)
+    patterns = [*FETCHED, *(["*.py"] if code else [])]
+    try:
+        found = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=bool(away)))
+    except GatedRepoError:
+        raise ValueError(
+            f"model {model} is gated: accept its terms on the hub, log in with `hf auth login`, and try again"
+        ) from None
+    except OSError as error:
+        why = f"the hub is out of reach ({away}) and its cache holds no copy" if away else _first_line(error)
+        raise ValueError(f"model {model} cannot be fetched: {why}; give a folder, or try again later") from None
+    if away:
+        logger.warning("the hub is out of reach (%s): %s is read from its cache, %s", away, model, found)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return f"{(str(error).splitlines() or [''])[0].strip() or type(error).__name__:.200}"
 
 
 class CheckpointReader:

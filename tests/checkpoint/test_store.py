@@ -4,6 +4,7 @@
 import fnmatch
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,36 +89,105 @@ def test_read_json_refuses(tmp_path, content, message):
         read_json(file)
 
 
-def test_local_folder(tmp_path, monkeypatch):
+def test_local_folder(tmp_path):
     (tmp_path / "config.json").touch()
     assert store.local_folder(str(tmp_path)) == tmp_path
     (tmp_path / "file").touch()
     for name in (str(tmp_path / "file"), str(tmp_path / "gone"), "./gone", "gone"):
         with pytest.raises(ValueError, match="is not a folder: give a folder with config.json"):
             store.local_folder(name)
+    with pytest.raises(ValueError, match="no body/model is neither a folder nor a model of the hub .*: check the name"):
+        store.local_folder("no body/model")
+
+
+def answer(kind):
+    """An error of the hub's library, made from an answer of the hub with a body of many lines."""
+    import huggingface_hub.errors as errors
+
+    response = SimpleNamespace(headers={}, request=None)
+    return getattr(errors, kind)("Said first.\n\nSaid last.", response=response)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub(info, files): what asking for a model's name, and for its files, raises; files None: it is there."""
+    asked = []
+
+    def hub(info=None, files=None):
+        def raising(error):
+            if error is not None:
+                raise error
+            return str(tmp_path)
+
+        def snapshot_download(name, **options):
+            asked.append(options)
+            return raising(files)
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name, timeout: raising(info))
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        return asked
+
+    return hub
+
+
+def out_of_reach():
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return {
+        "info": RuntimeError("[Errno -2] Name or service not known"),
+        "files": LocalEntryNotFoundError("Many\nlines"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("failures", "sentence"),
+    [
+        (
+            lambda: {"info": answer("RepositoryNotFoundError")},
+            "is neither a folder nor a model of the hub that you may",
+        ),
+        (
+            lambda: {"files": answer("GatedRepoError")},
+            "is gated: accept its terms on the hub, log in with `hf auth login`",
+        ),
+        (lambda: {"files": answer("HfHubHTTPError")}, "cannot be fetched: Said first.; give a folder, or try again"),
+        (lambda: {"files": OSError(28, "No space")}, r"cannot be fetched: \[Errno 28\] No space; give a folder"),
+        (
+            out_of_reach,
+            r"the hub is out of reach \(\[Errno -2\] Name or service not known\) and its cache holds no copy;",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give(hub, failures, sentence):
+    hub(**failures())
+    with pytest.raises(ValueError, match=f"^model someone/model .*{sentence}") as caught:
+        store.local_folder("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_offline_the_cache_is_read_and_that_is_said(hub, tmp_path, caplog):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    asked = hub(info=OfflineModeIsEnabled("offline mode is enabled"))
+    assert store.local_folder("someone/model") == tmp_path
+    assert asked[0]["local_files_only"] is True
+    assert "offline mode is enabled): someone/model is read from its cache" in caplog.text
+
+
+def test_a_name_that_is_nowhere_is_refused_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"model nobody/nothing-of-this-name is no folder, and the hub does not give"):
+    with pytest.raises(ValueError, match="nobody/nothing-of-this-name cannot be fetched: the hub is out of reach"):
         store.local_folder("nobody/nothing-of-this-name")
 
 
-def test_the_hub_gives_no_pickles_and_no_second_copy(monkeypatch, tmp_path):
-    asked = {}
-    (tmp_path / "config.json").touch()
-
-    def snapshot_download(name, allow_patterns, ignore_patterns):
-        asked[name] = allow_patterns
-        for second in ("consolidated.safetensors", "original/consolidated.00.safetensors"):
-            assert any(fnmatch.fnmatch(second, p) for p in ignore_patterns)
-        assert not any(fnmatch.fnmatch("model-00001-of-00002.safetensors", p) for p in ignore_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+def test_the_hub_gives_no_pickles(hub, tmp_path):
+    asked = hub()
     assert store.local_folder("someone/model") == tmp_path
-    assert {"*.safetensors", "*.json", "*.tiktoken"} <= set(asked["someone/model"])
+    patterns = asked[0]["allow_patterns"]
+    assert asked[0]["local_files_only"] is False
+    assert {"*.safetensors", "*.json", "*.tiktoken"} <= set(patterns)
     assert not any(
-        fnmatch.fnmatch(f"model.{kind}", p)
-        for kind in ("bin", "pt", "pth", "ckpt", "pkl")
-        for p in asked["someone/model"]
+        fnmatch.fnmatch(f"model.{kind}", p) for kind in ("bin", "pt", "pth", "ckpt", "pkl") for p in patterns
     )
     store.local_folder("someone/model", code=True)
-    assert asked["someone/model"][-1] == "*.py"
+    assert asked[1]["allow_patterns"][-1] == "*.py"
