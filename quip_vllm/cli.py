@@ -12,14 +12,7 @@ from pathlib import Path
 
 from quip_vllm import __version__
 from quip_vllm.formats.spec import FORMATS, methods
-from quip_vllm.quantizer.settings import (
-    SELF_SEQUENCE_LENGTH,
-    SELF_SEQUENCES,
-    TEXT_SEQUENCE_LENGTH,
-    TEXT_SEQUENCES,
-    Settings,
-    default_code,
-)
+from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, Settings, default_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,17 +83,16 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         default=Settings.calibration,
-        metavar="FILE|hub:DATASET[:SPLIT[:COLUMN]]|self",
-        help="calibration text; self (default): text that the model itself writes",
+        metavar="SOURCE[,SOURCE...]",
+        help="calibration text: bundle (default), a text of many kinds that the package carries; a file; "
+        "hub:DATASET[:SPLIT[:COLUMN]]; self, text that the model itself writes; or several, with equal shares",
     )
-    parser.add_argument(
-        "--sequences", type=int, help=f"calibration sequences (default {TEXT_SEQUENCES}; self: {SELF_SEQUENCES})"
+    counts, lengths = (
+        f"default {bundle}; self: {own}; others: {text}"
+        for bundle, own, text in zip(AMOUNTS[BUNDLE], AMOUNTS[SELF], TEXT_AMOUNT, strict=True)
     )
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        help=f"tokens in each (default {TEXT_SEQUENCE_LENGTH}; self: {SELF_SEQUENCE_LENGTH})",
-    )
+    parser.add_argument("--sequences", type=int, help=f"calibration sequences ({counts})")
+    parser.add_argument("--sequence-length", type=int, help=f"tokens in each ({lengths})")
     parser.add_argument(
         "--seed",
         type=int,

@@ -60,14 +60,14 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
     wanted = tokens * (8 + width * itemsize * (2 if settings.drift_correction else 1))
-    if settings.calibration == SELF:
+    if SELF in settings.sources:
         weights = sum(tensor.numel() for tensor in source.model.parameters()) * itemsize
         wanted = max(wanted, weights + count * vocabulary * 8)
     free = psutil.virtual_memory().available
     if wanted > free:
         raise ValueError(
             f"{count} sequences of {settings.sequence_length} tokens need about {wanted / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are free: {'give a text (--calibration), ' if settings.calibration == SELF else ''}"
+            f"{free / 1e9:.1f} GB are free: {'give a text (--calibration), ' if SELF in settings.sources else ''}"
             "fewer --sequences or a smaller --sequence-length"
         )
 

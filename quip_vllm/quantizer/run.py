@@ -246,7 +246,7 @@ class Run:
     def _make_tokens(self) -> Tensor:
         """The calibration tokens, read or written."""
         count = self.settings.sequences
-        if self.settings.calibration == SELF:  # else the text may have fewer
+        if SELF in self.settings.sources:  # else the text may have fewer
             checks.check_memory(self.settings, self.source, count)
         vocabulary = self.source.model.get_input_embeddings().weight.shape[0]
         return calibration_tokens(self.settings, self.source.folder, vocabulary)

@@ -8,10 +8,12 @@ from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
 
-SELF = "self"
-"""As `calibration`: the model writes its own text."""
-SELF_SEQUENCES, SELF_SEQUENCE_LENGTH = 64, 256
-TEXT_SEQUENCES, TEXT_SEQUENCE_LENGTH = 256, 2048
+BUNDLE, SELF = "bundle", "self"
+"""As `calibration`: the text that the package carries; the text that the model itself writes."""
+AMOUNTS = {BUNDLE: (64, 256), SELF: (64, 256)}
+"""Sequences, and tokens in each, unless the user says otherwise."""
+TEXT_AMOUNT = (256, 2048)
+"""The same for all other sources."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class Settings:
         model: folder or hub name.
         code: name of the code of every quantized layer.
         bits: code bits per weight, where `overrides` says nothing else.
-        calibration: SELF, a text file, or ``hub:DATASET[:SPLIT[:COLUMN]]``.
-        sequences: number of calibration sequences. None takes SELF_SEQUENCES or TEXT_SEQUENCES.
-        sequence_length: tokens per sequence. None takes SELF_SEQUENCE_LENGTH or TEXT_SEQUENCE_LENGTH.
+        calibration: BUNDLE, SELF, a text file or ``hub:DATASET[:SPLIT[:COLUMN]]``, or several of them with commas
+            between them, which have equal shares of the sequences.
+        sequences: number of calibration sequences. None takes that of `calibration`'s first source.
+        sequence_length: tokens per sequence. None takes that of `calibration`'s first source.
         seed: of the signs, the choice of sequences and the self-written text.
         hadamard_block: None for full-width rotations, else their largest block.
         ignore: regular expressions, searched in module names; a layer that one matches keeps its weight.
@@ -42,7 +45,7 @@ class Settings:
     model: str
     code: str
     bits: int
-    calibration: str = SELF
+    calibration: str = BUNDLE
     sequences: int = None  # type: ignore[assignment]  # __post_init__ replaces None
     sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0
@@ -55,9 +58,9 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        own = self.calibration == SELF
-        self._default("sequences", SELF_SEQUENCES if own else TEXT_SEQUENCES)
-        self._default("sequence_length", SELF_SEQUENCE_LENGTH if own else TEXT_SEQUENCE_LENGTH)
+        sequences, sequence_length = AMOUNTS.get(self.sources[0], TEXT_AMOUNT)
+        self._default("sequences", sequences)
+        self._default("sequence_length", sequence_length)
         head = [] if self.lm_head is None else [self.lm_head]
         for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
             LayerFormat(self.code, bits).check()
@@ -71,6 +74,13 @@ class Settings:
         for name in ("sequences", "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not all(self.sources):
+            raise ValueError(f"calibration is {self.calibration!r}: give sources with one comma between two")
+        if self.sequences < len(self.sources):
+            raise ValueError(
+                f"sequences is {self.sequences}: give at least one for each of the {len(self.sources)} sources of "
+                f"calibration {self.calibration}"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
         if not 0 <= self.drift_correction <= 1:
@@ -79,6 +89,11 @@ class Settings:
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources that `calibration` names."""
+        return self.calibration.split(",")
 
     def layer_format(self, name: str) -> LayerFormat | None:
         """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""

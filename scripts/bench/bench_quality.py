@@ -25,7 +25,7 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import read_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.windows import score, windows_of
-from quip_vllm.quantizer.settings import SELF_SEQUENCE_LENGTH, SELF_SEQUENCES
+from quip_vllm.quantizer.settings import AMOUNTS
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
@@ -39,8 +39,9 @@ CONFIGURATIONS |= {
     for short, block in ROTATIONS.items()
 }
 CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in CONFIGURATIONS.items()}
-SELF = ["--calibration", "self", "--sequences", str(SELF_SEQUENCES), "--sequence-length", str(SELF_SEQUENCE_LENGTH)]
-CONFIGURATIONS |= {f"{name}2self": [*CONFIGURATIONS[f"{name}2"], *SELF] for name in METHODS}
+for source, (count, length) in AMOUNTS.items():
+    amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
+    CONFIGURATIONS |= {f"{name}2{source}": [*CONFIGURATIONS[f"{name}2"], *amount] for name in METHODS}
 SEQUENCES, LENGTH = 64, 1024
 """Calibration, unless the row says otherwise."""
 COLUMNS = ["name", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "bits_per_weight", "bytes"]

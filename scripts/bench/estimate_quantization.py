@@ -35,7 +35,7 @@ SEQUENCE = 512
 FEW, MORE = SEQUENCE, 9 * SEQUENCE
 """Calibration tokens of the measured runs."""
 TOKENS = (16384, 65536, 524288)
-"""Calibration tokens of the computed runs: self-written text's default, quality.md's, and a file's default."""
+"""Calibration tokens of the computed runs: the bundled text's default, quality.md's, and a file's default."""
 VOCABULARY = 256
 NAMES = ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-4"]
 COLUMNS = [

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens from each source, the same for the same seed."""
 
+import hashlib
 import json
+import re
+import shutil
 import sys
+import unicodedata
+from importlib import resources
 
 import pytest
 import torch
 from numerics import FLOAT32_LAYERS
 
-from quip_vllm.quantizer.source.calibration import calibration_tokens
+from quip_vllm.quantizer.source.calibration import bundled_documents, calibration_tokens
 from quip_vllm.quantizer.source.self_text import prepack, reserve
 
 
@@ -57,8 +62,94 @@ def test_tokens_of_another_model(make_settings, tiny_model, changes, token):
 def test_file_that_cannot_be_read(tokens, tmp_path):
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
     for name in ("latin", "gone"):
-        with pytest.raises(ValueError, match="cannot be read .*: give a UTF-8 text, hub:DATASET or self"):
+        with pytest.raises(ValueError, match="cannot be read .*: give a UTF-8 text, hub:DATASET, bundle or self"):
             tokens(calibration=str(tmp_path / name))
+
+
+def test_the_bundle_is_the_one_that_was_measured():
+    packed = resources.files("quip_vllm.quantizer.source").joinpath("bundle", "calibration.jsonl.xz").read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == "339e4a7464613e8bf2b0150d4c3503906873308f677448614084407cd7ea9410"
+
+
+def test_the_bundle_has_text_of_many_kinds():
+    documents = bundled_documents()
+    texts = [document for document in documents if isinstance(document, str)]
+    dialogues = [document for document in documents if not isinstance(document, str)]
+    size = sum(len(text.encode()) for text in texts)
+    size += sum(len(message["content"].encode()) for dialogue in dialogues for message in dialogue)
+    assert 1_150_000 < size < 1_350_000
+    assert len(set(texts)) == len(texts) and min(map(len, texts)) >= 300
+    assert len(dialogues) >= 60
+    for dialogue in dialogues:
+        assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
+    letters = [c for text in texts for c in set(text) if c.isalpha()]
+    scripts = {unicodedata.name(c, "?").split()[0] for c in letters if letters.count(c) >= 2 or ord(c) > 0x370}
+    expected = "LATIN CYRILLIC GREEK ARABIC HEBREW DEVANAGARI BENGALI TAMIL THAI HANGUL HIRAGANA KATAKANA CJK GEORGIAN"
+    assert set(expected.split()) <= scripts
+    # A word of each of twelve languages in the Latin script.
+    words = "the Menschen tutti persona ihmis olan człowiek inimes derechos direitos menneske oameni"
+    assert all(any(re.search(rf"\b{word}", text) for text in texts) for word in words.split())
+    for code in ("def ", "#include|sqlite3_", "func ", "fn ", "function "):
+        assert sum(bool(re.search(code, text)) for text in texts) >= 5
+
+
+def test_sequences_of_the_bundle_begin_with_a_document(tokens, tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    found = tokens(calibration="bundle", sequences=40, sequence_length=100)
+    assert found.shape == (40, 100) and found.dtype == torch.int64
+    assert (found[:, 0] == tokenizer.bos_token_id).all() and (found[:, 1:] != tokenizer.bos_token_id).all()
+    heads = [tokenizer.decode(row[1:]) for row in found]
+    starts = tuple(x if isinstance(x, str) else f"User: {x[0]['content']}\n\nAssistant: " for x in bundled_documents())
+    for head in heads:
+        whole = head.rstrip("\ufffd")  # a sequence may end inside a character
+        assert any(start.startswith(whole) or whole.startswith(start) for start in starts)
+    assert len(set(heads)) == 40 and any(head.startswith("User: ") for head in heads)
+    assert torch.equal(found, tokens(calibration="bundle", sequences=40, sequence_length=100))
+    assert not torch.equal(found, tokens(calibration="bundle", sequences=40, sequence_length=100, seed=1))
+
+
+def test_a_long_sequence_of_the_bundle_holds_several_documents(tokens):
+    found = tokens(calibration="bundle", sequences=3, sequence_length=9000)
+    starts = (found == 256).sum(1)
+    assert (found[:, 0] == 256).all() and (starts >= 2).all()
+
+
+def test_dialogues_go_through_the_chat_template(tiny_model, make_settings, tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny_model(), folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+
+    def found(template):
+        file.write_text(json.dumps(config | {"chat_template": template}))
+        settings = make_settings(folder, calibration="bundle", sequences=64, sequence_length=24)
+        rows = calibration_tokens(settings, folder, 272)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return [tokenizer.decode(row) for row in rows]
+
+    from transformers import AutoTokenizer
+
+    start = AutoTokenizer.from_pretrained(folder).bos_token
+    chat = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    heads = [text for text in found(chat) if "<user>" in text]
+    assert len(heads) >= 5 and all(text.startswith(f"{start}<user>") for text in heads)  # one first token, not two
+    assert not any("User: " in text for text in found(chat))
+    with pytest.raises(ValueError, match="chat template cannot be applied .*no dialogues.*: mend it, or give a text"):
+        found("{{ raise_exception('no dialogues') }}")
+
+
+def test_several_sources_have_equal_shares(tokens, tiny_text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 6000)
+    found = tokens(calibration=f"{other},bundle,{tiny_text},self", sequences=10, sequence_length=30)
+    single = [
+        tokens(calibration=str(source), sequences=count, sequence_length=30)
+        for source, count in ((other, 3), ("bundle", 3), (tiny_text, 2), ("self", 2))
+    ]
+    assert torch.equal(found, torch.cat(single))
+    assert len({tuple(row) for row in found[:3].tolist()}) == 1  # nothing but x
 
 
 def test_self_is_deterministic_by_seed(tokens):

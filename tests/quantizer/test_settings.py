@@ -22,9 +22,13 @@ def test_layer_format():
 
 
 def test_defaults():
-    own, text = settings(), settings(calibration="text.txt", sequence_length=7)
-    assert (own.calibration, own.sequences, own.sequence_length) == ("self", 64, 256)
+    usual, own, text = settings(), settings(calibration="self"), settings(calibration="text.txt", sequence_length=7)
+    assert (usual.calibration, usual.sequences, usual.sequence_length) == ("bundle", 64, 256)
+    assert (own.sequences, own.sequence_length) == (64, 256)
     assert (text.sequences, text.sequence_length) == (256, 7)
+    mixed = [settings(calibration=named) for named in ("bundle,text.txt", "text.txt,self")]
+    assert [one.sequences for one in mixed] == [64, 256]  # those of the source named first
+    assert [one.sequence_length for one in mixed] == [256, 2048]
     assert [default_code("qtip", bits) for bits in (1, 2, 3)] == ["hyb", "hyb", "1mad"]
     assert default_code("quip_sharp", 4) == "e8p"
 
@@ -45,6 +49,9 @@ def test_to_dict_is_json():
         ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),
         ({"sequences": 0}, "sequences is 0: it must be at least 1"),
+        ({"calibration": "bundle,,self"}, "calibration is 'bundle,,self': give sources with one comma between two"),
+        ({"calibration": ""}, "calibration is '': give sources"),
+        ({"calibration": "self,a,b", "sequences": 2}, "sequences is 2: give at least one for each of the 3 sources"),
         ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
         ({"seed": -3}, "seed is -3: give a number from 0 to 9223372036854775807"),
         ({"seed": 10**23}, "seed is 100000000000000000000000: give a number from 0 to 9223372036854775807"),

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens: from a text file, from a data set, or written by the model itself."""
+"""Calibration tokens: from the bundled text, from a text file, from a data set, or written by the model itself."""
 
+import json
 import logging
+import lzma
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quip_vllm.quantizer.settings import SELF, Settings
+from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
 from quip_vllm.quantizer.source.architecture import brief, check_token, load_tokenizer
 from quip_vllm.quantizer.source.self_text import self_written
 
@@ -18,38 +23,97 @@ _LOG = logging.getLogger(__name__)
 
 
 def calibration_tokens(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
-    """int64 [sequences, sequence_length]; fewer sequences, which a warning says, where the text has no more.
+    """int64 [sequences, sequence_length]; fewer sequences, which a warning says, where a text has no more.
+
+    Each of several sources has an equal share of the sequences, the first ones one more where they do not divide.
 
     Args:
-        settings: source, sequences, sequence_length and seed.
+        settings: sources, sequences, sequence_length and seed.
         folder: the model's.
         vocabulary: the model knows the tokens below it.
 
     Raises:
-        ValueError: the text is too short, its source cannot be read, or its tokens are not the model's.
+        ValueError: a text is too short, its source cannot be read, or its tokens are not the model's.
     """
-    if settings.calibration == SELF:
-        return self_written(settings, folder, vocabulary)
+    count, more = divmod(settings.sequences, len(settings.sources))
+    parts = []
+    for index, source in enumerate(settings.sources):
+        own = replace(settings, calibration=source, sequences=count + (index < more))
+        parts.append((self_written if source == SELF else _read)(own, folder, vocabulary))
+    return torch.cat(parts)
+
+
+def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
+    """The sequences of one source that is a text."""
     tokenizer = load_tokenizer(folder, settings.trust_remote_code)
-    text = (
-        _hub_text(settings.calibration) if settings.calibration.startswith("hub:") else _file_text(settings.calibration)
-    )
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    length, wanted = settings.sequence_length, settings.sequences
-    available = len(ids) // length
-    if available < wanted:
-        if available * length < MINIMUM_TOKENS:
+    source, length, wanted = settings.calibration, settings.sequence_length, settings.sequences
+    generator = torch.Generator().manual_seed(settings.seed)
+    if source == BUNDLE:
+        rows, total = _bundle_rows(tokenizer, length, wanted, generator)
+    else:
+        text = _hub_text(source) if source.startswith("hub:") else _file_text(source)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        rows, total = ids[: len(ids) // length * length].view(-1, length), len(ids)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+    if len(rows) < wanted:
+        if rows.numel() < MINIMUM_TOKENS:
             raise ValueError(
-                f"{settings.calibration} has {len(ids)} tokens, hence {available} sequences of {length}: give a text "
+                f"{source} has {total} tokens, hence {len(rows)} sequences of {length}: give a text "
                 f"that makes at least {MINIMUM_TOKENS} tokens of them, or smaller --sequences or --sequence-length"
             )
-        _LOG.warning(
-            "%s has %d sequences of %d tokens, not %d: all are used", settings.calibration, available, length, wanted
-        )
-    check_token(folder, int(ids.max()), vocabulary)
-    windows = ids[: available * length].view(available, length)
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(settings.seed))
-    return windows[order[:wanted]].clone()
+        _LOG.warning("%s has %d sequences of %d tokens, not %d: all are used", source, len(rows), length, wanted)
+    check_token(folder, int(rows.max()), vocabulary)
+    return rows[:wanted].clone()
+
+
+def bundled_documents() -> list[Any]:
+    """The documents of the bundled text: strings, and dialogues as lists of {"role": ..., "content": ...}."""
+    packed = resources.files("quip_vllm.quantizer.source").joinpath("bundle", "calibration.jsonl.xz").read_bytes()
+    return [json.loads(line) for line in lzma.decompress(packed).decode().splitlines()]
+
+
+def _bundle_rows(tokenizer: Any, length: int, wanted: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """At most `wanted` sequences, int64 [sequences, length], and the tokens of all documents that were read for them.
+
+    Each sequence begins with a document, and takes more of them until it is full; the last one's rest is left out.
+    """
+    documents = bundled_documents()
+    rows: list[list[int]] = []
+    row: list[int] = []
+    total = 0
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        if len(rows) == wanted:
+            break
+        ids = _document_ids(tokenizer, documents[index])
+        total += len(ids)
+        row += ids
+        if len(row) >= length:
+            rows.append(row[:length])
+            row = []
+    return torch.tensor(rows, dtype=torch.int64).view(-1, length), total
+
+
+def _document_ids(tokenizer: Any, document: Any) -> list[int]:
+    """A bundled document's tokens, behind the tokenizer's first token if it has one.
+
+    A dialogue goes through the chat template where there is one, and is written as "User: ..." otherwise.
+    """
+    if isinstance(document, str):
+        text = document
+    elif tokenizer.chat_template:
+        from jinja2 import TemplateError
+
+        try:
+            text = tokenizer.apply_chat_template(document, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the model's chat template cannot be applied ({brief(error)}): mend it, or give a text (--calibration)"
+            ) from None
+    else:
+        text = "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in document)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return ids if ids[:1] == first else first + ids
 
 
 def _file_text(path: str) -> str:
@@ -57,7 +121,7 @@ def _file_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"calibration file {path} cannot be read ({brief(error)}): give a UTF-8 text, hub:DATASET or self"
+            f"calibration file {path} cannot be read ({brief(error)}): give a UTF-8 text, hub:DATASET, bundle or self"
         ) from None
 
 
