@@ -37,12 +37,18 @@ def local_folder(model: str, code: bool = False) -> Path:
         code: whether Python code is fetched as well.
 
     Raises:
-        ValueError: neither exists, or the hub does not give the model.
+        ValueError: neither exists, the hub does not give the model, or the folder holds none.
     """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/")):
+    folder = Path(model) if Path(model).is_dir() else _fetched(model, code)
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} is a LoRA adapter: merge it into its base model, and give the folder of that")
+        raise ValueError(f"{folder} has no config.json: give a folder with config.json and *.safetensors")
+    return folder
+
+
+def _fetched(model: str, code: bool) -> Path:
+    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ValueError(
             f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
         )
@@ -61,7 +67,11 @@ def local_folder(model: str, code: bool = False) -> Path:
         away = _first_line(error)
     patterns = [*FETCHED, *(["*.py"] if code else [])]
     try:
-        found = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=bool(away)))
+        found = Path(
+            snapshot_download(
+                model, allow_patterns=patterns, ignore_patterns=SECOND_COPIES, local_files_only=bool(away)
+            )
+        )
     except GatedRepoError:
         raise ValueError(
             f"model {model} is gated: accept its terms on the hub, log in with `hf auth login`, and try again"

@@ -112,6 +112,7 @@ def answer(kind):
 def hub(monkeypatch, tmp_path):
     """hub(info, files): what asking for a model's name, and for its files, raises; files None: it is there."""
     asked = []
+    (tmp_path / "config.json").touch()
 
     def hub(info=None, files=None):
         def raising(error):
@@ -180,11 +181,14 @@ def test_a_name_that_is_nowhere_is_refused_without_a_network(monkeypatch):
         store.local_folder("nobody/nothing-of-this-name")
 
 
-def test_the_hub_gives_no_pickles(hub, tmp_path):
+def test_the_hub_gives_no_pickles_and_no_second_copy(hub, tmp_path):
     asked = hub()
     assert store.local_folder("someone/model") == tmp_path
-    patterns = asked[0]["allow_patterns"]
+    patterns, ignored = asked[0]["allow_patterns"], asked[0]["ignore_patterns"]
     assert asked[0]["local_files_only"] is False
+    for second in ("consolidated.safetensors", "original/consolidated.00.safetensors"):
+        assert any(fnmatch.fnmatch(second, p) for p in ignored)
+    assert not any(fnmatch.fnmatch("model-00001-of-00002.safetensors", p) for p in ignored)
     assert {"*.safetensors", "*.json", "*.tiktoken"} <= set(patterns)
     assert not any(
         fnmatch.fnmatch(f"model.{kind}", p) for kind in ("bin", "pt", "pth", "ckpt", "pkl") for p in patterns
