@@ -61,8 +61,12 @@ SMALL = {
     "encoder_layers": 2,
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 192,
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 272,
+    "hidden_size_per_layer_input": 32,
+    "laurel_rank": 16,
 }
-"""Set where an architecture's config has the key."""
+"""Set where an architecture's config, or one inside it, has the key."""
 OWN = {
     "falcon": {
         "num_kv_heads": 2,
@@ -75,6 +79,8 @@ OWN = {
     "gpt2": {"n_inner": 512},
     "mpt": {"no_bias": True},
     "phi": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "mixtral": {"sliding_window": None},
 }
 """What an architecture needs besides."""
@@ -84,11 +90,23 @@ def small_config(model_type):
     """The config of a tiny model."""
     from transformers import AutoConfig
 
-    default = AutoConfig.for_model(model_type)
+    return AutoConfig.for_model(model_type, **small_values(AutoConfig.for_model(model_type)) | OWN.get(model_type, {}))
+
+
+def small_values(default):
+    """Those of SMALL that a config has, and the same for the configs inside it."""
     computed = {key for key in SMALL if isinstance(getattr(type(default), key, None), property)}
-    keys = {key: value for key, value in SMALL.items() if hasattr(default, key) and key not in computed}
-    keys |= OWN.get(model_type, {})
-    return AutoConfig.for_model(model_type, **keys)
+    keys = {key: value for key, value in SMALL.items() if has(default, key) and key not in computed}
+    parts = {name: getattr(default, name, None) for name in getattr(default, "sub_configs", {})}
+    return keys | {name: small_values(part) for name, part in parts.items() if part is not None}
+
+
+def has(config, key):
+    """Whether a config has a key that is the same for all layers."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # it differs by layer
+        return False
 
 
 def save(folder, model_type):
