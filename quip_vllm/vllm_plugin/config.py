@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MIN_CAPABILITY = 80
 """Compute capability of the oldest GPU the kernels support (Ampere)."""
+
+LATENT = "kv_b_proj"
+"""The layer from whose weight vLLM computes the matrices of multi-head latent attention."""
 
 
 class QuipConfig(QuantizationConfig):
@@ -99,7 +103,8 @@ class QuipConfig(QuantizationConfig):
             head otherwise keep their ordinary weight.
 
         Raises:
-            ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts.
+            ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts, or vLLM does
+                not multiply with it as with a linear layer.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -128,11 +133,16 @@ class QuipConfig(QuantizationConfig):
                 f"{prefix} fuses {', '.join(names)}, but modules_to_not_convert names only {skipped}: quantize all of "
                 "them or none"
             )
+        config = get_current_vllm_config_or_none()
+        if prefix.rpartition(".")[2] == LATENT and config is not None and config.model_config.use_mla:
+            raise ValueError(
+                f"{prefix} is quantized, but vLLM's latent attention (MLA) multiplies by its dense weight: requantize "
+                f"with --ignore {LATENT}"
+            )
         return QuipLinearMethod(self.checkpoint, prefix, names, quantized)
 
     def _carry_tensors(self) -> None:
         """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`."""
-        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.model_loader.utils import get_model_cls
 
         from quip_vllm.vllm_plugin.arrival import carry_tensors

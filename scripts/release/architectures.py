@@ -12,10 +12,12 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
@@ -79,8 +81,8 @@ OWN = {
     "gpt2": {"n_inner": 512},
     "mpt": {"no_bias": True},
     "phi": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
-    "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
+    "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
     "mixtral": {"sliding_window": None},
 }
 """What an architecture needs besides."""
@@ -171,8 +173,10 @@ def compared(folder):
 
 
 def words(error):
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:300]
+    """An error in one line of whole words, without what pydantic puts around it."""
+    said = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
+    said = re.sub(r"^ValidationError: .*? Value error, ", "", said).split(" [type=")[0]
+    return said if len(said) <= 300 else said[:300].rpartition(" ")[0] + " ..."
 
 
 def model_types():
@@ -248,11 +252,14 @@ def machine():
 
 def write_table(record, file):
     """docs/architectures.md from the record."""
-    rows = sorted(read(record), key=lambda one: one["architecture"])
-    counts = {
-        status: sum(one["status"] == status for one in rows) for status in dict.fromkeys(r["status"] for r in rows)
-    }
-    untried = len(model_types()) - len(rows)
+    found, known, all_types = {one["model_type"]: one for one in read(record)}, in_vllm(), model_types()
+    nothing = {kind: {"status": "not run yet" if name in known else "not in vLLM"} for kind, name in all_types.items()}
+    rows = [
+        {"model_type": kind, "architecture": all_types[kind], **nothing[kind], **found.get(kind, {})}
+        for kind in nothing
+    ]
+    rows.sort(key=lambda one: (one["architecture"], one["model_type"]))
+    counts = Counter(one["status"] for one in rows)
     lines = [
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# Architectures",
@@ -268,11 +275,15 @@ def write_table(record, file):
         "* *not in vLLM*: vLLM has no code for it. *no tiny model*, *no reference*: transformers could not make",
         "  one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
+        "Mixtures of experts, state-space models and others with convolutions are refused, and the sentence names the",
+        "first tensor that is none of a linear layer.",
+        "",
         f"Machine: {machine()}.",
         "",
-        "Results: "
+        f"transformers knows {len(rows)} causal architectures, and vLLM {len(rows) - counts['not in vLLM']} of them; "
+        f"{len(rows) - counts['not in vLLM'] - counts['not run yet']} were run. Results: "
         + ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        + f"; {untried} not run yet.",
+        + ".",
         "",
         "| architecture | model type | result |",
         "|---|---|---|",

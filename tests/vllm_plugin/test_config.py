@@ -3,6 +3,7 @@
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from quip_vllm.checkpoint.store import read_json, write_json
+from quip_vllm.vllm_plugin import config as config_module
 from quip_vllm.vllm_plugin.config import QuipConfig
 from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
 
@@ -133,3 +135,18 @@ def test_whole_files_and_none_at_all_are_accepted(quantized, tmp_path):
     EngineArgs(model=str(folder)).create_engine_config()
     (folder / "model.safetensors").unlink()
     EngineArgs(model=str(folder), load_format="dummy").create_engine_config()
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_the_projection_of_latent_attention_is_refused_where_vllm_needs_its_weight(monkeypatch, latent):
+    engine = SimpleNamespace(model_config=SimpleNamespace(use_mla=latent))
+    made = quant_config()
+    made._carries = True  # there is no model class
+    monkeypatch.setattr(config_module, "get_current_vllm_config_or_none", lambda: engine)
+    layer = blank(ReplicatedLinear)
+    if latent:
+        with pytest.raises(ValueError, match=r"attn\.kv_b_proj is quantized.*--ignore kv_b_proj"):
+            made.get_quant_method(layer, "attn.kv_b_proj")
+    else:
+        assert isinstance(made.get_quant_method(layer, "attn.kv_b_proj"), QuipLinearMethod)
+    assert isinstance(made.get_quant_method(layer, "attn.q_b_proj"), QuipLinearMethod)
