@@ -75,6 +75,8 @@ class Arrival(Parameter):
         share: what this rank holds of the layer.
         arrived: part -> the layers on disk that its rows came from. Replaced and never changed in place: vLLM keeps
             copies of a parameter's attributes from before loading, for reloading.
+        announced: the same before a reload: vLLM 0.30 loads the numbers when the model's code has ended and its layers
+            would be gone.
         weight_loader: what vLLM calls with the numbers.
         output_dim, input_dim: some models rearrange only weights that have them.
     """
@@ -87,6 +89,7 @@ class Arrival(Parameter):
     def __init__(self, share: Share) -> None:
         self.share = share
         self.arrived: dict[int, tuple[DiskLayer, ...]] = {}
+        self.announced = self.arrived
         self.weight_loader = note_arrival
         self.output_dim, self.input_dim = 0, 1
 
@@ -96,7 +99,7 @@ class Arrival(Parameter):
 
 
 def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object = None) -> None:
-    """The ``weight_loader`` of an `Arrival`. vLLM also calls it without effect, on the meta device, before a reload.
+    """The ``weight_loader`` of an `Arrival`. vLLM also calls it on the meta device, before a reload.
 
     Args:
         param: the layer's.
@@ -116,10 +119,11 @@ def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object 
                 "remove one of the two or requantize"
             )
         param.run(i).copy_(piece)
-    if param.is_meta:
-        return
     layers = sorted(_SENT.values(), key=lambda layer: layer.first)
     found = {i: _sources(layers, piece) for i, piece in zip(covered, pieces, strict=True)}
+    if param.is_meta:
+        param.announced = {**param.announced, **found}
+        return
     param.arrived = {**param.arrived, **found}
 
 

@@ -150,9 +150,11 @@ def verify(model_type):
             return {"status": "refused", "why": words(error).replace(str(source), "MODEL")}
         found = compared(out)
         if found["status"] == "different":
-            without = compared(source).get("difference", 0)
-            if without > TOLERANCE:  # the two programs disagree about the model itself
-                found |= {"status": "different without us", "unquantized": without}
+            without = compared(source)
+            if "difference" not in without:
+                found |= {"status": "failed", "why": f"different, and the unquantized model is {without}"}
+            elif without["difference"] > TOLERANCE:  # the two programs disagree about the model itself
+                found |= {"status": "different without us", "unquantized": without["difference"]}
         return found
 
 
