@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
     evaluate.add_argument("--windows", type=int, help="only the first N windows")
     evaluate.add_argument("--json", type=Path, help="write the figures there as well")
+    _add_trust(evaluate)
     evaluate.set_defaults(run=_evaluate)
     inspect = commands.add_parser("inspect", help="every layer of a quantized checkpoint, and its totals")
     inspect.add_argument("checkpoint", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--check", action="store_true", help="only say whether every tensor is there, in one sentence")
+    _add_trust(inspect)
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
         "verify", help="whether vLLM serves what the checkpoint holds: loads it and compares with transformers"
@@ -59,10 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--memory", type=float, default=0.2, help="share of the memory that vLLM may take (default %(default)s)"
     )
+    _add_trust(verify)
     verify.set_defaults(run=_verify)
     doctor = commands.add_parser("doctor", help="what this machine has, and which backend serves which format")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +125,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-head", type=int, metavar="BITS", help="quantize the output head too, and the embedding where it is tied"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
+    _add_trust(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
     parser.set_defaults(run=_quantize)
@@ -172,13 +180,25 @@ def _evaluate(args: argparse.Namespace) -> int:
     from quip_vllm.checkpoint.store import write_json
     from quip_vllm.evaluation.report import evaluate, format_report
 
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise ValueError(f"--json is {args.json}: give a file in a folder that exists")
-    result = evaluate(args.model, args.text, args.reference, args.sequence_length, args.windows)
+    if args.json:
+        _check_writable(args.json)
+    result = evaluate(args.model, args.text, args.reference, args.sequence_length, args.windows, args.trust_remote_code)
     print(format_report(result))
     if args.json:
         write_json(args.json, result)
     return 0
+
+
+def _check_writable(file: Path) -> None:
+    """Raises ValueError where a file cannot be made; leaves nothing."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"--json is {file}: give a file in a folder that exists")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"--json is {file}: nothing can be written there ({error.strerror}); give another file"
+        ) from None
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -188,7 +208,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.check:
         from quip_vllm.evaluation.loading import check_complete
 
-        check_complete(args.checkpoint)
+        check_complete(args.checkpoint, args.trust_remote_code)
         print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
         return 0
     print(json.dumps(result, indent=2) if args.json else format_inspection(result))
@@ -201,8 +221,9 @@ def _verify(args: argparse.Namespace) -> int:
     from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
 
     read_config(args.checkpoint)  # any other model is refused
-    tokens, expected = expected_log_probabilities(args.checkpoint)
-    found = largest_difference(expected, prompt_log_probabilities(args.checkpoint, tokens, args.memory))
+    tokens, expected = expected_log_probabilities(args.checkpoint, args.trust_remote_code)
+    served = prompt_log_probabilities(args.checkpoint, tokens, args.memory, args.trust_remote_code)
+    found = largest_difference(expected, served)
     said = f"log probabilities of {len(tokens)} tokens in vLLM and in transformers differ by up to {found:.2g}"
     if found > TOLERANCE:
         print(

@@ -42,7 +42,7 @@ def refusal(capsys):
         progress = re.compile(r"\d+%\|")
         spoken = [line for line in lines if line.replace("\x1b[A", "").strip() and not progress.search(line)]
         assert len(spoken) == 1, spoken
-        assert re.match(r"quip-vllm (quantize|evaluate|inspect): .", spoken[0])
+        assert re.match(r"quip-vllm (quantize|evaluate|inspect|verify): .", spoken[0])
         return spoken[0].partition(": ")[2]
 
     return refusal
@@ -136,6 +136,49 @@ def test_no_such_model(quantize, refusal, tmp_path, tiny_text):
 def test_json_in_no_folder(refusal, tmp_path):
     flags = ["--text", "unread", "--json", str(tmp_path / "gone" / "figures.json")]
     assert "give a file in a folder that exists" in refusal(main(["evaluate", "unread", *flags]))
+
+
+def test_json_where_nothing_can_be_written(refusal, tmp_path, monkeypatch):
+    def read_only(dir):
+        assert dir == tmp_path
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    file = tmp_path / "figures.json"
+    said = refusal(main(["evaluate", "unread", "--text", "unread", "--json", str(file)]))
+    assert said == f"--json is {file}: nothing can be written there (Read-only file system); give another file"
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OurConfig(LlamaConfig):
+    model_type = "our"
+class OurForCausalLM(LlamaForCausalLM):
+    config_class = OurConfig
+"""
+
+
+def test_code_among_the_files_runs_only_with_the_option(quantized, refusal, tiny_text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, trusted = tmp_path / "copy", []
+    shutil.copytree(quantized(), folder)
+    names = {"AutoConfig": "our.OurConfig", "AutoModelForCausalLM": "our.OurForCausalLM"}
+    config = read_json(folder / "config.json") | {"model_type": "our", "auto_map": names}
+    write_json(folder / "config.json", config)
+    (folder / "our.py").write_text(CODE)
+
+    def served(folder, tokens, memory, trust_remote_code):
+        trusted.append(trust_remote_code)
+        return []
+
+    monkeypatch.setattr("quip_vllm.evaluation.verification.largest_difference", lambda expected, found: 0.0)
+    monkeypatch.setattr("quip_vllm.vllm_plugin.serving.prompt_log_probabilities", served)
+    text = ["--text", str(tiny_text), "--sequence-length", "50", "--windows", "1", "--reference", str(folder)]
+    for command in (["evaluate", str(folder), *text], ["inspect", "--check", str(folder)], ["verify", str(folder)]):
+        assert "read that code, then give --trust-remote-code" in refusal(main(command))
+        assert main([*command, "--trust-remote-code"]) == 0
+        capsys.readouterr()
+    assert trusted == [True]
 
 
 def test_inspect_check(refusal, quantized, tmp_path, capsys):

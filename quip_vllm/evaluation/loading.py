@@ -37,7 +37,7 @@ def load_model(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: the folder holds no model, or not every weight of the model that its config.json describes.
     """
-    folder = local_folder(model)
+    folder = local_folder(model, trust_remote_code)
     state = dense_state(folder) if is_quantized(folder) else None
     return _loaded(folder, state, trust_remote_code).eval()
 
@@ -50,12 +50,12 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder. Raises ValueError where there is none that can be used."""
     from transformers import AutoTokenizer
 
     with _transformers(f"the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def check_complete(folder: Path, trust_remote_code: bool = False) -> None:

@@ -13,9 +13,22 @@ from quip_vllm.evaluation.windows import score, windows_of
 
 
 def evaluate(
-    model: str, text: str, reference: str | None = None, sequence_length: int = 2048, windows: int | None = None
+    model: str,
+    text: str,
+    reference: str | None = None,
+    sequence_length: int = 2048,
+    windows: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measures a model on a text: what the keys mean is in docs/evaluation.md.
+
+    Args:
+        model: folder or hub name.
+        text: a UTF-8 file.
+        reference: folder or hub name of the original model.
+        sequence_length: tokens in a window.
+        windows: how many of them; None for all.
+        trust_remote_code: whether Python code among the models' files may run.
 
     Returns:
         ``perplexity``; ``kl_divergence`` (nats) and ``top1_agreement`` (0..1), None without a reference;
@@ -24,22 +37,23 @@ def evaluate(
     Raises:
         ValueError: bad input.
     """
-    for name in (model, reference) if reference else (model,):
-        limit = positions(load_config(local_folder(name)))
+    folders = {name: local_folder(name, trust_remote_code) for name in (model, reference) if name}
+    for name, folder in folders.items():
+        limit = positions(load_config(folder, trust_remote_code))
         if limit is not None and sequence_length > limit:
             raise ValueError(
                 f"--sequence-length is {sequence_length}, but {name} has {limit} positions: give {limit} or less"
             )
-    tokens = windows_of(text, load_tokenizer(local_folder(model)), sequence_length, windows)
-    loaded = load_model(model)
-    other = load_model(reference) if reference else None
+    tokens = windows_of(text, load_tokenizer(folders[model], trust_remote_code), sequence_length, windows)
+    loaded = load_model(str(folders[model]), trust_remote_code)
+    other = load_model(str(folders[reference]), trust_remote_code) if reference else None
     if other is not None and other.config.vocab_size != loaded.config.vocab_size:
         raise ValueError(
             f"the reference has {other.config.vocab_size} tokens and the model {loaded.config.vocab_size}: "
             "a divergence needs one vocabulary; give the model that was quantized"
         )
     figures = score([loaded], tokens, other)[0]
-    size = _size(local_folder(model), loaded)
+    size = _size(folders[model], loaded)
     return {
         "perplexity": figures["perplexity"],
         "kl_divergence": figures.get("kl_divergence"),

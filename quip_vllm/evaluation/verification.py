@@ -14,7 +14,7 @@ TOLERANCE = 1e-3
 
 
 @torch.inference_mode()
-def expected_log_probabilities(folder: Path) -> tuple[list[int], torch.Tensor]:
+def expected_log_probabilities(folder: Path, trust_remote_code: bool = False) -> tuple[list[int], torch.Tensor]:
     """Runs a model, dequantized, in transformers in float32 on a prompt of random tokens drawn from a fixed seed.
 
     Returns:
@@ -23,7 +23,7 @@ def expected_log_probabilities(folder: Path) -> tuple[list[int], torch.Tensor]:
     Raises:
         ValueError: see `load_model`.
     """
-    model = load_model(str(folder))
+    model = load_model(str(folder), trust_remote_code)
     config = model.config.get_text_config()
     special = {getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
     draw = torch.randint(0, config.vocab_size, (2 * PROMPT_TOKENS,), generator=torch.Generator().manual_seed(0))

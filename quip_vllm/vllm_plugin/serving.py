@@ -9,13 +9,16 @@ MEMORY = 0.2
 CANDIDATES = 5
 
 
-def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float = MEMORY) -> list[dict[int, float]]:
+def prompt_log_probabilities(
+    folder: Path, tokens: Sequence[int], memory: float = MEMORY, trust_remote_code: bool = False
+) -> list[dict[int, float]]:
     """Loads a checkpoint in vLLM in float32 and runs one prompt.
 
     Args:
         folder: the checkpoint.
         tokens: the prompt.
         memory: vLLM's ``gpu_memory_utilization``, on a CPU a share of its memory as well.
+        trust_remote_code: whether Python code among the checkpoint's files may run.
 
     Returns:
         For each position but the last, token -> natural log of its probability at the next one: of the most probable
@@ -37,6 +40,7 @@ def prompt_log_probabilities(folder: Path, tokens: Sequence[int], memory: float 
             max_num_seqs=1,
             gpu_memory_utilization=memory,
             enable_prefix_caching=False,
+            trust_remote_code=trust_remote_code,
         )
         found = llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), sampling, use_tqdm=False)[0].prompt_logprobs
     except Exception as error:  # vLLM raises many kinds; the cause is in the log of its own process

@@ -37,8 +37,8 @@ def test_verify(tiny_model, tiny_text, tmp_path, monkeypatch, capsys, shift, sta
     assert main(["quantize", str(tiny_model()), str(out), *flags]) == 0
     tokens, expected = expected_log_probabilities(out)
 
-    def served(folder, prompt, memory):
-        assert folder == out and prompt == tokens and memory == 0.5
+    def served(folder, prompt, memory, trust_remote_code):
+        assert not trust_remote_code and folder == out and prompt == tokens and memory == 0.5
         return [{3: float(row[3])} for row in expected[:-2]] + [{5: float(expected[-2, 5]) + shift}]
 
     monkeypatch.setattr(serving, "prompt_log_probabilities", served)
