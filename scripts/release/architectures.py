@@ -248,7 +248,7 @@ def machine():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return (
         f"{(models or [platform.machine()])[0]}, vLLM {vllm.__version__}, transformers {transformers.__version__}, "
-        f"{datetime.date.today()}, commit {commit.strip()}"
+        f"{datetime.date.today()}. The page was written at commit {commit.strip()}, its rows were run at it or before"
     )
 
 
@@ -274,7 +274,7 @@ def write_table(record, file):
         "* *same*: the two agree to the difference that is given.",
         "* *different without us*: vLLM and transformers disagree about the unquantized model as well.",
         "* *refused*: `quip-vllm quantize` says why. *refused by vLLM*: the model does not start there.",
-        "* *not in vLLM*: vLLM has no code for it. *no tiny model*, *no reference*: transformers could not make",
+        "* *not in vLLM*: vLLM has no code of its own for it. *no tiny model*, *no reference*: transformers could not make",
         "  one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
         "Mixtures of experts, state-space models and others with convolutions are refused, and the sentence names the",
