@@ -45,7 +45,7 @@ class Settings:
     model: str
     code: str
     bits: int
-    calibration: str = BUNDLE
+    calibration: str = SELF
     sequences: int = None  # type: ignore[assignment]  # __post_init__ replaces None
     sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0

@@ -35,7 +35,7 @@ SEQUENCE = 512
 FEW, MORE = SEQUENCE, 9 * SEQUENCE
 """Calibration tokens of the measured runs."""
 TOKENS = (16384, 65536, 524288)
-"""Calibration tokens of the computed runs: the bundled text's default, quality.md's, and a file's default."""
+"""Calibration tokens of the computed runs: self-written text's default, quality.md's, and a file's default."""
 VOCABULARY = 256
 NAMES = ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-4"]
 COLUMNS = [
@@ -152,7 +152,7 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:
                 break
-            time.sleep(0.02)
+            time.sleep(0.005)
     if status or len(moments) < 2:
         raise ValueError(f"{' '.join(command)} ended with status {status} after {len(moments)} layers: run it by hand")
     return moments[1] - moments[0], usage.ru_maxrss * 1024

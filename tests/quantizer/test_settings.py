@@ -22,8 +22,8 @@ def test_layer_format():
 
 
 def test_defaults():
-    usual, own, text = settings(), settings(calibration="self"), settings(calibration="text.txt", sequence_length=7)
-    assert (usual.calibration, usual.sequences, usual.sequence_length) == ("bundle", 64, 256)
+    usual, own, text = settings(), settings(calibration="bundle"), settings(calibration="text.txt", sequence_length=7)
+    assert (usual.calibration, usual.sequences, usual.sequence_length) == ("self", 64, 256)
     assert (own.sequences, own.sequence_length) == (64, 256)
     assert (text.sequences, text.sequence_length) == (256, 7)
     mixed = [settings(calibration=named) for named in ("bundle,text.txt", "text.txt,self")]
