@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.exl3 import BLOCK, CODE_MARKS, SU_BITS, SUH, SV_BITS, SVH, TRELLIS, packed, signs
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV
@@ -78,19 +78,6 @@ class Exl3Config(CheckpointConfig):
             layers={rename(name): stored for name, stored in self.layers.items()},
             dense=frozenset(map(rename, self.dense)),
         )
-
-
-@dataclass(frozen=True)
-class Header:
-    """Shape and dtype of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def headers(reader: CheckpointReader) -> dict[str, Header]:
-    """Of every tensor of a folder."""
-    return {name: Header(reader.shapes[name], reader.dtypes[name]) for name in reader.names()}
 
 
 def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:

@@ -27,7 +27,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
     if raw.get("quant_method") == exl3.METHOD:
-        return exl3.read(model, exl3.headers(CheckpointReader(folder)))
+        return exl3.read(model, CheckpointReader(folder).headers())
     return CheckpointConfig.from_dict(raw)
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,6 +90,14 @@ def _first_line(error: Exception) -> str:
     return f"{(str(error).splitlines() or [''])[0].strip() or type(error).__name__:.200}"
 
 
+@dataclass(frozen=True)
+class Header:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class CheckpointReader:
     """The tensors of a local safetensors checkpoint by name; each is read when it is asked for.
 
@@ -149,6 +158,10 @@ class CheckpointReader:
         """All tensor names."""
         return list(self.file_of)
 
+    def headers(self) -> dict[str, Header]:
+        """Of every tensor, by name."""
+        return {name: Header(self.shapes[name], self.dtypes[name]) for name in self.names()}
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Gives tensors other names from now on: old name -> new name."""
         for by_name in (self.file_of, self.stored_as, self.shapes, self.dtypes, self.bytes_of):
@@ -181,13 +194,17 @@ class CheckpointReader:
         return found
 
     def digest(self, names: Iterable[str]) -> str:
-        """A digest of the named tensors: names, dtypes, shapes and contents, one tensor in memory at a time."""
-        total = hashlib.sha256()
-        for name in sorted(names):
-            tensor = self.read([name])[name]
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}:".encode())
-            total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return total.hexdigest()[:32]
+        """`digest` of the named tensors, one in memory at a time."""
+        return digest((name, self.read([name])[name]) for name in sorted(names))
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of tensors in the order of their names: names, dtypes, shapes and contents."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}:".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()[:32]
 
 
 DTYPES = {

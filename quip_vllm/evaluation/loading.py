@@ -2,7 +2,7 @@
 """Any model as a float32 transformers model; a quantized checkpoint is dequantized while it loads."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
-from quip_vllm.formats.spec import methods
+from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.ops import dequantize
 
 
@@ -63,13 +63,12 @@ def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
     reader = CheckpointReader(folder)
     reader.check_floats()
     specs = layer_specs(reader, read_config(folder))
-    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
-    shapes = {name: shape for name, shape in reader.shapes.items() if name not in quantized}
-    for name, spec in specs.items():
-        shapes[f"{name}.weight"] = (spec.out_features, spec.in_features)
-        if f"{name}.bias" in shapes:
-            shapes[f"{name}.bias"] = (spec.out_features,)
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    others = {name: empty(*reader.shapes[name]) for name in _others(reader, specs)}
+    state = _dense(specs, others, lambda _, spec: empty(spec.out_features, spec.in_features))
     _loaded(folder, state, trust_remote_code, device_map="meta")
 
 
@@ -141,13 +140,28 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
     reader = CheckpointReader(folder)
     specs = layer_specs(reader, read_config(folder))
-    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
-    state = reader.read(name for name in reader.names() if name not in quantized)
-    for name, spec in specs.items():
+
+    def weight(name: str, spec: LinearSpec) -> Tensor:
         try:
-            state[f"{name}.weight"] = dequantize(spec, read_layer(reader, name, spec))
+            return dequantize(spec, read_layer(reader, name, spec))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+
+    return _dense(specs, reader.read(_others(reader, specs)), weight)
+
+
+def _others(reader: CheckpointReader, specs: Mapping[str, LinearSpec]) -> list[str]:
+    """The names of all tensors that belong to no quantized layer, and of the layers' biases."""
+    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
+    return [name for name in reader.names() if name not in quantized]
+
+
+def _dense(
+    specs: Mapping[str, LinearSpec], state: dict[str, Tensor], weight: Callable[[str, LinearSpec], Tensor]
+) -> dict[str, Tensor]:
+    """Adds the ``weight`` of every quantized layer to the state dict of all else; slices of a layer are joined."""
+    for name, spec in specs.items():
+        state[f"{name}.weight"] = weight(name, spec)
         if f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][: spec.out_features]  # EXL3's is padded
     for layer, names in exl3.slices(specs).items():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
-from quip_vllm.checkpoint.store import SIDE_FILES, local_folder, read_json, write_json
+from quip_vllm.checkpoint.store import SIDE_FILES, digest, local_folder, read_json, write_json
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
@@ -227,12 +227,13 @@ class Run:
     def _quantize(self, unit: str, names: list[str], groups: list[Inputs]) -> None:
         """Replaces the weights among a unit's tensors, and keeps the unit in the record."""
         tensors, entries = self.source.reader.read(names), []
+        original = digest(sorted(tensors.items()))
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
             for name, result in quantize_group(group, weights, self.plan.specs, self.settings).items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)
-        self.record.write(unit, tensors, entries, self.source.reader.digest(names))
+        self.record.write(unit, tensors, entries, original)
 
     def _stored(self, unit: str, names: list[str]) -> dict[str, Tensor]:
         """A unit's tensors as they are stored, the quantized weights dequantized."""

@@ -20,6 +20,7 @@ from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
+from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV
 from quip_vllm.vllm_plugin.reload import Loaded, checked, noted, source_now
@@ -194,11 +195,12 @@ def carry_tensors(model_class: Any) -> None:
         arrivals = [param for param in self.parameters() if isinstance(param, Arrival)]
         if not arrivals:
             return load(self, weights, *args, **kwargs)
-        before, headers = getattr(self, "quip_loaded", None), dict[str, exl3.Header]()
+        before, headers = getattr(self, "quip_loaded", None), dict[str, Header]()
+        copied = _copied()
         if arrivals[0].is_meta:  # vLLM has prepared the model for reloading
-            weights = checked(self, weights, before, _copied())
+            weights, copied = checked(self, weights, before, copied), False  # it has copied them
         sent: list[DiskLayer] = []  # holds the tensors until the model's code has put the numbers where they belong
-        result = load(self, _numbered(noted(weights, headers), sent), *args, **kwargs)
+        result = load(self, _numbered(noted(weights, headers), sent, copied), *args, **kwargs)
         self.quip_loaded = Loaded(source_now(), headers)  # type: ignore[assignment]  # an attribute of any type
         return result
 
@@ -237,9 +239,14 @@ def _copied() -> bool:
     return config is not None and config.load_config.load_format not in MAPPED
 
 
-def _numbered(weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer]) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors, those of each quantized layer replaced by one ``weight`` of numbers, at the end."""
-    config, copied = get_current_vllm_config_or_none(), _copied()
+def _numbered(
+    weights: Iterable[tuple[str, Tensor]], sent: list[DiskLayer], copied: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors, those of each quantized layer replaced by one ``weight`` of numbers, at the end.
+
+    With ``copied``, tensors that are kept until then are copied: see `_copied`.
+    """
+    config = get_current_vllm_config_or_none()
     checkpoint = getattr(getattr(config, "quant_config", None), "checkpoint", None)
     specs = checkpoint.specs if isinstance(checkpoint, exl3.Exl3Config) else {}
     layers: dict[str, dict[str, Tensor]] = {}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quip_vllm.checkpoint.config import Head, LayerFormat
-from quip_vllm.checkpoint.exl3 import HEAD, METHOD, Exl3Config, Header, headers, read
-from quip_vllm.checkpoint.store import DTYPES, CheckpointReader
+from quip_vllm.checkpoint.exl3 import HEAD, METHOD, Exl3Config, read
+from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header
 from quip_vllm.vllm_plugin.config import QuipConfig, renaming
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
@@ -113,7 +113,7 @@ def _headers(model: str, revision: str | None) -> dict[str, Header]:
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
     if Path(model).is_dir():
-        return headers(CheckpointReader(Path(model)))
+        return CheckpointReader(Path(model)).headers()
     found = get_safetensors_params_metadata(model, revision=revision)
     found.pop("__metadata__", None)
     if not found or not {one["dtype"] for one in found.values()} <= set(DTYPES):

@@ -18,6 +18,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.layers import tensor_names
+from quip_vllm.checkpoint.store import Header
 
 SOURCE = ("model", "model_weights", "revision")
 """What vLLM overwrites in its model's config before it reloads from elsewhere."""
@@ -28,7 +29,7 @@ class Loaded:
     """What a model was loaded from: the attributes `SOURCE`, and the header of every tensor by its name on disk."""
 
     source: Mapping[str, Any]
-    headers: Mapping[str, exl3.Header]
+    headers: Mapping[str, Header]
 
 
 def source_now() -> dict[str, Any]:
@@ -37,10 +38,10 @@ def source_now() -> dict[str, Any]:
     return {} if config is None else {name: getattr(config.model_config, name, None) for name in SOURCE}
 
 
-def noted(weights: Iterable[tuple[str, Tensor]], headers: dict[str, exl3.Header]) -> Iterator[tuple[str, Tensor]]:
+def noted(weights: Iterable[tuple[str, Tensor]], headers: dict[str, Header]) -> Iterator[tuple[str, Tensor]]:
     """The same weights; their headers are added to ``headers``."""
     for name, tensor in weights:
-        headers[name] = exl3.Header(tuple(tensor.shape), tensor.dtype)
+        headers[name] = Header(tuple(tensor.shape), tensor.dtype)
         yield name, tensor
 
 
@@ -59,7 +60,7 @@ def checked(
         ValueError: they cannot be read, or are not a whole checkpoint of the same layers in the same formats. The model
             is as it was before the reload.
     """
-    headers: dict[str, exl3.Header] = {}
+    headers: dict[str, Header] = {}
     try:
         problem = None if before is None else _other_quantization(before)
         read = [] if problem else [(name, one.clone() if copied else one) for name, one in noted(weights, headers)]
@@ -97,15 +98,16 @@ def _other_quantization(before: Loaded) -> str | None:
     return f"its quantization_config has another {', '.join(keys)}" if keys else None
 
 
-def _difference(before: Mapping[str, exl3.Header], now: Mapping[str, exl3.Header]) -> str | None:
+def _difference(before: Mapping[str, Header], now: Mapping[str, Header]) -> str | None:
     """The first tensor that is missing, unknown or another than it was. A dense tensor may be in another float type."""
     for name in before.keys() - now.keys():
         return f"{name} is missing"
+    quantized = {*tensor_names(), *exl3.LEAVES}
     for name, one in now.items():
         was = before.get(name)
         if was is None:
             return f"{name} was not in the checkpoint that is served"
-        ours = name.rpartition(".")[2] in {*tensor_names(), *exl3.LEAVES}
+        ours = name.rpartition(".")[2] in quantized
         cast = not ours and one.dtype.is_floating_point and was.dtype.is_floating_point
         if one.shape != was.shape or (one.dtype != was.dtype and not cast):
             return f"{name} is {one.dtype} {list(one.shape)} in place of {was.dtype} {list(was.shape)}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quip_vllm.checkpoint.inspection import format_inspection, inspect
 from quip_vllm.checkpoint.layers import read_config, read_layers
-from quip_vllm.evaluation.loading import load_model
+from quip_vllm.evaluation.loading import check_complete, load_model
 from quip_vllm.ops import dequantize
 
 ARCHITECTURES = ["Llama", "Qwen3", "Gemma3Text", "Qwen2"]
@@ -69,6 +69,7 @@ def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
     found = load_model(str(tmp_path / "out")).state_dict()
     for name, wanted in state.items():
         assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
+    check_complete(tmp_path / "out")
     gone = "model.layers.0.mlp.down_proj.slice.1"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name: one for name, one in tensors.items() if not name.startswith(gone)}
