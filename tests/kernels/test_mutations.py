@@ -17,8 +17,8 @@ FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
     "swapped A registers": (
         "trellis_stream.h",
-        "a[0][i / 4][i % 4] =",
-        "a[0][i / 4][i % 4 ^ 1] =",
+        "swapped ? place / 2 + place % 2 * 2 : place",
+        "(swapped ? place / 2 + place % 2 * 2 : place) ^ 1",
         "gemm_1mad",
         RESULTS,
     ),
