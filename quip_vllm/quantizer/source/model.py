@@ -2,7 +2,7 @@
 """A Hugging Face causal LM whose weights are read one decoder layer at a time."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -79,6 +79,11 @@ class LayeredModel:
         self.head_weights = {f"{self.head_name}.weight", self._names.get(f"{own}.weight", f"{own}.weight")}
         self._returned = Returned()
         self.layers[0].register_forward_hook(self._returned.see)
+
+    @property
+    def vocabulary(self) -> int:
+        """The model knows the tokens below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Module name -> linear layer of decoder layer ``index``."""
@@ -192,6 +197,32 @@ class LayeredModel:
                     yield seen.pop()
         finally:
             handle.remove()
+
+    @contextlib.contextmanager
+    def output_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """f(outputs of the last decoder layer, [batch, tokens, hidden]) -> logits [batch, tokens, vocabulary].
+
+        What the model does behind its decoder layers, with autograd where it is enabled. The head's weight is in memory
+        until the block ends.
+        """
+        self._read_others()
+        for name, _ in self.head.named_parameters():
+            weight = self.head_weights if name == "weight" else {self._names[f"{self._head_path}.{name}"]}
+            stored = next(one for one in sorted(weight) if one in self.reader)
+            _set_tensor(self.head, name, self.reader.read([stored])[stored], self.compute_dtype)
+        try:
+            with self._stubs() as stubs:
+
+                def logits(states: Tensor) -> Tensor:
+                    stubs[0].output = states
+                    zeros = torch.zeros(states.shape[:2], dtype=torch.int64)
+                    out: Tensor = self.model(input_ids=zeros, use_cache=False).logits
+                    return out
+
+                yield logits
+        finally:
+            for name, old in list(self.head.named_parameters()):
+                _set_tensor(self.head, name, torch.empty_like(old, device="meta"), old.dtype)
 
     def _read_others(self) -> None:
         """Reads what is outside the decoder layers, the output head excepted."""
