@@ -41,11 +41,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_quantize(commands.add_parser("quantize", help="write a quantized checkpoint of a Hugging Face causal LM"))
     evaluate = commands.add_parser("evaluate", help="perplexity, and KL divergence to a reference, on a text")
-    evaluate.add_argument("model", help="folder or hub name; also a checkpoint of ours")
-    evaluate.add_argument("--text", required=True, help="UTF-8 text, tokenized whole")
+    evaluate.add_argument("models", nargs="+", metavar="model", help="folders or hub names; also checkpoints of ours")
+    evaluate.add_argument(
+        "--text", required=True, action="append", help="UTF-8 text, tokenized whole; may be given several times"
+    )
     evaluate.add_argument("--reference", help="the original model: adds KL divergence and top-1 agreement")
+    evaluate.add_argument(
+        "--noise-floor", action="store_true", help="measure the reference in bf16, too, against itself in float32"
+    )
     evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
-    evaluate.add_argument("--windows", type=int, help="only the first N windows")
+    evaluate.add_argument("--windows", type=int, help="only the first N windows of each text")
+    evaluate.add_argument(
+        "--document-start",
+        metavar="REGEX",
+        help="how lines begin with which documents begin: standard errors are then by document, not by window",
+    )
     evaluate.add_argument("--json", type=Path, help="write the figures there as well")
     _add_trust(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -182,8 +192,17 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if args.json:
         _check_writable(args.json)
-    result = evaluate(args.model, args.text, args.reference, args.sequence_length, args.windows, args.trust_remote_code)
-    print(format_report(result))
+    result = evaluate(
+        args.models,
+        args.text,
+        args.reference,
+        args.sequence_length,
+        args.windows,
+        args.document_start,
+        args.noise_floor,
+        args.trust_remote_code,
+    )
+    print(format_report(result["results"]))
     if args.json:
         write_json(args.json, result)
     return 0

@@ -67,8 +67,9 @@ def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, ca
 
     flags = ["--text", str(tiny_text), "--sequence-length", "50", "--windows", "2", "--json", str(tmp_path / "e.json")]
     assert main(["evaluate", str(out), *flags, "--reference", str(tiny_model())]) == 0
-    assert "KL divergence" in capsys.readouterr().out
-    figures = read_json(tmp_path / "e.json")
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:3] == ["model", "text", "perplexity"] and len(table) == 2
+    (figures,) = read_json(tmp_path / "e.json")["results"]
     assert figures["windows"] == 2 and figures["bytes"] == found["totals"]["bytes"]
 
 

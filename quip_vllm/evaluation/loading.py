@@ -27,19 +27,20 @@ def is_quantized(folder: Path) -> bool:
     return method in methods() or method == exl3.METHOD
 
 
-def load_model(model: str, trust_remote_code: bool = False) -> Any:
-    """A float32 causal LM in eval mode, from a folder or a hub name; a quantized checkpoint of ours is dequantized.
+def load_model(model: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM in eval mode, from a folder or a hub name; a quantized checkpoint of ours is dequantized.
 
     Args:
         model: folder or hub name.
         trust_remote_code: whether Python code among the model's files may run.
+        dtype: of its weights and its arithmetic.
 
     Raises:
         ValueError: the folder holds no model, or not every weight of the model that its config.json describes.
     """
     folder = local_folder(model, trust_remote_code)
     state = dense_state(folder) if is_quantized(folder) else None
-    return _loaded(folder, state, trust_remote_code).eval()
+    return _loaded(folder, state, trust_remote_code, dtype=dtype).eval()
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -76,7 +77,7 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
     """The folder's model with the weights of `state`, or with its own; names are mapped as transformers does."""
     from transformers import AutoModelForCausalLM
 
-    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"dtype": torch.float32, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = load_config(folder, trust_remote_code)
     if state is None:
         _check_readable(folder, config)

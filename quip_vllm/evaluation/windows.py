@@ -2,30 +2,31 @@
 """Perplexity and KL divergence over windows of a text.
 
 The text is tokenized whole, with nothing added, and cut into windows without overlap. Each window predicts its tokens
-from the second on. Every figure is a mean over all predictions.
+from the second on.
 """
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 CHUNK = 256  # positions whose full-vocabulary distributions are held at once
+PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p99.9": 99.9}
 
 
 def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -> Tensor:
     """Tokens, int64 [windows, length]. Raises ValueError if the text has fewer windows than one, or than ``count``."""
     if length < 2:
         raise ValueError(f"--sequence-length is {length}: a window predicts from its second token on; give at least 2")
-    try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {text_file} cannot be read ({error}): give a UTF-8 file") from None
+    text = _read(text_file)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     available = len(ids) // length
     if count is not None and count < 1:
@@ -36,21 +37,61 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -
     return ids[: available * length].view(available, length)
 
 
+def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor) -> Tensor:
+    """The number of the document in which each token of `windows` begins, int64 [windows, length].
+
+    Args:
+        text_file: that of `windows_of`.
+        tokenizer: that of `windows_of`.
+        start: a regular expression for how the lines begin with which documents begin.
+        windows: what `windows_of` gave.
+
+    Raises:
+        ValueError: the expression is none or matches nothing, or the tokenizer cannot tell where its tokens begin.
+    """
+    text = _read(text_file)
+    try:
+        starts = [match.start() for match in re.finditer(f"^(?:{start})", text, re.MULTILINE)]
+        offsets = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    except re.error as error:
+        raise ValueError(f"--document-start {start!r} is not a regular expression ({error}): mend it") from None
+    except NotImplementedError:
+        raise ValueError("the tokenizer does not say where tokens begin: leave --document-start away") from None
+    if not starts:
+        raise ValueError(f"--document-start {start!r} matches nothing in {text_file}: mend it, or leave it away")
+    begins = torch.tensor([begin for begin, _ in offsets["offset_mapping"][: windows.numel()]])
+    return torch.bucketize(begins, torch.tensor(starts), right=True).view_as(windows)
+
+
+def _read(text_file: str) -> str:
+    try:
+        return Path(text_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text {text_file} cannot be read ({error}): give a UTF-8 file") from None
+
+
 @torch.inference_mode()
-def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) -> list[dict[str, float]]:
+def score(
+    models: Sequence[Any], windows: Tensor, reference: Any | None = None, documents: Tensor | None = None
+) -> list[dict[str, float | None]]:
     """Perplexity of each model, and with a reference KL(reference || model) in nats and top-1 agreement.
+
+    The reference runs once for all models. Distributions over the vocabulary are held for CHUNK positions.
 
     Args:
         models: causal LMs over one vocabulary.
         reference: another, to compare with.
         windows: int64 [windows, length].
+        documents: int64 [windows, length], a number for all tokens that are not independent of one another; without
+            it those are the tokens of a window.
 
     Returns:
-        For each model ``perplexity`` and, with a reference, ``reference_perplexity``, ``kl_divergence``,
-        ``top1_agreement``.
+        For each model ``perplexity`` and ``perplexity_error`` and, with a reference, ``reference_perplexity``,
+        ``kl_divergence``, ``kl_error``, PERCENTILES of the divergence at single tokens, and ``top1_agreement``. An
+        error is a standard error; it is None where there is but one window or document.
     """
-    nll, divergence, agreement = ([0.0] * len(models) for _ in range(3))
-    reference_nll = 0.0
+    nll, divergence, agreement = (defaultdict[int, list[Tensor]](list) for _ in range(3))
+    reference_nll: list[Tensor] = []
     for window in tqdm(windows, desc="windows", unit="window"):
         hidden = [_hidden(model, window) for model in models]
         other = _hidden(reference, window) if reference is not None else None
@@ -59,28 +100,45 @@ def score(models: Sequence[Any], windows: Tensor, reference: Any | None = None) 
             span = slice(start, start + len(targets))
             if other is not None:
                 log_p = _log_probabilities(reference, other, span)
-                reference_nll -= _total(log_p.gather(1, targets))
+                reference_nll.append(-log_p.gather(1, targets)[:, 0])
                 p, best = log_p.exp(), log_p.argmax(1)
             for i, model in enumerate(models):
                 log_q = _log_probabilities(model, hidden[i], span)
-                nll[i] -= _total(log_q.gather(1, targets))
+                nll[i].append(-log_q.gather(1, targets)[:, 0])
                 if other is not None:
-                    divergence[i] += _total((p * (log_p - log_q)).sum(1))
-                    agreement[i] += int((best == log_q.argmax(1)).sum())
-    if not all(math.isfinite(value) for value in (*nll, reference_nll)):
-        raise ValueError("a model's logits hold a NaN or an infinity on this text: its weights are damaged")
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
-    figures = [{"perplexity": math.exp(value / predictions)} for value in nll]
-    if reference is not None:
-        for i, row in enumerate(figures):
-            row["reference_perplexity"] = math.exp(reference_nll / predictions)
-            row["kl_divergence"] = divergence[i] / predictions
-            row["top1_agreement"] = agreement[i] / predictions
+                    agreement[i].append(best == log_q.argmax(1))
+                    divergence[i].append(log_q.sub_(log_p).mul_(p).sum(1).neg_())
+    if documents is None:
+        documents = torch.arange(len(windows))[:, None].expand_as(windows)
+    clusters = documents[:, 1:].flatten().unique(return_inverse=True)[1]
+    figures: list[dict[str, float | None]] = []
+    for i in range(len(models)):
+        loss, error = _mean(nll[i], clusters)
+        row = {"perplexity": math.exp(loss), "perplexity_error": error and math.exp(loss) * error}
+        if reference is not None:
+            row["reference_perplexity"] = math.exp(_mean(reference_nll, clusters)[0])
+            row["kl_divergence"], row["kl_error"] = _mean(divergence[i], clusters)
+            values = numpy.percentile(torch.cat(divergence[i]).numpy(), list(PERCENTILES.values()))
+            row |= dict(zip(PERCENTILES, values.tolist(), strict=True))
+            row["top1_agreement"] = _mean(agreement[i], clusters)[0]
+        figures.append(row)
     return figures
 
 
-def _total(values: Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
+def _mean(parts: list[Tensor], clusters: Tensor) -> tuple[float, float | None]:
+    """The mean of all values and its standard error, with the values of a cluster as one draw.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    values = torch.cat(parts).double()
+    mean = values.mean()
+    if not torch.isfinite(mean):
+        raise ValueError("a model's logits hold a NaN or an infinity on this text: its weights are damaged")
+    count = int(clusters.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, clusters, values - mean)
+    error = float((sums.square().sum() * count / (count - 1)).sqrt()) / len(values) if count > 1 else None
+    return float(mean), error
 
 
 def _hidden(model: Any, window: Tensor) -> Any:

@@ -52,8 +52,8 @@ def main() -> int:
         kinds = ("exact", "int8")
         models = [with_kernels(folder, kind) for kind in kinds]
         for kind, figures in zip(kinds, score(models, windows, load_model(str(folder))), strict=True):
-            row = {"name": folder.name, "activations": kind, **figures, "windows": windows.shape[0]}
-            rows.append(row | origin(torch.get_num_threads()))
+            row = {"name": folder.name, "activations": kind, **{key: figures[key] for key in COLUMNS[2:6]}}
+            rows.append(row | {"windows": windows.shape[0]} | origin(torch.get_num_threads()))
             print({key: row[key] for key in COLUMNS}, flush=True)
         write_rows(args.csv, [*COLUMNS, *ORIGIN], rows)
     return 0

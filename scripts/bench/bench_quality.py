@@ -82,7 +82,7 @@ def main() -> int:
     rows: dict[str, Any] = {row["name"]: row for row in read_rows(args.csv)} if args.csv.exists() else {}
     shared = {"windows": len(windows), **origin(torch.get_num_threads())}
     for name, found, row in zip(args.only, figures, described, strict=True):
-        rows[name] = {"name": name, **found, **row, **shared}
+        rows[name] = {"name": name, **{key: found[key] for key in COLUMNS[1:5]}, **row, **shared}
         print({key: rows[name][key] for key in COLUMNS[:7]}, flush=True)
     write_rows(args.csv, COLUMNS, [rows[name] for name in names if name in rows])
     return 0

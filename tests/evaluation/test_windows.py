@@ -2,6 +2,7 @@
 """Perplexity and divergence against computations of their own on tiny models."""
 
 import math
+import statistics
 
 import numerics
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from quip_vllm.evaluation import windows
 from quip_vllm.evaluation.loading import load_model
-from quip_vllm.evaluation.windows import score, windows_of
+from quip_vllm.evaluation.windows import documents_of, score, windows_of
 
 
 @pytest.fixture
@@ -59,7 +60,11 @@ def test_perplexity_is_transformers_loss(architecture, tiny_model, cut, monkeypa
     model, tokens = load_model(str(tiny_model(architecture))), cut(64, 5)
     losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in tokens]
     (found,) = score([model], tokens)
-    assert found == {"perplexity": pytest.approx(math.exp(sum(losses) / 5), rel=numerics.PERPLEXITY)}
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 5), rel=numerics.PERPLEXITY)
+    # Windows are as long as one another, so the error is that of a mean of five draws.
+    error = found["perplexity"] * statistics.stdev(losses) / math.sqrt(5)
+    assert found["perplexity_error"] == pytest.approx(error, rel=1e-3)
+    assert set(found) == {"perplexity", "perplexity_error"}
 
 
 @torch.inference_mode()
@@ -69,10 +74,45 @@ def test_divergence(tiny_model, cut):
     assert itself["kl_divergence"] == 0.0 and itself["top1_agreement"] == 1.0
     assert itself["perplexity"] == itself["reference_perplexity"] == other["reference_perplexity"]
     p, q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (reference, model))
-    divergence = float((p.exp() * (p - q)).sum(-1).mean())
+    each = (p.exp() * (p - q)).sum(-1)
+    divergence = float(each.mean())
     assert divergence > 0.1
+    ranked = sorted(each.flatten().tolist())
+    for key, share in (("kl_median", 0.5), ("kl_p90", 0.9), ("kl_p99", 0.99), ("kl_p99.9", 0.999)):
+        below, part = divmod(share * (len(ranked) - 1), 1)
+        between = ranked[int(below)] + part * (ranked[int(below) + 1] - ranked[int(below)])
+        assert other[key] == pytest.approx(between, abs=numerics.DIVERGENCE)
+    assert other["kl_error"] == pytest.approx(float(each.mean(-1).std()) / math.sqrt(3), rel=1e-3)
     assert other["kl_divergence"] == pytest.approx(divergence, abs=numerics.DIVERGENCE)
     assert other["top1_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
+@torch.inference_mode()
+def test_standard_errors_by_document(tiny_model, tmp_path):
+    """A document's error counts once, however long it is; a token belongs to the document in which it begins."""
+    text = tmp_path / "text"
+    text.write_text("xx\n# one\n" + "é" * 25 + "\n## not\n# two\n" + "b" * 60)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokens = windows_of(str(text), tokenizer, 32, 3)
+    documents = documents_of(str(text), tokenizer, "# ", tokens)
+    assert documents.flatten().tolist() == [0] * 3 + [1] * (6 + 2 * 25 + 1 + 7) + [2] * (96 - 67)
+    reference, model = (load_model(str(tiny_model(seed=seed))) for seed in (0, 1))
+    (found,) = score([model], tokens, reference, documents)
+    p, q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (reference, model))
+    off = (p.exp() * (p - q)).sum(-1) - found["kl_divergence"]
+    squares = sum(float(off[documents[:, 1:] == number].sum()) ** 2 for number in range(3))
+    assert found["kl_error"] == pytest.approx(math.sqrt(squares * 3 / 2) / off.numel(), rel=1e-3)
+    (found,) = score([model], tokens, reference, torch.zeros_like(tokens))
+    assert found["kl_error"] is found["perplexity_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("start", "message"), [("(", "'\\(' is not a regular"), ("% ", "'% ' matches nothing in .*text")]
+)
+def test_refused_documents(tiny_model, tiny_text, start, message):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    with pytest.raises(ValueError, match=f"--document-start {message}.*: mend it"):
+        documents_of(str(tiny_text), tokenizer, start, windows_of(str(tiny_text), tokenizer, 32, 1))
 
 
 def test_nan_model(tiny_model, cut):

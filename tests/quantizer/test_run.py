@@ -61,7 +61,8 @@ def test_architectures(architecture, tiny_model, make_settings, tiny_text, tmp_p
     loaded = load_model(str(tmp_path))
     tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert tied == (architecture != "Mistral")
-    assert 0.0 < evaluate(str(tmp_path), str(tiny_text), str(model), 64, 4)["kl_divergence"] < 0.3
+    (figures,) = evaluate([str(tmp_path)], [str(tiny_text)], str(model), 64, 4)["results"]
+    assert 0.0 < figures["kl_divergence"] < 0.3
 
 
 def test_files_and_report(quantized, tiny_model, make_settings):
