@@ -3,7 +3,8 @@
 
 A wheel is downloaded once, without its dependencies, and its Python sources are put before the installed vLLM. So the
 classes, names and signatures that the plugin meets are that version's; torch and the platform are those of the
-installation. The newest version has no build for CPUs, whose Python sources are the same.
+installation. The newest version has no build for CPUs, whose Python sources are the same. Tests that start vLLM
+(``test_served_...``) need that version's compiled part, which fits another torch, and are left out.
 """
 
 import os
@@ -56,6 +57,6 @@ def test_the_plugins_tests_pass(release):
     version = run(folder, "-c", "import vllm; print(vllm.__version__)").stdout
     assert version.split("+")[0].strip() == release[1]
     ignored = ["test_versions.py", "test_cuda_layers.py"]  # the latter uses the same classes, over the emulator
-    words = [f"--ignore=tests/vllm_plugin/{name}" for name in ignored]
+    words = [*(f"--ignore=tests/vllm_plugin/{name}" for name in ignored), "-k", "not test_served_"]
     result = run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", "tests/vllm_plugin", *words)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
