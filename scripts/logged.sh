@@ -15,7 +15,7 @@ trap 'kill $command' INT TERM
 begin=$SECONDS wait=5
 while kill -0 $command 2> /dev/null; do
   if ((SECONDS - begin >= wait)); then
-    echo "   $what: $((SECONDS - begin)) s, $(tail -n 1 "$log" | tr -d '\r' | cut -c 1-90)"
+    echo "   $what: $((SECONDS - begin)) s, $(tr '\r' '\n' < "$log" | grep . | tail -n 1 | cut -c 1-90)"
     wait=$((wait * 2))
   fi
   sleep 0.2

