@@ -34,11 +34,7 @@ class _Entry(NamedTuple):
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, whole or not at all. Equal tensors make equal bytes.
-
-    Raises:
-        OSError: the disk is full; the message names the remedy.
-    """
+    """Writes one safetensors file, whole or not at all. Equal tensors make equal bytes."""
 
     def entry(tensor: Tensor) -> _Entry:
         def pieces() -> Iterator[Any]:
@@ -143,11 +139,8 @@ def _write(path: Path, entries: Mapping[str, _Entry]) -> None:
         end += one.size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    try:
-        with replacing(path) as file:
-            file.write(struct.pack("<Q", len(raw)) + raw)
-            for name in ordered:
-                for piece in entries[name].pieces():
-                    file.write(piece)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room on the disk, then --resume") from None
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in ordered:
+            for piece in entries[name].pieces():
+                file.write(piece)

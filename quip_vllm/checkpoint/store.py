@@ -269,11 +269,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     It has ordinary permissions: those that the process's umask leaves.
     """
     fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    try:
+        with open(fresh, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fresh.unlink()  # on a full disk its part would be in the way
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,15 +2,17 @@
 """What would end a run late, said before its work begins: windows, values, memory and disk."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from quip_vllm.checkpoint.config import positions
 from quip_vllm.checkpoint.shards import SHARD_BYTES
+from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.layer import scale_of
 from quip_vllm.quantizer.rounding.encoders import make_encoder
@@ -28,27 +30,33 @@ def check_window(settings: Settings, source: LayeredModel) -> None:
         )
 
 
-def check_values(source: LayeredModel, specs: Mapping[str, LinearSpec]) -> None:
-    """Reads every tensor once, so that no run ends at a late layer, or keeps what its text never meets.
+def checked(
+    reader: CheckpointReader, names: Sequence[str], specs: Mapping[str, LinearSpec]
+) -> Iterator[tuple[str, Tensor]]:
+    """Reads tensors once, so that no run ends at a late layer, or keeps what its text never meets.
 
     Args:
-        source: the model.
-        specs: how each of its quantized layers will be stored, by name.
+        reader: of the model.
+        names: of the tensors.
+        specs: how each quantized layer will be stored, by name.
+
+    Yields:
+        name and tensor, in the order of `names`.
 
     Raises:
         ValueError: a tensor holds a NaN or an infinity, or the scale of a layer does not fit fp16.
     """
-    for name in tqdm(source.reader.names(), desc="check the weights", unit="tensor", leave=False):
-        tensor = source.reader.read([name])[name]
-        if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-            continue
-        extremes = torch.stack(tensor.aminmax())  # 50 times as fast as isfinite; a NaN makes both one
-        if not torch.isfinite(extremes).all():
-            raise ValueError(f"{name} holds a NaN or an infinity: mend the model, or fetch it again")
-        layer = name.removesuffix(".weight")
-        spec = specs.get(layer)
-        if spec is not None and spec.rotate_output:  # a row of a head that does not fit is not worth its memory here
-            scale_of(layer, tensor.float(), spec, make_encoder(spec.code, spec.bits))
+    for name in tqdm(names, desc="check the weights", unit="tensor", leave=False):
+        tensor = reader.read([name])[name]
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+            extremes = torch.stack(tensor.aminmax())  # 50 times as fast as isfinite; a NaN makes both one
+            if not torch.isfinite(extremes).all():
+                raise ValueError(f"{name} holds a NaN or an infinity: mend the model, or fetch it again")
+            layer = name.removesuffix(".weight")
+            spec = specs.get(layer)
+            if spec is not None and spec.rotate_output:  # a row of a head that does not fit is not worth its memory
+                scale_of(layer, tensor.float(), spec, make_encoder(spec.code, spec.bits))
+        yield name, tensor
 
 
 def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:

@@ -4,10 +4,12 @@
 config.json is written last, so an unfinished folder is never served.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ REPORT = "quantization_report.json"
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 HEAD = "head"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,6 +65,11 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
             if not run.record.all_units_done:
                 run.quantize_units()
             return run.finish()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        again = "give --resume; what is finished stays" if (out / record.FOLDER).exists() else "try again"
+        raise ValueError(f"{out} cannot be written ({error.strerror}): make room on the disk, then {again}") from None
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -122,11 +130,14 @@ class Run:
             "compute_dtype": str(self.source.compute_dtype),
             "config.json": hashlib.sha256(config).hexdigest()[:32],
             "tensors": hashlib.sha256(json.dumps(sorted(reader.shapes.items())).encode()).hexdigest()[:32],
-            "weights outside the decoder layers": reader.digest(self.source.outside),
+            "weights outside the decoder layers": digest(
+                checks.checked(reader, sorted(self.source.outside), self.plan.specs)
+            ),
         }
         self.record = Record(self.out, wanted, resume)
-        for index, unit in enumerate(self.layers):
-            if self.record.digest(unit) not in (None, reader.digest(self.source.layer_names(index))):
+        for index, unit in enumerate(tqdm(self.layers, desc="compare the finished layers", leave=False)):
+            done = self.record.digest(unit)
+            if done is not None and done != reader.digest(self.source.layer_names(index)):
                 raise ValueError(
                     f"{self.out} was begun with other weights ({self.source.prefix}.{index} has changed): give the "
                     "model of then, or a new folder"
@@ -134,8 +145,12 @@ class Run:
 
     def quantize_units(self) -> None:
         """Quantizes every layer that the record does not have, in order, then the head."""
-        checks.check_values(self.source, self.plan.specs)
         check_replay(self.source, self._batches(self.settings.sequences))
+        if SELF in self.settings.sources:  # else the text may have fewer
+            checks.check_memory(self.settings, self.source, self.settings.sequences)
+        unfinished = [index for index, unit in enumerate(self.layers) if not self.record.has(unit)]
+        names = [name for index in unfinished for name in self.source.layer_names(index)]
+        deque(checks.checked(self.source.reader, names, self.plan.specs), maxlen=0)
         tokens = self.record.tokens(self._make_tokens)
         checks.check_memory(self.settings, self.source, len(tokens))
         if len(tokens) < self.settings.sequences:
@@ -246,9 +261,6 @@ class Run:
 
     def _make_tokens(self) -> Tensor:
         """The calibration tokens, read or written."""
-        count = self.settings.sequences
-        if SELF in self.settings.sources:  # else the text may have fewer
-            checks.check_memory(self.settings, self.source, count)
         vocabulary = self.source.model.get_input_embeddings().weight.shape[0]
         return calibration_tokens(self.settings, self.source.folder, vocabulary)
 

@@ -100,9 +100,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "fsync", full)
-    with pytest.raises(OSError, match=r"x\.safetensors cannot be written \(.*No space left on device\): .*--resume"):
+    with pytest.raises(OSError, match="No space"):
         write_shard(tmp_path / "x.safetensors", {"b": torch.zeros(1)})
     with pytest.raises(OSError, match="No space"):
         write_json(tmp_path / "x.json", {"a": 2})
     assert (tmp_path / "x.safetensors").read_bytes() == before
     assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.json", "x.safetensors"]

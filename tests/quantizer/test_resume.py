@@ -3,21 +3,26 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.quantizer import run
 from quip_vllm.quantizer.run import quantize
 
 HERE = Path(__file__).resolve().parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+OWN, ENDS = ("lock", "settings.json", "shards.json"), ("json", "safetensors")
 
 
 def contents(folder):
@@ -106,6 +111,56 @@ def stopped(make_settings, tmp_path, monkeypatch):
         return tmp_path / "out", settings
 
     return stopped
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "again"),
+    [
+        (100, None, 8),  # not even the settings
+        (2500, ["lock", "settings.json"], 8),
+        (10_000, ["calibration.safetensors", "lock", "settings.json"], 8),
+        (40_000, ["calibration.safetensors", *(f"layer-0000{i}.{end}" for i in "01" for end in ENDS), *OWN], 0),
+    ],
+)
+def test_a_full_disk(tiny_model, make_settings, tmp_path, monkeypatch, limit, left, again):
+    """The system's limit for the size of a file stands for the disk."""
+    out, settings, usual = tmp_path / "out", make_settings(tiny_model()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        remedy = "try again" if left is None else "give --resume; what is finished stays"
+        with pytest.raises(ValueError, match=f"/out cannot be written .File too large.: make room .*, then {remedy}$"):
+            quantize(settings, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert sorted(file.name for file in out.rglob("*") if file.is_file()) == (left or [])
+    done, original = [], run.quantize_group
+    monkeypatch.setattr(run, "quantize_group", lambda *args: done.append(args) or original(*args))
+    quantize(settings, out, resume=left is not None)
+    assert len(done) == again
+    quantize(settings, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_each_weight_is_read_once_before_the_work(tiny_model, stopped, monkeypatch):
+    out, settings = stopped(tiny_model("Llama", num_hidden_layers=4), 9)
+    read, before = Counter(), CheckpointReader.read
+
+    def counting(self, names):
+        read.update(names)
+        return before(self, names)
+
+    def work(*args):
+        raise OSError("work")
+
+    monkeypatch.setattr(CheckpointReader, "read", counting)
+    monkeypatch.setattr(run.Record, "tokens", work)
+    for folder, resume in ((out, True), (out.with_name("new"), False)):
+        read.clear()
+        with pytest.raises(OSError, match="work"):
+            quantize(settings, folder, resume)
+        # The first layer is also compared with the model's own run, which needs the embedding.
+        late = {name: count for name, count in read.items() if ".layers." in name and ".layers.0." not in name}
+        assert len(late) == 3 * 9 and set(late.values()) == {1}
 
 
 @pytest.fixture
