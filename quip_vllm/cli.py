@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
     evaluate.add_argument("--windows", type=int, help="only the first N windows of each text")
     evaluate.add_argument(
+        "--start-token", action="store_true", help="begin each window with the tokenizer's start token, as Gemma needs"
+    )
+    evaluate.add_argument(
         "--document-start",
         metavar="REGEX",
         help="how lines begin with which documents begin: standard errors are then by document, not by window",
@@ -198,6 +201,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.reference,
         args.sequence_length,
         args.windows,
+        args.start_token,
         args.document_start,
         args.noise_floor,
         args.trust_remote_code,

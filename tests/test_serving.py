@@ -51,7 +51,7 @@ def first_layers(tmp_path_factory):
     """SmolLM2-135M-Instruct cut to its first layers: real weights, quick to quantize and to compile."""
     folder = tmp_path_factory.mktemp("model")
     whole, cut = folder / "whole", folder / "cut"
-    call(sys.executable, "scripts/demo/smollm2_checkpoint.py", str(whole))
+    call(sys.executable, "scripts/demo/packaged_model.py", str(whole))
     shutil.copytree(whole, cut)
     config = json.loads((cut / "config.json").read_text())
     config["num_hidden_layers"] = LAYERS

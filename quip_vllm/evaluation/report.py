@@ -24,6 +24,7 @@ def evaluate(
     reference: str | None = None,
     sequence_length: int = 2048,
     windows: int | None = None,
+    start_token: bool = False,
     document_start: str | None = None,
     noise_floor: bool = False,
     trust_remote_code: bool = False,
@@ -36,6 +37,7 @@ def evaluate(
         reference: folder or hub name of the original model.
         sequence_length: tokens in a window.
         windows: how many of them, of each text; None for all.
+        start_token: whether each window begins with the tokenizer's start token.
         document_start: see `documents_of`; None for texts without documents.
         noise_floor: whether the reference in bf16 is measured like one more model.
         trust_remote_code: whether Python code among the models' files may run.
@@ -58,9 +60,9 @@ def evaluate(
                 f"--sequence-length is {sequence_length}, but {name} has {limit} positions: give {limit} or less"
             )
     tokenizer = load_tokenizer(folders[models[0]], trust_remote_code)
-    cut = [windows_of(text, tokenizer, sequence_length, windows) for text in texts]
+    cut = [windows_of(text, tokenizer, sequence_length, windows, start_token) for text in texts]
     documents = [
-        None if document_start is None else documents_of(text, tokenizer, document_start, tokens)
+        None if document_start is None else documents_of(text, tokenizer, document_start, tokens, start_token)
         for text, tokens in zip(texts, cut, strict=True)
     ]
     measured = [(name, torch.float32) for name in models]
@@ -88,6 +90,7 @@ def evaluate(
         "results": results,
         "reference": reference,
         "sequence_length": sequence_length,
+        "start_token": start_token,
         "document_start": document_start,
         "quip_vllm": __version__,
     }

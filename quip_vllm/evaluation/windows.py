@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity and KL divergence over windows of a text.
 
-The text is tokenized whole, with nothing added, and cut into windows without overlap. Each window predicts its tokens
-from the second on.
+The text is tokenized whole, with nothing added but a start token where it is asked for, and cut into windows without
+overlap. Each window predicts its tokens from the second on.
 """
 
 import math
@@ -16,28 +16,37 @@ from unittest import mock
 import numpy
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 CHUNK = 256  # positions whose full-vocabulary distributions are held at once
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p99.9": 99.9}
 
 
-def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None) -> Tensor:
-    """Tokens, int64 [windows, length]. Raises ValueError if the text has fewer windows than one, or than ``count``."""
+def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None, start_token: bool = False) -> Tensor:
+    """Tokens, int64 [windows, length]; with `start_token` the first of each is the tokenizer's, the others the text's.
+
+    Raises:
+        ValueError: the text has fewer windows than one, or than `count`, or the tokenizer has no start token.
+    """
+    if start_token and tokenizer.bos_token_id is None:
+        raise ValueError("the tokenizer has no start token: leave --start-token away")
     if length < 2:
         raise ValueError(f"--sequence-length is {length}: a window predicts from its second token on; give at least 2")
     text = _read(text_file)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    available = len(ids) // length
+    step = length - start_token
+    available = len(ids) // step
     if count is not None and count < 1:
         raise ValueError(f"--windows is {count}: give at least 1, or leave it away for all")
     if available < (count or 1):
         raise ValueError(f"{text_file} has {available} windows of {length} tokens: {count or 1} are asked for")
     available = count or available
-    return ids[: available * length].view(available, length)
+    rows = ids[: available * step].view(available, step)
+    return functional.pad(rows, (1, 0), value=tokenizer.bos_token_id) if start_token else rows
 
 
-def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor) -> Tensor:
+def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor, start_token: bool = False) -> Tensor:
     """The number of the document in which each token of `windows` begins, int64 [windows, length].
 
     Args:
@@ -45,6 +54,7 @@ def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor) ->
         tokenizer: that of `windows_of`.
         start: a regular expression for how the lines begin with which documents begin.
         windows: what `windows_of` gave.
+        start_token: that of `windows_of`; a start token belongs to the document 0.
 
     Raises:
         ValueError: the expression is none or matches nothing, or the tokenizer cannot tell where its tokens begin.
@@ -59,8 +69,10 @@ def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor) ->
         raise ValueError("the tokenizer does not say where tokens begin: leave --document-start away") from None
     if not starts:
         raise ValueError(f"--document-start {start!r} matches nothing in {text_file}: mend it, or leave it away")
-    begins = torch.tensor([begin for begin, _ in offsets["offset_mapping"][: windows.numel()]])
-    return torch.bucketize(begins, torch.tensor(starts), right=True).view_as(windows)
+    count, step = len(windows), windows.shape[1] - start_token
+    begins = torch.tensor([begin for begin, _ in offsets["offset_mapping"][: count * step]])
+    rows = torch.bucketize(begins, torch.tensor(starts), right=True).view(count, step)
+    return functional.pad(rows, (int(start_token), 0))
 
 
 def _read(text_file: str) -> str:

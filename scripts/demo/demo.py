@@ -33,7 +33,7 @@ BIN = Path(sys.executable).parent
 QUESTION = "What is the capital of France?"
 START_LIMIT_S = 900
 
-CONVERT = [sys.executable, "scripts/demo/smollm2_checkpoint.py", str(ORIGINAL.relative_to(ROOT))]
+CONVERT = [sys.executable, "scripts/demo/packaged_model.py", str(ORIGINAL.relative_to(ROOT))]
 QUANTIZE = [str(BIN / "quip-vllm"), "quantize", str(ORIGINAL.relative_to(ROOT)), str(QUANTIZED.relative_to(ROOT))]
 QUANTIZE += ["--method", "quip_sharp", "--bits", "2"]
 SERVE = [str(BIN / "vllm"), "serve", str(QUANTIZED.relative_to(ROOT)), "--served-model-name", "demo"]

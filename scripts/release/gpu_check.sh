@@ -69,7 +69,7 @@ bench() {
 }
 serve() {
   export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
-  $python scripts/demo/smollm2_checkpoint.py $report/model &&
+  $python scripts/demo/packaged_model.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
     $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
     QUIP_VLLM_BACKEND=triton $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 \

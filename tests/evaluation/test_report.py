@@ -22,7 +22,7 @@ def stored_bytes(folder):
 
 def test_without_reference(tiny_model, tiny_text):
     found = evaluate([str(tiny_model())], [str(tiny_text)], None, 64, 2)
-    assert list(found) == ["results", "reference", "sequence_length", "document_start", "quip_vllm"]
+    assert list(found) == ["results", "reference", "sequence_length", "start_token", "document_start", "quip_vllm"]
     (row,) = found["results"]
     assert list(row) == KEYS
     of_a_reference = {key for key in KEYS if key.startswith("kl_")} | {"top1_agreement", "reference_perplexity"}

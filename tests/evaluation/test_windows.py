@@ -19,7 +19,7 @@ from quip_vllm.evaluation.windows import documents_of, score, windows_of
 def cut(tiny_model, tiny_text):
     """cut(length, count): windows of the tiny text."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    return lambda length, count=None, text=tiny_text: windows_of(str(text), tokenizer, length, count)
+    return lambda length, count=None, text=tiny_text, **more: windows_of(str(text), tokenizer, length, count, **more)
 
 
 def test_windows(cut, tiny_text, tiny_model):
@@ -28,6 +28,16 @@ def test_windows(cut, tiny_text, tiny_model):
     assert AutoTokenizer.from_pretrained(tiny_model()).decode(found.flatten()) == tiny_text.read_text()[: 85 * 70]
     assert torch.equal(cut(70, 3), found[:3])
     assert cut(6000).shape == (1, 6000)
+
+
+def test_windows_with_a_start_token(cut, tiny_model, tiny_text):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    found = cut(71, 3, start_token=True)
+    assert (found[:, 0] == tokenizer.bos_token_id).all() and torch.equal(found[:, 1:], cut(70, 3))
+    assert cut(1001, start_token=True).shape == (6, 1001)  # of 6000 tokens
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no start token: leave --start-token away"):
+        windows_of(str(tiny_text), tokenizer, 71, 3, start_token=True)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,8 @@ def test_standard_errors_by_document(tiny_model, tmp_path):
     tokens = windows_of(str(text), tokenizer, 32, 3)
     documents = documents_of(str(text), tokenizer, "# ", tokens)
     assert documents.flatten().tolist() == [0] * 3 + [1] * (6 + 2 * 25 + 1 + 7) + [2] * (96 - 67)
+    started = windows_of(str(text), tokenizer, 33, 3, start_token=True)
+    assert torch.equal(documents_of(str(text), tokenizer, "# ", started, start_token=True)[:, 1:], documents)
     reference, model = (load_model(str(tiny_model(seed=seed))) for seed in (0, 1))
     (found,) = score([model], tokens, reference, documents)
     p, q = (m(tokens).logits[:, :-1].double().log_softmax(-1) for m in (reference, model))

