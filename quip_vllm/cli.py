@@ -133,6 +133,21 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default %(default)s)",
     )
+    parser.add_argument(
+        "--token-weights",
+        action=argparse.BooleanOptionalAction,
+        default=Settings.token_weights,
+        help="let a token count as much as the loss feels it, which takes a backward pass (default %(default)s)",
+    )
+    parser.add_argument(
+        "--two-sided",
+        action=argparse.BooleanOptionalAction,
+        default=Settings.two_sided,
+        help="let rounding errors feed back along the outputs, too (YAQA), which takes the same (default %(default)s)",
+    )
+    parser.add_argument(
+        "--hessians", metavar="FOLDER", help="where the backward pass leaves its result, or an earlier run has left it"
+    )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     parser.add_argument(
@@ -163,6 +178,9 @@ def _quantize(args: argparse.Namespace) -> int:
         ignore=tuple(args.ignore),
         overrides=tuple(_override(item) for item in args.override),
         drift_correction=args.drift_correction,
+        token_weights=args.token_weights,
+        two_sided=args.two_sided,
+        hessians=args.hessians,
         lm_head=args.lm_head,
         trust_remote_code=args.trust_remote_code,
     )

@@ -7,7 +7,7 @@ layers of its group. The rows of a head are not, so each has a scale of its own 
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from quip_vllm.formats.tensors import SU, SV
 from quip_vllm.formats.tile import TILE
 from quip_vllm.quantizer.curvature import Curvature
 from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
 from quip_vllm.quantizer.settings import Settings
@@ -27,6 +28,9 @@ from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotat
 
 CHUNK_WEIGHTS = 1 << 24
 """Weights of a head that are rounded at a time: 64 MiB in float32, of which a handful of copies is alive."""
+
+OUTPUT_DAMPING = 0.1
+"""Share of the mean diagonal that is added to the diagonal of the outputs' Hessians, which few sequences make."""
 
 
 @dataclass
@@ -44,12 +48,16 @@ class Quantized:
 
 @dataclass
 class _Rows:
-    """Rows of one layer on their way to the encoder: `units` float32 [n, k] times `scale` [n] or [] is the weight."""
+    """Rows of one layer on their way to the encoder: `units` float32 [n, k] times `scale` [n] or [] is the weight.
+
+    `outputs` is the rotated Hessian of the outputs, float32 [n, n], if errors feed back along the columns.
+    """
 
     name: str
     units: Tensor
     scale: Tensor
     sv: Tensor
+    outputs: Tensor | None = None
 
 
 @dataclass
@@ -60,10 +68,15 @@ class _Sums:
     sv: list[Tensor] = field(default_factory=list)
     lost: float = 0.0
     total: float = 0.0
+    trace: float = 0.0  # of the curvature over the weight
 
 
 def quantize_group(
-    group: Inputs, weights: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], settings: Settings
+    group: Inputs,
+    weights: Mapping[str, Tensor],
+    specs: Mapping[str, LinearSpec],
+    settings: Settings,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes the layers of one group.
 
@@ -71,7 +84,8 @@ def quantize_group(
         group: what is known of the activation that they read.
         weights: full module name -> weight [n, k] of any float dtype, in the order of the group.
         specs: full module name -> how the layer will be stored.
-        settings: seed, rotation, damping, drift correction.
+        settings: seed, rotation, damping, drift correction, and whether the outputs' Hessians count.
+        sensitivities: full module name -> how the loss depends on the layer, where that is known.
 
     Returns:
         Full module name -> result, in the order of the weights.
@@ -83,8 +97,10 @@ def quantize_group(
     hessian, dead = group.regularised(settings.damping)
     correction = group.drift.correction(group.hessian, group.unit(), hessian) if group.drift else None
     su = signs(len(hessian), settings.seed, "su:" + next(iter(weights)))
-    curvature = Curvature(rotate_hessian(hessian, su, settings.hadamard_block))
-    rounding = Ldlq(curvature)
+    inputs = rotate_hessian(hessian, su, settings.hadamard_block)
+    rounding = Ldlq(inputs)
+    known = sensitivities or {}
+    two_sided = [name for name in known if settings.two_sided and known[name].outputs is not None]
 
     def rows_of(name: str, part: Tensor, encoder: Encoder) -> _Rows:
         if not torch.isfinite(part).all():
@@ -95,10 +111,14 @@ def quantize_group(
         return _in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
 
     sums = {name: _Sums() for name in weights}
-    for encoder, parts in _batches(weights, specs):
+    for encoder, parts in _batches(weights, specs, two_sided):
         batch = [rows_of(name, part, encoder) for name, part in parts]
+        outputs = None
+        if batch[0].name in two_sided:  # it is alone in its batch
+            outputs = _rotated_outputs(known[batch[0].name], batch[0], specs[batch[0].name])
         stacked = torch.cat([rows.units for rows in batch])
-        rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder)
+        rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder, outputs)
+        curvature = Curvature(inputs, outputs)
         begin = 0
         for rows in batch:
             end = begin + len(rows.units)
@@ -106,6 +126,7 @@ def quantize_group(
             for key, codes in rounded.codes.items():
                 own.codes.setdefault(key, []).append(codes[begin // encoder.rows : -(-end // encoder.rows)])
             own.sv.append(rows.sv)
+            own.trace = float(inputs.trace()) * (len(weights[rows.name]) if outputs is None else float(outputs.trace()))
             squares = rows.scale.double().square()
             own.lost += float((curvature.energies(rows.units - rounded.values[begin:end]) * squares).sum())
             own.total += float((curvature.energies(rows.units) * squares).sum())
@@ -122,6 +143,7 @@ def quantize_group(
             "code": spec.code,
             "bits": spec.bits,
             "proxy_loss": own.lost / own.total if own.total > 0 else 0.0,
+            "expected_divergence": known[name].energy * own.lost / own.trace / 2 if name in known else None,
             "damping_added": rounding.damping_added,
             "dead_columns": int(dead.sum()),
             "group_seconds": round(time.monotonic() - began, 3),
@@ -137,12 +159,18 @@ def signs(size: int, seed: int, name: str) -> Tensor:
 
 
 def _batches(
-    weights: Mapping[str, Tensor], specs: Mapping[str, LinearSpec]
+    weights: Mapping[str, Tensor], specs: Mapping[str, LinearSpec], alone: Collection[str]
 ) -> Iterator[tuple[Encoder, list[tuple[str, Tensor]]]]:
-    """What is rounded at once: all layers of one format whole, or some rows of a layer that is not rotated."""
+    """What is rounded at once: all layers of one format whole, or some rows of a layer that is not rotated.
+
+    Those that are to be `alone` are.
+    """
     formats: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
     for name, weight in weights.items():
         spec = specs[name]
+        if name in alone:
+            yield make_encoder(spec.code, spec.bits), [(name, weight)]
+            continue
         if spec.rotate_output:
             formats.setdefault((spec.code, spec.bits), []).append((name, weight))
             continue
@@ -162,6 +190,15 @@ def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int
     column = scale.view(-1, 1)
     # A row of a head that is too small for fp16 decodes to zeros.
     return _Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
+
+
+def _rotated_outputs(sensitivity: Sensitivity, rows: _Rows, spec: LinearSpec) -> Tensor:
+    """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
+    assert sensitivity.outputs is not None
+    mean = sensitivity.outputs.diagonal().mean()
+    hessian = sensitivity.outputs / mean if mean > 0 else torch.eye(len(sensitivity.outputs))
+    hessian.diagonal().add_(OUTPUT_DAMPING)
+    return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block)
 
 
 def scale_of(name: str, weight: Tensor, spec: LinearSpec, encoder: Encoder) -> Tensor:

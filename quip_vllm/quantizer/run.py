@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.record import Record
+from quip_vllm.quantizer.sensitivities import Sensitivities
 from quip_vllm.quantizer.settings import SELF, Settings
 from quip_vllm.quantizer.source.architecture import load_tokenizer, out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
@@ -114,6 +117,7 @@ class Run:
         self.kept_bytes = {name: size for name, size in self.source.reader.bytes_of.items() if name not in replaced}
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
+        self.sensitivities: Sensitivities | None = None
 
     def open(self, resume: bool) -> None:
         """Begins the record, or takes up the one that is there if all of it is of this model.
@@ -156,6 +160,11 @@ class Run:
         if len(tokens) < self.settings.sequences:
             check_replay(self.source, self._batches(len(tokens)))
         batch, _ = self._batches(len(tokens))[0]
+        if self.settings.backward:
+            folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
+            inside = set(self.plan.specs) - {self.plan.head}
+            two_sided, seed = self.settings.two_sided, self.settings.seed
+            self.sensitivities = Sensitivities(folder, self.source, tokens, batch, inside, two_sided, seed)
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         self.originals = [x.clone() for x in self.hidden] if self.settings.drift_correction else []
         for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
@@ -198,25 +207,29 @@ class Run:
     def _layer(self, index: int, calls: Calls) -> None:
         """Quantizes one decoder layer, or takes it from the record, and moves `hidden` and `originals` behind it."""
         unit, names = self.layers[index], [name for name in self.source.linears(index) if name in self.plan.specs]
-        groups = self._curvature(index, names, calls, self.record.has(unit))
+        known = self.sensitivities.of(index, names) if self.sensitivities and not self.record.has(unit) else {}
+        groups = self._curvature(index, names, calls, self.record.has(unit), known)
         if not self.record.has(unit):
             missing = set(names) - {name for group in groups for name in group.names}
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
-            self._quantize(unit, self.source.layer_names(index), groups)
+            self._quantize(unit, self.source.layer_names(index), groups, known)
         if index + 1 == len(self.layers) and not self.plan.head:
             return  # nothing reads the layer's output
         with self.source.layer(index, self._stored(unit, names)) as layer:
             for i, x in enumerate(tqdm(self.hidden, desc=f"{unit}: outputs", leave=False)):
                 self.hidden[i] = run_layer(layer, x, calls)
 
-    def _curvature(self, index: int, names: list[str], calls: Calls, done: bool) -> list[Inputs]:
+    def _curvature(
+        self, index: int, names: list[str], calls: Calls, done: bool, known: Mapping[str, Sensitivity]
+    ) -> list[Inputs]:
         """Runs the original layer: what its linear layers read, unless it is done; and `originals` behind it."""
         if done and not self.originals:
             return []
         linears = self.source.linears(index)
         with self.source.layer(index) as layer:
-            collector = Collector({name: linears[name] for name in names})
+            weights = {name: one.weights for name, one in known.items()} if self.settings.token_weights else None
+            collector = Collector({name: linears[name] for name in names}, weights)
             for i, x in enumerate(tqdm(self.hidden, desc=f"{self.layers[index]}: Hessians", leave=False)):
                 if self.originals and index == 0:  # both are still the same
                     self.originals[i] = run_layer(layer, x, calls)
@@ -237,15 +250,15 @@ class Run:
             group = group or Inputs.of(name, x.shape[-1])
             group.add(x)
         assert group is not None
-        self._quantize(HEAD, [f"{name}.weight"], [group])
+        self._quantize(HEAD, [f"{name}.weight"], [group], {})
 
-    def _quantize(self, unit: str, names: list[str], groups: list[Inputs]) -> None:
+    def _quantize(self, unit: str, names: list[str], groups: list[Inputs], known: Mapping[str, Sensitivity]) -> None:
         """Replaces the weights among a unit's tensors, and keeps the unit in the record."""
         tensors, entries = self.source.reader.read(names), []
         original = digest(sorted(tensors.items()))
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
-            for name, result in quantize_group(group, weights, self.plan.specs, self.settings).items():
+            for name, result in quantize_group(group, weights, self.plan.specs, self.settings, known).items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)
         self.record.write(unit, tensors, entries, original)

@@ -35,6 +35,9 @@ class Settings:
         damping: what is added to a Hessian's diagonal, relative to its mean.
         drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
             (docs/benchmarks/quality.md).
+        token_weights: whether a token counts in the Hessians as much as the loss feels the layer's output there.
+        two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs.
+        hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
         lm_head: bits of the output head, and of the embedding where the two are tied. None keeps their weight.
         trust_remote_code: whether Python code among the model's files may run.
 
@@ -54,6 +57,9 @@ class Settings:
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
     drift_correction: float = 0.35
+    token_weights: bool = False
+    two_sided: bool = False
+    hessians: str | None = None
     lm_head: int | None = None
     trust_remote_code: bool = False
 
@@ -94,6 +100,11 @@ class Settings:
     def sources(self) -> list[str]:
         """The sources that `calibration` names."""
         return self.calibration.split(",")
+
+    @property
+    def backward(self) -> bool:
+        """Whether the original model runs backwards once."""
+        return self.token_weights or self.two_sided
 
     def layer_format(self, name: str) -> LayerFormat | None:
         """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""

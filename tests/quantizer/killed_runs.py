@@ -50,19 +50,21 @@ def half_a_file(call):
     store.os.replace = replace
 
 
-# Files: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 and later the shards. Groups: 4 per layer, 13 the head.
+# Files: 1 is the calibration, 2 to 4 the layers' inputs, 5 to 7 their sensitivities, 8 to 10 the layers, 11 the head,
+# 12 and later the shards. Groups: 4 per layer, 13 the head.
 MOMENTS = {
     "before the calibration": lambda: kill_at(run, "calibration_tokens", 1),
+    "half of the backward pass": lambda: half_a_file(6),
     "in the middle of the first layer": lambda: kill_at(run, "quantize_group", 3),
     "first layer there, its entries not": lambda: kill_at(record, "write_shard", 2, after=True),
     "first layer done": lambda: kill_at(run.Run, "_layer", 1, after=True),
-    "half of the second layer": lambda: half_a_file(3),
+    "half of the second layer": lambda: half_a_file(9),
     "in the middle of the head": lambda: kill_at(run, "quantize_group", 13),
     "head there, its entries not": lambda: kill_at(record, "write_shard", 5, after=True),
     "before the shards are planned": lambda: kill_at(record, "plan_shards", 1),
-    "half of the first shard": lambda: half_a_file(6),
+    "half of the first shard": lambda: half_a_file(12),
     "first shard there, its layers too": lambda: kill_at(record, "copy_shard", 1, after=True),
-    "half of the second shard": lambda: half_a_file(7),
+    "half of the second shard": lambda: half_a_file(13),
     "before the index": lambda: kill_at(record, "write_index", 1),
     "in the middle of copying": lambda: kill_at(run.shutil, "copyfile", 2),
     "before config.json": lambda: kill_at(run, "write_json", 2),
@@ -80,7 +82,8 @@ def start(settings, out, resume, prepare):
 
 
 def main(model, text, folder):
-    settings = Settings(model, "e8p", 3, calibration=text, sequences=8, sequence_length=48, lm_head=4)
+    amount = {"calibration": text, "sequences": 8, "sequence_length": 48}
+    settings = Settings(model, "e8p", 3, **amount, token_weights=True, two_sided=True, lm_head=4)
     shards.SHARD_BYTES = 24_000  # a layer and a half
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made

@@ -12,6 +12,7 @@ from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.quantizer import layer
 from quip_vllm.quantizer.curvature.drift import Drift
 from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.layer import quantize_group, signs
 from quip_vllm.quantizer.rounding import ldlq
 from quip_vllm.quantizer.settings import Settings
@@ -172,3 +173,37 @@ def test_chunks_of_a_head_do_not_change_a_bit(code, monkeypatch):
     pieces = quantize(coloured(), {"a": weight}, code, 2, head=True)["a"]
     assert all(torch.equal(pieces[1][name], tensor) for name, tensor in whole[1].items())
     assert pieces[0]["proxy_loss"] == pytest.approx(whole[0]["proxy_loss"])
+
+
+def felt(n, energy=3.0, seed=7):
+    """A sensitivity whose outputs are correlated."""
+    g = draw(500, n, seed=seed) @ draw(n, n, seed=seed + 1)
+    return Sensitivity(torch.ones(500), energy, g.T @ g)
+
+
+@pytest.mark.parametrize(("code", "gain"), [("e8p", 0.7), ("1mad", 0.97)])
+def test_two_sides_lose_less_of_what_the_loss_feels(code, gain):
+    """The divergence in the report is that of the stored tensors, undamped, in the original space."""
+    weights = {"a": draw(N, K), "b": draw(48, K, seed=1)}
+    known = {"a": felt(N), "b": felt(48, seed=9)}
+    losses = {}
+    for two_sided in (False, True):
+        specs = {name: LinearSpec(code, 2, K, (len(weight),)) for name, weight in weights.items()}
+        settings = Settings("m", code, 2, damping=1e-6, two_sided=two_sided)
+        results = quantize_group(coloured(), weights, specs, settings, known)
+        for name, result in results.items():
+            error = (weights[name] - dequantize(specs[name], result.tensors)).double()
+            outputs, inputs = known[name].outputs.double(), coloured().hessian
+            metric = outputs if two_sided else torch.eye(len(error), dtype=torch.float64)
+            lost = (metric @ error @ inputs * error).sum() / metric.trace() / inputs.trace()
+            felt_loss = (outputs @ error @ inputs * error).sum()
+            losses.setdefault(name, []).append(float(felt_loss))
+            expected = 3.0 * float(lost) / 2
+            wanted = pytest.approx(expected, rel=numerics.LOSS_WITH_DAMPED_OUTPUTS if two_sided else 1e-3)
+            assert result.entry["expected_divergence"] == wanted
+    for one, both in losses.values():
+        assert both < gain * one
+    plain = quantize_group(coloured(), weights, specs, Settings("m", code, 2, damping=1e-6))
+    assert plain["a"].entry["expected_divergence"] is None
+    aside = quantize_group(coloured(), weights, specs, Settings("m", code, 2, damping=1e-6), known)
+    assert all(torch.equal(tensor, aside["a"].tensors[key]) for key, tensor in plain["a"].tensors.items())

@@ -73,13 +73,14 @@ def large_model(tmp_path_factory):
     return folder, index["metadata"]["total_size"]
 
 
+@pytest.mark.parametrize("more", [[], ["--token-weights", "--two-sided"]], ids=["forwards", "backwards"])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_half_of_the_weights_is_room_enough(large_model, tiny_model, tiny_text, tmp_path):
+def test_half_of_the_weights_is_room_enough(large_model, tiny_model, tiny_text, tmp_path, more):
     """All layers are read and run; the attention of one is encoded, which keeps the test short."""
     folder, size = large_model
     assert size > 600e6
     flags = ["--method", "quip_sharp", "--bits", "2", "--calibration", str(tiny_text)]
-    flags += ["--sequences", "2", "--sequence-length", "32"]
+    flags += ["--sequences", "2", "--sequence-length", "32", *more]
     command = [sys.executable, "-c", PROGRAM, str(tiny_model()), str(folder), str(tmp_path), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

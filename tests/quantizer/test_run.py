@@ -14,7 +14,7 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.evaluation.loading import dense_state, load_model
 from quip_vllm.evaluation.report import evaluate
-from quip_vllm.quantizer import run
+from quip_vllm.quantizer import run, sensitivities
 from quip_vllm.quantizer.run import quantize
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 
@@ -103,12 +103,35 @@ def test_files_and_report(quantized, tiny_model, make_settings):
     assert report["settings"] == make_settings(model).to_dict()
     assert report["calibration_tokens"] == 8 * 48
     keys = {"name", "shape", "code", "bits", "proxy_loss", "damping_added", "dead_columns", "group_seconds"}
-    assert all(set(layer) == keys for layer in report["layers"])
+    assert all(set(layer) == keys | {"expected_divergence"} for layer in report["layers"])
+    assert all(layer["expected_divergence"] is None for layer in report["layers"])
     assert [layer["name"] for layer in report["layers"]][:8] == [
         *(f"model.layers.0.self_attn.{letter}_proj" for letter in "qkvo"),
         *(f"model.layers.0.mlp.{word}_proj" for word in ("gate", "up", "down")),
         "model.layers.1.self_attn.q_proj",
     ]
+
+
+def test_bit_rates_and_codes_share_hessians(tiny_model, make_settings, tmp_path, monkeypatch):
+    model, hessians = tiny_model("Gemma2"), tmp_path / "hessians"
+    usual = {"token_weights": True, "two_sided": True, "hessians": str(hessians), "lm_head": 4}
+    quantize(make_settings(model, **usual), tmp_path / "two")
+    monkeypatch.setattr(sensitivities, "Forward", None)  # nobody runs it again
+    for name, changes in (
+        ("again", {}),
+        ("more", {"bits": 3}),
+        ("other", {"code": "hyb"}),
+        ("one", {"two_sided": False}),
+    ):
+        quantize(make_settings(model, **usual | changes), tmp_path / name)
+    reports = {name: read_json(tmp_path / name / "quantization_report.json")["layers"] for name in ("two", "more")}
+    for two, more in zip(reports["two"][:-1], reports["more"][:-1], strict=True):
+        assert 0 < 2 * more["expected_divergence"] < two["expected_divergence"]
+    assert reports["two"][-1]["expected_divergence"] is None  # the head has none
+    files = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("two", "again", "one")}
+    assert files["two"] == files["again"] != files["one"]
+    with pytest.raises(ValueError, match="hessians holds Hessians of other calibration: give the model, calibration"):
+        quantize(make_settings(model, **usual, sequences=7), tmp_path / "seven")
 
 
 def test_shared_su(quantized):

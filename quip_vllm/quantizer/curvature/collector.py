@@ -22,9 +22,12 @@ class Collector:
 
     Args:
         linears: full module name -> linear layer.
+        weights: full module name -> weights of the tokens, float32 [tokens of all batches], equal for the readers of
+            one activation. A layer that has none counts each token once.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]):
+    def __init__(self, linears: Mapping[str, nn.Linear], weights: Mapping[str, Tensor] | None = None):
+        self._weights = weights or {}
         self._group_of: dict[str, Inputs] = {}
         self._latest: dict[str, Tensor] = {}  # first name of a group -> its activation in this pass
         self._originals: dict[str, Tensor] = {}
@@ -85,12 +88,15 @@ class Collector:
                 self._group_of[first].names.append(name)
         group = self._group_of[name]
         if group.names[0] == name:  # one product for all readers
-            group.add(x)
+            weights = self._weights.get(name)
+            if weights is not None:
+                weights = weights[group.tokens : group.tokens + x.shape[:-1].numel()]
+            group.add(x, weights)
             self._latest[name] = x
             if original is not None:
                 readers = [name, *(other for other, x0 in self._originals.items() if x0 is original)]
                 known = all(reader in self._products for reader in readers)
                 products = {reader: self._products[reader] for reader in readers} if known else None
-                group.drift.add(original.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), products)
+                group.drift.add(original.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), products, weights)
         if self._may_end and len(set(self._calls)) == self._count:
             raise _AllRead

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class Drift:
-    """Sums over the calibration text, in one of two forms.
+    """Sums over the calibration text, times the tokens' weights if they have some, in one of two forms.
 
     Attributes:
         difference: float64 [k, k], sum of (x0 - x) x^T; None without a batch in this form.
@@ -29,24 +29,30 @@ class Drift:
         """Whether a batch was recorded."""
         return self.difference is not None or bool(self.crossed)
 
-    def add(self, original: Tensor, x: Tensor, products: Mapping[str, Tensor] | None) -> None:
+    def add(
+        self, original: Tensor, x: Tensor, products: Mapping[str, Tensor] | None, weights: Tensor | None = None
+    ) -> None:
         """Adds a batch.
 
         Args:
             original: x0, [tokens, k].
             x: [tokens, k].
             products: module name -> W x0 [..., n] of every layer of the group; None where one is not known.
+            weights: float32 [tokens]; None counts each token once.
         """
         k = x.shape[-1]
+        weighted = x if weights is None else x * weights[:, None].to(x.dtype)
         if products and sum(y.shape[-1] for y in products.values()) < k:
             for name, y in products.items():
                 if name not in self.crossed:
                     self.crossed[name] = torch.zeros(y.shape[-1], k, dtype=torch.float64, device=x.device)
-                self.crossed[name] += y.reshape(-1, y.shape[-1]).T @ x
+                self.crossed[name] += y.reshape(-1, y.shape[-1]).T @ weighted
             return
         if self.difference is None:
             self.difference = torch.zeros(k, k, dtype=torch.float64, device=x.device)
-        self.difference += (original - x).T @ x  # a few percent of x: the activations' own dtype is precise enough
+        self.difference += (
+            original - x
+        ).T @ weighted  # a few percent of x: the activations' own dtype is precise enough
 
     def correction(self, total: Tensor, unit: Tensor, hessian: Tensor) -> Callable[[str, Tensor], Tensor]:
         """f(name, W), float32 [n, k], such that W + f(name, W) on x comes nearest to W on x0.

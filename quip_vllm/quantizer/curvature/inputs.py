@@ -15,7 +15,7 @@ class Inputs:
 
     Attributes:
         names: full module names of the layers, in module order.
-        hessian: float64 [k, k], sum of x x^T, x as the layers quantized so far make it.
+        hessian: float64 [k, k], sum of x x^T, x as the layers quantized so far make it, times the token's weight.
         tokens: number of x in the sum.
         drift: how x differs from the same activation in the original model; empty if that was not recorded.
     """
@@ -30,10 +30,15 @@ class Inputs:
         """Of one layer with k inputs, before the first x."""
         return cls([name], torch.zeros(k, k, dtype=torch.float64))
 
-    def add(self, x: Tensor) -> None:
-        """Adds a batch, [..., k]: the product in float32, the sum in float64."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Adds a batch, [..., k]: the product in float32, the sum in float64.
+
+        Args:
+            x: the batch.
+            weights: float32 [tokens], 1 in the mean of all batches. None counts each token once.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        self.hessian += gram(rows.float())
+        self.hessian += gram(rows.float() if weights is None else rows.float() * weights.sqrt()[:, None])
         self.tokens += rows.shape[0]
 
     def unit(self) -> Tensor:

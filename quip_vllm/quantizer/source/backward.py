@@ -110,8 +110,8 @@ def sampled_score(seed: int) -> Score:
 
     def score(logits: Tensor, _: int, __: slice) -> Tensor:
         probabilities = logits.softmax(-1)
-        sums = probabilities.double().cumsum(-1)
-        drawn = torch.rand(*logits.shape[:-1], 1, generator=generator, dtype=torch.float64) * sums[..., -1:]
+        sums = probabilities.cumsum(-1)
+        drawn = torch.rand(*logits.shape[:-1], 1, generator=generator) * sums[..., -1:]
         labels = torch.searchsorted(sums, drawn, right=True).clamp_(max=logits.shape[-1] - 1)
         return probabilities.scatter_add_(-1, labels, torch.full(labels.shape, -1.0))
 

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loss feels at the outputs of linear layers: token weights, and Hessians of the output side.
+
+With y = W x and g = dloss/dy, an error E of W moves the loss by g^T E x per token. Its expected square is the
+second-order loss. GuidedQuant (arXiv 2505.07004) keeps of g one number per token, the mean of g^2. YAQA (arXiv
+2505.22988, Sketch B) keeps E[G G^T], where G = sum g x^T over the tokens of a sequence is the gradient of W.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quip_vllm.quantizer.curvature.inputs import gram
+
+LARGEST_WEIGHT = 100.0
+"""Of a token, where all have 1 in the mean: some first tokens would count as much as a whole text."""
+
+
+@dataclass
+class Sensitivity:
+    """How the loss depends on one linear layer.
+
+    Attributes:
+        weights: float32 [tokens], how much each token counts, 1 in the mean.
+        energy: mean of |g|^2 |x|^2 per token, the trace of the loss's Hessian over the weight.
+        outputs: float32 [n, n], E[G G^T] per token; None where it was not asked for.
+    """
+
+    weights: Tensor
+    energy: float
+    outputs: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> "Sensitivity":
+        """The one of the linear layer `name` among tensors that `tensors` made."""
+        return cls(tensors[f"{name}.weights"], float(tensors[f"{name}.energy"]), tensors.get(f"{name}.outputs"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """For a file."""
+        energy = torch.tensor(self.energy, dtype=torch.float64)
+        out = {} if self.outputs is None else {f"{name}.outputs": self.outputs}
+        return {f"{name}.weights": self.weights, f"{name}.energy": energy, **out}
+
+
+@dataclass
+class _Sums:
+    reader: str  # first linear layer that reads the same activation
+    squares: list[Tensor] = field(default_factory=list)
+    energy: float = 0.0
+    outputs: Tensor | None = None
+
+
+class OutputCollector:
+    """Hooks that see x and g of linear layers while a decoder layer runs forwards and backwards.
+
+    Args:
+        linears: full module name -> linear layer.
+        two_sided: whether the Hessians of the outputs are wanted.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], two_sided: bool):
+        self._two_sided = two_sided
+        self._sums: dict[str, _Sums] = {}
+        self._latest: dict[str, Tensor] = {}
+        self._handles = [
+            module.register_forward_hook(lambda _, args, out, name=name: self._see(name, args[0], out))
+            for name, module in linears.items()
+        ]
+
+    def close(self) -> dict[str, Sensitivity]:
+        """Removes the hooks; module name -> result. Readers of one activation get the mean of their weights."""
+        for handle in self._handles:
+            handle.remove()
+        own = {name: token_weights(torch.cat(sums.squares)) for name, sums in self._sums.items()}
+        results = {}
+        for name, sums in self._sums.items():
+            alike = [own[other] for other, one in self._sums.items() if one.reader == sums.reader]
+            tokens = len(own[name])
+            outputs = None if sums.outputs is None else sums.outputs / tokens
+            results[name] = Sensitivity(torch.stack(alike).mean(0), sums.energy / tokens, outputs)
+        return results
+
+    def _see(self, name: str, x: Tensor, out: Tensor) -> None:
+        if name not in self._sums:
+            reader = next((other for other, latest in self._latest.items() if latest is x), name)
+            self._sums[name] = _Sums(self._sums[reader].reader if reader in self._sums else name)
+        self._latest[name] = x
+        out.register_hook(lambda gradient: self._add(self._sums[name], x.detach(), gradient))
+
+    def _add(self, sums: _Sums, x: Tensor, gradient: Tensor) -> None:
+        if x.dim() == 2:  # sequences that a model has joined are one
+            x, gradient = x[None], gradient[None]
+        x, gradient = x.float(), gradient.float()
+        squares = gradient.square().mean(-1)
+        sums.squares.append(squares.flatten())
+        sums.energy += float((squares * gradient.shape[-1] * x.square().sum(-1)).sum(dtype=torch.float64))
+        if not self._two_sided:
+            return
+        for one, of_it in zip(x, gradient, strict=True):  # sequence by sequence
+            product = gram(one.T @ of_it)
+            sums.outputs = product if sums.outputs is None else sums.outputs.add_(product)
+
+
+def token_weights(squares: Tensor) -> Tensor:
+    """Weights of tokens with a mean of 1, proportional to `squares` [tokens] but for the largest."""
+    mean = squares.mean()
+    if mean <= 0:
+        return torch.ones_like(squares)
+    clipped = (squares / mean).clamp(max=LARGEST_WEIGHT)
+    return clipped / clipped.mean()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder with the sensitivities of every decoder layer, made by one backward pass of the original model.
+
+It belongs to a model, its calibration tokens and a seed, not to bits or codes, so several runs can share it.
+"""
+
+import logging
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from quip_vllm.checkpoint.shards import read_shard, write_shard
+from quip_vllm.checkpoint.store import digest, read_json, write_json
+from quip_vllm.quantizer.curvature.outputs import OutputCollector, Sensitivity
+from quip_vllm.quantizer.source.backward import Forward, sampled_score
+from quip_vllm.quantizer.source.model import LayeredModel
+
+_LOG = logging.getLogger(__name__)
+WHOLE = "sensitivities.json"
+"""Written last: what the files belong to."""
+
+
+class Sensitivities:
+    """The sensitivities of linear layers, read per decoder layer; they are measured where the folder is not whole.
+
+    Args:
+        folder: for one file per decoder layer.
+        source: the model.
+        tokens: the calibration text, int64 [count, length].
+        batch: sequences at a time.
+        names: the linear layers inside the decoder layers that are wanted.
+        two_sided: whether the Hessians of the outputs are wanted.
+        seed: of the labels.
+
+    Raises:
+        ValueError: the folder is whole, and belongs to something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: LayeredModel,
+        tokens: Tensor,
+        batch: int,
+        names: Collection[str],
+        two_sided: bool,
+        seed: int,
+    ):
+        self._folder = folder
+        wanted = {
+            "weights": source.reader.digest(source.reader.names()),
+            "calibration": digest([("tokens", tokens)]),
+            "compute_dtype": str(source.compute_dtype),
+            "seed": seed,
+        }
+        if (folder / WHOLE).exists():
+            found = read_json(folder / WHOLE)
+            different = [key for key in wanted if found.get(key) != wanted[key]]
+            missing = set(names) - set(found.get("layers", ()))
+            if different or missing or (two_sided and not found.get("two_sided")):
+                what = f"other {', '.join(different)}" if different else "fewer layers, or their token weights alone"
+                raise ValueError(
+                    f"{folder} holds Hessians of {what}: give the model, calibration and seed of then, or a new folder"
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_disk(source, tokens, names, two_sided)
+        self._measure(source, tokens, batch, names, two_sided, seed)
+        write_json(folder / WHOLE, {**wanted, "two_sided": two_sided, "layers": sorted(names)})
+
+    def of(self, index: int, names: Collection[str]) -> dict[str, Sensitivity]:
+        """Those of decoder layer `index`: the linear layers among `names` that read one vector per token."""
+        tensors = read_shard(self._file(index))
+        return {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
+
+    def _check_disk(self, source: LayeredModel, tokens: Tensor, names: Collection[str], two_sided: bool) -> None:
+        """Raises ValueError where the layers' inputs and what the pass makes of them do not fit."""
+        width = source.model.get_input_embeddings().weight.shape[1]
+        wanted = tokens.numel() * (width * source.compute_dtype.itemsize * len(source.layers) + 4 * len(names))
+        if two_sided:
+            wanted += sum(4 * source.reader.shapes[f"{name}.weight"][0] ** 2 for name in names)
+        free = shutil.disk_usage(self._folder).free
+        if free < wanted:
+            raise ValueError(
+                f"{self._folder} has {free / 1e9:.1f} GB free, and the pass for token weights and Hessians of outputs "
+                f"needs about {wanted / 1e9:.1f} GB: make room, give another --hessians, or fewer --sequences"
+            )
+
+    def _measure(
+        self,
+        source: LayeredModel,
+        tokens: Tensor,
+        batch: int,
+        names: Collection[str],
+        two_sided: bool,
+        seed: int,
+    ) -> None:
+        inputs = self._folder / "inputs"
+        backward = Forward(source, tokens, batch, inputs).backward(sampled_score(seed))
+        for index, _, steps in tqdm(backward, total=len(source.layers), desc="backward", unit="layer"):
+            linears = {name: module for name, module in source.linears(index).items() if name in names}
+            collector = OutputCollector(linears, two_sided)
+            for _ in steps:
+                pass
+            found = collector.close()
+            tensors: dict[str, Tensor] = {}
+            for name, sensitivity in found.items():
+                if len(sensitivity.weights) == tokens.numel():
+                    tensors |= sensitivity.tensors(name)
+                else:
+                    _LOG.warning("%s does not read one vector per token: its tokens count the same", name)
+            write_shard(self._file(index), tensors)
+        inputs.rmdir()
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"layer-{index:05d}.safetensors"

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token weights and Hessians of outputs: toy figures, autograd of the whole model, what a shared folder belongs to."""
+
+import shutil
+
+import numerics
+import pytest
+import torch
+from torch import nn
+
+from quip_vllm.quantizer.curvature.collector import Collector
+from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, token_weights
+from quip_vllm.quantizer.sensitivities import Sensitivities
+from quip_vllm.quantizer.source.backward import sampled_score
+from quip_vllm.quantizer.source.model import LayeredModel
+
+
+def test_two_tokens():
+    """x = (1, 0) and (1, 1) with g = (1, 2) and (0, 1): the figures of the two papers."""
+    linear = nn.Linear(2, 2)
+    collector = OutputCollector({"a": linear}, two_sided=True)
+    x, g = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])
+    linear(x).backward(g)
+    found = collector.close()["a"]
+    assert found.outputs.tolist() == [[0.5, 1.5], [1.5, 5.0]]
+    assert found.energy == (5 * 1 + 1 * 2) / 2
+    torch.testing.assert_close(found.weights, torch.tensor([2.5, 0.5]) / 1.5)
+    weighted = Collector({"a": linear}, {"a": found.weights})
+    linear(x)
+    hessian = 1.5 * weighted.close()[0].hessian / 2  # times the mean of g^2, which the weights were divided by
+    torch.testing.assert_close(hessian, torch.tensor([[1.5, 0.25], [0.25, 0.25]], dtype=torch.float64))
+    linear(x).sum().backward()  # the hooks are gone
+
+
+def test_token_weights():
+    squares = torch.rand(10_000)
+    squares[7] = 1e6
+    weights = token_weights(squares)
+    assert weights.mean() == pytest.approx(1) and weights[7] == weights.max()
+    assert weights[7] / weights[8] == pytest.approx(LARGEST_WEIGHT * float(squares.mean() / squares[8]))
+    assert torch.equal(token_weights(torch.zeros(3)), torch.ones(3))
+
+
+def pair_of_runs(weights, x0, x):
+    """The groups of two readers, of which one is crossed, behind two batches."""
+    layers = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 3)})
+    torch.manual_seed(0)
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter)
+    collector = Collector(layers, weights)
+    with torch.no_grad():
+        for original, own in zip(x0, x, strict=True):
+            with collector.original():
+                layers["a"](original), layers["b"](2 * original)
+            with collector.inputs():
+                layers["a"](own), layers["b"](2 * own)
+    a, b = collector.close()
+    assert a.names == ["a"] and b.names == ["b"]
+    return [a.hessian, a.drift.difference, b.hessian, b.drift.crossed["b"]]
+
+
+def test_weights_of_one_are_none_and_two_is_twice():
+    x0, x = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    plain = pair_of_runs(None, x0, x)
+    ones = torch.ones(20)
+    assert all(map(torch.equal, pair_of_runs({"a": ones, "b": ones}, x0, x), plain))
+    more = ones.clone()
+    more[13] = 2.0  # second batch, first sequence, fourth token
+    double = pair_of_runs({"a": more, "b": more}, x0, x)
+    again = pair_of_runs(None, x0[1:, :1, 3:4], x[1:, :1, 3:4])
+    for weighted, once, token in zip(double, plain, again, strict=True):
+        torch.testing.assert_close(weighted, once + token, rtol=numerics.FLOAT32_SUMS, atol=numerics.FLOAT32_SUMS)
+
+
+def sensitivities(folder, source, two_sided=True, names=None, seed=0, tokens=None):
+    tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0)) if tokens is None else tokens
+    every = [name for index in range(len(source.layers)) for name in source.linears(index)]
+    with torch.no_grad():
+        return Sensitivities(folder, source, tokens, 3, names or every, two_sided, seed)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
+def test_they_are_those_of_the_whole_model(tiny_model, tmp_path, architecture):
+    from transformers import AutoModelForCausalLM
+
+    source = LayeredModel(tiny_model(architecture, dtype="float32"))
+    tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
+    found = sensitivities(tmp_path, source, tokens=tokens)
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    linears = {name: module for name, module in whole.named_modules() if ".layers." in name}
+    linears = {name: module for name, module in linears.items() if isinstance(module, nn.Linear)}
+    seen = {name: [] for name in linears}
+    for name, module in linears.items():
+
+        def keep(module, args, out, name=name):
+            out.register_hook(lambda g: seen[name].append((args[0].detach(), g)))
+
+        module.register_forward_hook(keep)
+    score = sampled_score(0)
+    for index, chunk in enumerate(tokens.split(3)):
+        logits = whole(chunk, use_cache=False).logits
+        logits.backward(score(logits.detach(), index, slice(0, 40)))
+    for index in range(len(source.layers)):
+        names = list(source.linears(index))
+        layer = found.of(index, names)
+        assert list(layer) == names
+        for name, one in layer.items():
+            x, g = (torch.cat(side).double() for side in zip(*seen[name], strict=True))
+            gradients = torch.einsum("btn,btk->bnk", g, x)
+            outputs = torch.einsum("bnk,bmk->nm", gradients, gradients) / 200
+            assert numerics.relative(one.outputs, outputs) < numerics.FLOAT32_HESSIAN
+            energy = (g.square().sum(-1) * x.square().sum(-1)).mean()
+            assert one.energy == pytest.approx(float(energy), rel=numerics.FLOAT32_HESSIAN)
+            alike = ["q_proj", "k_proj", "v_proj"] if name.endswith("q_proj") else [name.rpartition(".")[2]]
+            if alike[0] in ("q_proj", "o_proj", "down_proj", "qkv_proj"):
+                readers = [name.replace("q_proj", reader) if len(alike) > 1 else name for reader in alike]
+                own = [torch.cat([g for _, g in seen[reader]]).square().mean(-1).flatten() for reader in readers]
+                mean = torch.stack([token_weights(squares) for squares in own]).mean(0)
+                assert numerics.relative(one.weights, mean) < numerics.FLOAT32_HESSIAN
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+        "sensitivities.json",
+    ]
+
+
+def test_a_folder_belongs_to_a_model_a_text_and_a_seed(tiny_model, tmp_path):
+    source = LayeredModel(tiny_model())
+    made = sensitivities(tmp_path, source)
+    names = list(source.linears(0))
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    again = sensitivities(tmp_path, source, two_sided=False, names=names[:2])
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == files
+    assert torch.equal(again.of(0, names)[names[0]].weights, made.of(0, names)[names[0]].weights)
+    with pytest.raises(ValueError, match="holds Hessians of other seed: give the model, calibration and seed of then"):
+        sensitivities(tmp_path, source, seed=1)
+    with pytest.raises(ValueError, match="of other calibration"):
+        sensitivities(tmp_path, source, tokens=torch.zeros(5, 40, dtype=torch.int64))
+    with pytest.raises(ValueError, match="of other weights"):
+        sensitivities(tmp_path, LayeredModel(tiny_model(seed=1)))
+    sensitivities(tmp_path / "some", source, two_sided=False, names=names[:2])
+    with pytest.raises(ValueError, match="of fewer layers, or their token weights alone"):
+        sensitivities(tmp_path / "some", source, names=names[:2])
+    with pytest.raises(ValueError, match="of fewer layers"):
+        sensitivities(tmp_path / "some", source, two_sided=False, names=names)
+
+
+def test_a_disk_that_is_too_small(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match="has 0.0 GB free, and the pass for token weights .* make room, give another"):
+        sensitivities(tmp_path, LayeredModel(tiny_model()))
+
+
+def test_a_layer_that_reads_some_tokens_counts_all_the_same(tiny_model, tmp_path, monkeypatch, caplog):
+    source = LayeredModel(tiny_model())
+    routed = "model.layers.1.mlp.up_proj"
+
+    def close(self):
+        found = original(self)
+        if routed in found:
+            found[routed].weights = found[routed].weights[:-1]
+        return found
+
+    original = OutputCollector.close
+    monkeypatch.setattr(OutputCollector, "close", close)
+    found = sensitivities(tmp_path, source)
+    assert f"{routed} does not read one vector per token: its tokens count the same" in caplog.text
+    assert set(found.of(1, source.linears(1))) == set(source.linears(1)) - {routed}
