@@ -85,6 +85,29 @@ def _fetched(model: str, code: bool) -> Path:
     return found
 
 
+def at_hand(model: str, revision: str | None = None) -> Path | None:
+    """The folder of a local model, or the snapshot of a hub name where the hub's cache holds all of its shards.
+
+    Nothing is fetched. None where the files are elsewhere, or are not here yet.
+
+    Raises:
+        ValueError: the snapshot's index is damaged.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        single, index = (try_to_load_from_cache(model, name, revision=revision) for name in (SINGLE_NAME, INDEX_NAME))
+    except HFValidationError:  # a bucket's address
+        return None
+    if isinstance(index, str):
+        folder = Path(index).parent
+        return folder if all((folder / name).exists() for name in (_weight_map(folder) or {}).values()) else None
+    return Path(single).parent if isinstance(single, str) else None
+
+
 def _first_line(error: Exception) -> str:
     """What an error says first, or its kind where it says nothing."""
     return f"{(str(error).splitlines() or [''])[0].strip() or type(error).__name__:.200}"
@@ -114,19 +137,9 @@ class CheckpointReader:
         self.folder = folder
         single = folder / SINGLE_NAME  # beside it some models hold the same weights under other names
         files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-        weight_map: Any = {}
-        index = folder / INDEX_NAME
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map object: fetch the model again")
-            names = {str(name) for name in weight_map.values()}
-            files = [folder / name for name in sorted(names)]
-            for name in names:
-                if Path(name).name != name:
-                    raise ValueError(
-                        f"{index} names {name!r}: a shard must be a plain file name; fetch the model again"
-                    )
+        weight_map = _weight_map(folder)
+        if weight_map is not None:
+            files = [folder / name for name in sorted(set(weight_map.values()))]
         if not files:
             raise ValueError(
                 f"{folder} has no *.safetensors file: give a folder with safetensors weights (never pickles)"
@@ -148,11 +161,9 @@ class CheckpointReader:
                     self.stored_as[name] = name
                     self.shapes[name], self.dtypes[name] = _header(handle, file, name)
                     self.bytes_of[name] = math.prod(self.shapes[name]) * self.dtypes[name].itemsize
-        for name, shard in weight_map.items():
-            if self.file_of.get(name) != folder / str(shard):
-                raise ValueError(
-                    f"{folder / str(shard)} has no tensor {name}, but {INDEX_NAME} says so: fetch it again"
-                )
+        for name, shard in (weight_map or {}).items():
+            if self.file_of.get(name) != folder / shard:
+                raise ValueError(f"{folder / shard} has no tensor {name}, but {INDEX_NAME} says so: fetch it again")
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -196,6 +207,21 @@ class CheckpointReader:
     def digest(self, names: Iterable[str]) -> str:
         """`digest` of the named tensors, one in memory at a time."""
         return digest((name, self.read([name])[name]) for name in sorted(names))
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> shard, of the index; None where there is none. Raises ValueError for a damaged one."""
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return None
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise ValueError(f"{index} has no weight_map object: fetch the model again")
+    names = {name: str(shard) for name, shard in found.items()}
+    for shard in set(names.values()):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names {shard!r}: a shard must be a plain file name; fetch the model again")
+    return names
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

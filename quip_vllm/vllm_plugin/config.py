@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.layers import layer_specs
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.store import CheckpointReader, at_hand
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -67,13 +66,15 @@ class QuipConfig(QuantizationConfig):
         return cls(CheckpointConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Checks the headers of a folder's files before vLLM reads them. Without weights (a dummy load) there are none.
+        """Checks the headers of the files before vLLM reads them, where they are here.
+
+        Files of a hub name that vLLM has yet to fetch are not, and a dummy load needs none.
 
         Raises:
             ValueError: a file is truncated or damaged, or its tensors are not those that config.json describes.
         """
-        folder = Path(model_name)
-        if any(folder.glob("*.safetensors")):
+        folder = at_hand(model_name, revision)
+        if folder is not None and any(folder.glob("*.safetensors")):
             layer_specs(CheckpointReader(folder), self.checkpoint)
 
     def described(self) -> dict[str, Any]:

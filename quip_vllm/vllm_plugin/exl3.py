@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """EXL3 checkpoints in vLLM, served as they are: which layers, and a rank's share of each (docs/imports.md)."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.checkpoint.exl3 import HEAD, METHOD, Exl3Config, read
-from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header
+from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header, at_hand
 from quip_vllm.vllm_plugin.config import QuipConfig, renaming
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
@@ -112,8 +111,9 @@ def _headers(model: str, revision: str | None) -> dict[str, Header]:
     """Shape and dtype of every tensor of a folder, or of a model on the hub, whose files need not be here yet."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-    if Path(model).is_dir():
-        return CheckpointReader(Path(model)).headers()
+    folder = at_hand(model, revision)
+    if folder is not None:
+        return CheckpointReader(folder).headers()
     found = get_safetensors_params_metadata(model, revision=revision)
     found.pop("__metadata__", None)
     if not found or not {one["dtype"] for one in found.values()} <= set(DTYPES):

@@ -195,3 +195,31 @@ def test_the_hub_gives_no_pickles_and_no_second_copy(hub, tmp_path):
     )
     store.local_folder("someone/model", code=True)
     assert asked[1]["allow_patterns"][-1] == "*.py"
+
+
+def test_what_the_hubs_cache_has_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    made = tmp_path / "models--someone--model"
+    for commit, names in (
+        ("of_main", ["model-1.safetensors", "model-2.safetensors"]),
+        ("of_branch", [store.SINGLE_NAME]),
+    ):
+        (made / "snapshots" / commit).mkdir(parents=True)
+        for name in names:
+            save_file({name: torch.zeros(1)}, made / "snapshots" / commit / name)
+    (made / "refs").mkdir()
+    for branch in ("main", "branch"):
+        (made / "refs" / branch).write_text(f"of_{branch}")
+    main = made / "snapshots" / "of_main"
+    assert store.at_hand("someone/model") is None, "nothing says which shards there are"
+    weight_map = {f"model-{i}.safetensors": f"model-{i}.safetensors" for i in (1, 2)}
+    write_json(main / store.INDEX_NAME, {"weight_map": weight_map})
+    assert store.at_hand("someone/model") == main and len(CheckpointReader(main).names()) == 2
+    assert store.at_hand("someone/model", "branch") == main.with_name("of_branch")
+    (main / "model-2.safetensors").unlink()  # not fetched yet
+    assert store.at_hand("someone/model") is None and store.at_hand(str(main)) == main
+    for elsewhere in ("someone/other", "s3://bucket/model", "one/two/three"):
+        assert store.at_hand(elsewhere) is None
+    write_json(main / store.INDEX_NAME, {"weight_map": {"a": "../model-1.safetensors"}})
+    with pytest.raises(ValueError, match="a shard must be a plain file name"):
+        store.at_hand("someone/model")

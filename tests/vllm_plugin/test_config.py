@@ -137,6 +137,17 @@ def test_whole_files_and_none_at_all_are_accepted(quantized, tmp_path):
     EngineArgs(model=str(folder), load_format="dummy").create_engine_config()
 
 
+def test_the_headers_of_a_hub_name_are_checked_in_its_cache(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"
+    shutil.copytree(quantized(), folder)
+    config = QuipConfig.from_config(read_json(folder / "config.json")["quantization_config"])
+    overwrite(lambda whole: whole[:-9])(folder)
+    with pytest.raises(ValueError, match=r"c0ffee/model.safetensors cannot be read .*truncated"):
+        config.maybe_update_config("someone/tiny", revision="c0ffee")
+    config.maybe_update_config("someone/tiny")  # another revision, which vLLM has yet to fetch
+
+
 @pytest.mark.parametrize("latent", [True, False])
 def test_the_projection_of_latent_attention_is_refused_where_vllm_needs_its_weight(monkeypatch, latent):
     engine = SimpleNamespace(model_config=SimpleNamespace(use_mla=latent))
