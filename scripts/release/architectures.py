@@ -79,13 +79,23 @@ OWN = {
     },
     "gpt_neox": {"intermediate_size": 512},
     "gpt2": {"n_inner": 512},
+    "gpt_bigcode": {"num_key_value_heads": 1},
     "mpt": {"no_bias": True},
     "phi": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
     "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "minicpm3": {"num_key_value_heads": 4},
     "mixtral": {"sliding_window": None},
+    "zamba2": {"num_hidden_layers": 54},
 }
 """What an architecture needs besides."""
+IGNORE = {"deepseek_v3": ("kv_b_proj",), "deepseek_v32": ("kv_b_proj",)}
+"""Layers that keep their weight, because vLLM does not multiply with them as with a linear layer."""
 
 
 def small_config(model_type):
@@ -142,7 +152,13 @@ def verify(model_type):
         except Exception as error:  # of any kind: the architecture's own code
             return {"status": "no tiny model", "why": words(error)}
         settings = Settings(
-            model=str(source), code="e8p", bits=4, calibration=str(source / "text.txt"), sequences=8, sequence_length=64
+            str(source),
+            "e8p",
+            4,
+            calibration=str(source / "text.txt"),
+            sequences=8,
+            sequence_length=64,
+            ignore=IGNORE.get(model_type, ()),
         )
         try:
             quantize(settings, out)
