@@ -150,9 +150,10 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
-    parser.add_argument(
-        "--lm-head", type=int, metavar="BITS", help="quantize the output head too, and the embedding where it is tied"
-    )
+    for option, layer in (("--lm-head", "output head"), ("--embedding", "input embedding")):
+        parser.add_argument(
+            option, type=int, metavar="BITS", help=f"quantize the {layer} too; where head and embedding are tied, both"
+        )
     _add_trust(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
@@ -182,6 +183,7 @@ def _quantize(args: argparse.Namespace) -> int:
         two_sided=args.two_sided,
         hessians=args.hessians,
         lm_head=args.lm_head,
+        embedding=args.embedding,
         trust_remote_code=args.trust_remote_code,
     )
     report = quantize(settings, args.out, args.resume)

@@ -50,7 +50,7 @@ def refusal(capsys):
 
 def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
-    choices = ["--override", "down_proj=4", "--ignore", "o_proj", "--lm-head", "4"]
+    choices = ["--override", "down_proj=4", "--ignore", "o_proj", "--lm-head", "4", "--embedding", "4"]
     assert quantize(*choices, "--hadamard-block", "32", "--seed", "3") == 0
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"wrote {out}: 13 layers, mean proxy loss 0\.0\d+", said[0])

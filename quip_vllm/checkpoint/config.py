@@ -2,10 +2,13 @@
 """``quantization_config`` of ``config.json``, format version 1, as a checked object (docs/formats.md)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from quip_vllm.formats.spec import Format, format_of, methods
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT_VERSION = 1
 
@@ -27,32 +30,60 @@ class LayerFormat(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
-    """The quantized output head, whose outputs are not rotated.
+class Embedding:
+    """The quantized input embedding, whose outputs are not rotated: its rows belong to tokens.
 
     Attributes:
-        module: the name its tensors have: the input embedding's where the two are tied, else the head's own.
+        module: the name its tensors have.
         stored: code and bits.
-        tied: the tensors are those of the input embedding as well.
     """
 
+    KEY: ClassVar[str] = "embedding"
+    OPTION: ClassVar[str] = "--embedding"
     module: str
     stored: LayerFormat
-    tied: bool
 
     @classmethod
-    def from_dict(cls, raw: object) -> "Head | None":
-        """Reads the key ``head``; None if it is absent. Raises ValueError for an ill-typed value."""
+    def from_dict(cls, raw: object) -> "Self | None":
+        """Reads the object of the key `KEY`; None if it is absent. Raises ValueError for an ill-typed value."""
         if raw is None:
             return None
         if not isinstance(raw, Mapping):
-            raise ValueError(f"head is {raw!r:.200}: it must be an object with module, stored and tied")
-        module, tied = raw.get("module"), raw.get("tied")
+            names = ", ".join(one.name for one in fields(cls))
+            raise ValueError(f"{cls.KEY} is {raw!r:.200}: it must be an object with {names}")
+        module = raw.get("module")
         if not isinstance(module, str) or not module:
-            raise ValueError(f"head.module is {module!r:.200}: it must be the module name of the quantized head")
+            raise ValueError(f"{cls.KEY}.module is {module!r:.200}: it must be the module name of the quantized layer")
+        return cls(module, _layer_format(raw.get("stored"), f"{cls.KEY}.stored"), **cls._others(raw))
+
+    @classmethod
+    def _others(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "stored": self.stored._asdict()}
+
+
+@dataclass(frozen=True)
+class Head(Embedding):
+    """The quantized output head, whose outputs are not rotated either.
+
+    Attributes:
+        module: the name its tensors have: the input embedding's where the two are tied, else the head's own.
+        tied: the tensors are those of the input embedding as well.
+    """
+
+    KEY: ClassVar[str] = "head"
+    OPTION: ClassVar[str] = "--lm-head"
+    tied: bool
+
+    @classmethod
+    def _others(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        tied = raw.get("tied")
         if not isinstance(tied, bool):
             raise ValueError(f"head.tied is {tied!r:.200}: it must be true (the embedding is the head) or false")
-        return cls(module, _layer_format(raw.get("stored"), "head.stored"), tied)
+        return {"tied": tied}
 
 
 @dataclass(frozen=True)
@@ -64,7 +95,8 @@ class CheckpointConfig:
         hadamard_block: None for the full-width rotation, else the largest block of the blockwise one (a power of two).
         modules_to_not_convert: module names that keep an ordinary weight. A name covers itself and everything below it.
         layers: module name -> code and bits of each layer that differs from the default.
-        head: the quantized output head; None if head and embedding keep an ordinary weight.
+        head: the quantized output head; None if it keeps an ordinary weight.
+        embedding: the quantized input embedding that is not tied to the head; None if it keeps an ordinary weight.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the rule and the remedy.
@@ -75,17 +107,24 @@ class CheckpointConfig:
     modules_to_not_convert: tuple[str, ...] = ()
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     head: Head | None = None
+    embedding: Embedding | None = None
 
     def __post_init__(self) -> None:
-        for described in (self.default, *self.layers.values(), *([] if self.head is None else [self.head.stored])):
+        for described in (self.default, *self.layers.values(), *(rows.stored for rows in self.token_rows)):
             described.check()
         block = self.hadamard_block
         if block is not None and (type(block) is not int or block < 2 or block & (block - 1)):
             raise ValueError(f"hadamard_block is {block!r}: give a power of two of at least 2, or null for full width")
-        if self.head is not None and (self.head.module in self.layers or self._skips(self.head.module)):
+        for rows in self.token_rows:
+            if rows.module in self.layers or self._skips(rows.module):
+                raise ValueError(
+                    f"{rows.KEY}.module is {rows.module!r}, which layers or modules_to_not_convert name as well: "
+                    f"{rows.KEY} alone says how it is stored; requantize"
+                )
+        if self.head and self.embedding and (self.head.tied or self.head.module == self.embedding.module):
             raise ValueError(
-                f"head.module is {self.head.module!r}, which layers or modules_to_not_convert name as well: head "
-                "alone says how it is stored; requantize"
+                f"embedding.module is {self.embedding.module!r}, but head says how a tied embedding is stored: "
+                "requantize"
             )
 
     properties: ClassVar[Mapping[str, Any]] = {}
@@ -97,21 +136,26 @@ class CheckpointConfig:
         return self.default.format.method
 
     def layer_format(self, name: str) -> LayerFormat | None:
-        """Code and bits of the linear layer or head ``name``; None if it keeps an ordinary weight."""
-        if self.head is not None and self.is_head(name):
-            return self.head.stored
+        """Code and bits of the linear layer, head or embedding ``name``; None if it keeps an ordinary weight."""
+        for rows in self.token_rows:
+            if rows.module == name:
+                return rows.stored
         return None if self._skips(name) else self.layers.get(name, self.default)
 
-    def is_head(self, name: str) -> bool:
-        """Whether the tensors under ``name`` are those of the quantized output head."""
-        return self.head is not None and name == self.head.module
+    @property
+    def token_rows(self) -> "tuple[Embedding, ...]":
+        """The quantized layers whose rows belong to tokens, so that their outputs are not rotated."""
+        return tuple(rows for rows in (self.embedding, self.head) if rows is not None)
+
+    def has_token_rows(self, name: str) -> bool:
+        """Whether the tensors under ``name`` are those of the quantized embedding or output head."""
+        return any(rows.module == name for rows in self.token_rows)
 
     def _skips(self, name: str) -> bool:
         return any(name == skip or name.startswith(skip + ".") for skip in self.modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` object, ready for JSON."""
-        head = {} if self.head is None else {"head": {**asdict(self.head), "stored": self.head.stored._asdict()}}
         return {
             "quant_method": self.method,
             "format_version": FORMAT_VERSION,
@@ -119,7 +163,7 @@ class CheckpointConfig:
             "hadamard_block": self.hadamard_block,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "layers": {name: stored._asdict() for name, stored in self.layers.items()},
-            **head,
+            **{rows.KEY: rows.to_dict() for rows in self.token_rows},
         }
 
     @classmethod
@@ -153,7 +197,8 @@ class CheckpointConfig:
             hadamard_block=raw.get("hadamard_block"),
             modules_to_not_convert=tuple(skip),
             layers={str(name): _layer_format(item, f"layers.{name}") for name, item in layers.items()},
-            head=Head.from_dict(raw.get("head")),
+            head=Head.from_dict(raw.get(Head.KEY)),
+            embedding=Embedding.from_dict(raw.get(Embedding.KEY)),
         )
 
 

@@ -58,7 +58,7 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
         name, _, leaf = full.rpartition(".")
         leaves.setdefault(name, set()).add(leaf)
     leaves = {name: own - {"bias"} for name, own in leaves.items() if own & tensor_names()}
-    named = [*config.layers, *([] if config.head is None else [config.head.module])]
+    named = [*config.layers, *(rows.module for rows in config.token_rows)]
     for name in named:
         if name not in leaves:
             raise ValueError(f"{name} is quantized by config.json, but its tensors are not there: {DAMAGED}")
@@ -88,7 +88,7 @@ def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves:
             raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
     n, k = (reader.shapes[f"{name}.{vector}"][0] for vector in (SV.name, SU.name))
     dtype = reader.dtypes[f"{name}.{SU.name}"]
-    spec = LinearSpec(*stored, k, (n,), config.hadamard_block, rotate_output=not config.is_head(name))
+    spec = LinearSpec(*stored, k, (n,), config.hadamard_block, rotate_output=not config.has_token_rows(name))
     spec = replace(spec, vector_dtype=dtype) if dtype in FLOATS else spec
     try:
         wanted = layout(spec)

@@ -62,12 +62,13 @@ def checked(
 def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
     """Raises ValueError unless `count` sequences fit in the memory that is free.
 
-    Their hidden states stay in memory, twice where drift is corrected or the model runs backwards. A model that writes
-    its own text is there whole, with the probabilities of the next tokens.
+    Their hidden states stay in memory, twice where drift is corrected, the embedding is quantized, or the model runs
+    backwards. A model that writes its own text is there whole, with the probabilities of the next tokens.
     """
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
-    wanted = tokens * (8 + width * itemsize * (2 if settings.drift_correction or settings.backward else 1))
+    twice = settings.drift_correction or settings.embedding or settings.backward
+    wanted = tokens * (8 + width * itemsize * (2 if twice else 1))
     if SELF in settings.sources:
         weights = sum(tensor.numel() for tensor in source.model.parameters()) * itemsize
         wanted = max(wanted, weights + count * vocabulary * 8)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize the linear layers that read one activation, or the output head: the same steps for both.
+"""Quantize the linear layers that read one activation, the output head or the embedding: the same steps for all.
 
 What differs: the rows of a linear layer are rotated, so it has one scale and is rounded whole, together with the other
-layers of its group. The rows of a head are not, so each has a scale of its own and few are held at a time.
+layers of its group. The rows of a head or an embedding are not, so each has a scale of its own and few are held at a
+time.
 """
 
 import hashlib
@@ -216,4 +217,4 @@ def scale_of(name: str, weight: Tensor, spec: LinearSpec, encoder: Encoder) -> T
 
 
 def _remedy(spec: LinearSpec) -> str:
-    return "leave it out (--ignore)" if spec.rotate_output else "leave --lm-head away"
+    return "leave it out (--ignore)" if spec.rotate_output else "leave --lm-head or --embedding away"

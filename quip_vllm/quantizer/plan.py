@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
+from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
@@ -31,22 +31,26 @@ class Plan:
     """What becomes of every linear layer of a model.
 
     Attributes:
-        specs: full module name -> how the layer will be stored, in the order of the model, the output head last.
+        specs: full module name -> how the layer will be stored, in the order of the model: an embedding that is not
+            tied to the output head first, the head last.
         kept: names of the linear layers that keep their weight.
         head: name of the output head among `specs`; None where it keeps its weight.
+        embedding: the same of an embedding that is not tied to the head.
     """
 
     specs: dict[str, LinearSpec]
     kept: tuple[str, ...]
     head: str | None
+    embedding: str | None
 
     def config(self, settings: Settings, tied: bool) -> CheckpointConfig:
         """The description of the finished checkpoint; `tied` says whether the head is the input embedding as well."""
         formats = {name: LayerFormat(spec.code, spec.bits) for name, spec in self.specs.items()}
         head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
+        embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
         default = LayerFormat(settings.code, settings.bits)
         others = {name: stored for name, stored in formats.items() if stored != default}
-        return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head)
+        return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding)
 
     def stored_bytes(self) -> int:
         """Size of all quantized layers in the checkpoint."""
@@ -60,8 +64,8 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
     Raises:
         ValueError: a layer that is to be quantized cannot be, none is left, or a pattern matches none.
     """
+    (embedding, head), token_rows = _token_rows(settings, source)
     specs: dict[str, LinearSpec] = {}
-    head = None if settings.lm_head is None else source.head_name
     kept = [name for name in source.other_linears if name != head] + source.beyond
     layers = {name: module for index in range(len(source.layers)) for name, module in source.linears(index).items()}
     _check_patterns("--ignore", settings.ignore, [*layers, *source.other_linears])
@@ -73,13 +77,35 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         else:
             specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
     _check_fused(specs, layers)
-    if not specs and settings.lm_head is None:
+    of_tokens = {
+        name: _spec(name, source.reader.shapes[f"{name}.weight"], stored, settings.hadamard_block, rotate_output=False)
+        for name, stored in token_rows.items()
+    }
+    if not specs and not of_tokens:
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
-    if settings.lm_head is not None:
-        head, shape = source.quantizable_head()
-        stored = LayerFormat(settings.code, settings.lm_head)
-        specs[head] = _spec(head, shape, stored, settings.hadamard_block, rotate_output=False)
-    return Plan(specs, tuple(kept), head)
+    first = {} if embedding is None else {embedding: of_tokens.pop(embedding)}
+    return Plan(first | specs | of_tokens, tuple(kept), head, embedding)
+
+
+def _token_rows(
+    settings: Settings, source: LayeredModel
+) -> tuple[tuple[str | None, str | None], dict[str, LayerFormat]]:
+    """Names of the quantized embedding that is not tied to the head, and of the quantized head; code and bits of both.
+
+    Raises:
+        ValueError: there is no such head, or one table would have two formats.
+    """
+    embedding, head = settings.embedding, settings.lm_head
+    if source.tied:
+        if None not in (embedding, head) and embedding != head:
+            raise ValueError(
+                f"--embedding is {embedding} and --lm-head is {head}, but {settings.model} ties the two to one weight: "
+                "give both the same bits, or leave one away"
+            )
+        embedding, head = None, embedding if head is None else head
+    names = None if embedding is None else source.embedding_name, None if head is None else source.quantizable_head()
+    bits = zip(names, (embedding, head), strict=True)
+    return names, {name: LayerFormat(settings.code, of) for name, of in bits if name is not None and of is not None}
 
 
 def _check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ from quip_vllm.quantizer.source.replay_check import check_replay
 REPORT = "quantization_report.json"
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
-HEAD = "head"
+EMBEDDING, HEAD = "embedding", "head"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _LOG = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Run:
         checks.check_window(settings, self.source)
         load_tokenizer(self.source.folder, settings.trust_remote_code)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]
-        self.units = [*self.layers, HEAD] if self.plan.head else self.layers
+        self.units = [*[EMBEDDING][: bool(self.plan.embedding)], *self.layers, *[HEAD][: bool(self.plan.head)]]
         replaced = {f"{name}.weight" for name in self.plan.specs}
         if self.plan.head:
             replaced |= self.source.head_weights
@@ -162,11 +162,14 @@ class Run:
         batch, _ = self._batches(len(tokens))[0]
         if self.settings.backward:
             folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
-            inside = set(self.plan.specs) - {self.plan.head}
+            inside = set(self.plan.specs) - {self.plan.head, self.plan.embedding}
             two_sided, seed = self.settings.two_sided, self.settings.seed
             self.sensitivities = Sensitivities(folder, self.source, tokens, batch, inside, two_sided, seed)
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         self.originals = [x.clone() for x in self.hidden] if self.settings.drift_correction else []
+        if self.plan.embedding:
+            self._embedding(self.plan.embedding)
+            self.hidden, _ = self.source.first_hidden_states(tokens, batch)
         for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
             self._layer(index, calls[index])
         if self.plan.head and not self.record.has(HEAD):
@@ -231,7 +234,7 @@ class Run:
             weights = {name: one.weights for name, one in known.items()} if self.settings.token_weights else None
             collector = Collector({name: linears[name] for name in names}, weights)
             for i, x in enumerate(tqdm(self.hidden, desc=f"{self.layers[index]}: Hessians", leave=False)):
-                if self.originals and index == 0:  # both are still the same
+                if self.originals and index == 0 and not self.plan.embedding:  # both are still the same
                     self.originals[i] = run_layer(layer, x, calls)
                     continue
                 if self.originals:
@@ -241,6 +244,18 @@ class Run:
                     with collector.inputs():
                         run_layer(layer, x, calls)
             return collector.close()
+
+    def _embedding(self, name: str) -> None:
+        """Quantizes an embedding that is not tied to the head, unless it is done, and has the model look up its rows.
+
+        An error in any of its columns costs the same as far as is known, so its Hessian is the identity. How often a
+        token occurs does not matter: each row has its own scale, and is rounded as well as its bits allow.
+        """
+        if not self.record.has(EMBEDDING):
+            columns = self.plan.specs[name].in_features
+            identity = Inputs([name], torch.eye(columns, dtype=torch.float64))
+            self._quantize(EMBEDDING, [f"{name}.weight"], [identity], {})
+        self.source.set_embedding(self._stored(EMBEDDING, [name])[f"{name}.weight"])
 
     def _head(self, name: str, tokens: Tensor) -> None:
         """Quantizes the output head behind the last layer's outputs."""

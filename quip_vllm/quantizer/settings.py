@@ -38,7 +38,8 @@ class Settings:
         token_weights: whether a token counts in the Hessians as much as the loss feels the layer's output there.
         two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs.
         hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
-        lm_head: bits of the output head, and of the embedding where the two are tied. None keeps their weight.
+        lm_head: bits of the output head. None keeps its weight.
+        embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         trust_remote_code: whether Python code among the model's files may run.
 
     Raises:
@@ -61,14 +62,15 @@ class Settings:
     two_sided: bool = False
     hessians: str | None = None
     lm_head: int | None = None
+    embedding: int | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         sequences, sequence_length = AMOUNTS.get(self.sources[0], TEXT_AMOUNT)
         self._default("sequences", sequences)
         self._default("sequence_length", sequence_length)
-        head = [] if self.lm_head is None else [self.lm_head]
-        for bits in (self.bits, *(bits for _, bits in self.overrides), *head):
+        token_rows = [bits for bits in (self.lm_head, self.embedding) if bits is not None]
+        for bits in (self.bits, *(bits for _, bits in self.overrides), *token_rows):
             LayerFormat(self.code, bits).check()
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
             try:

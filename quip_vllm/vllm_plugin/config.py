@@ -35,7 +35,7 @@ class QuipConfig(QuantizationConfig):
         super().__init__()
         self.checkpoint = checkpoint
         self._described = checkpoint.to_dict()
-        self._head_is_served = False
+        self._served: set[str] = set()  # keys of config.json's embedding and head
         self._carries = False
 
     def get_name(self) -> str:  # type: ignore[override]  # vLLM lists its own names
@@ -83,10 +83,12 @@ class QuipConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Renames the modules that the config names from Hugging Face's names to vLLM's."""
-        rename, head = renaming(hf_to_vllm_mapper), self.checkpoint.head
+        rename = renaming(hf_to_vllm_mapper)
+        head, embedding = self.checkpoint.head, self.checkpoint.embedding
         self.checkpoint = replace(
             self.checkpoint,
             head=head and replace(head, module=rename(head.module)),
+            embedding=embedding and replace(embedding, module=rename(embedding.module)),
             modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
             layers={rename(name): stored for name, stored in self.checkpoint.layers.items()},
         )
@@ -100,8 +102,8 @@ class QuipConfig(QuantizationConfig):
 
         Returns:
             Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for the output head and
-            a tied embedding that the checkpoint's ``head`` names; None for every other layer, so that embeddings and
-            head otherwise keep their ordinary weight.
+            the embedding that the checkpoint names; None for every other layer, so that embeddings and head otherwise
+            keep their ordinary weight.
 
         Raises:
             ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts, or vLLM does
@@ -157,17 +159,19 @@ class QuipConfig(QuantizationConfig):
                 carry_tensors(get_model_cls(described))
 
     def _head_method(self, layer: "VocabParallelEmbedding", prefix: str) -> QuantizeMethodBase | None:
-        """Ours for the head and the embedding tied to it. Some models, Llama among them, give the embedding no name."""
+        """Ours for the head and the embedding. Some models, Llama among them, give the embedding no name."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
-        head = self.checkpoint.head
-        is_output = isinstance(layer, ParallelLMHead)
-        if head is None or not (is_output or (head.tied and prefix in ("", head.module))):
+        head, is_output = self.checkpoint.head, isinstance(layer, ParallelLMHead)
+        tied = head is not None and head.tied
+        rows = head if is_output or tied else self.checkpoint.embedding
+        if rows is None or not (is_output or prefix in ("", rows.module)):
             return None
-        self._head_is_served |= is_output != head.tied
-        return QuipEmbeddingMethod(self.checkpoint, head)
+        if not (is_output and tied):
+            self._served.add(rows.KEY)
+        return QuipEmbeddingMethod(self.checkpoint, rows)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static in vLLM
         """vLLM asks for it between building the model and loading its weights: the last chance for a clear message.
@@ -179,11 +183,12 @@ class QuipConfig(QuantizationConfig):
 
         from quip_vllm.vllm_plugin.embedding_method import unserved
 
-        head = self.checkpoint.head
-        if head is not None and not self._head_is_served:
-            group = get_pp_group()
-            if group.is_first_rank if head.tied else group.is_last_rank:
-                raise ValueError(unserved(head))
+        for rows in self.checkpoint.token_rows:
+            is_output = rows is self.checkpoint.head and not self.checkpoint.head.tied
+            if rows.KEY not in self._served:
+                group = get_pp_group()
+                if group.is_last_rank if is_output else group.is_first_rank:
+                    raise ValueError(unserved(rows))
         return super().get_checkpoint_weight_mapper()
 
     def _names_on_disk(self, prefix: str) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantized output head in vLLM, and the input embedding that is tied to it: rows by number, and logits."""
+"""The quantized output head and input embedding in vLLM, tied or not: rows by number, and logits."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from quip_vllm.checkpoint.config import CheckpointConfig, Head
+from quip_vllm.checkpoint.config import CheckpointConfig, Embedding
 from quip_vllm.vllm_plugin.calls import prepare_calls
 from quip_vllm.vllm_plugin.loading import allocate
 from quip_vllm.vllm_plugin.share import Part, Share
@@ -21,14 +21,14 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
 
     Args:
         checkpoint: the checkpoint's config.
-        head: what it says of the head.
+        rows: what it says of the head or the embedding.
     """
 
     rotate_output = False
 
-    def __init__(self, checkpoint: CheckpointConfig, head: Head) -> None:
+    def __init__(self, checkpoint: CheckpointConfig, rows: Embedding) -> None:
         self.checkpoint = checkpoint
-        self.head = head
+        self.rows = rows
 
     def create_weights(
         self,
@@ -45,17 +45,19 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         Raises:
             ValueError: the size has no such format, or a tile would cross the edge of a rank's share.
         """
-        rows, stored, run = sum(output_partition_sizes), self.head.stored, layer.shard_indices
+        name, stored = self.rows.module, self.rows.stored
+        rows, run = sum(output_partition_sizes), layer.shard_indices
         together = stored.format.outputs_per_row
         if layer.tp_size > 1 and rows % together:
             raise ValueError(
-                f"{self.head.module}: {output_size} rows (padded) in tensor-parallel shares of {rows}: code "
-                f"{stored.code} needs multiples of {together}; serve with fewer ranks, or requantize without --lm-head"
+                f"{name}: {output_size} rows (padded) in tensor-parallel shares of {rows}: code "
+                f"{stored.code} needs multiples of {together}; serve with fewer ranks, or requantize without "
+                f"{self.rows.OPTION}"
             )
         start, end = run.org_vocab_start_index, run.org_vocab_end_index
-        part = Part(self.head.module, stored, layer.org_vocab_size, start=start, held=end - start, size=rows)
+        part = Part(name, stored, layer.org_vocab_size, start=start, held=end - start, size=rows)
         share = Share(
-            self.head.module,
+            name,
             (part,),
             inputs=input_size,
             in_start=0,
@@ -87,13 +89,13 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
             ValueError: the embedding is not quantized.
         """
         if not isinstance(getattr(embed_tokens, "quant_method", None), QuipEmbeddingMethod):
-            raise ValueError(unserved(self.head))
+            raise ValueError(unserved(self.rows))
         return embed_tokens
 
 
-def unserved(head: Head) -> str:
-    """What to say where vLLM's model does not ask how the head is stored."""
+def unserved(rows: Embedding) -> str:
+    """What to say where vLLM's model does not ask how the head or the embedding is stored."""
     return (
-        f"{head.module} is quantized, but vLLM's code of this model does not ask the checkpoint how it is stored: "
-        "requantize without --lm-head"
+        f"{rows.module} is quantized, but vLLM's code of this model does not ask the checkpoint how it is stored: "
+        f"requantize without {rows.OPTION}"
     )

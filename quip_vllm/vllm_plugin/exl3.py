@@ -75,7 +75,7 @@ class Exl3QuipConfig(QuipConfig):
 
         if not isinstance(layer, ParallelLMHead) or prefix not in self.checkpoint.layers:
             return None
-        self._head_is_served = True
+        self._served.add(Head.KEY)
         return Exl3HeadMethod(self.checkpoint, Head(prefix, self.checkpoint.layers[prefix], tied=False))
 
     def _has_head(self) -> bool:
@@ -90,7 +90,7 @@ class Exl3QuipConfig(QuipConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         mapper = super().get_checkpoint_weight_mapper()
-        if not self._has_head() or self._head_is_served:
+        if not self._has_head() or Head.KEY in self._served:
             return mapper
         if not self.checkpoint.tied:
             raise ValueError(f"{HEAD} is quantized, but vLLM's code of this model does not ask how it is stored")

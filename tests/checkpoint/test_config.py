@@ -3,7 +3,7 @@
 
 import pytest
 
-from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
+from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
 
 HYB = LayerFormat("hyb", 2)
 MIXED = CheckpointConfig(HYB, 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": LayerFormat("e8p", 4)})
@@ -11,9 +11,15 @@ HEAD = {"module": "model.embed_tokens", "stored": {"code": "1mad", "bits": 4}, "
 TIED = CheckpointConfig(
     LayerFormat("e8p", 2), None, ("lm_head",), head=Head("model.embed_tokens", LayerFormat("1mad", 4), True)
 )
+EMBEDDING = {"module": "model.embed_tokens", "stored": {"code": "e8p", "bits": 3}}
+UNTIED = CheckpointConfig(
+    LayerFormat("e8p", 2),
+    head=Head("lm_head", LayerFormat("1mad", 4), False),
+    embedding=Embedding("model.embed_tokens", LayerFormat("e8p", 3)),
+)
 
 
-@pytest.mark.parametrize("config", [MIXED, CheckpointConfig(LayerFormat("e8p", 3)), TIED])
+@pytest.mark.parametrize("config", [MIXED, CheckpointConfig(LayerFormat("e8p", 3)), TIED, UNTIED])
 def test_round_trip(config):
     assert CheckpointConfig.from_dict(config.to_dict()) == config
 
@@ -32,8 +38,9 @@ def test_to_dict():
 
 def test_head():
     assert TIED.to_dict()["head"] == HEAD
-    assert TIED.layer_format("model.embed_tokens") == ("1mad", 4) and TIED.is_head("model.embed_tokens")
-    assert TIED.layer_format("lm_head") is None and not TIED.is_head("lm_head") and not MIXED.is_head("lm_head")
+    assert TIED.layer_format("model.embed_tokens") == ("1mad", 4) and TIED.has_token_rows("model.embed_tokens")
+    assert TIED.layer_format("lm_head") is None and not TIED.has_token_rows("lm_head")
+    assert not MIXED.has_token_rows("lm_head")
     assert TIED.layer_format("model.layers.0.q_proj") == ("e8p", 2)
 
 
@@ -52,6 +59,33 @@ def test_head():
 def test_hostile_head(head, message):
     with pytest.raises(ValueError) as caught:
         CheckpointConfig.from_dict({**TIED.to_dict(), "head": head})
+    assert str(caught.value).startswith(message)
+
+
+def test_embedding():
+    assert UNTIED.to_dict()["embedding"] == EMBEDDING and "embedding" not in TIED.to_dict()
+    assert UNTIED.layer_format("model.embed_tokens") == ("e8p", 3) and UNTIED.layer_format("lm_head") == ("1mad", 4)
+    assert UNTIED.has_token_rows("model.embed_tokens") and UNTIED.has_token_rows("lm_head")
+    assert not UNTIED.has_token_rows("model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding": 3}, "embedding is 3: it must be an object with module, stored"),
+        ({"embedding": {**EMBEDDING, "module": None}}, "embedding.module is None: "),
+        ({"embedding": {**EMBEDDING, "stored": {"code": "e8p"}}}, "bits is None: "),
+        (
+            {"layers": {"model.embed_tokens": EMBEDDING["stored"]}},
+            "embedding.module is 'model.embed_tokens', which lay",
+        ),
+        ({"embedding": {**EMBEDDING, "module": "lm_head"}}, "embedding.module is 'lm_head', but head says how a tied"),
+        ({"head": HEAD | {"module": "wte"}}, "embedding.module is 'model.embed_tokens', but head says how a tied"),
+    ],
+)
+def test_hostile_embedding(changes, message):
+    with pytest.raises(ValueError) as caught:
+        CheckpointConfig.from_dict({**UNTIED.to_dict(), **changes})
     assert str(caught.value).startswith(message)
 
 

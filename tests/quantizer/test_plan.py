@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.quantizer.plan import FUSED, make_plan
 from quip_vllm.quantizer.source.model import LayeredModel
 
@@ -48,6 +48,30 @@ def test_a_head_has_its_name_in_the_files(plan):
     assert found.config(settings, source.tied).modules_to_not_convert == ("embed_out",)
 
 
+@pytest.mark.parametrize("bits", [{"embedding": 3}, {"lm_head": 3}, {"embedding": 3, "lm_head": 3}])
+def test_a_tied_embedding_is_the_head(plan, bits):
+    found, settings, source = plan(**bits)
+    assert (found.head, found.embedding) == ("model.embed_tokens", None)
+    assert found.config(settings, source.tied).token_rows == (Head("model.embed_tokens", LayerFormat("e8p", 3), True),)
+
+
+@pytest.mark.parametrize(
+    ("bits", "ends"),
+    [
+        ({"embedding": 3}, {0: "model.embed_tokens", -1: "model.layers.1.mlp.down_proj"}),
+        ({"lm_head": 4}, {0: "model.layers.0.self_attn.q_proj", -1: "lm_head"}),
+        ({"embedding": 3, "lm_head": 4}, {0: "model.embed_tokens", -1: "lm_head"}),
+    ],
+)
+def test_untied_embedding_and_head_have_bits_of_their_own(plan, bits, ends):
+    found, settings, source = plan("Mistral", {"vocab_size": 301}, **bits)
+    assert {end: list(found.specs)[end] for end in ends} == ends
+    stored = {"embedding": "model.embed_tokens", "lm_head": "lm_head"}
+    config = found.config(settings, source.tied)
+    assert {rows.module: rows.stored.bits for rows in config.token_rows} == {stored[key]: bits[key] for key in bits}
+    assert ("lm_head" in config.modules_to_not_convert) == ("lm_head" not in bits)
+
+
 def test_whole_groups_may_be_ignored(plan):
     found, *_ = plan(ignore=("layers.0.self_attn.[qkv]_proj", "1.mlp.(gate|up)_proj"), overrides=(("k_proj", 4),))
     assert len(found.specs) == 14 - 3 - 2
@@ -74,6 +98,13 @@ ODD = {"hidden_size": 8 * 47 * 3, "num_attention_heads": 3, "num_key_value_heads
         ("Llama", ODD, {}, "layers.0.self_attn.q_proj cannot be quantized: .*--hadamard-block"),
         ("Llama", {"intermediate_size": 136}, {"code": "1mad"}, "gate_proj cannot be quantized: .*--ignore"),
         ("Llama", ODD, {"lm_head": 4, "ignore": (".",)}, "embed_tokens cannot be quantized: .*--hadamard-block"),
+        ("Mistral", ODD, {"embedding": 4, "ignore": (".",)}, "embed_tokens cannot be quantized: .*--hadamard-block"),
+        (
+            "Llama",
+            {},
+            {"embedding": 4, "lm_head": 3},
+            "--embedding is 4 and --lm-head is 3, but .* ties the two to one",
+        ),
         (
             "Llama",
             {},

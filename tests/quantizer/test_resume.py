@@ -92,9 +92,9 @@ def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
 
 @pytest.fixture
 def stopped(make_settings, tmp_path, monkeypatch):
-    """stopped(model, group): a folder whose run stopped before a group of layers, and its settings."""
+    """stopped(model, group, ...): a folder whose run stopped before a group of layers, and its settings."""
 
-    def stopped(model, group):
+    def stopped(model, group, **changes):
         calls = []
 
         def failing(*args):
@@ -104,7 +104,7 @@ def stopped(make_settings, tmp_path, monkeypatch):
             return original(*args)
 
         original = run.quantize_group
-        settings = make_settings(model)
+        settings = make_settings(model, **changes)
         monkeypatch.setattr(run, "quantize_group", failing)
         with pytest.raises(OSError, match="stopped"):
             quantize(settings, tmp_path / "out")
@@ -185,6 +185,14 @@ def test_finished_layers_are_not_done_again(unfinished, monkeypatch):
         quantize(settings, out, resume=True)
     with pytest.raises(ValueError, match="is not empty: give a new folder, or --resume"):
         quantize(settings, out)
+
+
+@pytest.mark.parametrize("group", [2, 6])  # the embedding is done; the first decoder layer, too
+def test_a_quantized_embedding_is_read_back(stopped, tiny_model, tmp_path, group):
+    out, settings = stopped(tiny_model("Mistral"), group, embedding=2, lm_head=3)
+    quantize(settings, out, resume=True)
+    quantize(settings, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from quip_vllm.checkpoint import shards
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
-from quip_vllm.evaluation.loading import dense_state, load_model
+from quip_vllm.evaluation.loading import check_complete, dense_state, load_model
 from quip_vllm.evaluation.report import evaluate
 from quip_vllm.quantizer import run, sensitivities
 from quip_vllm.quantizer.run import quantize
@@ -170,6 +170,57 @@ def test_a_tied_weight_stored_twice_is_written_once(tiny_model, make_settings, t
     assert "model.embed_tokens.codes" in names
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & set(names)
     load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("bits", [{"embedding": 4}, {"embedding": 3, "lm_head": 4}])
+def test_an_untied_embedding(tiny_model, make_settings, tiny_text, tmp_path, bits):
+    model = tiny_model("Mistral", vocab_size=301)
+    report = quantize(make_settings(model, code="hyb", **bits), tmp_path)
+    names = {"embedding": "model.embed_tokens", "lm_head": "lm_head"}
+    found = {layer["name"]: layer["bits"] for layer in inspect(tmp_path)["layers"] if layer["shape"][0] == 301}
+    assert found == {names[key]: bits[key] for key in bits}
+    assert report["layers"][0]["name"] == "model.embed_tokens" and report["layers"][0]["shape"] == [301, 64]
+    original, dense = weights(model), dense_state(tmp_path)
+    error = dense["model.embed_tokens.weight"] - original["model.embed_tokens.weight"].float()
+    share = error.square().sum() / original["model.embed_tokens.weight"].float().square().sum()
+    assert share == pytest.approx(report["layers"][0]["proxy_loss"], rel=0.01)  # in the rotated basis, with scales
+    loaded = load_model(str(tmp_path))
+    assert loaded.get_input_embeddings().weight is not loaded.get_output_embeddings().weight
+    check_complete(tmp_path)
+    (figures,) = evaluate([str(tmp_path)], [str(tiny_text)], str(model), 64, 4)["results"]
+    assert 0.0 < figures["kl_divergence"] < 0.3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35])
+def test_the_first_layer_sees_the_quantized_embedding_and_its_drift(
+    tiny_model, make_settings, tmp_path, monkeypatch, share
+):
+    model, groups = tiny_model("Mistral", dtype="float32"), []
+
+    def recording(group, *args):
+        groups.append(group)
+        return original(group, *args)
+
+    original = run.quantize_group
+    monkeypatch.setattr(run, "quantize_group", recording)
+    settings = make_settings(model, embedding=2, drift_correction=share)
+    quantize(settings, tmp_path)
+    assert groups[0].names == ["model.embed_tokens"] and groups[1].names[0].endswith("0.self_attn.q_proj")
+    tokens = calibration_tokens(settings, model, 272)
+
+    def inputs(folder):
+        loaded, seen = load_model(str(folder)), []
+        loaded.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            loaded(tokens)
+        return torch.cat(seen).flatten(0, 1).double()
+
+    x, x0 = inputs(tmp_path), inputs(model)
+    assert (groups[1].hessian - x.T @ x).norm() / (x.T @ x).norm() < numerics.FLOAT32_HESSIAN
+    assert bool(groups[1].drift) == bool(share)
+    if share:
+        difference = (x0 - x).T @ x
+        assert (groups[1].drift.difference - difference).norm() / difference.norm() < numerics.FLOAT32_HESSIAN
 
 
 def test_second_layer_sees_the_quantized_first(tiny_model, make_settings, tmp_path, monkeypatch):

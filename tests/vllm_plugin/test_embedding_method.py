@@ -10,7 +10,7 @@ from served_layers import apply, assert_close, dense, finish, load, put, quant_c
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from quip_vllm.checkpoint.config import Head, LayerFormat
+from quip_vllm.checkpoint.config import Embedding, Head, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
@@ -111,6 +111,42 @@ def test_who_is_ours(set_rank):
     assert not is_ours(quant_config(), ParallelLMHead, "lm_head")
 
 
+def test_an_embedding_of_its_own(set_rank):
+    """Beside a head of other bits, or beside one that keeps its weight."""
+    (tensors, weight), (head_tensors, head_weight) = stored("e8p", 3, 83), stored("hyb", 4, 83)
+    both = quant_config(
+        head=Head("lm_head", LayerFormat("hyb", 4), False), embedding=Embedding(NAME, LayerFormat("e8p", 3))
+    )
+    embedding, head = build(VocabParallelEmbedding, both, 83, ""), build(ParallelLMHead, both, 83, "lm_head")
+    load(embedding, tensors)
+    load(head, head_tensors)
+    ids, x = torch.tensor([0, 82, 7]), torch.randn(3, K)
+    assert_close(finish(embedding)(ids), weight[ids])
+    assert_close(apply(finish(head), x)[:, :83], x @ head_weight.T)
+    both.get_checkpoint_weight_mapper()
+    alone = quant_config(embedding=Embedding(NAME, LayerFormat("e8p", 3)))
+    assert isinstance(build(VocabParallelEmbedding, alone, 83, "").quant_method, QuipEmbeddingMethod)
+    for kind, prefix in ((ParallelLMHead, "lm_head"), (VocabParallelEmbedding, "vision.embed_tokens")):
+        assert alone.get_quant_method(kind.__new__(kind), prefix) is None
+    alone.get_checkpoint_weight_mapper()
+
+
+@pytest.mark.parametrize("served", ["embedding", "head"])
+def test_of_two_the_one_that_the_model_does_not_ask_for_is_named(monkeypatch, served):
+    group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(vllm.distributed, "get_pp_group", lambda: group)
+    config = quant_config(
+        head=Head("lm_head", LayerFormat("e8p", 4), False), embedding=Embedding(NAME, LayerFormat("e8p", 3))
+    )
+    kind, name = {"embedding": (VocabParallelEmbedding, NAME), "head": (ParallelLMHead, "lm_head")}[served]
+    config.get_quant_method(kind.__new__(kind), name)
+    missing, option = {"embedding": ("lm_head", "--lm-head"), "head": (NAME, "--embedding")}[served]
+    with pytest.raises(ValueError, match=f"{missing} is quantized, but vLLM's code .* requantize without {option}"):
+        config.get_checkpoint_weight_mapper()
+    group.is_first_rank, group.is_last_rank = missing != NAME, missing == NAME
+    config.get_checkpoint_weight_mapper()
+
+
 @pytest.mark.parametrize(("tied", "kind"), [(True, VocabParallelEmbedding), (False, ParallelLMHead)])
 def test_a_model_that_does_not_ask_is_told(monkeypatch, tied, kind):
     group = SimpleNamespace(is_first_rank=tied, is_last_rank=not tied)
@@ -130,6 +166,9 @@ def test_renamed_head():
     config = config_of("e8p", 4)
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.checkpoint.head == Head("language_model.model.embed_tokens", LayerFormat("e8p", 4), True)
+    config = quant_config(embedding=Embedding(NAME, LayerFormat("e8p", 3)))
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.checkpoint.embedding == Embedding("language_model.model.embed_tokens", LayerFormat("e8p", 3))
 
 
 @pytest.mark.parametrize("name", ["codes", "residual_codes", "su", "sv"])

@@ -42,6 +42,7 @@ class LayeredModel:
         outside: names of all tensors that belong to no decoder layer.
         head: the module of the output head, None where there is none.
         tied: whether its weight is that of the input embedding.
+        embedding_name: of the input embedding.
         head_name: the embedding's name where tied, else the head's own.
         head_weights: names that its weight may have; some tied models store it under both.
         compute_dtype: of ``fast_dtype``.
@@ -74,8 +75,9 @@ class LayeredModel:
         names = {module: name for name, module in self.model.named_modules()}
         self._head_path = own = names.get(self.head)
         self.tied = f"{own}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {})
-        head = names[self.model.get_input_embeddings()] if self.tied else own
-        self.head_name = None if head is None else self._module_name(head)
+        self._embedding_path = names[self.model.get_input_embeddings()]
+        self.embedding_name = self._module_name(self._embedding_path)
+        self.head_name = self.embedding_name if self.tied else None if own is None else self._module_name(own)
         self.head_weights = {f"{self.head_name}.weight", self._names.get(f"{own}.weight", f"{own}.weight")}
         self._returned = Returned()
         self.layers[0].register_forward_hook(self._returned.see)
@@ -157,11 +159,15 @@ class LayeredModel:
                     )
         return hidden, calls
 
-    def quantizable_head(self) -> tuple[str, tuple[int, ...]]:
-        """Name and shape [n, k] of the output head. Raises ValueError if it cannot be quantized."""
+    def set_embedding(self, weight: Tensor) -> None:
+        """Gives the input embedding another weight, [vocabulary, width], for the hidden states before layer 0."""
+        _set_tensor(self.model, f"{self._embedding_path}.weight", weight, self.compute_dtype)
+
+    def quantizable_head(self) -> str:
+        """Name of the output head. Raises ValueError if it cannot be quantized."""
         if self.head is None or self.head_name is None or f"{self.head_name}.weight" not in self.reader:
             raise ValueError(f"{self.folder} has no output head: leave --lm-head away")
-        return self.head_name, tuple(self.head.weight.shape)
+        return self.head_name
 
     def head_inputs(self, tokens: Tensor, hidden: list[Tensor]) -> Iterator[Tensor]:
         """What the output head reads: runs what the model does after its decoder layers (the final norm).
