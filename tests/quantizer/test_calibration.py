@@ -13,8 +13,9 @@ import pytest
 import torch
 from numerics import FLOAT32_LAYERS
 
-from quip_vllm.quantizer.source.calibration import bundled_documents, calibration_tokens
-from quip_vllm.quantizer.source.self_text import prepack, reserve
+from quip_vllm.quantizer.source.calibration import calibration_tokens
+from quip_vllm.quantizer.source.documents import bundled_documents
+from quip_vllm.quantizer.source.self_text import DRAWN, LIKELIEST, beginnings, prepack, reserve
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_file_that_cannot_be_read(tokens, tmp_path):
 
 def test_the_bundle_is_the_one_that_was_measured():
     packed = resources.files("quip_vllm.quantizer.source").joinpath("bundle", "calibration.jsonl.xz").read_bytes()
-    assert hashlib.sha256(packed).hexdigest() == "339e4a7464613e8bf2b0150d4c3503906873308f677448614084407cd7ea9410"
+    assert hashlib.sha256(packed).hexdigest() == "7d76b5fa8ff39312f632e479d34048135762092a8c0fd519b038c70c95ff2140"
 
 
 def test_the_bundle_has_text_of_many_kinds():
@@ -87,7 +88,7 @@ def test_the_bundle_has_text_of_many_kinds():
     expected = "LATIN CYRILLIC GREEK ARABIC HEBREW DEVANAGARI BENGALI TAMIL THAI HANGUL HIRAGANA KATAKANA CJK GEORGIAN"
     assert set(expected.split()) <= scripts
     # A word of each of twelve languages in the Latin script.
-    words = "the Menschen tutti persona ihmis olan człowiek inimes derechos direitos menneske oameni"
+    words = "the und tutti personne oikeu olan człowiek inimes derechos direito menneske drept"
     assert all(any(re.search(rf"\b{word}", text) for text in texts) for word in words.split())
     for code in ("def ", "#include|sqlite3_", "func ", "fn ", "function "):
         assert sum(bool(re.search(code, text)) for text in texts) >= 5
@@ -162,17 +163,55 @@ def test_self_is_deterministic_by_seed(tokens):
 
 @torch.no_grad()
 def test_self_is_sampled_from_the_model(tiny_model, make_settings):
-    """Sampled text is likelier under the model that wrote it than under another one."""
+    """Sampled text is likelier under the model that wrote it than under another one, and cooler text even likelier."""
     from transformers import AutoModelForCausalLM
 
     folder = tiny_model(initializer_range=0.4, dtype="float32")
-    settings = make_settings(folder, calibration="self", sequences=8, sequence_length=40)
+    settings = make_settings(folder, calibration="self", sequences=16, sequence_length=40)
     found = calibration_tokens(settings, folder, 272)
     losses = []
     for model in (folder, tiny_model(initializer_range=0.4, dtype="float32", seed=1)):
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        losses.append(float(loaded(input_ids=found, labels=found).loss))
-    assert losses[0] < losses[1] - 1.0
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(found).logits[:, :-1].log_softmax(-1)
+        each = -logits.gather(2, found[:, 1:, None])[:, 5:, 0].mean(1)
+        cool = torch.arange(16) % 8 >= 6
+        losses.append((float(each[~cool].mean()), float(each[cool].mean())))
+        if model == folder:
+            assert torch.equal(found[:, 2:5], logits[:, 1:4].argmax(-1))
+    assert losses[0][0] < losses[1][0] - 1.0
+    assert losses[0][1] < losses[0][0] - 0.3
+
+
+def test_beginnings_of_self_written_text(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    found = beginnings(tokenizer, 200, 12, 272, torch.Generator().manual_seed(0))
+    assert (found[:, 0] == tokenizer.bos_token_id).all()
+    assert not set(found[:, 1].tolist()) & set(tokenizer.all_special_ids) and len(found[:, 1].unique()) > 100
+    assert (found[:, 2:5] == LIKELIEST).all() and (found[:, 5:] == DRAWN).all()
+    assert beginnings(tokenizer, 200, 12, 70, torch.Generator())[:, 1].max() < 70  # what the model knows
+    assert beginnings(tokenizer, 2, 3, 272, torch.Generator()).shape == (2, 3)
+    tokenizer.bos_token = None
+    assert (beginnings(tokenizer, 9, 12, 272, torch.Generator())[:, 1] == LIKELIEST).all()
+
+
+def test_self_written_answers(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<answer>{% endif %}"
+    )
+    found = beginnings(tokenizer, 40, 300, 272, torch.Generator().manual_seed(0))
+    assert (found[::2, 2:5] == LIKELIEST).all()
+    asked = [tokenizer.decode([token for token in row if token >= 0]) for row in found[1::2].tolist()]
+    questions = {document[0]["content"] for document in bundled_documents() if not isinstance(document, str)}
+    start = tokenizer.bos_token
+    for text in asked:
+        assert any(f"{start}<user>{question}<answer>".startswith(text.rstrip("\ufffd")) for question in questions)
+    assert len(set(asked)) == 20 and sum(text.endswith("<answer>") for text in asked) >= 10
+    assert (found[1::2, 150:] == DRAWN).all()  # a long question leaves half of the sequence to the answer
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: from the bundled text, from a text file, from a data set, or written by the model itself."""
 
-import json
 import logging
-import lzma
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
 from quip_vllm.quantizer.source.architecture import brief, check_token, load_tokenizer
+from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.self_text import self_written
 
 MINIMUM_TOKENS = 4096
@@ -66,12 +64,6 @@ def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
     return rows[:wanted].clone()
 
 
-def bundled_documents() -> list[Any]:
-    """The documents of the bundled text: strings, and dialogues as lists of {"role": ..., "content": ...}."""
-    packed = resources.files("quip_vllm.quantizer.source").joinpath("bundle", "calibration.jsonl.xz").read_bytes()
-    return [json.loads(line) for line in lzma.decompress(packed).decode().splitlines()]
-
-
 def _bundle_rows(tokenizer: Any, length: int, wanted: int, generator: torch.Generator) -> tuple[Tensor, int]:
     """At most `wanted` sequences, int64 [sequences, length], and the tokens of all documents that were read for them.
 
@@ -84,36 +76,13 @@ def _bundle_rows(tokenizer: Any, length: int, wanted: int, generator: torch.Gene
     for index in torch.randperm(len(documents), generator=generator).tolist():
         if len(rows) == wanted:
             break
-        ids = _document_ids(tokenizer, documents[index])
+        ids = document_ids(tokenizer, documents[index])
         total += len(ids)
         row += ids
         if len(row) >= length:
             rows.append(row[:length])
             row = []
     return torch.tensor(rows, dtype=torch.int64).view(-1, length), total
-
-
-def _document_ids(tokenizer: Any, document: Any) -> list[int]:
-    """A bundled document's tokens, behind the tokenizer's first token if it has one.
-
-    A dialogue goes through the chat template where there is one, and is written as "User: ..." otherwise.
-    """
-    if isinstance(document, str):
-        text = document
-    elif tokenizer.chat_template:
-        from jinja2 import TemplateError
-
-        try:
-            text = tokenizer.apply_chat_template(document, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the model's chat template cannot be applied ({brief(error)}): mend it, or give a text (--calibration)"
-            ) from None
-    else:
-        text = "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in document)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return ids if ids[:1] == first else first + ids
 
 
 def _file_text(path: str) -> str:

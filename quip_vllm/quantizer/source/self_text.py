@@ -11,12 +11,20 @@ from tqdm import tqdm
 
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.architecture import check_token, load_config, load_tokenizer
+from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.model import fast_dtype
+
+DRAWN, LIKELIEST = -1, -2
+"""In what `beginnings` gives: a token that is drawn as the model has it, and the token that it finds likeliest."""
+GREEDY = 3
+"""How many likeliest tokens follow a first one that was drawn among all: they find a text which that can begin."""
+COOL = 0.5
+"""Temperature of a quarter of the sequences; that of the others is 1."""
 
 
 @torch.no_grad()
 def self_written(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
-    """Text the model writes when sampled at temperature 1 from its first token on; needs the whole model in memory.
+    """Text the model writes from many beginnings (docs/quantizer.md); needs the whole model in memory.
 
     Args:
         settings: sequences, sequence_length and seed.
@@ -27,36 +35,63 @@ def self_written(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
         int64 [sequences, sequence_length].
 
     Raises:
-        ValueError: its tokenizer is not the model's, or its logits are not finite.
+        ValueError: its tokenizer is not the model's, its chat template cannot be applied, or its logits are not finite.
     """
     from transformers import AutoModelForCausalLM
 
     trust = settings.trust_remote_code
-    tokenizer = load_tokenizer(folder, trust)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    check_token(folder, start or 0, vocabulary)
+    generator = torch.Generator().manual_seed(settings.seed)
+    count, length = settings.sequences, settings.sequence_length
+    begun = beginnings(load_tokenizer(folder, trust), count, length, vocabulary, generator)
+    check_token(folder, int(begun.max()), vocabulary)
     dtype = fast_dtype(load_config(folder, trust).dtype)
     load = AutoModelForCausalLM.from_pretrained
     model = load(folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust).eval()
-    prepack(model, settings.sequences)
-    generator = torch.Generator().manual_seed(settings.seed)
-    count, length = settings.sequences, settings.sequence_length
-    tokens = torch.full((count, 1), start or 0)
-    cache, latest = None, tokens
-    for _ in tqdm(range(length), desc="the model writes its calibration text", unit="token"):
-        out = model(latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    prepack(model, count)
+    temperature = torch.where(torch.arange(count) % 8 < 6, 1.0, COOL)[:, None]
+    tokens, cache = begun[:, :1], None
+    for given in tqdm(begun[:, 1:].split(1, 1), desc="the model writes its calibration text", unit="token"):
+        out = model(tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         if cache is None:
             cache = out.past_key_values
             reserve(cache, length)
+        logits = out.logits[:, -1].float()
         # torch.multinomial would draw a random number for each token of the vocabulary.
-        sums = out.logits[:, -1].float().softmax(-1).cumsum(-1)
+        sums = (logits / temperature).softmax(-1).cumsum(-1)
         if not torch.isfinite(sums[:, -1]).all():
             raise ValueError("the model's logits hold a NaN or an infinity: mend its weights")
         drawn = torch.rand(count, 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
         latest = torch.searchsorted(sums, drawn.float(), right=True)
         latest.clamp_(max=sums.shape[-1] - 1)  # rounded to float32, a draw can reach the last sum
-        tokens = torch.cat([tokens, latest], dim=1)
-    return tokens[:, 1:].clone()
+        latest = torch.where(given == LIKELIEST, logits.argmax(-1, keepdim=True), latest)
+        tokens = torch.cat([tokens, torch.where(given >= 0, given, latest)], dim=1)
+    return tokens
+
+
+def beginnings(tokenizer: Any, count: int, length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """How sequences begin: with some tokens, then LIKELIEST ones, then DRAWN ones to their ends.
+
+    Every other sequence is a question of the bundle's dialogues in the chat template, if there is one. The others begin
+    with the tokenizer's start token, if it has one, and a token drawn evenly among all that are not special, as LLM-QAT
+    does (arXiv 2305.17888), so that they are of many kinds and languages.
+
+    Returns:
+        int64 [count, length].
+    """
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    usual = [token for token in range(min(vocabulary, len(tokenizer))) if token not in added]
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    dialogues = [document for document in bundled_documents() if not isinstance(document, str)]
+    asked = torch.randperm(len(dialogues), generator=generator).tolist()
+    begun = torch.full((count, length), DRAWN)
+    for i, row in enumerate(begun):
+        if tokenizer.chat_template and i % 2:
+            ids = document_ids(tokenizer, dialogues[asked[i // 2 % len(asked)]][:1])[: max(length // 2, 1)]
+        else:
+            drawn = usual[int(torch.randint(len(usual), (), generator=generator))]
+            ids = [*first, drawn, *[LIKELIEST] * GREEDY][:length]
+        row[: len(ids)] = torch.tensor(ids)
+    return begun
 
 
 def reserve(cache: Any, length: int) -> None:
