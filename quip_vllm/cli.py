@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quip-vllm quantize | evaluate | inspect | verify | doctor. Exits with 2 and one sentence on bad input."""
+"""quip-vllm quantize | convert | evaluate | inspect | verify | doctor. Exits with 2 and one sentence on bad input."""
 
 import argparse
 import json
@@ -40,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_quantize(commands.add_parser("quantize", help="write a quantized checkpoint of a Hugging Face causal LM"))
+    _add_convert(
+        commands.add_parser(
+            "convert", help="write a QuIP#, QTIP, YAQA or EXL3 checkpoint as ours, without a new rounding"
+        )
+    )
     evaluate = commands.add_parser("evaluate", help="perplexity, and KL divergence to a reference, on a text")
     evaluate.add_argument("models", nargs="+", metavar="model", help="folders or hub names; also checkpoints of ours")
     evaluate.add_argument(
@@ -158,6 +163,59 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
     parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
     parser.set_defaults(run=_quantize)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="folder or hub name of a QuIP#, QTIP, YAQA, GuidedQuant-QTIP or EXL3 checkpoint")
+    parser.add_argument("out", type=Path, help="new folder for the checkpoint")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or hub name to take the tokenizer from, which published QuIP# and QTIP checkpoints lack (default: "
+        "the folder that config.json names as the origin)",
+    )
+    parser.add_argument(
+        "--evaluate", metavar="TEXT", help="measure one window of a UTF-8 text, and warn where the result is no model"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished conversion in OUT")
+    parser.epilog = (
+        "example: quip-vllm convert relaxml/Llama-2-7b-E8P-2Bit OUT --tokenizer meta-llama/Llama-2-7b-hf "
+        "--evaluate text.txt"
+    )
+    parser.set_defaults(run=_convert)
+
+
+WINDOW = 2048
+"""Tokens of the window that `convert --evaluate` measures, where the model has as many positions."""
+SUSPICIOUS = 500.0
+"""A perplexity above it is that of a model whose rotations or codes are wrong, whatever the text."""
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from quip_vllm.checkpoint.config import positions
+    from quip_vllm.checkpoint.convert import convert
+    from quip_vllm.checkpoint.store import local_folder
+    from quip_vllm.evaluation.loading import check_complete, load_config
+    from quip_vllm.evaluation.report import evaluate
+
+    source = local_folder(args.source)
+    check_complete(source)
+    done = convert(source, args.out, args.tokenizer, args.resume)
+    print(
+        f"wrote {args.out}: {done['layers']} quantized layers in {done['shards']} files, as they are in {args.source}"
+    )
+    if args.evaluate:
+        length = min(WINDOW, positions(load_config(args.out)) or WINDOW)
+        measured = evaluate([str(args.out)], [args.evaluate], sequence_length=length, windows=1)
+        found = measured["results"][0]["perplexity"]
+        print(f"perplexity of one window of {length} tokens: {found:.4f}")
+        if found > SUSPICIOUS:
+            print(
+                f"WARNING: that is no language model's: the source is damaged, or its rotations are not those that "
+                f"its config.json says; do not serve {args.out}",
+                file=sys.stderr,
+            )
+    return 0
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -39,6 +39,10 @@ def crossed(shapes: list[tuple], odd: int) -> list:
     ]
 
 
+CHUNKED = [(192, (96, 64), (8, 2)), (416, (32,), (2, 1)), (128, (416, 192), (1, 2))]
+"""Inputs, outputs, and into how many chunks of each side its rotation is cut."""
+
+
 def every_lattice_code(bits: int) -> tuple[LinearSpec, dict[str, torch.Tensor]]:
     """A layer of quip_sharp with each of the 65,536 codes once, in the second stage, too."""
     spec = LinearSpec("e8p", bits, 8192, (64,))

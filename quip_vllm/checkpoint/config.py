@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``quantization_config`` of ``config.json``, format version 1, as a checked object (docs/formats.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from quip_vllm.formats.spec import Format, format_of, methods
+from torch import Tensor
+
+from quip_vllm.formats.spec import Format, LinearSpec, TileOrder, format_of, methods
+from quip_vllm.formats.tensors import layout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -14,10 +18,17 @@ FORMAT_VERSION = 1
 
 
 class LayerFormat(NamedTuple):
-    """How a layer is stored: the name of its code, and code bits per weight."""
+    """How a layer is stored: the name of its code, code bits per weight, and what LinearSpec has by these names.
+
+    The quantizer sets the first two alone; the others are of checkpoints that other programs have made.
+    """
 
     code: str
     bits: int
+    tile_order: TileOrder = TileOrder.MMA
+    input_chunks: int = 1
+    output_chunks: int = 1
+    padded_to: int = 1
 
     @property
     def format(self) -> Format:
@@ -27,6 +38,23 @@ class LayerFormat(NamedTuple):
     def check(self) -> None:
         """Raises ValueError unless the code exists and has these bits."""
         self.format.check_bits(self.bits)
+        for key in ("input_chunks", "output_chunks", "padded_to"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{key} is {value!r:.100}: it must be a positive integer")
+
+    def spec(self, k: int, sizes: tuple[int, ...], block: int | None, rotate_output: bool = True) -> LinearSpec:
+        """The layer of k inputs and these outputs."""
+        others = dict(list(self._asdict().items())[2:])
+        return LinearSpec(self.code, self.bits, k, sizes, block, rotate_output, **others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; what is as the quantizer has it is left out."""
+        usual = LayerFormat(self.code, self.bits)
+        others = {key: value for key, value in self._asdict().items() if value != getattr(usual, key)}
+        if self.tile_order is not usual.tile_order:
+            others["tile_order"] = self.tile_order.value
+        return {"code": self.code, "bits": self.bits, **others}
 
 
 @dataclass(frozen=True)
@@ -62,7 +90,7 @@ class Embedding:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "stored": self.stored._asdict()}
+        return {**asdict(self), "stored": self.stored.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -94,9 +122,12 @@ class CheckpointConfig:
         default: code and bits of every quantized layer that `layers` does not name.
         hadamard_block: None for the full-width rotation, else the largest block of the blockwise one (a power of two).
         modules_to_not_convert: module names that keep an ordinary weight. A name covers itself and everything below it.
-        layers: module name -> code and bits of each layer that differs from the default.
+        layers: module name -> how each layer is stored that differs from the default.
         head: the quantized output head; None if it keeps an ordinary weight.
         embedding: the quantized input embedding that is not tied to the head; None if it keeps an ordinary weight.
+        parts: module name -> name and outputs of each layer of the model that it is, in the order of its rows, where
+            these share one output rotation. The names are those beside its own: (("up_proj", 128), ("gate_proj", 128)).
+        shapes: module name -> [n, k] of each layer whose tensors are padded.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the rule and the remedy.
@@ -108,6 +139,8 @@ class CheckpointConfig:
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
     head: Head | None = None
     embedding: Embedding | None = None
+    parts: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for described in (self.default, *self.layers.values(), *(rows.stored for rows in self.token_rows)):
@@ -127,20 +160,39 @@ class CheckpointConfig:
                 "requantize"
             )
 
-    properties: ClassVar[Mapping[str, Any]] = {}
-    """What every LinearSpec of the checkpoint says besides code, bits, sizes and rotation."""
-
     @property
     def method(self) -> str:
         """`quant_method` in config.json: the family of the default code."""
         return self.default.format.method
 
     def layer_format(self, name: str) -> LayerFormat | None:
-        """Code and bits of the linear layer, head or embedding ``name``; None if it keeps an ordinary weight."""
+        """How the linear layer, head or embedding ``name`` is stored; None if it keeps an ordinary weight."""
         for rows in self.token_rows:
             if rows.module == name:
                 return rows.stored
-        return None if self._skips(name) else self.layers.get(name, self.default)
+        return None if self._skips(name) else self.layers.get(self._fused.get(name, name), self.default)
+
+    def parts_of(self, name: str) -> list[tuple[str, int]]:
+        """Full name and outputs of each layer of the model that the layer ``name`` of the files is, in order."""
+        parent, dot, _ = name.rpartition(".")
+        return [(parent + dot + part, rows) for part, rows in self.parts.get(name, ())]
+
+    @cached_property
+    def _fused(self) -> dict[str, str]:
+        """Full name of a part -> the layer of the files."""
+        return {part: name for name in self.parts for part, _ in self.parts_of(name)}
+
+    def leaves(self, spec: LinearSpec) -> Iterable[str]:
+        """The last parts of the names of a layer's tensors in the files; some may be absent."""
+        return layout(spec)
+
+    def tensors(self, name: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a layer of the files, by the last parts of their names, as `formats.tensors.layout` has them.
+
+        Raises:
+            ValueError: something is damaged.
+        """
+        return dict(stored)
 
     @property
     def token_rows(self) -> "tuple[Embedding, ...]":
@@ -156,13 +208,18 @@ class CheckpointConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` object, ready for JSON."""
+        layers = {name: stored.to_dict() for name, stored in self.layers.items()}
+        for name, parts in self.parts.items():
+            layers.setdefault(name, self.default.to_dict())["parts"] = [list(one) for one in parts]
+        for name, shape in self.shapes.items():
+            layers.setdefault(name, self.default.to_dict())["shape"] = list(shape)
         return {
             "quant_method": self.method,
             "format_version": FORMAT_VERSION,
-            **self.default._asdict(),
+            **self.default.to_dict(),
             "hadamard_block": self.hadamard_block,
             "modules_to_not_convert": list(self.modules_to_not_convert),
-            "layers": {name: stored._asdict() for name, stored in self.layers.items()},
+            "layers": layers,
             **{rows.KEY: rows.to_dict() for rows in self.token_rows},
         }
 
@@ -181,7 +238,7 @@ class CheckpointConfig:
             raise ValueError(
                 f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
             )
-        default = _layer_format({key: raw.get(key) for key in LayerFormat._fields}, "quantization_config")
+        default = _layer_format({key: raw[key] for key in LayerFormat._fields if key in raw}, "quantization_config")
         if default.format.method != method:
             raise ValueError(
                 f"code is {default.code!r}: it belongs to quant_method {default.format.method}, not {method}"
@@ -196,26 +253,66 @@ class CheckpointConfig:
             default=default,
             hadamard_block=raw.get("hadamard_block"),
             modules_to_not_convert=tuple(skip),
-            layers={str(name): _layer_format(item, f"layers.{name}") for name, item in layers.items()},
+            layers={str(name): _layer_format(item, f"layers.{name}", OF_LAYERS) for name, item in layers.items()},
             head=Head.from_dict(raw.get(Head.KEY)),
             embedding=Embedding.from_dict(raw.get(Embedding.KEY)),
+            parts={
+                name: _parts(item["parts"], f"layers.{name}.parts") for name, item in layers.items() if "parts" in item
+            },
+            shapes={
+                name: _shape(item["shape"], f"layers.{name}.shape") for name, item in layers.items() if "shape" in item
+            },
         )
 
 
-def _layer_format(raw: object, key: str) -> LayerFormat:
-    """Code and bits of an object of config.json.
+OF_LAYERS = ("parts", "shape")
+"""What an object of ``layers`` may hold besides the fields of LayerFormat."""
+
+
+def _layer_format(raw: object, key: str, others: tuple[str, ...] = ()) -> LayerFormat:
+    """How an object of config.json says that a layer is stored.
 
     Raises:
         ValueError: it is something else, or says more: a reader that ignored a property would decode other weights.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f"{key} is {raw!r:.200}: it must be an object with code and bits")
-    unknown = sorted(str(name) for name in raw if name not in LayerFormat._fields)
+    unknown = sorted(str(name) for name in raw if name not in (*LayerFormat._fields, *others))
     if unknown:
-        raise ValueError(f"{key} has {', '.join(unknown):.200}: this quip_vllm knows code and bits; upgrade it")
-    stored = LayerFormat(raw.get("code"), raw.get("bits"))  # type: ignore[arg-type]  # checked next
+        known = ", ".join((*LayerFormat._fields, *others))
+        raise ValueError(f"{key} has {', '.join(unknown):.200}: this quip_vllm knows {known}; upgrade it")
+    given = {name: raw[name] for name in LayerFormat._fields[2:] if name in raw}
+    if "tile_order" in given:
+        given["tile_order"] = _tile_order(given["tile_order"])
+    stored = LayerFormat(raw.get("code"), raw.get("bits"), **given)  # type: ignore[arg-type]  # checked next
     stored.check()
     return stored
+
+
+def _tile_order(value: object) -> TileOrder:
+    for order in TileOrder:
+        if order.value == value:
+            return order
+    raise ValueError(f"tile_order is {value!r:.100}: it must be one of {', '.join(one.value for one in TileOrder)}")
+
+
+def _parts(raw: object, key: str) -> tuple[tuple[str, int], ...]:
+    """Name and outputs of each part. Raises ValueError for anything else."""
+    pairs = [tuple(one) for one in raw if isinstance(one, list)] if isinstance(raw, list) else []
+    right = [pair for pair in pairs if len(pair) == 2 and isinstance(pair[0], str) and _counts(pair[1])]
+    if not isinstance(raw, list) or len(right) != len(raw) or len({name for name, _ in right}) < max(2, len(raw)):
+        raise ValueError(f"{key} is {raw!r:.200}: it must be a list of two or more pairs of a name and its outputs")
+    return tuple(right)
+
+
+def _shape(raw: object, key: str) -> tuple[int, int]:
+    if not isinstance(raw, list) or len(raw) != 2 or not all(map(_counts, raw)):
+        raise ValueError(f"{key} is {raw!r:.200}: it must be the layer's outputs and inputs")
+    return (raw[0], raw[1])
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def positions(config: Any) -> int | None:

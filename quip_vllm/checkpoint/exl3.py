@@ -8,12 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
+from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.checkpoint.published import DAMAGED, Published, leaves_of, natural, sizes_of, text_of
 from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.exl3 import BLOCK, CODE_MARKS, SU_BITS, SUH, SV_BITS, SVH, TRELLIS, packed, signs
 from quip_vllm.formats.spec import LinearSpec, TileOrder
@@ -23,49 +24,39 @@ from quip_vllm.formats.trellis_codes import PACKED
 METHOD = "exl3"
 """`quant_method` in config.json."""
 
-HEAD = "lm_head"
-PROPERTIES: dict[str, Any] = {"tile_order": TileOrder.MMA_SWAPPED, "padded_to": BLOCK}
-"""What every layer's LinearSpec has besides code, bits, sizes and the blocks of its rotation."""
-
-DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; fetch it again"
 _CODES = ("3inst", *CODE_MARKS)
 _SIDES = {SUH: SU.name, SU_BITS: SU.name, SVH: SV.name, SV_BITS: SV.name}
 _VECTORS = {SUH: torch.float16, SU_BITS: torch.int16, SVH: torch.float16, SV_BITS: torch.int16}
 LEAVES = (TRELLIS, *_VECTORS, *CODE_MARKS)
 _SLICE = re.compile(r"\.slice\.\d+$")
 
-# Models whose layers have the sizes of _sizes; those of others are what their files say.
-_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
-
-_HEAD_WIDTHS = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3": 256, "gemma3_text": 256}
-"""What transformers takes for a head_dim that config.json leaves out."""
-
 
 @dataclass(frozen=True)
-class Exl3Config(CheckpointConfig):
-    """What an EXL3 checkpoint says of its layers; made by `read`. `layers` names every quantized one.
+class Exl3Config(Published):
+    """What an EXL3 checkpoint says of its layers; made by `read`.
 
     Attributes:
         raw: ``quantization_config`` of config.json.
-        specs: module name on disk -> the layer, in natural order.
         dense: modules that have an ordinary weight.
         tied: whether the output head is the input embedding, so that a quantized copy of it is not used.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
-    specs: Mapping[str, LinearSpec] = field(default_factory=dict)
     dense: frozenset[str] = frozenset()
     tied: bool = False
-    properties: ClassVar[Mapping[str, Any]] = PROPERTIES
 
     @property
     def method(self) -> str:
         """exl3."""
         return METHOD
 
-    def layer_format(self, name: str) -> LayerFormat | None:
+    def leaves(self, spec: LinearSpec) -> Iterable[str]:
         """See CheckpointConfig."""
-        return self.layers.get(name)
+        return LEAVES
+
+    def tensors(self, name: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See CheckpointConfig."""
+        return dict(tensors(stored))
 
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
@@ -96,11 +87,8 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     stated = raw.get("codebook")
     if stated is not None and stated not in _CODES:
         raise ValueError(f"codebook is {stated!r:.100}: EXL3's codes {', '.join(_CODES)} are read; upgrade quip_vllm")
-    sizes = _sizes(model)
-    owned: dict[str, set[str]] = {}
-    for full in headers:
-        name, _, leaf = full.rpartition(".")
-        owned.setdefault(name, set()).add(leaf)
+    sizes = sizes_of(model)
+    owned = leaves_of(headers)
     leaves = {name: own - {"bias"} for name, own in owned.items() if own & {TRELLIS, SUH, SVH}}
     for name in leaves:
         if re.search(r"\.experts\.\d+\.", name):
@@ -113,8 +101,8 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
         first = stated or next(iter(specs.values())).code
         if spec.code != first:
             raise ValueError(f"{name} has code {spec.code}, where the checkpoint has {first}: {DAMAGED}")
-    layers = {name: LayerFormat(spec.code, spec.bits) for name, spec in specs.items()}
-    tied = _text(model).get("tie_word_embeddings", model.get("tie_word_embeddings", False))
+    layers = {name: stored_format(spec.code, spec.bits) for name, spec in specs.items()}
+    tied = text_of(model).get("tie_word_embeddings", model.get("tie_word_embeddings", False))
     return Exl3Config(
         default=Counter(layers.values()).most_common(1)[0][0],
         hadamard_block=BLOCK,
@@ -124,6 +112,11 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
         dense=frozenset(name for name, own in owned.items() if "weight" in own),
         tied=bool(tied),
     )
+
+
+def stored_format(code: str, bits: int) -> LayerFormat:
+    """How EXL3 stores a layer."""
+    return LayerFormat(code, bits, TileOrder.MMA_SWAPPED, padded_to=BLOCK)
 
 
 def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -147,11 +140,6 @@ def slices(names: Iterable[str]) -> dict[str, list[str]]:
 def cuts_inputs(layer: str) -> bool:
     """Whether slices of a layer have its inputs, and their products are summed, or its outputs."""
     return layer.rpartition(".")[2] == "down_proj"
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _spec(
@@ -191,7 +179,7 @@ def _spec(
     bias = headers.get(f"{name}.bias")
     if bias is not None and bias.shape not in ((served_out,), (n,)):
         raise refuse(f"has a bias {bias.shape} in place of {(served_out,)}")
-    return LinearSpec(code, bits, served_in, (served_out,), BLOCK, **PROPERTIES)
+    return stored_format(code, bits).spec(served_in, (served_out,), BLOCK)
 
 
 def _slices(specs: Mapping[str, LinearSpec], sizes: Mapping[str, tuple[int, int]]) -> dict[str, LinearSpec]:
@@ -216,37 +204,3 @@ def _slices(specs: Mapping[str, LinearSpec], sizes: Mapping[str, tuple[int, int]
             pair = (size, other) if inner else (other, size)
             found[name] = replace(one, in_features=pair[0], output_sizes=(pair[1],))
     return found
-
-
-def _text(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the language model."""
-    text = model.get("text_config")
-    return text if isinstance(text, Mapping) else model
-
-
-def _sizes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the layers of a model that is known here, by the last part of their names."""
-    text = _text(model)
-    if text.get("model_type") not in _KNOWN:
-        return {}
-
-    def number(key: str, default: int | None = None) -> int:
-        value = text.get(key) if text.get(key) is not None else default
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config.json has {key} {value!r:.100}: it must be a positive integer")
-        return value
-
-    hidden, heads = number("hidden_size"), number("num_attention_heads")
-    middle, vocabulary = number("intermediate_size"), number("vocab_size")
-    width = number("head_dim", _HEAD_WIDTHS.get(text["model_type"], hidden // heads))
-    queries, keys = heads * width, number("num_key_value_heads", heads) * width
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
-        HEAD: (hidden, vocabulary),
-    }

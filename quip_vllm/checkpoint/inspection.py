@@ -27,7 +27,7 @@ def inspect(folder: Path) -> dict[str, Any]:
             "code": spec.code,
             "bits": spec.bits,
             "shape": [spec.out_features, spec.in_features],
-            "bytes": sum(reader.bytes_of[full] for full in stored_names(reader, name, spec)),
+            "bytes": sum(reader.bytes_of[full] for full in stored_names(reader, config, name, spec)),
             "proxy_loss": losses.get(name),
         }
         for name, spec in layer_specs(reader, config).items()

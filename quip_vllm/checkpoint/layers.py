@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quip_vllm.checkpoint import exl3
+from quip_vllm.checkpoint import exl3, qtip, quip_sharp
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.published import Published, natural
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import FORMATS, LinearSpec
 from quip_vllm.formats.tensors import FLOATS, SU, SV, layout
@@ -24,11 +25,14 @@ def read_config(folder: Path) -> CheckpointConfig:
     """What config.json says of a quantized checkpoint. Raises ValueError for any other."""
     model = read_json(folder / "config.json")
     raw = model.get("quantization_config")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
-    if raw.get("quant_method") == exl3.METHOD:
+    if isinstance(raw, dict) and raw.get("quant_method") == exl3.METHOD:
         return exl3.read(model, CheckpointReader(folder).headers())
-    return CheckpointConfig.from_dict(raw)
+    if isinstance(raw, dict):
+        return CheckpointConfig.from_dict(raw)
+    for source in (quip_sharp, qtip):
+        if source.recognises(model):
+            return source.read(model, CheckpointReader(folder))
+    raise ValueError(f"{folder / 'config.json'} has no quantization_config: this is not a quantized checkpoint")
 
 
 def read_layers(folder: Path) -> Iterator[tuple[str, LinearSpec, dict[str, Tensor]]]:
@@ -39,9 +43,9 @@ def read_layers(folder: Path) -> Iterator[tuple[str, LinearSpec, dict[str, Tenso
     Raises:
         ValueError: as `layer_specs`.
     """
-    reader = CheckpointReader(folder)
-    for name, spec in layer_specs(reader, read_config(folder)).items():
-        yield name, spec, read_layer(reader, name, spec)
+    reader, config = CheckpointReader(folder), read_config(folder)
+    for name, spec in layer_specs(reader, config).items():
+        yield name, spec, read_layer(reader, config, name, spec)
 
 
 def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str, LinearSpec]:
@@ -51,32 +55,36 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
         ValueError: a layer's tensors are not those of the code and bits that `config` gives it, or `config` names a
             layer that the files do not hold.
     """
-    if isinstance(config, exl3.Exl3Config):
+    if isinstance(config, Published):
         return dict(config.specs)
     leaves: dict[str, set[str]] = {}
     for full in reader.names():
         name, _, leaf = full.rpartition(".")
         leaves.setdefault(name, set()).add(leaf)
     leaves = {name: own - {"bias"} for name, own in leaves.items() if own & tensor_names()}
-    named = [*config.layers, *(rows.module for rows in config.token_rows)]
+    named = [*config.layers, *config.parts, *(rows.module for rows in config.token_rows)]
     for name in named:
         if name not in leaves:
             raise ValueError(f"{name} is quantized by config.json, but its tensors are not there: {DAMAGED}")
-    return {name: _spec(reader, config, name, leaves[name]) for name in sorted(leaves, key=exl3.natural)}
+    return {name: _spec(reader, config, name, leaves[name]) for name in sorted(leaves, key=natural)}
 
 
-def read_layer(reader: CheckpointReader, name: str, spec: LinearSpec) -> dict[str, Tensor]:
+def read_layer(reader: CheckpointReader, config: CheckpointConfig, name: str, spec: LinearSpec) -> dict[str, Tensor]:
     """The tensors of one layer, named as `formats.tensors.layout` names them."""
-    stored = {full.rpartition(".")[2]: one for full, one in reader.read(stored_names(reader, name, spec)).items()}
-    if exl3.TRELLIS not in stored:
-        return stored
-    return dict(exl3.tensors(stored))
+    stored = reader.read(stored_names(reader, config, name, spec))
+    return config.tensors(name, {full.rpartition(".")[2]: one for full, one in stored.items()})
 
 
-def stored_names(reader: CheckpointReader, name: str, spec: LinearSpec) -> list[str]:
+def stored_names(reader: CheckpointReader, config: CheckpointConfig, name: str, spec: LinearSpec) -> list[str]:
     """The names on disk of a layer's tensors, without its bias."""
-    leaves = exl3.LEAVES if f"{name}.{exl3.TRELLIS}" in reader else layout(spec)
-    return [f"{name}.{leaf}" for leaf in leaves if f"{name}.{leaf}" in reader]
+    return [f"{name}.{leaf}" for leaf in config.leaves(spec) if f"{name}.{leaf}" in reader]
+
+
+def others_of(reader: CheckpointReader, config: CheckpointConfig) -> list[str]:
+    """The names of all tensors that belong to no quantized layer, and of the layers' biases."""
+    specs = layer_specs(reader, config)
+    quantized = {full for name, spec in specs.items() for full in stored_names(reader, config, name, spec)}
+    return [name for name in reader.names() if name not in quantized]
 
 
 def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves: set[str]) -> LinearSpec:
@@ -88,7 +96,11 @@ def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves:
             raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
     n, k = (reader.shapes[f"{name}.{vector}"][0] for vector in (SV.name, SU.name))
     dtype = reader.dtypes[f"{name}.{SU.name}"]
-    spec = LinearSpec(*stored, k, (n,), config.hadamard_block, rotate_output=not config.has_token_rows(name))
+    rows = sum(size for _, size in config.parts_of(name))
+    if rows not in (0, n):
+        raise ValueError(f"{name} has {n} outputs, but its parts in config.json have {rows}: {DAMAGED}")
+    n, k = config.shapes.get(name, (n, k))
+    spec = stored.spec(k, (n,), config.hadamard_block, rotate_output=not config.has_token_rows(name))
     spec = replace(spec, vector_dtype=dtype) if dtype in FLOATS else spec
     try:
         wanted = layout(spec)

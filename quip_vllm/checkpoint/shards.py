@@ -64,14 +64,14 @@ def copy_shard(path: Path, files: Mapping[str, Path], stored_as: Mapping[str, st
     _write(path, {name: entry(name, file) for name, file in files.items()})
 
 
-def plan_shards(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The tensor names of each shard: in the order of `sizes` (name -> bytes), SHARD_BYTES at most per shard."""
+def plan_shards(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:
+    """The names of each shard: in the order of `sizes` (name -> bytes), `limit`, or SHARD_BYTES, at most per shard."""
     shards: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
         if size > room or not shards:
             shards.append([])
-            room = SHARD_BYTES
+            room = limit or SHARD_BYTES
         shards[-1].append(name)
         room -= size
     return shards

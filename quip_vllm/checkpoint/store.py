@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*
 SIDE_FILES += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 """What travels with the weights: tokenizer, templates and notices."""
 FETCHED = ["*.safetensors", *SIDE_FILES]
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
+TOKENIZER = [*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
+TOKENIZER += ["chat_template*", "LICEN[CS]E*"]
 HUB_TIMEOUT_S = 10
 logger = logging.getLogger(__name__)
 SECOND_COPIES = ["*consolidated*.safetensors"]
@@ -40,7 +44,7 @@ def local_folder(model: str, code: bool = False) -> Path:
     Raises:
         ValueError: neither exists, the hub does not give the model, or the folder holds none.
     """
-    folder = Path(model) if Path(model).is_dir() else _fetched(model, code)
+    folder = Path(model) if Path(model).is_dir() else _fetched(model, [*FETCHED, *(["*.py"] if code else [])])
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(f"{folder} is a LoRA adapter: merge it into its base model, and give the folder of that")
@@ -48,7 +52,61 @@ def local_folder(model: str, code: bool = False) -> Path:
     return folder
 
 
-def _fetched(model: str, code: bool) -> Path:
+def tokenizer_folder(model: str) -> Path:
+    """A folder with a tokenizer: that of a local model, or the hub's, of which nothing else is fetched.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(model) if Path(model).is_dir() else _fetched(model, TOKENIZER)
+    if not has_tokenizer(folder):
+        raise ValueError(f"{model} has no tokenizer: give a folder or hub name with {', '.join(_VOCABULARIES)}")
+    return folder
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """Where the tokenizer of a model's folder is: there, or in the local folder that config.json names as its origin.
+
+    Raises:
+        ValueError: in neither.
+    """
+    origin = read_json(folder / "config.json").get("_name_or_path")
+    places = [folder, *([Path(origin)] if isinstance(origin, str) and origin else [])]
+    for place in places:
+        if place.is_dir() and has_tokenizer(place):
+            return place
+    said = f"it comes from {origin!r:.200}, which is no such folder" if origin else "its origin is not known"
+    raise ValueError(
+        f"{folder} has no tokenizer ({said}): copy that of the original model there, or convert the checkpoint with "
+        "--tokenizer and the folder or hub name of that model"
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a file with a vocabulary."""
+    return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
+
+
+def copy_files(folder: Path, out: Path, patterns: Iterable[str], ours: Iterable[str] = ()) -> None:
+    """Copies the files that travel with weights; hidden ones, other models within the folder and `ours` are left out.
+
+    Args:
+        folder: where they are.
+        out: where they go, also a folder within `folder`.
+        patterns: of their names.
+        ours: names of files that are not copied.
+    """
+    for file in {file for pattern in patterns for file in folder.rglob(pattern)}:
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        hidden |= any((folder / parent / "config.json").exists() for parent in inside.parents[:-1])  # another model
+        left = inside.name in ours or inside.name.endswith(".index.json")
+        if file.is_file() and not left and not hidden and out.resolve() not in file.resolve().parents:
+            (out / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / inside)
+
+
+def _fetched(model: str, patterns: list[str]) -> Path:
     if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ValueError(
             f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
@@ -66,7 +124,6 @@ def _fetched(model: str, code: bool) -> Path:
         ) from None
     except Exception as error:  # of requests, httpx or httpx2: that depends on the version of huggingface_hub
         away = _first_line(error)
-    patterns = [*FETCHED, *(["*.py"] if code else [])]
     try:
         found = Path(
             snapshot_download(

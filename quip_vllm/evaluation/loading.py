@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from quip_vllm.checkpoint import exl3
-from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, read_config, read_layer, stored_names
+from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, read_layer
+from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
 from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.ops import dequantize
@@ -18,13 +20,14 @@ from quip_vllm.ops import dequantize
 
 def is_quantized(folder: Path) -> bool:
     """Whether config.json names one of our methods. Raises ValueError if its quantization_config is ill-typed."""
-    described = read_json(folder / "config.json").get("quantization_config") or {}
+    model = read_json(folder / "config.json")
+    described = model.get("quantization_config") or {}
     method = described.get("quant_method", "") if isinstance(described, dict) else None
     if not isinstance(method, str):
         raise ValueError(
             f"{folder / 'config.json'} has quantization_config {described!r:.200}: it must name quant_method"
         )
-    return method in methods() or method == exl3.METHOD
+    return method in methods() or method == exl3.METHOD or "quip_params" in model
 
 
 def load_model(model: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -63,13 +66,14 @@ def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
     """Raises ValueError unless a checkpoint of ours has every weight of its model; reads headers only."""
     reader = CheckpointReader(folder)
     reader.check_floats()
-    specs = layer_specs(reader, read_config(folder))
+    config = read_config(folder)
+    specs = layer_specs(reader, config)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    others = {name: empty(*reader.shapes[name]) for name in _others(reader, specs)}
-    state = _dense(specs, others, lambda _, spec: empty(spec.out_features, spec.in_features))
+    others = {name: empty(*reader.shapes[name]) for name in others_of(reader, config)}
+    state = _dense(config, specs, others, lambda _, spec: empty(spec.out_features, spec.in_features))
     _loaded(folder, state, trust_remote_code, device_map="meta")
 
 
@@ -87,8 +91,8 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)  # a pair, with output_loading_info
             model, info = loaded
         else:
-            del config.quantization_config
-            if f"{exl3.HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
+            config.__dict__.pop("quantization_config", None)
+            if f"{HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
                 config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
             with torch.device("meta"):
                 kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -98,8 +102,10 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"{folder} has no weight {name}, which the model of its config.json needs: {DAMAGED}")
     if state is not None and info["unexpected_keys"]:
-        quantized = layer_specs(CheckpointReader(folder), read_config(folder))
-        for name in sorted(set(info["unexpected_keys"]) & {f"{name}.weight" for name in quantized}):
+        described = read_config(folder)
+        quantized = layer_specs(CheckpointReader(folder), described)
+        served = {part for name in quantized for part, _ in described.parts_of(name) or [(name, 0)]}
+        for name in sorted(set(info["unexpected_keys"]) & {f"{name}.weight" for name in served}):
             raise ValueError(f"{folder} holds {name}, which the model of its config.json has not: {DAMAGED}")
     return model
 
@@ -139,33 +145,34 @@ def _check_readable(folder: Path, config: Any) -> None:
 
 def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
-    reader = CheckpointReader(folder)
-    specs = layer_specs(reader, read_config(folder))
+    reader, config = CheckpointReader(folder), read_config(folder)
 
     def weight(name: str, spec: LinearSpec) -> Tensor:
         try:
-            return dequantize(spec, read_layer(reader, name, spec))
+            return dequantize(spec, read_layer(reader, config, name, spec))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
-    return _dense(specs, reader.read(_others(reader, specs)), weight)
-
-
-def _others(reader: CheckpointReader, specs: Mapping[str, LinearSpec]) -> list[str]:
-    """The names of all tensors that belong to no quantized layer, and of the layers' biases."""
-    quantized = {full for name, spec in specs.items() for full in stored_names(reader, name, spec)}
-    return [name for name in reader.names() if name not in quantized]
+    return _dense(config, layer_specs(reader, config), reader.read(others_of(reader, config)), weight)
 
 
 def _dense(
-    specs: Mapping[str, LinearSpec], state: dict[str, Tensor], weight: Callable[[str, LinearSpec], Tensor]
+    config: CheckpointConfig,
+    specs: Mapping[str, LinearSpec],
+    state: dict[str, Tensor],
+    weight: Callable[[str, LinearSpec], Tensor],
 ) -> dict[str, Tensor]:
-    """Adds the ``weight`` of every quantized layer to the state dict of all else; slices of a layer are joined."""
+    """Adds the ``weight`` of every quantized layer to the state dict of all else.
+
+    A layer of several parts is cut, and slices of a layer are joined.
+    """
     for name, spec in specs.items():
-        state[f"{name}.weight"] = weight(name, spec)
+        parts = config.parts_of(name) or [(name, spec.out_features)]
+        pieces = weight(name, spec).split([rows for _, rows in parts])
+        state |= {f"{part}.weight": piece for (part, _), piece in zip(parts, pieces, strict=True)}
         if f"{name}.bias" in state:
             state[f"{name}.bias"] = state[f"{name}.bias"][: spec.out_features]  # EXL3's is padded
     for layer, names in exl3.slices(specs).items():
-        parts = [state.pop(f"{name}.weight") for name in names]
-        state[f"{layer}.weight"] = torch.cat(parts, dim=1 if exl3.cuts_inputs(layer) else 0)
+        joined = [state.pop(f"{name}.weight") for name in names]
+        state[f"{layer}.weight"] = torch.cat(joined, dim=1 if exl3.cuts_inputs(layer) else 0)
     return state

@@ -10,7 +10,7 @@ import torch
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import positions
 from quip_vllm.checkpoint.inspection import inspect
-from quip_vllm.checkpoint.store import CheckpointReader, local_folder
+from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json, tokenizer_of
 from quip_vllm.evaluation.loading import is_quantized, load_config, load_model, load_tokenizer
 from quip_vllm.evaluation.windows import PERCENTILES, documents_of, score, windows_of
 
@@ -59,7 +59,9 @@ def evaluate(
             raise ValueError(
                 f"--sequence-length is {sequence_length}, but {name} has {limit} positions: give {limit} or less"
             )
-    tokenizer = load_tokenizer(folders[models[0]], trust_remote_code)
+    folder = folders[models[0]]
+    published = "quip_params" in read_json(folder / "config.json")  # those have no tokenizer of their own
+    tokenizer = load_tokenizer(tokenizer_of(folder) if published else folder, trust_remote_code)
     cut = [windows_of(text, tokenizer, sequence_length, windows, start_token) for text in texts]
     documents = [
         None if document_start is None else documents_of(text, tokenizer, document_start, tokens, start_token)

@@ -99,9 +99,6 @@ class LinearSpec:
         hadamard_block: None for full width, else the largest block of the blockwise rotation.
         rotate_output: False for an output head or an embedding, whose rows are looked up one by one: U_n is the
             identity. n may then be any number, and the last row of codes may be used in part.
-        su_per_part: each part has an `su` of its own; else all share one.
-        fused_rotation: one output rotation spans all parts; else each part has its own.
-        part_order: the parts in the order in which their outputs are served; empty where that is the stored order.
         tile_order: of a trellis code.
         input_chunks, output_chunks: full-width rotations act on this many equal chunks of the inputs, or of each
             part's outputs, one by one (as checkpoints made for that many tensor-parallel ranks have it).
@@ -115,9 +112,6 @@ class LinearSpec:
     output_sizes: tuple[int, ...]
     hadamard_block: int | None = None
     rotate_output: bool = True
-    su_per_part: bool = field(default=False, kw_only=True)
-    fused_rotation: bool = field(default=False, kw_only=True)
-    part_order: tuple[int, ...] = field(default=(), kw_only=True)
     tile_order: TileOrder = field(default=TileOrder.MMA, kw_only=True)
     input_chunks: int = field(default=1, kw_only=True)
     output_chunks: int = field(default=1, kw_only=True)
@@ -162,12 +156,7 @@ class LinearSpec:
         padded = (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes)
         alone = len(self.output_sizes) == 1 and self.rotate_output
         properties = {
-            "an su per part": self.su_per_part and len(self.output_sizes) > 1,
-            "one output rotation over all parts": self.fused_rotation and len(self.output_sizes) > 1,
-            "parts served in another order than stored": self.part_order
-            not in ((), tuple(range(len(self.output_sizes)))),
             f"tile order {self.tile_order.value}": self.tile_order not in self.format.kernel_orders,
-            "rotations in chunks": max(self.input_chunks, self.output_chunks) > 1,
             "parts, or rows to look up, whose sizes are padded": padded and not alone,
         }
         return next((clause for clause, present in properties.items() if present), None)

@@ -2,7 +2,7 @@
 """The tensors of a quantized layer: what each follows, hence its shape, its parts and how it is checked.
 
 A layer holds one or more *parts* (q, k and v of a fused qkv) that read the same activation. Its tensors are those of
-its parts, one below the other along dimension 0; only an `su` that all parts share stands there once. So a layer of
+its parts, one below the other along dimension 0; only `su`, which all parts share, stands there once. So a layer of
 one part has exactly the tensors of the file, and a part of a layer is a run of rows of each tensor.
 """
 
@@ -28,7 +28,7 @@ class Follows(enum.Enum):
     OUTPUTS = "outputs"
     """One element per output: [n]."""
     INPUTS = "inputs"
-    """One element per input: [k], shared by all parts or one such vector per part."""
+    """One element per input: [k], shared by all parts."""
     BOTH = "both"
     """Rows follow the outputs, columns the inputs."""
     PART = "part"
@@ -96,7 +96,7 @@ def layout(spec: LinearSpec) -> dict[str, Stored]:
     found = {}
     for one in tensor_specs(spec):
         shapes = [one.shape(n, spec.stored_in) for n in spec.stored_outputs]
-        if one.follows is Follows.INPUTS and not spec.su_per_part:
+        if one.follows is Follows.INPUTS:
             shapes = shapes[:1]
         found[one.name] = Stored((sum(shape[0] for shape in shapes), *shapes[0][1:]), one.dtypes)
     return found
@@ -125,7 +125,7 @@ def split(spec: LinearSpec, tensors: dict[str, Tensor]) -> list[dict[str, Tensor
     """The tensors of each part of a layer, in order: views of the layer's tensors."""
     parts: list[dict[str, Tensor]] = [{} for _ in spec.output_sizes]
     for one in tensor_specs(spec):
-        if one.follows is Follows.INPUTS and not spec.su_per_part:
+        if one.follows is Follows.INPUTS:
             pieces: list[Tensor] = [tensors[one.name]] * len(parts)
         else:
             rows = [one.shape(n, spec.stored_in)[0] for n in spec.stored_outputs]
@@ -139,14 +139,14 @@ def stack(spec: LinearSpec, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]
     """The inverse of `split`: the layer's tensors from those of its parts.
 
     Raises:
-        ValueError: the parts are said to share `su` and do not.
+        ValueError: the parts do not share `su`.
     """
     tensors = {}
     for one in tensor_specs(spec):
         pieces = [part[one.name] for part in parts]
-        if one.follows is Follows.INPUTS and not spec.su_per_part:
+        if one.follows is Follows.INPUTS:
             if not all(torch.equal(pieces[0], piece) for piece in pieces):
-                raise ValueError(f"{one.name} differs between parts that are said to share it: requantize the model")
+                raise ValueError(f"{one.name} differs between parts that have to share it: requantize the model")
             tensors[one.name] = pieces[0]
         else:
             tensors[one.name] = torch.cat(pieces)

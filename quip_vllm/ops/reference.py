@@ -23,34 +23,21 @@ def dequantize(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     # Rows of U_n What U_k^T; the output side is turned as columns of the transpose.
     turned = [_turn(weight, spec, spec.input_chunks, transpose=False) for weight in decode_parts(spec, tensors)]
     columns = _outputs(spec, [weight.T for weight in turned], parts)
-    su = [part[SU.name].float()[: spec.in_features, None] for part in parts]
-    return torch.cat([(one[: spec.in_features] * s).T for one, s in _served(spec, columns, su)]).contiguous()
+    return (columns[: spec.in_features] * tensors[SU.name].float()[: spec.in_features, None]).T.contiguous()
 
 
 def _linear(spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """float32 x [..., stored k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, cut and ordered as served."""
-    parts = split(spec, tensors)
-    rotated = [_turn(x * part[SU.name].float(), spec, spec.input_chunks, transpose=True) for part in parts]
-    products = [r @ weight.T for r, weight in zip(rotated, decode_parts(spec, tensors), strict=True)]
-    outputs = _outputs(spec, products, parts)
-    return torch.cat([y for y, _ in _served(spec, outputs, outputs)], dim=-1)
+    """float32 x [..., stored k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, padding cut."""
+    rotated = _turn(x * tensors[SU.name].float(), spec, spec.input_chunks, transpose=True)
+    return _outputs(spec, [rotated @ weight.T for weight in decode_parts(spec, tensors)], split(spec, tensors))
 
 
-def _outputs(spec: LinearSpec, products: list[Tensor], parts: list[dict[str, Tensor]]) -> list[Tensor]:
-    """sv * U_n(product) of each part, padding cut: [..., stored n] -> [..., n]."""
-    if spec.rotate_output and spec.fused_rotation:
-        fused = _turn(torch.cat(products, dim=-1), spec, spec.output_chunks, transpose=False)
-        products = list(fused.split(spec.stored_outputs, dim=-1))
-    elif spec.rotate_output:
+def _outputs(spec: LinearSpec, products: list[Tensor], parts: list[dict[str, Tensor]]) -> Tensor:
+    """sv * U_n(product) of each part, padding cut: [..., stored n] -> [..., n of all parts]."""
+    if spec.rotate_output:
         products = [_turn(y, spec, spec.output_chunks, transpose=False) for y in products]
     scaled = [y * part[SV.name].float() for y, part in zip(products, parts, strict=True)]
-    return [y[..., :n] for y, n in zip(scaled, spec.output_sizes, strict=True)]
-
-
-def _served(spec: LinearSpec, *of_parts: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """What belongs to each part, in the order in which the parts are served."""
-    together = list(zip(*of_parts, strict=True))
-    return [together[i] for i in spec.part_order or range(len(together))]
+    return torch.cat([y[..., :n] for y, n in zip(scaled, spec.output_sizes, strict=True)], dim=-1)
 
 
 def _turn(x: Tensor, spec: LinearSpec, chunks: int, transpose: bool) -> Tensor:

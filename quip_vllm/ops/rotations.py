@@ -15,9 +15,9 @@ from quip_vllm.transforms.hadamard_matrices import hadamard_matrix
 
 def rotations(spec: LinearSpec) -> list[tuple[int, int]]:
     """(q, p) of the input and of each output. Raises ValueError for a size that has none."""
-    outputs = [sum(spec.stored_outputs)] if spec.fused_rotation else spec.stored_outputs
     turned = [
-        _rotation(n // spec.output_chunks, spec.hadamard_block) if spec.rotate_output else (1, 1) for n in outputs
+        _rotation(n // spec.output_chunks, spec.hadamard_block) if spec.rotate_output else (1, 1)
+        for n in spec.stored_outputs
     ]
     return [_rotation(spec.stored_in // spec.input_chunks, spec.hadamard_block), *turned]
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
-from quip_vllm.checkpoint.store import SIDE_FILES, digest, local_folder, read_json, write_json
+from quip_vllm.checkpoint.store import SIDE_FILES, copy_files, digest, local_folder, read_json, write_json
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
@@ -190,14 +190,7 @@ class Run:
         }
         folder = self.source.folder
         code = ["*.py"] if self.settings.trust_remote_code else []
-        for file in {file for pattern in (*SIDE_FILES, *code) for file in folder.rglob(pattern)}:
-            inside = file.relative_to(folder)
-            hidden = any(part.startswith(".") for part in inside.parts)
-            hidden |= any((folder / parent / "config.json").exists() for parent in inside.parents[:-1])  # another model
-            ours = inside.name in ("config.json", REPORT) or inside.name.endswith(".index.json")
-            if file.is_file() and not ours and not hidden and self.out.resolve() not in file.resolve().parents:
-                (self.out / inside).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, self.out / inside)
+        copy_files(folder, self.out, [*SIDE_FILES, *code], ("config.json", REPORT))
         config = read_json(folder / "config.json")
         config["quantization_config"] = self.plan.config(self.settings, self.source.tied).to_dict()
         if not (config.get("dtype") or config.get("torch_dtype")):

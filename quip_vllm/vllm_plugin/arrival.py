@@ -19,6 +19,7 @@ from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.checkpoint import exl3
+from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
 from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.spec import LinearSpec
@@ -247,7 +248,7 @@ def _numbered(
     With ``copied``, tensors that are kept until then are copied: see `_copied`.
     """
     config = get_current_vllm_config_or_none()
-    checkpoint = getattr(getattr(config, "quant_config", None), "checkpoint", None)
+    checkpoint = getattr(getattr(config, "quant_config", None), "on_disk", None)
     specs = checkpoint.specs if isinstance(checkpoint, exl3.Exl3Config) else {}
     layers: dict[str, dict[str, Tensor]] = {}
     for full, tensor in weights:
@@ -260,4 +261,8 @@ def _numbered(
             yield full, tensor
     _SENT.clear()
     for name, tensors in layers.items():
-        yield f"{name}.weight", send(name, tensors, sent, specs.get(name))
+        numbers = send(name, tensors, sent, specs.get(name))
+        parts = checkpoint.parts_of(name) if isinstance(checkpoint, CheckpointConfig) else []
+        pieces = numbers.split([rows for _, rows in parts]) if parts else [numbers]
+        for (part, _), piece in zip(parts or [(name, 0)], pieces, strict=True):
+            yield f"{part}.weight", piece

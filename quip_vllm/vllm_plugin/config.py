@@ -29,11 +29,12 @@ class QuipConfig(QuantizationConfig):
 
     Attributes:
         checkpoint: the checked config, module names as in vLLM once `apply_vllm_mapper` has run.
+        on_disk: the same, names as in the files.
     """
 
     def __init__(self, checkpoint: CheckpointConfig) -> None:
         super().__init__()
-        self.checkpoint = checkpoint
+        self.checkpoint = self.on_disk = checkpoint
         self._described = checkpoint.to_dict()
         self._served: set[str] = set()  # keys of config.json's embedding and head
         self._carries = False
@@ -91,6 +92,7 @@ class QuipConfig(QuantizationConfig):
             embedding=embedding and replace(embedding, module=rename(embedding.module)),
             modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
             layers={rename(name): stored for name, stored in self.checkpoint.layers.items()},
+            parts={rename(name): parts for name, parts in self.checkpoint.parts.items()},
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

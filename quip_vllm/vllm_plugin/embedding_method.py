@@ -64,7 +64,6 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
             in_features=input_size,
             hadamard_block=self.checkpoint.hadamard_block,
             rotate_output=self.rotate_output,
-            properties=self.checkpoint.properties,
         )
         share.spec((0,)).check_sizes()
         allocate(layer, share)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quip_vllm.checkpoint.config import Head, LayerFormat
-from quip_vllm.checkpoint.exl3 import HEAD, METHOD, Exl3Config, read
+from quip_vllm.checkpoint.config import Head
+from quip_vllm.checkpoint.exl3 import METHOD, Exl3Config, read, stored_format
+from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header, at_hand
 from quip_vllm.vllm_plugin.config import QuipConfig, renaming
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
@@ -25,7 +26,7 @@ class Exl3QuipConfig(QuipConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Exl3QuipConfig":
         """Keeps ``quantization_config``: what it says of layers is not to be trusted."""
-        return cls(Exl3Config(LayerFormat("3inst", 1), raw=config))
+        return cls(Exl3Config(stored_format("3inst", 1), raw=config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Reads the headers of the model's files, of a folder or of the hub.
@@ -38,7 +39,7 @@ class Exl3QuipConfig(QuipConfig):
                 f"{METHOD} needs the model's config, which this version of vLLM does not give: upgrade vLLM"
             )
         model = {**hf_config.to_dict(), "quantization_config": self.checkpoint.raw}
-        self.checkpoint = read(model, _headers(model_name, revision))
+        self.checkpoint = self.on_disk = read(model, _headers(model_name, revision))
 
     def described(self) -> dict[str, Any]:
         """The method alone: which tensors there are, and their shapes, say the rest."""

@@ -60,7 +60,6 @@ class QuipLinearMethod(LinearMethodBase):
             in_start=layer.tp_rank * input_size_per_partition if input_size_per_partition < input_size else 0,
             in_features=input_size_per_partition,
             hadamard_block=self.checkpoint.hadamard_block,
-            properties=self.checkpoint.properties,
         )
         _check_sizes(share, max(ranks, input_size // input_size_per_partition))
         allocate(layer, share)
@@ -111,4 +110,5 @@ def _check_sizes(share: Share, ranks: int) -> None:
             # The blockwise case is checked when a tensor arrives and shows which parts it covers.
             share.check_split((part,))
     if share.in_features < share.inputs:
-        check_split(share.prefix, "input", [share.in_features], [share.stored(share.inputs)], share.hadamard_block)
+        full, chunks = [share.stored(share.inputs)], share.parts[0].stored.input_chunks
+        check_split(share.prefix, "input", [share.in_features], full, share.hadamard_block, chunks)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a served layer is cut: into parts, and over tensor-parallel ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -48,7 +47,6 @@ class Share:
         in_features: how many inputs this rank holds.
         hadamard_block: of the checkpoint.
         rotate_output: False for an output head or an embedding.
-        properties: what else every LinearSpec of the checkpoint says.
 
     Raises:
         ValueError: the rank's share begins or ends within what is padded together.
@@ -61,7 +59,6 @@ class Share:
     in_features: int
     hadamard_block: int | None
     rotate_output: bool = True
-    properties: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         cut = [part.size for part in self.parts if part.held < part.outputs]
@@ -74,7 +71,7 @@ class Share:
 
     def stored(self, size: int) -> int:
         """A size as the checkpoint stores it, padding included."""
-        return size + -size % self.properties.get("padded_to", 1)
+        return size + -size % self.parts[0].stored.padded_to
 
     def on_disk(self, covered: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and inputs that a tensor covers, as stored."""
@@ -82,11 +79,12 @@ class Share:
 
     def spec(self, covered: tuple[int, ...]) -> LinearSpec:
         """This rank's share of a tensor that covers some parts of equal format; they have one output rotation."""
-        first, size = self.parts[covered[0]], sum(self.parts[i].size for i in covered)
-        sizes = self.in_features, (size,)
-        return LinearSpec(
-            *first.stored, *sizes, self.hadamard_block, rotate_output=self.rotate_output, **self.properties
+        stored, size = self.parts[covered[0]].stored, sum(self.parts[i].size for i in covered)
+        own = stored._replace(
+            input_chunks=_kept(stored.input_chunks, self.in_features, self.inputs),
+            output_chunks=_kept(stored.output_chunks, size, sum(self.parts[i].outputs for i in covered)),
         )
+        return own.spec(self.in_features, (size,), self.hadamard_block, self.rotate_output)
 
     def tensor(self, part: int, name: str) -> TensorSpec | None:
         """The tensor of a part, or None if its format has none of this name."""
@@ -131,10 +129,18 @@ class Share:
         local = [self.stored(self.parts[i].size) for i in covered]
         full = [self.stored(self.parts[i].outputs) for i in covered]
         if self.rotate_output and local != full:
-            check_split(self.label(covered), "output", local, full, self.hadamard_block)
+            chunks = self.parts[covered[0]].stored.output_chunks
+            check_split(self.label(covered), "output", local, full, self.hadamard_block, chunks)
 
 
-def check_split(name: str, side: str, local: Sequence[int], full: Sequence[int], block: int | None) -> None:
+def _kept(chunks: int, local: int, full: int) -> int:
+    """How many of a side's chunks this rank holds."""
+    return max(1, chunks * local // full)
+
+
+def check_split(
+    name: str, side: str, local: Sequence[int], full: Sequence[int], block: int | None, chunks: int = 1
+) -> None:
     """Checks that no Hadamard block crosses the edge of a rank's share.
 
     Args:
@@ -143,14 +149,15 @@ def check_split(name: str, side: str, local: Sequence[int], full: Sequence[int],
         local: sizes on this rank of the pieces that are rotated together.
         full: their sizes over all ranks.
         block: the checkpoint's hadamard_block.
+        chunks: how many equal chunks of the full size are rotated one by one.
 
     Raises:
         ValueError: a block does cross, or the rank's share would be rotated in blocks of another size.
     """
-    size = block_size(sum(full), block)
-    if any(piece % size for piece in (*local, *full)) or block_size(sum(local), block) != size:
+    size, own = block_size(sum(full) // chunks, block), sum(local) // _kept(chunks, sum(local), sum(full))
+    if any(piece % size for piece in (*local, *full)) or block_size(own, block) != size:
         fits = min(piece & -piece for piece in local)
-        kind = "rotated as a whole" if block is None else f"rotated in blocks of {size}"
+        kind = "rotated as a whole" if block is None and chunks == 1 else f"rotated in blocks of {size}"
         raise ValueError(
             f"{name}: {side} of size {sum(full)} is {kind}, which cannot be split into tensor-parallel shares of "
             f"{' + '.join(map(str, local))}: requantize with --hadamard-block {fits}, or serve with "

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantization_config: what is written is read back, and everything else is refused in one sentence."""
 
+import json
+
 import pytest
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
+from quip_vllm.formats.spec import TileOrder
 
 HYB = LayerFormat("hyb", 2)
 MIXED = CheckpointConfig(HYB, 128, ("lm_head", "model.layers.1"), {"model.layers.0.o_proj": LayerFormat("e8p", 4)})
@@ -19,9 +22,29 @@ UNTIED = CheckpointConfig(
 )
 
 
-@pytest.mark.parametrize("config", [MIXED, CheckpointConfig(LayerFormat("e8p", 3)), TIED, UNTIED])
+CHUNKED = LayerFormat("3inst", 2, TileOrder.ROW_MAJOR, 8)
+CONVERTED = CheckpointConfig(  # with all that the quantizer does not write
+    LayerFormat("mul1", 3, TileOrder.MMA_SWAPPED, padded_to=128),
+    layers={"m.q": CHUNKED, "m.f": LayerFormat("hyb", 2, output_chunks=4), "m.g": HYB},
+    parts={"m.f": (("a", 16), ("b", 32))},
+    shapes={"m.g": (100, 64)},
+)
+
+
+@pytest.mark.parametrize("config", [MIXED, CheckpointConfig(LayerFormat("e8p", 3)), TIED, UNTIED, CONVERTED])
 def test_round_trip(config):
-    assert CheckpointConfig.from_dict(config.to_dict()) == config
+    assert CheckpointConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_part_is_stored_as_its_layer():
+    assert CONVERTED.parts_of("m.f") == [("m.a", 16), ("m.b", 32)] and not CONVERTED.parts_of("m.q")
+    assert CONVERTED.layer_format("m.b") == CONVERTED.layers["m.f"] and CONVERTED.layer_format("b") == CONVERTED.default
+    assert CONVERTED.to_dict()["layers"]["m.f"] == {
+        "code": "hyb",
+        "bits": 2,
+        "output_chunks": 4,
+        "parts": [["a", 16], ["b", 32]],
+    }
 
 
 def test_to_dict():
@@ -38,10 +61,12 @@ def test_to_dict():
 
 def test_head():
     assert TIED.to_dict()["head"] == HEAD
-    assert TIED.layer_format("model.embed_tokens") == ("1mad", 4) and TIED.has_token_rows("model.embed_tokens")
+    assert TIED.layer_format("model.embed_tokens") == LayerFormat("1mad", 4) and TIED.has_token_rows(
+        "model.embed_tokens"
+    )
     assert TIED.layer_format("lm_head") is None and not TIED.has_token_rows("lm_head")
     assert not MIXED.has_token_rows("lm_head")
-    assert TIED.layer_format("model.layers.0.q_proj") == ("e8p", 2)
+    assert TIED.layer_format("model.layers.0.q_proj") == LayerFormat("e8p", 2)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +89,8 @@ def test_hostile_head(head, message):
 
 def test_embedding():
     assert UNTIED.to_dict()["embedding"] == EMBEDDING and "embedding" not in TIED.to_dict()
-    assert UNTIED.layer_format("model.embed_tokens") == ("e8p", 3) and UNTIED.layer_format("lm_head") == ("1mad", 4)
+    assert UNTIED.layer_format("model.embed_tokens") == LayerFormat("e8p", 3)
+    assert UNTIED.layer_format("lm_head") == LayerFormat("1mad", 4)
     assert UNTIED.has_token_rows("model.embed_tokens") and UNTIED.has_token_rows("lm_head")
     assert not UNTIED.has_token_rows("model")
 
@@ -93,7 +119,7 @@ def test_hostile_embedding(changes, message):
     ("name", "stored"),
     [
         ("model.layers.0.q_proj", HYB),
-        ("model.layers.0.o_proj", ("e8p", 4)),
+        ("model.layers.0.o_proj", LayerFormat("e8p", 4)),
         ("lm_head", None),
         ("model.layers.1", None),
         ("model.layers.1.q_proj", None),
@@ -130,6 +156,14 @@ def test_layer_format(name, stored):
             {"layers": {"x": {"code": "hyb", "bits": 2, "order": "mma"}}},
             "layers.x has order: this quip_vllm knows code",
         ),
+        ({"tile_order": "spiral"}, "tile_order is 'spiral': it must be one of mma, mma_swapped, row_major"),
+        ({"input_chunks": 0}, "input_chunks is 0: it must be a positive integer"),
+        ({"output_chunks": True}, "output_chunks is True: "),
+        ({"layers": {"x": {**HYB.to_dict(), "padded_to": -128}}}, "padded_to is -128: "),
+        ({"layers": {"x": {**HYB.to_dict(), "shape": [3]}}}, "layers.x.shape is [3]: it must be the layer's outputs"),
+        ({"layers": {"x": {**HYB.to_dict(), "parts": [["a", 2]]}}}, "layers.x.parts is [['a', 2]]: it must be a list"),
+        ({"layers": {"x": {**HYB.to_dict(), "parts": [["a", 2], ["a", 2]]}}}, "layers.x.parts is "),
+        ({"layers": {"x": {**HYB.to_dict(), "parts": [["a", 2], 7]}}}, "layers.x.parts is "),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head': "),
         ({"modules_to_not_convert": [1]}, "modules_to_not_convert is "),
     ],

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR, relative
-from random_layers import EVERY_RATE, crossed, every_lattice_code, random_layer
+from random_layers import CHUNKED, EVERY_RATE, crossed, every_lattice_code, random_layer
 
 from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, dequantize
@@ -36,6 +36,16 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block):
     expected = x.double() @ dequantize(spec, tensors).double().T
     assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
     assert relative(ReferenceBackend().prepare(spec, tensors).linear(x), expected) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("code", ["hyb", "1mad", "e8p"])
+@pytest.mark.parametrize(("k", "sizes", "chunks"), CHUNKED)
+def test_rotations_in_chunks(code, k, sizes, chunks):
+    """Chunks of 12 p and 52 p, as published for eight tensor-parallel ranks, and of powers of two."""
+    spec = LinearSpec(code, 2, k, sizes, input_chunks=chunks[0], output_chunks=chunks[1])
+    tensors, x = random_layer(spec), torch.randn(3, k)
+    expected = x.double() @ dequantize(spec, tensors).double().T
+    assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
 
 
 @pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR, relative
-from random_layers import EVERY_RATE, crossed, random_layer
+from random_layers import CHUNKED, EVERY_RATE, crossed, random_layer
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.formats.spec import TileOrder
@@ -73,6 +73,17 @@ def test_layers_of_exl3(cuda, code, bits):
     tensors, x, bias = random_layer(spec), rows(9, k), rows(1, n)[0]
     y = cuda.prepare(spec, tensors).linear(x, bias)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T + bias.double()) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("code", ["hyb", "1mad", "e8p"])
+@pytest.mark.parametrize(("k", "sizes", "chunks"), CHUNKED)
+def test_rotations_in_chunks(cuda, code, k, sizes, chunks):
+    """Chunks of 12 p and 52 p, as published for eight tensor-parallel ranks, and of powers of two."""
+    spec = LinearSpec(code, 2, k, sizes, input_chunks=chunks[0], output_chunks=chunks[1])
+    assert cuda.refusal(spec) is None
+    tensors, x = random_layer(spec), rows(3, k)
+    y = cuda.prepare(spec, tensors).linear(x)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
 
 
 @pytest.mark.parametrize("k", [8, 24, 40, 104])

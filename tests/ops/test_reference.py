@@ -20,20 +20,13 @@ from quip_vllm.transforms.hadamard import hadamard
 REFERENCE = ReferenceBackend()
 PLAIN = LinearSpec("hyb", 2, 96, (48, 32))
 BEYOND = {
-    "an su per part": replace(PLAIN, su_per_part=True),
-    "one output rotation over all parts": replace(PLAIN, fused_rotation=True),
-    "parts served in another order": replace(PLAIN, part_order=(1, 0)),
     "tile order mma_swapped": replace(PLAIN, tile_order=TileOrder.MMA_SWAPPED),
     "tile order row_major": replace(PLAIN, code="1mad", tile_order=TileOrder.ROW_MAJOR),
-    "rotations in chunks": replace(PLAIN, input_chunks=2, output_chunks=4),
     "parts, or rows to look up, whose sizes are padded": replace(
         PLAIN, in_features=90, output_sizes=(40, 31), padded_to=32, hadamard_block=32
     ),
     "all": LinearSpec(
         *("1mad", 3, 80, (24, 40), None, True),
-        su_per_part=True,
-        fused_rotation=True,
-        part_order=(1, 0),
         tile_order=TileOrder.ROW_MAJOR,
         input_chunks=3,
         output_chunks=2,
@@ -78,16 +71,16 @@ def dense(spec, tensors):
             for part, n in zip(parts, sizes, strict=True)
         ]
     )
-    if spec.fused_rotation:
-        u_out = rotation(sum(sizes), spec.output_chunks, spec.hadamard_block)
-    else:
-        u_out = torch.block_diag(*[rotation(n, spec.output_chunks, spec.hadamard_block) for n in sizes])
+    u_out = torch.block_diag(*[rotation(n, spec.output_chunks, spec.hadamard_block) for n in sizes])
     scaled = tensors["sv"].double()[:, None] * (u_out @ rows)
     cut = [part[:n, : spec.in_features] for part, n in zip(scaled.split(sizes), spec.output_sizes, strict=True)]
-    return torch.cat([cut[i] for i in spec.part_order or range(len(cut))])
+    return torch.cat(cut)
 
 
-@pytest.mark.parametrize("spec", [PLAIN, *BEYOND.values()], ids=["plain", *BEYOND])
+CHUNKS = [replace(PLAIN, input_chunks=2, output_chunks=4), replace(PLAIN, in_features=192, input_chunks=4, code="1mad")]
+
+
+@pytest.mark.parametrize("spec", [PLAIN, *CHUNKS, *BEYOND.values()], ids=["plain", "chunks", "chunks of 12", *BEYOND])
 def test_every_property_is_what_its_definition_says(spec):
     tensors = random_layer(spec)
     wanted = dense(spec, tensors)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR, relative
-from random_layers import crossed, random_layer
+from random_layers import CHUNKED, crossed, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_vllm.formats.spec import FORMATS, TileOrder
@@ -125,6 +125,16 @@ def test_layers_of_exl3(code, bits, guarded):
     """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
     k, n = 100, 130
     spec = LinearSpec(code, bits, k, (n,), 128, tile_order=TileOrder.MMA_SWAPPED, padded_to=128)
+    tensors, x = random_layer(spec), rows(2, k)
+    y = run(spec, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("k", "sizes", "chunks"), CHUNKED)
+def test_rotations_in_chunks(k, sizes, chunks, guarded):
+    """Chunks of 12 p and 52 p, as published for eight tensor-parallel ranks, and of powers of two."""
+    spec = LinearSpec("hyb", 2, k, sizes, input_chunks=chunks[0], output_chunks=chunks[1])
     tensors, x = random_layer(spec), rows(2, k)
     y = run(spec, tensors, x, guarded)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS

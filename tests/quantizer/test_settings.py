@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.quantizer.settings import Settings, default_code
 
 
@@ -14,9 +15,9 @@ def settings(**changes):
 
 def test_layer_format():
     chosen = settings(ignore=("layers.0", "gate"), overrides=(("mlp", 3), ("down_proj$", 8)))
-    assert chosen.layer_format("layers.1.q_proj") == ("1mad", 2)
-    assert chosen.layer_format("layers.1.mlp.up_proj") == ("1mad", 3)
-    assert chosen.layer_format("layers.1.mlp.down_proj") == ("1mad", 8)  # the last override that matches
+    assert chosen.layer_format("layers.1.q_proj") == LayerFormat("1mad", 2)
+    assert chosen.layer_format("layers.1.mlp.up_proj") == LayerFormat("1mad", 3)
+    assert chosen.layer_format("layers.1.mlp.down_proj") == LayerFormat("1mad", 8)  # the last override that matches
     assert chosen.layer_format("layers.0.mlp.down_proj") is None  # ignored before overridden
     assert chosen.layer_format("layers.1.mlp.gate_proj") is None
 

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
+from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.vllm_plugin import config as config_module
 from quip_vllm.vllm_plugin.config import QuipConfig
@@ -30,10 +31,10 @@ def blank(kind):
 def test_from_config():
     config = QuipConfig.from_config(RAW)
     assert config.get_name() == "qtip" and config.get_min_capability() == 80 and config.get_config_filenames() == []
-    assert config.checkpoint.default == ("1mad", 2)
+    assert config.checkpoint.default == LayerFormat("1mad", 2)
     assert set(config.get_supported_act_dtypes()) == {torch.float16, torch.bfloat16, torch.float32}
     raw = {"quant_method": "quip_sharp", "format_version": 1, "code": "e8p", "bits": 3}
-    assert QuipConfig.from_config(raw).checkpoint.default == ("e8p", 3)
+    assert QuipConfig.from_config(raw).checkpoint.default == LayerFormat("e8p", 3)
 
 
 def test_checkpoints_of_others_are_left_alone():
@@ -65,7 +66,7 @@ def test_bits_of_each_fused_projection():
     config = quant_config("1mad", 2, layers={"qkv_proj.0.k_proj": ("1mad", 3), "qkv_proj.0.v_proj": ("e8p", 4)})
     method = config.get_quant_method(blank(ReplicatedLinear), "qkv_proj.0.qkv_proj")
     assert method.names == ("qkv_proj.0.q_proj", "qkv_proj.0.k_proj", "qkv_proj.0.v_proj")
-    assert method.formats == (("1mad", 2), ("1mad", 3), ("e8p", 4))
+    assert method.formats == (LayerFormat("1mad", 2), LayerFormat("1mad", 3), LayerFormat("e8p", 4))
 
 
 def test_fused_layer_is_skipped_as_a_whole_or_not_at_all():
@@ -85,8 +86,8 @@ def test_names_are_mapped_to_vllms():
     )
     config.apply_vllm_mapper(mapper)
     assert config.checkpoint.modules_to_not_convert == ("visual", "lm_head")
-    assert dict(config.checkpoint.layers) == {"language_model.layers.0.up_proj": ("1mad", 4)}
-    assert config.checkpoint.default == ("1mad", 2)
+    assert dict(config.checkpoint.layers) == {"language_model.layers.0.up_proj": LayerFormat("1mad", 4)}
+    assert config.checkpoint.default == LayerFormat("1mad", 2)
 
 
 def test_config_travels_to_the_engine_process():

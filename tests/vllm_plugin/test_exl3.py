@@ -2,11 +2,6 @@
 """EXL3 in vLLM: layers against the dense weights of the specification, shares of ranks, refusals, and served models."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import exl3_files
@@ -14,7 +9,7 @@ import pytest
 import torch
 from exl3_files import quantized_layer
 from numerics import FLOAT32_LINEAR, SERVED_LOG_PROBABILITY, relative
-from served_layers import FUSED, SENT, apply, build, finish
+from served_layers import FUSED, SENT, apply, build, finish, served_difference
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -29,7 +24,6 @@ from quip_vllm.vllm_plugin import exl3 as plugin
 from quip_vllm.vllm_plugin.arrival import send
 from quip_vllm.vllm_plugin.exl3 import Exl3QuipConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("set_rank")
 
 
@@ -45,7 +39,7 @@ def config_of(layers, **model):
         for leaf, tensor in tensors.items()
     }
     config = Exl3QuipConfig.from_config(raw)
-    config.checkpoint = exl3.read({"quantization_config": raw, **model}, found)
+    config.checkpoint = config.on_disk = exl3.read({"quantization_config": raw, **model}, found)
     config.packed_modules_mapping = dict(FUSED)
     return config
 
@@ -142,7 +136,7 @@ def test_headers_of_the_hub(monkeypatch):
     )
     config, model = Exl3QuipConfig.from_config({"quant_method": "exl3"}), SimpleNamespace(to_dict=dict)
     config.maybe_update_config("a/b", hf_config=model, revision="3.0bpw")
-    assert config.checkpoint.layers == {"m.layer": ("mul1", 3)} and config.get_name() == plugin.METHOD
+    assert config.checkpoint.layers == {"m.layer": exl3.stored_format("mul1", 3)} and config.get_name() == plugin.METHOD
     with pytest.raises(ValueError, match="headers of c/d's safetensors files cannot be read"):
         config.maybe_update_config("c/d", hf_config=model)
 
@@ -176,13 +170,4 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model,
         code,
         lambda name: rates.get(name.rpartition(".")[2].removesuffix("_proj"), 3),
     )
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": path}
-    environment.pop("QUIP_VLLM_BACKEND")
-    command = [sys.executable, "scripts/bench/check_serving.py", str(tmp_path / "out"), "--eager"]
-    command += ["--text", "these bytes are scored by both", "--json", str(tmp_path / "figures.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["positions"] > 20 and figures["max_difference"] < SERVED_LOG_PROBABILITY, figures
+    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
