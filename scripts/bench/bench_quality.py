@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizes one model in many ways and measures each: perplexity, KL divergence, top-1 agreement, bytes.
+"""Quantizes one model in many ways and measures each on one text or several: the figures of `quip-vllm evaluate`.
 
-Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FILE --work DIR
+Usage: python scripts/bench/bench_quality.py MODEL --calibration FILE --text FILE [--text FILE ...] --work DIR
            [--csv CSV] [--only NAME ...]
 
 Each row of CONFIGURATIONS is quantized into DIR/NAME with `quip-vllm quantize` unless that folder is finished already;
 the rows of peers.NAMES are nearest rounding, and run only if --only names them. Then all are measured side by side on
-the same windows. Their rows replace those of the same names in the CSV; other rows stay.
+the same windows. Their rows replace those of the same names and texts in the CSV; other rows stay.
 """
 
 import argparse
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,10 +23,10 @@ import torch
 from benchmarking import ORIGIN, origin, read_rows, write_rows
 from transformers import AutoTokenizer
 
-from quip_vllm import cli
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import read_json
 from quip_vllm.evaluation.loading import load_model
+from quip_vllm.evaluation.report import FIGURES
 from quip_vllm.evaluation.windows import score, windows_of
 from quip_vllm.quantizer.settings import AMOUNTS
 
@@ -44,8 +47,9 @@ for source, (count, length) in AMOUNTS.items():
     CONFIGURATIONS |= {f"{name}2{source}": [*CONFIGURATIONS[f"{name}2"], *amount] for name in METHODS}
 SEQUENCES, LENGTH = 64, 1024
 """Calibration, unless the row says otherwise."""
-COLUMNS = ["name", "perplexity", "reference_perplexity", "kl_divergence", "top1_agreement", "bits_per_weight", "bytes"]
-COLUMNS += ["mean_proxy_loss", "arguments", "windows", *ORIGIN]
+COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]
+COLUMNS += ["arguments", "windows", *ORIGIN]
+"""Minutes and peak memory are those of `quip-vllm quantize`, where it ran in one piece."""
 
 
 def main() -> int:
@@ -53,7 +57,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--text", required=True, action="append")
+    parser.add_argument("--start-token", action="store_true", help="as in `quip-vllm evaluate`")
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/quality.csv"))
@@ -61,31 +66,49 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=names)
     args = parser.parse_args()
     usual = ["--calibration", args.calibration, "--sequences", str(SEQUENCES), "--sequence-length", str(LENGTH)]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if args.csv.exists():
+        rows = {(row["name"], row["text"]): dict(row) for row in read_rows(args.csv)}
+    cost = {name: {key: row[key] for key in ("minutes", "peak_gb")} for (name, _), row in rows.items()}
     for name in (name for name in args.only if name in CONFIGURATIONS):
         out = args.work / name
         if not (out / "config.json").exists():
-            more = ["--resume"] if (out / ".quantize").exists() else []
-            code = cli.main(["quantize", args.model, str(out), *usual, *CONFIGURATIONS[name], *more])
+            begun = (out / ".quantize").exists()
+            flags = [*usual, *CONFIGURATIONS[name], *(["--resume"] if begun else [])]
+            code, cost[name] = _quantize([args.model, str(out), *flags])
             if code:
                 return code
+            if begun:
+                del cost[name]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    windows = windows_of(args.text, tokenizer, 2048, args.windows)
     models, described = [], []
     for name in args.only:
         if name in CONFIGURATIONS:
             models.append(load_model(str(args.work / name)))
-            described.append(_described(args.work / name) | {"arguments": " ".join(CONFIGURATIONS[name])})
+            row = _described(args.work / name) | {"arguments": " ".join(CONFIGURATIONS[name])}
         else:
             models.append(peers.nearest(load_model(args.model), peers.NAMES[name]))
-            described.append(_peer(models[-1], peers.NAMES[name]))
-    figures = score(models, windows, load_model(args.model))
-    rows: dict[str, Any] = {row["name"]: row for row in read_rows(args.csv)} if args.csv.exists() else {}
-    shared = {"windows": len(windows), **origin(torch.get_num_threads())}
-    for name, found, row in zip(args.only, figures, described, strict=True):
-        rows[name] = {"name": name, **{key: found[key] for key in COLUMNS[1:5]}, **row, **shared}
-        print({key: rows[name][key] for key in COLUMNS[:7]}, flush=True)
-    write_rows(args.csv, COLUMNS, [rows[name] for name in names if name in rows])
+            row = _peer(models[-1], peers.NAMES[name])
+        described.append(row | cost.get(name, {}))
+    reference = load_model(args.model)
+    for text in args.text:
+        windows = windows_of(text, tokenizer, 2048, args.windows, args.start_token)
+        shared = {"text": Path(text).name, "windows": len(windows), **origin(torch.get_num_threads())}
+        for name, found, row in zip(args.only, score(models, windows, reference), described, strict=True):
+            rows[name, shared["text"]] = {"name": name, **found, **row, **shared}
+            print({key: rows[name, shared["text"]][key] for key in ("name", "text", *FIGURES)}, flush=True)
+        order = sorted(rows, key=lambda key: names.index(key[0]))
+        write_rows(args.csv, COLUMNS, [rows[key] for key in order])
     return 0
+
+
+def _quantize(arguments: list[str]) -> tuple[int, dict[str, float]]:
+    """Exit code of `quip-vllm quantize`, and its minutes and peak memory in GB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "quip_vllm.cli", "quantize", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    minutes = (time.perf_counter() - begin) / 60
+    return os.waitstatus_to_exitcode(status), {"minutes": round(minutes, 1), "peak_gb": round(usage.ru_maxrss / 1e6, 2)}
 
 
 def _described(folder: Path) -> dict[str, Any]:

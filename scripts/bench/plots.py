@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 from benchmarking import read_rows
-from tables import BASELINES, CPUS, FOLDER, Rows, bits_of, by_bits, label, serving_ratio
+from tables import BASELINES, CPUS, FOLDER, Rows, bits_of, by_bits, label, quality_rows, serving_ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
@@ -128,7 +128,7 @@ def cuda() -> Any:
 
 def quality() -> Any:
     """Perplexity by stored bits per weight: our formats and nearest rounding."""
-    rows: Rows = read_rows(FOLDER / "quality.csv")
+    rows: Rows = list(quality_rows().values())
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D")}
     lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: 7e5, not shown)", "^:")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from benchmarking import ROOT, read_rows
 
+from quip_vllm.quantizer.settings import AMOUNTS
+
 FOLDER = ROOT / "docs" / "benchmarks"
 Rows = list[dict[str, str]]
 
@@ -15,6 +17,14 @@ BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dens
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
 QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
 """By the beginning of a row's name in quality.csv."""
+
+
+WIKITEXT = "wikitext2-test.txt"
+
+
+def quality_rows(text: str = WIKITEXT) -> dict[str, dict[str, str]]:
+    """The rows of quality.csv for one text, by name."""
+    return {row["name"]: row for row in read_rows(FOLDER / "quality.csv") if row["text"] == text}
 
 
 def label(name: str) -> str:
@@ -112,7 +122,7 @@ def encode() -> str:
 def activations() -> str:
     """What rounding activations to int8 costs."""
     found = {(row["name"], row["activations"]): row for row in read_rows(FOLDER / "activations.csv")}
-    weights = {row["name"]: row["kl_divergence"] for row in read_rows(FOLDER / "quality.csv")}
+    weights = {name: row["kl_divergence"] for name, row in quality_rows().items()}
     lines = []
     for name in dict.fromkeys(name for name, _ in found):
         exact, rounded = found[name, "exact"], found[name, "int8"]
@@ -125,7 +135,7 @@ def activations() -> str:
 
 def quality(commit: bool = False) -> str:
     """Default runs of every format and nearest rounding, more bits first."""
-    rows = [row for row in read_rows(FOLDER / "quality.csv") if not row["name"].endswith(("d0", "self"))]
+    rows = [row for name, row in quality_rows().items() if not name.endswith(("d0", *AMOUNTS))]
     lines = [
         ["bf16", "16", fixed(rows[0]["reference_perplexity"], 2), "0", "100 %", "269.1", *([""] if commit else [])]
     ]
@@ -140,7 +150,7 @@ def quality(commit: bool = False) -> str:
 
 def drift() -> str:
     """The default drift correction against none."""
-    rows = {row["name"]: row for row in read_rows(FOLDER / "quality.csv")}
+    rows = quality_rows()
     lines = []
     for name in (name for name in rows if f"{name}d0" in rows):
         cells = [
@@ -154,7 +164,7 @@ def rotations() -> str:
     """quip_sharp at 2 bits without drift correction, by rotation."""
     names = {"qs2d0": "full width", "qs2b64d0": "blocks of 64", "qs2b128d0": "blocks of at most 128"}
     names |= {"qs2bmaxd0": "largest power of two"}
-    rows = {row["name"]: row for row in read_rows(FOLDER / "quality.csv")}
+    rows = quality_rows()
     lines = []
     for name, words in names.items():
         row = rows[name]
