@@ -84,7 +84,7 @@ OWN = {
     "phi": {"num_key_value_heads": 4},
     "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
     "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
     "glm_moe_dsa": {"num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -184,10 +184,22 @@ def compared(folder):
         served = prompt_log_probabilities(folder, tokens)
     except Exception as error:  # vLLM raises many kinds
         said = words(error).replace(str(folder), "OUT")
+        if "failed to be inspected" in said:  # of which vLLM's log has the cause
+            said = import_problem(json.loads((folder / "config.json").read_text())["architectures"][0])
         status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
         return {"status": status, "why": said}
     found = largest_difference(expected, served)
     return {"status": "same" if found <= TOLERANCE else "different", "difference": found}
+
+
+def import_problem(architecture):
+    """Why vLLM's code of an architecture cannot be imported."""
+    from vllm.model_executor.models import ModelRegistry
+
+    try:
+        return f"{ModelRegistry.models[architecture].load_model_cls()} can be imported"
+    except Exception as error:
+        return words(error)
 
 
 def words(error):
@@ -211,6 +223,14 @@ def in_vllm():
     from vllm.model_executor.models import ModelRegistry
 
     return set(ModelRegistry.get_supported_archs())
+
+
+def missing(architecture):
+    """The result of an architecture that vLLM has no code for."""
+    from vllm.model_executor.models import registry
+
+    last = getattr(registry, "_PREVIOUSLY_SUPPORTED_MODELS", {}).get(architecture)
+    return {"status": "not in vLLM"} | ({"why": f"it was until {last}"} if last else {})
 
 
 def run(record, only):
@@ -271,7 +291,7 @@ def machine():
 def write_table(record, file):
     """docs/architectures.md from the record."""
     found, known, all_types = {one["model_type"]: one for one in read(record)}, in_vllm(), model_types()
-    nothing = {kind: {"status": "not run yet" if name in known else "not in vLLM"} for kind, name in all_types.items()}
+    nothing = {kind: {"status": "not run yet"} if name in known else missing(name) for kind, name in all_types.items()}
     rows = [
         {"model_type": kind, "architecture": all_types[kind], **nothing[kind], **found.get(kind, {})}
         for kind in nothing
@@ -294,7 +314,7 @@ def write_table(record, file):
         "  make one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
         "Mixtures of experts, state-space models and others with convolutions are refused, and the sentence names the",
-        "first tensor that is none of a linear layer.",
+        "first tensor that is none of a linear layer. DeepSeek V3 and V3.2 were quantized with `--ignore kv_b_proj`.",
         "",
         f"Machine: {machine()}.",
         "",

@@ -3,13 +3,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numerics
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
+from quip_vllm.quantizer.source.architecture import decoder_layers
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
 
@@ -61,6 +64,19 @@ def test_stacked_experts(tmp_path):
     save_model(tmp_path, "Mixtral", num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(ValueError, match="gate_up_proj is a stack of experts of 3 dimensions: only models whose deco"):
         LayeredModel(tmp_path)
+
+
+def test_experts_that_are_matrices():
+    """DBRX's are parameters of two dimensions; older models and code of a model's own have a list of nn.Linear."""
+    layer = torch.nn.ModuleDict({"attention": torch.nn.Linear(4, 4), "router": torch.nn.Linear(4, 2)})
+    layer["experts"] = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer])})
+    with pytest.raises(ValueError, match=r"^blocks.0.experts.0.weight belongs to a mixture of experts, "):
+        decoder_layers(Path("folder"), model)
+    with torch.device("meta"):
+        dbrx = transformers.DbrxForCausalLM(transformers.DbrxConfig(attn_config={"rope_theta": 1e4}, n_layers=2))
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.experts.mlp.w1 belongs to a mixture of experts"):
+        decoder_layers(Path("folder"), dbrx)
 
 
 def test_weights_of_another_config(tiny_model, tmp_path):

@@ -86,20 +86,28 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
     }
+    lists = {name: module for name, module in lists.items() if not any(name.startswith(f"{one}.") for one in lists)}
     of_text = {name: module for name, module in lists.items() if any(module is one for one in decoder.modules())}
     if not lists:
         raise ValueError(
             f"{folder} has no list of decoder layers that hold nn.Linear: this architecture is not supported"
         )
     path, layers = max((of_text or lists).items(), key=lambda item: len(item[1]))
-    for name, parameter in layers.named_parameters():
+    matrices = [one for one in layers.named_parameters() if one[1].dim() > 1]
+    for name, parameter in sorted(matrices, key=lambda one: one[1].dim() < 3):
+        owner = layers.get_submodule(name.rpartition(".")[0])
+        experts = "expert" in name + type(owner).__name__.lower()
         if parameter.dim() > 2:
-            owner = layers.get_submodule(name.rpartition(".")[0])
             what = "a convolution" if "Conv" in type(owner).__name__ else "no matrix"
-            what = "a stack of experts" if "expert" in name + type(owner).__name__.lower() else what
+            what = "a stack of experts" if experts else what
             raise ValueError(
                 f"{path}.{name} is {what} of {parameter.dim()} dimensions: only models whose decoder layers hold plain "
                 "nn.Linear can be quantized"
+            )
+        if experts:
+            raise ValueError(
+                f"{path}.{name} belongs to a mixture of experts, of which vLLM serves none that is quantized: give a "
+                "dense model"
             )
     return path, layers
 
