@@ -194,8 +194,8 @@ SUSPICIOUS = 500.0
 def _convert(args: argparse.Namespace) -> int:
     from quip_vllm.checkpoint.config import positions
     from quip_vllm.checkpoint.convert import convert
-    from quip_vllm.checkpoint.store import local_folder
-    from quip_vllm.evaluation.loading import check_complete, load_config
+    from quip_vllm.checkpoint.hub import load_config, local_folder
+    from quip_vllm.evaluation.loading import check_complete
     from quip_vllm.evaluation.report import evaluate
 
     source = local_folder(args.source)

@@ -27,7 +27,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "vllm": {"vllm_plugin"},
-    "transformers": {"quantizer", "evaluation"},
+    "transformers": {"quantizer", "evaluation", "checkpoint"},
     "accelerate": {"quantizer", "evaluation"},
     "datasets": {"quantizer", "evaluation"},
     "triton": {"ops"},

@@ -15,19 +15,11 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.hub import SIDE_FILES, TOKENIZER, copy_files, tokenizer_folder, tokenizer_of
 from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.published import Published, natural
 from quip_vllm.checkpoint.shards import plan_shards, shard_name, write_index, write_shard
-from quip_vllm.checkpoint.store import (
-    SIDE_FILES,
-    TOKENIZER,
-    CheckpointReader,
-    copy_files,
-    read_json,
-    tokenizer_folder,
-    tokenizer_of,
-    write_json,
-)
+from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import Follows, check, tensor_specs
 

@@ -4,10 +4,8 @@
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,155 +17,6 @@ from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm"]
-SIDE_FILES += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
-"""What travels with the weights: tokenizer, templates and notices."""
-FETCHED = ["*.safetensors", *SIDE_FILES]
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
-TOKENIZER = [*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"]
-TOKENIZER += ["chat_template*", "LICEN[CS]E*"]
-HUB_TIMEOUT_S = 10
-logger = logging.getLogger(__name__)
-SECOND_COPIES = ["*consolidated*.safetensors"]
-"""All weights of some models once more, under other names, which nobody here reads."""
-
-
-def local_folder(model: str, code: bool = False) -> Path:
-    """The folder of a local model, or the hub's snapshot of a hub name (fetches what is missing; safetensors only).
-
-    Where the hub is out of reach, the snapshot in its cache is taken with a warning.
-
-    Args:
-        model: folder or hub name.
-        code: whether Python code is fetched as well.
-
-    Raises:
-        ValueError: neither exists, the hub does not give the model, or the folder holds none.
-    """
-    folder = Path(model) if Path(model).is_dir() else _fetched(model, [*FETCHED, *(["*.py"] if code else [])])
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(f"{folder} is a LoRA adapter: merge it into its base model, and give the folder of that")
-        raise ValueError(f"{folder} has no config.json: give a folder with config.json and *.safetensors")
-    return folder
-
-
-def tokenizer_folder(model: str) -> Path:
-    """A folder with a tokenizer: that of a local model, or the hub's, of which nothing else is fetched.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(model) if Path(model).is_dir() else _fetched(model, TOKENIZER)
-    if not has_tokenizer(folder):
-        raise ValueError(f"{model} has no tokenizer: give a folder or hub name with {', '.join(_VOCABULARIES)}")
-    return folder
-
-
-def tokenizer_of(folder: Path) -> Path:
-    """Where the tokenizer of a model's folder is: there, or in the local folder that config.json names as its origin.
-
-    Raises:
-        ValueError: in neither.
-    """
-    origin = read_json(folder / "config.json").get("_name_or_path")
-    places = [folder, *([Path(origin)] if isinstance(origin, str) and origin else [])]
-    for place in places:
-        if place.is_dir() and has_tokenizer(place):
-            return place
-    said = f"it comes from {origin!r:.200}, which is no such folder" if origin else "its origin is not known"
-    raise ValueError(
-        f"{folder} has no tokenizer ({said}): copy that of the original model there, or convert the checkpoint with "
-        "--tokenizer and the folder or hub name of that model"
-    )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a file with a vocabulary."""
-    return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
-
-
-def copy_files(folder: Path, out: Path, patterns: Iterable[str], ours: Iterable[str] = ()) -> None:
-    """Copies the files that travel with weights; hidden ones, other models within the folder and `ours` are left out.
-
-    Args:
-        folder: where they are.
-        out: where they go, also a folder within `folder`.
-        patterns: of their names.
-        ours: names of files that are not copied.
-    """
-    for file in {file for pattern in patterns for file in folder.rglob(pattern)}:
-        inside = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        hidden |= any((folder / parent / "config.json").exists() for parent in inside.parents[:-1])  # another model
-        left = inside.name in ours or inside.name.endswith(".index.json")
-        if file.is_file() and not left and not hidden and out.resolve() not in file.resolve().parents:
-            (out / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / inside)
-
-
-def _fetched(model: str, patterns: list[str]) -> Path:
-    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/")):
-        raise ValueError(
-            f"model {model} is not a folder: give a folder with config.json and *.safetensors, or a hub name"
-        )
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    away = ""
-    try:
-        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)  # one try, where a download tries for half a minute
-    except (HFValidationError, RepositoryNotFoundError):
-        raise ValueError(
-            f"model {model} is neither a folder nor a model of the hub that you may read: check the name, or log in "
-            "with `hf auth login`"
-        ) from None
-    except Exception as error:  # of requests, httpx or httpx2: that depends on the version of huggingface_hub
-        away = _first_line(error)
-    try:
-        found = Path(
-            snapshot_download(
-                model, allow_patterns=patterns, ignore_patterns=SECOND_COPIES, local_files_only=bool(away)
-            )
-        )
-    except GatedRepoError:
-        raise ValueError(
-            f"model {model} is gated: accept its terms on the hub, log in with `hf auth login`, and try again"
-        ) from None
-    except OSError as error:
-        why = f"the hub is out of reach ({away}) and its cache holds no copy" if away else _first_line(error)
-        raise ValueError(f"model {model} cannot be fetched: {why}; give a folder, or try again later") from None
-    if away:
-        logger.warning("the hub is out of reach (%s): %s is read from its cache, %s", away, model, found)
-    return found
-
-
-def at_hand(model: str, revision: str | None = None) -> Path | None:
-    """The folder of a local model, or the snapshot of a hub name where the hub's cache holds all of its shards.
-
-    Nothing is fetched. None where the files are elsewhere, or are not here yet.
-
-    Raises:
-        ValueError: the snapshot's index is damaged.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if Path(model).is_dir():
-        return Path(model)
-    try:
-        single, index = (try_to_load_from_cache(model, name, revision=revision) for name in (SINGLE_NAME, INDEX_NAME))
-    except HFValidationError:  # a bucket's address
-        return None
-    if isinstance(index, str):
-        folder = Path(index).parent
-        return folder if all((folder / name).exists() for name in (_weight_map(folder) or {}).values()) else None
-    return Path(single).parent if isinstance(single, str) else None
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says first, or its kind where it says nothing."""
-    return f"{(str(error).splitlines() or [''])[0].strip() or type(error).__name__:.200}"
 
 
 @dataclass(frozen=True)
@@ -194,7 +43,7 @@ class CheckpointReader:
         self.folder = folder
         single = folder / SINGLE_NAME  # beside it some models hold the same weights under other names
         files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-        weight_map = _weight_map(folder)
+        weight_map = weight_map_of(folder)
         if weight_map is not None:
             files = [folder / name for name in sorted(set(weight_map.values()))]
         if not files:
@@ -266,7 +115,7 @@ class CheckpointReader:
         return digest((name, self.read([name])[name]) for name in sorted(names))
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def weight_map_of(folder: Path) -> dict[str, str] | None:
     """Tensor name -> shard, of the index; None where there is none. Raises ValueError for a damaged one."""
     index = folder / INDEX_NAME
     if not index.exists():

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any model as a float32 transformers model; a quantized checkpoint is dequantized while it loads."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.hub import explained, load_config, local_folder
 from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, read_layer
 from quip_vllm.checkpoint.published import HEAD
-from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json
+from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.ops import dequantize
 
@@ -46,22 +46,6 @@ def load_model(model: str, trust_remote_code: bool = False, dtype: torch.dtype =
     return _loaded(folder, state, trust_remote_code, dtype=dtype).eval()
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder. Raises ValueError where there is none that can be used."""
-    from transformers import AutoConfig
-
-    with _transformers(folder / "config.json"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder. Raises ValueError where there is none that can be used."""
-    from transformers import AutoTokenizer
-
-    with _transformers(f"the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
 def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
     """Raises ValueError unless a checkpoint of ours has every weight of its model; reads headers only."""
     reader = CheckpointReader(folder)
@@ -85,7 +69,7 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
     config = load_config(folder, trust_remote_code)
     if state is None:
         _check_readable(folder, config)
-    with _transformers(folder / "config.json"):
+    with explained(folder / "config.json"):
         if state is None:
             options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)  # a pair, with output_loading_info
@@ -108,24 +92,6 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
         for name in sorted(set(info["unexpected_keys"]) & {f"{name}.weight" for name in served}):
             raise ValueError(f"{folder} holds {name}, which the model of its config.json has not: {DAMAGED}")
     return model
-
-
-@contextlib.contextmanager
-def _transformers(what: Path | str) -> Iterator[None]:
-    """Inside, transformers warns of nothing, and whatever it raises is one sentence, that `what` cannot be used."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except Exception as error:  # many kinds for a config.json that it does not understand
-        said = " ".join((f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)).split())
-        if "trust_remote_code" in said:
-            said = "it asks for Python code from the model's own files; read that code, then give --trust-remote-code"
-        raise ValueError(f"{what} cannot be used: {said:.300}") from None
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _check_readable(folder: Path, config: Any) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import positions
+from quip_vllm.checkpoint.hub import load_config, load_tokenizer, local_folder, tokenizer_of
 from quip_vllm.checkpoint.inspection import inspect
-from quip_vllm.checkpoint.store import CheckpointReader, local_folder, read_json, tokenizer_of
-from quip_vllm.evaluation.loading import is_quantized, load_config, load_model, load_tokenizer
+from quip_vllm.checkpoint.store import CheckpointReader, read_json
+from quip_vllm.evaluation.loading import is_quantized, load_model
 from quip_vllm.evaluation.windows import PERCENTILES, documents_of, score, windows_of
 
 FIGURES = ["perplexity", "perplexity_error", "kl_divergence", "kl_error", *PERCENTILES, "top1_agreement"]

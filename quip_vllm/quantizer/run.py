@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
-from quip_vllm.checkpoint.store import SIDE_FILES, copy_files, digest, local_folder, read_json, write_json
+from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files, load_tokenizer, local_folder
+from quip_vllm.checkpoint.store import digest, read_json, write_json
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
@@ -34,7 +35,7 @@ from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.sensitivities import Sensitivities
 from quip_vllm.quantizer.settings import SELF, Settings
-from quip_vllm.quantizer.source.architecture import load_tokenizer, out_of_memory
+from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import Calls, run_layer

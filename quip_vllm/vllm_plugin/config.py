@@ -10,8 +10,9 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.layers import layer_specs
-from quip_vllm.checkpoint.store import CheckpointReader, at_hand
+from quip_vllm.checkpoint.store import CheckpointReader
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

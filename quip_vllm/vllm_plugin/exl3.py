@@ -7,8 +7,9 @@ import torch
 
 from quip_vllm.checkpoint.config import Head
 from quip_vllm.checkpoint.exl3 import METHOD, Exl3Config, read, stored_format
+from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.published import HEAD
-from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header, at_hand
+from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header
 from quip_vllm.vllm_plugin.config import QuipConfig, renaming
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 

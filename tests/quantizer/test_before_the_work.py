@@ -138,7 +138,7 @@ def test_no_tokenizer(tiny_model, refused, tmp_path):
     folder = changed(tiny_model(), tmp_path)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    refused(folder, "changed has no tokenizer that can be used .*: put its tokenizer files there")
+    refused(folder, "the tokenizer in .*changed cannot be used: .*; put the model's own tokenizer files there")
 
 
 CODE = """

@@ -7,30 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from quip_vllm.checkpoint.hub import explained
 
-def load_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The transformers config of a causal LM that is not quantized.
 
-    Raises:
-        ValueError: config.json is unusable, needs code of its own, or describes another kind of model.
-    """
-    from transformers import AutoConfig
-
+def check_kind(folder: Path, config: Any) -> None:
+    """Raises ValueError unless a transformers config is that of a causal LM that is not quantized."""
     path = folder / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a config.json that it does not understand
-        raise ValueError(_own_code(path, error) or f"{path} cannot be used: {brief(error)}") from None
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{folder} is quantized already: give the original bf16, fp16 or fp32 model")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{path} describes an encoder-decoder ({config.model_type}): {_ONLY}")
     names = getattr(config, "architectures", None) or []
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return config  # its own code calls it one, whatever its name
+        return  # its own code calls it one, whatever its name
     if names and not any(kind in name for name in names for kind in ("CausalLM", "LMHead", "ConditionalGeneration")):
         raise ValueError(f"{path} describes {', '.join(names):.100}: {_ONLY}")
-    return config
 
 
 _ONLY = "only causal language models, which write text token by token, are quantized"
@@ -41,32 +32,19 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    path = folder / "config.json"
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), explained(path):
             make = AutoModelForCausalLM.from_config
             return make(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    except Exception as error:  # as above, and whatever a model's own code raises
-        path = folder / "config.json"
-        if "Unrecognized configuration class" in str(error):
-            inner = config.get_text_config().model_type
-            around = "" if inner == config.model_type else f"; give its language model ({inner}) alone"
-            problem = (
-                f"{path} has model_type {config.model_type}, which is no causal LM to transformers: {_ONLY}{around}"
-            )
-        else:
-            problem = _own_code(path, error) or f"{path} cannot be used: {brief(error)}"
-        raise ValueError(problem) from None
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model. Raises ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as many kinds as for a config
-        problem = f"{folder} has no tokenizer that can be used ({brief(error)}): put its tokenizer files there"
-        raise ValueError(_own_code(folder, error) or problem) from None
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        inner = config.get_text_config().model_type
+        around = "" if inner == config.model_type else f"; give its language model ({inner}) alone"
+        raise ValueError(
+            f"{path} has model_type {config.model_type}, which is no causal LM to transformers: {_ONLY}{around}"
+        ) from None
 
 
 def check_token(folder: Path, token: int, vocabulary: int) -> None:
@@ -112,19 +90,6 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
     return path, layers
 
 
-def brief(error: BaseException) -> str:
-    """The first line of a library's message, with the next one where it ends in a colon; 160 characters at most."""
-    said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
-    return f"{' '.join(lines[: 2 if lines[0].endswith(':') else 1]):.160}"
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not allocate."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-
-
-def _own_code(path: Path, error: Exception) -> str | None:
-    if "trust_remote_code" not in str(error):
-        return None
-    return f"{path} asks for Python code from the model's own files: read that code, then give --trust-remote-code"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quip_vllm.checkpoint.hub import brief, load_tokenizer
 from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
-from quip_vllm.quantizer.source.architecture import brief, check_token, load_tokenizer
+from quip_vllm.quantizer.source.architecture import check_token
 from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.self_text import self_written
 

@@ -6,7 +6,7 @@ import lzma
 from importlib import resources
 from typing import Any
 
-from quip_vllm.quantizer.source.architecture import brief
+from quip_vllm.checkpoint.hub import brief
 
 
 def bundled_documents() -> list[Any]:

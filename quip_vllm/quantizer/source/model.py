@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quip_vllm.checkpoint.hub import load_config
 from quip_vllm.checkpoint.store import CheckpointReader
-from quip_vllm.quantizer.source.architecture import decoder_layers, empty_model, load_config
+from quip_vllm.quantizer.source.architecture import check_kind, decoder_layers, empty_model
 from quip_vllm.quantizer.source.names import modules_beyond, names_in_files
 from quip_vllm.quantizer.source.replay import Calls, Returned, Stub, same
 
@@ -54,6 +55,7 @@ class LayeredModel:
     def __init__(self, folder: Path, trust_remote_code: bool = False):
         self.folder = folder
         self.config = load_config(folder, trust_remote_code)
+        check_kind(folder, self.config)
         self.reader = CheckpointReader(folder)
         self.reader.check_floats()
         self.compute_dtype = fast_dtype(self.config.dtype)

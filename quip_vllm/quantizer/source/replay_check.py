@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
-from quip_vllm.quantizer.source.architecture import brief, out_of_memory
+from quip_vllm.checkpoint.hub import brief
+from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import kinds, run_layer, same
 
