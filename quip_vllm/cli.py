@@ -110,11 +110,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default=Settings.calibration,
         metavar="SOURCE[,SOURCE...]",
-        help="calibration text: self (default), text that the model itself writes; bundle, a text of many kinds that "
-        "the package carries; a file; hub:DATASET[:SPLIT[:COLUMN]]; or several, with equal shares",
+        help="calibration text: bundle (default), a text of many kinds that the package carries; self, text that the "
+        "model itself writes; a file; hub:DATASET[:SPLIT[:COLUMN]]; or several, with equal shares",
     )
     counts, lengths = (
-        f"self: {own}; bundle: {bundle}; others: {text}"
+        f"bundle: {bundle}; self: {own}; others: {text}"
         for bundle, own, text in zip(AMOUNTS[BUNDLE], AMOUNTS[SELF], TEXT_AMOUNT, strict=True)
     )
     parser.add_argument("--sequences", type=int, help=f"calibration sequences ({counts})")

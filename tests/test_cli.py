@@ -85,7 +85,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
     for flags in ([*qtip, "2"], ["--method", "quip_sharp", "--bits", "2", "--calibration", "x"], [*qtip, "3"]):
         assert main(["quantize", "m", str(tmp_path / "o"), *flags]) == 0
     own, other, three = seen
-    assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "self", 64, 256)
+    assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "bundle", 64, 1024)
     assert three.code == "1mad"
     assert own.lm_head is None
     assert (other.code, other.sequences, other.sequence_length, other.hadamard_block) == ("e8p", 256, 2048, None)

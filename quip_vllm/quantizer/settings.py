@@ -10,7 +10,7 @@ from quip_vllm.checkpoint.config import LayerFormat
 
 BUNDLE, SELF = "bundle", "self"
 """As `calibration`: the text that the package carries; the text that the model itself writes."""
-AMOUNTS = {BUNDLE: (64, 256), SELF: (64, 256)}
+AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
 """The same for all other sources."""
@@ -49,7 +49,7 @@ class Settings:
     model: str
     code: str
     bits: int
-    calibration: str = SELF
+    calibration: str = BUNDLE
     sequences: int = None  # type: ignore[assignment]  # __post_init__ replaces None
     sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0

@@ -23,13 +23,13 @@ def test_layer_format():
 
 
 def test_defaults():
-    usual, own, text = settings(), settings(calibration="bundle"), settings(calibration="text.txt", sequence_length=7)
-    assert (usual.calibration, usual.sequences, usual.sequence_length) == ("self", 64, 256)
+    usual, own, text = settings(), settings(calibration="self"), settings(calibration="text.txt", sequence_length=7)
+    assert (usual.calibration, usual.sequences, usual.sequence_length) == ("bundle", 64, 1024)
     assert (own.sequences, own.sequence_length) == (64, 256)
     assert (text.sequences, text.sequence_length) == (256, 7)
     mixed = [settings(calibration=named) for named in ("bundle,text.txt", "text.txt,self")]
     assert [one.sequences for one in mixed] == [64, 256]  # those of the source named first
-    assert [one.sequence_length for one in mixed] == [256, 2048]
+    assert [one.sequence_length for one in mixed] == [1024, 2048]
     assert [default_code("qtip", bits) for bits in (1, 2, 3)] == ["hyb", "hyb", "1mad"]
     assert default_code("quip_sharp", 4) == "e8p"
 
