@@ -126,30 +126,37 @@ def cuda() -> Any:
     return figure
 
 
-def quality() -> Any:
-    """Perplexity by stored bits per weight: our formats and nearest rounding."""
+def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
+    """One figure by another: our formats and nearest rounding, at the whole bits."""
     rows: Rows = list(quality_rows().values())
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D")}
-    lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: 7e5, not shown)", "^:")
+    lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:")
     for start, (name, style) in lines.items():
         chosen = {f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 3, 4)}
-        points = sorted(
-            (float(row["bits_per_weight"]), float(row["perplexity"])) for row in rows if row["name"] in chosen
-        )
+        scale = 1e-6 if x == "bytes" else 1
+        points = sorted((float(row[x]) * scale, float(row[y])) for row in rows if row["name"] in chosen)
         text = name if name[0] in "qn" else f"qtip {name}"
         panel.plot(*zip(*points, strict=True), style, color=colour(name), label=text, markersize=5)
-    reference = float(rows[0]["reference_perplexity"])
-    panel.axhline(reference, color="black", linestyle="--", linewidth=1, label="bf16")
     panel.set_yscale("log")
-    panel.set_ylim(16, 120)
-    panel.set_yticks([16, 18, 20, 25, 30, 40, 60, 100], ["16", "18", "20", "25", "30", "40", "60", "100"])
+    if y == "perplexity":
+        reference = float(rows[0]["reference_perplexity"])
+        panel.axhline(reference, color="black", linestyle="--", linewidth=1, label="bf16")
+    low, high, ticks = YTICKS[y]
+    panel.set_ylim(low, high)
+    panel.set_yticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
-    panel.set_xlabel("stored bits per weight of the linear layers")
-    panel.set_ylabel("perplexity (less is better)")
+    panel.set_xlabel(AXES[x])
+    panel.set_ylabel(f"{AXES[y]} (less is better)")
     panel.legend(frameon=False, fontsize=8)
     panel.set_title("SmolLM2-135M-Instruct, WikiText-2 test, calibrated on WikiText-2")
     return figure
+
+
+AXES = {"bits_per_weight": "stored bits per weight of the linear layers", "bytes": "all tensors of the checkpoint, MB"}
+AXES |= {"perplexity": "perplexity", "kl_divergence": "KL divergence from bf16, nats"}
+YTICKS = {"perplexity": (16, 120, [16, 18, 20, 25, 30, 40, 60, 100])}
+YTICKS["kl_divergence"] = (0.02, 2, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
 PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -159,5 +166,6 @@ PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "cpu_kernels_avx2": ("cpu_kernels_avx2", lambda: kernels("_avx2")),
     "cuda_kernels": ("cuda_kernels", cuda),
     "quality": ("quality", quality),
+    "quality_size": ("quality", lambda: quality("bytes", "kl_divergence")),
 }
 """Name of the PNG -> name of the CSV it shows, and what draws it."""
