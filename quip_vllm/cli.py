@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quip_vllm import __version__
 from quip_vllm.formats.spec import FORMATS, methods
-from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, Settings, default_code
+from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, TUNINGS, Settings, default_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,6 +153,13 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hessians", metavar="FOLDER", help="where the backward pass leaves its result, or an earlier run has left it"
     )
+    parser.add_argument(
+        "--tune",
+        choices=TUNINGS,
+        default=Settings.tune,
+        help="what is fitted to the codes: nothing; su and sv by least squares (refit); and norms, by training of each "
+        "decoder layer (blocks), and of all together (full), which takes longest (default %(default)s)",
+    )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     for option, layer in (("--lm-head", "output head"), ("--embedding", "input embedding")):
@@ -240,6 +247,7 @@ def _quantize(args: argparse.Namespace) -> int:
         token_weights=args.token_weights,
         two_sided=args.two_sided,
         hessians=args.hessians,
+        tune=args.tune,
         lm_head=args.lm_head,
         embedding=args.embedding,
         trust_remote_code=args.trust_remote_code,

@@ -71,6 +71,9 @@ seen; a wrong rounding or saturation costs percents."""
 FLOAT32_LAYERS = 1e-4
 """Absolute and relative error of an element of a tiny float32 model's hidden state, layer by layer against whole."""
 
+FLOAT32_GRADIENTS = 1e-3
+"""Relative error of the gradient of a vector of a tiny float32 model, layer by layer against whole."""
+
 FLOAT32_SUMS = 1e-5
 """Absolute and relative error of an element of a small float32 Gram matrix of 20 rows against float64."""
 

@@ -62,12 +62,12 @@ def checked(
 def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
     """Raises ValueError unless `count` sequences fit in the memory that is free.
 
-    Their hidden states stay in memory, twice where drift is corrected, the embedding is quantized, or the model runs
-    backwards. A model that writes its own text is there whole, with the probabilities of the next tokens.
+    Their hidden states stay in memory, twice where drift is corrected, the embedding is quantized, layers are trained,
+    or the model runs backwards. A model that writes its own text is there whole, with the next tokens' probabilities.
     """
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
-    twice = settings.drift_correction or settings.embedding or settings.backward
+    twice = settings.drift_correction or settings.embedding or settings.backward or settings.trains
     wanted = tokens * (8 + width * itemsize * (2 if twice else 1))
     if SELF in settings.sources:
         weights = sum(tensor.numel() for tensor in source.model.parameters()) * itemsize
@@ -81,15 +81,16 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
         )
 
 
-def check_disk(out: Path, kept: int, quantized: int) -> None:
+def check_disk(out: Path, kept: int, quantized: int, work: int = 0) -> None:
     """Raises ValueError unless the disk takes the checkpoint and, while shards are merged, one of them twice.
 
     Args:
         out: folder of the checkpoint.
         kept: bytes of the tensors that stay as they are.
         quantized: bytes of the quantized layers.
+        work: bytes that the run needs before it writes what stays as it is.
     """
-    wanted = kept + quantized + min(quantized, SHARD_BYTES)
+    wanted = quantized + max(work, kept + min(quantized, SHARD_BYTES))
     there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     free = shutil.disk_usage(out).free
     if free + there < wanted:

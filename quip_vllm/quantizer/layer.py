@@ -24,8 +24,9 @@ from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
-from quip_vllm.quantizer.settings import Settings
-from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight
+from quip_vllm.quantizer.settings import NONE, Settings
+from quip_vllm.quantizer.tuning.refit import TINY, Fit, lost, refit
+from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight, unrotate_weight
 
 CHUNK_WEIGHTS = 1 << 24
 """Weights of a head that are rounded at a time: 64 MiB in float32, of which a handful of copies is alive."""
@@ -112,6 +113,7 @@ def quantize_group(
         return _in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
 
     sums = {name: _Sums() for name in weights}
+    fits: dict[str, Fit] = {}
     for encoder, parts in _batches(weights, specs, two_sided):
         batch = [rows_of(name, part, encoder) for name, part in parts]
         outputs = None
@@ -131,7 +133,11 @@ def quantize_group(
             squares = rows.scale.double().square()
             own.lost += float((curvature.energies(rows.units - rounded.values[begin:end]) * squares).sum())
             own.total += float((curvature.energies(rows.units) * squares).sum())
+            if settings.tune != NONE and specs[rows.name].rotate_output:
+                fits[rows.name] = _fit(rows, rounded.values[begin:end], su, outputs, specs[rows.name])
             begin = end
+    if fits:
+        su = _refit(hessian, fits, su, sums)
     results = {}
     for name, own in sums.items():
         spec = specs[name]
@@ -151,6 +157,25 @@ def quantize_group(
         }
         results[name] = Quantized(tensors, entry)
     return results
+
+
+def _fit(rows: _Rows, values: Tensor, su: Tensor, outputs: Tensor | None, spec: LinearSpec) -> Fit:
+    """A layer's codes, what they stand for and the Hessian of its outputs, turned back."""
+    block, signs = spec.hadamard_block, rows.sv.sign()
+    wanted = unrotate_weight(rows.units, su, rows.sv, block)
+    turned = unrotate_weight(values, torch.ones_like(su), torch.ones_like(signs), block)
+    return Fit(turned, wanted, rows.sv, None if outputs is None else unrotate_weight(outputs, signs, signs, block))
+
+
+def _refit(hessian: Tensor, fits: Mapping[str, Fit], su: Tensor, sums: Mapping[str, _Sums]) -> Tensor:
+    """Refits the vectors of a group, unless rounding them to fp16 undoes what is gained; returns its su."""
+    fitted = refit(hessian, list(fits.values()), su)
+    losses = {name: lost(hessian, fit, fitted) for name, fit in fits.items()}
+    if not sum((losses[name] - sums[name].lost) / max(sums[name].total, TINY) for name in fits) < 0:
+        return su
+    for name, fit in fits.items():
+        sums[name].sv, sums[name].lost = [fit.sv], losses[name]
+    return fitted
 
 
 def signs(size: int, seed: int, name: str) -> Tensor:

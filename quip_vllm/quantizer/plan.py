@@ -52,6 +52,10 @@ class Plan:
         others = {name: stored for name, stored in formats.items() if stored != default}
         return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding)
 
+    def weights(self) -> int:
+        """How many weights the quantized layers have."""
+        return sum(spec.in_features * spec.out_features for spec in self.specs.values())
+
     def stored_bytes(self) -> int:
         """Size of all quantized layers in the checkpoint."""
         stored = [one for spec in self.specs.values() for one in layout(spec).values()]

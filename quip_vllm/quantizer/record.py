@@ -118,10 +118,17 @@ class Record:
         """Whether a unit is finished."""
         return self.shard(unit).exists() and self._entries(unit).exists()
 
-    def write(self, unit: str, tensors: dict[str, Tensor], entries: list[dict[str, Any]], digest: str) -> None:
-        """Keeps a finished unit: its tensors by full name, its report entries, and the digest of its original."""
+    def write(
+        self,
+        unit: str,
+        tensors: dict[str, Tensor],
+        entries: list[dict[str, Any]],
+        digest: str,
+        tuning: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Keeps a finished unit: its tensors by full name, what the report says, and the digest of its original."""
         write_shard(self.shard(unit), tensors)
-        write_json(self._entries(unit), {"layers": entries, "digest": digest})
+        write_json(self._entries(unit), {"layers": entries, "digest": digest, "tuning": tuning or []})
 
     def digest(self, unit: str) -> str | None:
         """The digest of the model's tensors from which a finished unit was made; None for one that is not finished."""
@@ -131,6 +138,10 @@ class Record:
         """Report entries of a finished unit."""
         return read_json(self._entries(unit))["layers"]
 
+    def tuning(self, unit: str) -> list[dict[str, Any]]:
+        """What the report says of a finished unit's training."""
+        return read_json(self._entries(unit))["tuning"]
+
     @property
     def all_units_done(self) -> bool:
         """Whether nothing is left but to merge the units, or what is left of them."""
@@ -139,6 +150,7 @@ class Record:
     def merge(self, units: Iterable[str], others: Iterable[str], reader: CheckpointReader) -> None:
         """Moves the units' tensors, and copies the tensors `others` of the model, into the checkpoint's shards.
 
+        Of a tensor that several have, the last unit's counts, and the model's least.
         A unit's file is removed as soon as its last tensor is in a shard, so one shard at most is on the disk twice.
         """
         file = self.folder / "shards.json"

@@ -23,7 +23,7 @@ from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
 from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files, load_tokenizer, local_folder
 from quip_vllm.checkpoint.store import digest, read_json, write_json
-from quip_vllm.formats.tensors import tensor_specs
+from quip_vllm.formats.tensors import SU, tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.quantizer import checks, record
@@ -34,17 +34,20 @@ from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.sensitivities import Sensitivities
-from quip_vllm.quantizer.settings import SELF, Settings
+from quip_vllm.quantizer.settings import FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import Calls, run_layer
 from quip_vllm.quantizer.source.replay_check import check_replay
+from quip_vllm.quantizer.tuning.block import Block
+from quip_vllm.quantizer.tuning.blocks import tune_block
+from quip_vllm.quantizer.tuning.full import tune_together
 
 REPORT = "quantization_report.json"
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, HEAD, TUNED = "embedding", "head", "tuned"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _LOG = logging.getLogger(__name__)
@@ -111,7 +114,10 @@ class Run:
         checks.check_window(settings, self.source)
         load_tokenizer(self.source.folder, settings.trust_remote_code)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]
-        self.units = [*[EMBEDDING][: bool(self.plan.embedding)], *self.layers, *[HEAD][: bool(self.plan.head)]]
+        plan = self.plan
+        outer = {EMBEDDING: plan.embedding is not None, TUNED: settings.tune == FULL, HEAD: plan.head is not None}
+        embedding, tuned, head = ([unit] if wanted else [] for unit, wanted in outer.items())
+        self.units = [*embedding, *self.layers, *tuned, *head]
         replaced = {f"{name}.weight" for name in self.plan.specs}
         if self.plan.head:
             replaced |= self.source.head_weights
@@ -127,7 +133,8 @@ class Run:
             ValueError: the disk is too small, a weight is not finite, or there is nothing that can be resumed.
         """
         reader = self.source.reader
-        checks.check_disk(self.out, sum(self.kept_bytes.values()), self.plan.stored_bytes())
+        work = self.source.compute_dtype.itemsize * self.plan.weights() if self.settings.tune == FULL else 0
+        checks.check_disk(self.out, sum(self.kept_bytes.values()), self.plan.stored_bytes(), work)
         config = (self.source.folder / "config.json").read_bytes()
         wanted = {
             **self.settings.to_dict(),
@@ -167,12 +174,16 @@ class Run:
             two_sided, seed = self.settings.two_sided, self.settings.seed
             self.sensitivities = Sensitivities(folder, self.source, tokens, batch, inside, two_sided, seed)
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
-        self.originals = [x.clone() for x in self.hidden] if self.settings.drift_correction else []
+        both = self.settings.drift_correction or self.settings.trains
+        self.originals = [x.clone() for x in self.hidden] if both else []
         if self.plan.embedding:
             self._embedding(self.plan.embedding)
             self.hidden, _ = self.source.first_hidden_states(tokens, batch)
-        for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
-            self._layer(index, calls[index])
+        if not self.record.has(TUNED):
+            for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
+                self._layer(index, calls[index])
+        if self.settings.tune == FULL:
+            self._tune(tokens, batch)
         if self.plan.head and not self.record.has(HEAD):
             self._head(self.plan.head, tokens)
 
@@ -188,6 +199,7 @@ class Run:
             "calibration_tokens": tokens.numel(),
             "calibration_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
             "layers": [entry for unit in self.units for entry in self.record.entries(unit)],
+            "tuning": [told for unit in self.units for told in self.record.tuning(unit)],
         }
         folder = self.source.folder
         code = ["*.py"] if self.settings.trust_remote_code else []
@@ -210,12 +222,42 @@ class Run:
             missing = set(names) - {name for group in groups for name in group.names}
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
-            self._quantize(unit, self.source.layer_names(index), groups, known)
+            tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known)
+            tuning = []
+            if self.settings.trains and names:
+                block = Block(self.source, index, self.plan.specs, tensors)
+                told = tune_block(block, self.hidden, self.originals, calls, self.settings.seed + index)
+                tensors |= block.stored()
+                tuning = [{"name": f"{self.source.prefix}.{index}", **told}]
+            self.record.write(unit, tensors, entries, original, tuning)
         if index + 1 == len(self.layers) and not self.plan.head:
             return  # nothing reads the layer's output
-        with self.source.layer(index, self._stored(unit, names)) as layer:
+        self._outputs(index, calls)
+
+    def _outputs(self, index: int, calls: Calls) -> None:
+        """Moves `hidden` behind a layer as it is stored."""
+        unit = self.layers[index]
+        with self.source.layer(index, self._stored(unit)) as layer:
             for i, x in enumerate(tqdm(self.hidden, desc=f"{unit}: outputs", leave=False)):
                 self.hidden[i] = run_layer(layer, x, calls)
+
+    def _tune(self, tokens: Tensor, batch: int) -> None:
+        """Trains all layers together, unless that is done, and moves `hidden` behind them where the head is next."""
+        if not self.record.has(TUNED):
+            batches, folder = tokens.split(batch), self.record.folder / TUNED
+            read = lambda index: shards.read_shard(self.record.shard(self.layers[index]))  # noqa: E731
+            tensors, told = tune_together(
+                self.source, self.plan.specs, read, batches, self.originals, folder, self.settings.seed
+            )
+            self.record.write(TUNED, tensors, [], "", [{"name": self.source.prefix, **told}])
+            shutil.rmtree(folder)
+        if self.plan.head:
+            tuned = shards.read_shard(self.record.shard(TUNED))
+            for name, parameter in self.source.outer_vectors().items():
+                parameter.data.copy_(tuned[name])
+            self.hidden, calls = self.source.first_hidden_states(tokens, batch)
+            for index in range(len(self.layers)):
+                self._outputs(index, calls[index])
 
     def _curvature(
         self, index: int, names: list[str], calls: Calls, done: bool, known: Mapping[str, Sensitivity]
@@ -248,8 +290,8 @@ class Run:
         if not self.record.has(EMBEDDING):
             columns = self.plan.specs[name].in_features
             identity = Inputs([name], torch.eye(columns, dtype=torch.float64))
-            self._quantize(EMBEDDING, [f"{name}.weight"], [identity], {})
-        self.source.set_embedding(self._stored(EMBEDDING, [name])[f"{name}.weight"])
+            self.record.write(EMBEDDING, *self._quantized(EMBEDDING, [f"{name}.weight"], [identity], {}))
+        self.source.set_embedding(self._stored(EMBEDDING)[f"{name}.weight"])
 
     def _head(self, name: str, tokens: Tensor) -> None:
         """Quantizes the output head behind the last layer's outputs."""
@@ -259,10 +301,12 @@ class Run:
             group = group or Inputs.of(name, x.shape[-1])
             group.add(x)
         assert group is not None
-        self._quantize(HEAD, [f"{name}.weight"], [group], {})
+        self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group], {}))
 
-    def _quantize(self, unit: str, names: list[str], groups: list[Inputs], known: Mapping[str, Sensitivity]) -> None:
-        """Replaces the weights among a unit's tensors, and keeps the unit in the record."""
+    def _quantized(
+        self, unit: str, names: list[str], groups: list[Inputs], known: Mapping[str, Sensitivity]
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
+        """A unit's tensors with weights replaced, its entries of the report, and the digest of its original."""
         tensors, entries = self.source.reader.read(names), []
         original = digest(sorted(tensors.items()))
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
@@ -270,12 +314,15 @@ class Run:
             for name, result in quantize_group(group, weights, self.plan.specs, self.settings, known).items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)
-        self.record.write(unit, tensors, entries, original)
+        return tensors, entries, original
 
-    def _stored(self, unit: str, names: list[str]) -> dict[str, Tensor]:
-        """A unit's tensors as they are stored, the quantized weights dequantized."""
+    def _stored(self, unit: str) -> dict[str, Tensor]:
+        """A layer's tensors as they are stored, the quantized weights dequantized."""
         tensors = shards.read_shard(self.record.shard(unit))
-        for name in names:
+        if self.record.has(TUNED):
+            tuned = shards.read_shard(self.record.shard(TUNED))
+            tensors |= {name: tensor for name, tensor in tuned.items() if name in tensors}
+        for name in [name for name in self.plan.specs if f"{name}.{SU.name}" in tensors]:
             spec = self.plan.specs[name]
             own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}
             tensors[f"{name}.weight"] = dequantize(spec, own).to(self.source.compute_dtype)

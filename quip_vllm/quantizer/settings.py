@@ -10,6 +10,10 @@ from quip_vllm.checkpoint.config import LayerFormat
 
 BUNDLE, SELF = "bundle", "self"
 """As `calibration`: the text that the package carries; the text that the model itself writes."""
+NONE, REFIT, BLOCKS, FULL = "none", "refit", "blocks", "full"
+"""As `tune`: vectors as the rotation made them; su and sv fitted to the codes in closed form; then each decoder layer
+trained to give what the original gives; then all of them together, to give the original's logits."""
+TUNINGS = (NONE, REFIT, BLOCKS, FULL)
 AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
@@ -38,6 +42,7 @@ class Settings:
         token_weights: whether a token counts in the Hessians as much as the loss feels the layer's output there.
         two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs.
         hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
+        tune: one of TUNINGS.
         lm_head: bits of the output head. None keeps its weight.
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         trust_remote_code: whether Python code among the model's files may run.
@@ -61,6 +66,7 @@ class Settings:
     token_weights: bool = False
     two_sided: bool = False
     hessians: str | None = None
+    tune: str = NONE
     lm_head: int | None = None
     embedding: int | None = None
     trust_remote_code: bool = False
@@ -94,9 +100,17 @@ class Settings:
         if not 0 <= self.drift_correction <= 1:
             raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
 
+        if self.tune not in TUNINGS:
+            raise ValueError(f"tune is {self.tune!r}: it must be one of {', '.join(TUNINGS)}")
+
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    @property
+    def trains(self) -> bool:
+        """Whether decoder layers are trained."""
+        return self.tune in (BLOCKS, FULL)
 
     @property
     def sources(self) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""killed_runs.py MODEL TEXT OUT: for each moment a run that kills itself then, and a run that resumes it.
+"""killed_runs.py MODEL TEXT OUT TUNE: for each moment a run that kills itself then, and a run that resumes it.
 
 Prints a JSON object: moment -> [wait status of the killed run, files it left, wait status of the resumed run].
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from quip_vllm.checkpoint import shards, store
 from quip_vllm.quantizer import record, run
-from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.settings import FULL, Settings
+from quip_vllm.quantizer.tuning import full
 
 
 def die():
@@ -70,6 +71,17 @@ MOMENTS = {
     "before config.json": lambda: kill_at(run, "write_json", 2),
     "before the record is removed": lambda: kill_at(run.shutil, "rmtree", 1),
 }
+# Files of the record: 1 is the calibration, 2 to 4 the layers, 5 what all of them trained together.
+TRAINED = {
+    "in the middle of training a layer": lambda: kill_at(run, "tune_block", 2),
+    "a trained layer there, its entries not": lambda: kill_at(record, "write_shard", 3, after=True),
+    "in the first epoch": lambda: kill_at(full.Model, "step", 1, after=True),
+    "the state of the first epoch there": lambda: kill_at(full, "write_shard", 4, after=True),
+    "in the second epoch": lambda: kill_at(full.Model, "step", 9),
+    "all trained, the entries not": lambda: kill_at(record, "write_shard", 5, after=True),
+    "all trained": lambda: kill_at(run.shutil, "rmtree", 1),
+    "head there": lambda: kill_at(run.Run, "finish", 1),
+}
 
 
 def start(settings, out, resume, prepare):
@@ -81,14 +93,16 @@ def start(settings, out, resume, prepare):
     return os.waitpid(child, 0)[1]
 
 
-def main(model, text, folder):
+def main(model, text, folder, tune):
     amount = {"calibration": text, "sequences": 8, "sequence_length": 48}
-    settings = Settings(model, "e8p", 3, **amount, token_weights=True, two_sided=True, lm_head=4)
+    settings = Settings(model, "e8p", 3, **amount, token_weights=True, two_sided=True, lm_head=4, tune=tune)
     shards.SHARD_BYTES = 24_000  # a layer and a half
+    if tune == FULL:
+        run.BATCH_TOKENS = 48  # eight batches
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}
-    for moment, prepare in MOMENTS.items():
+    for moment, prepare in (TRAINED if tune == FULL else MOMENTS).items():
         out = Path(folder) / moment
         killed = start(settings, out, False, prepare)
         left = sorted(str(file.relative_to(out)) for file in out.rglob("*"))

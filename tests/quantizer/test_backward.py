@@ -23,7 +23,7 @@ def test_gradients_are_those_of_the_whole_model(tiny_model, tmp_path, monkeypatc
     tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
     weights = torch.randn(5, 40, source.vocabulary)
 
-    def score(logits, index, span):
+    def score(logits, index, span, head):
         return 2 * weights.split(3)[index][:, span] * logits
 
     found = {}
@@ -45,10 +45,10 @@ def test_gradients_are_those_of_the_whole_model(tiny_model, tmp_path, monkeypatc
 
 def test_a_sampled_score_is_softmax_minus_a_label():
     logits = torch.randn(2, 3000, 5)
-    drawn = logits.softmax(-1) - sampled_score(0)(logits, 0, slice(0, 3000))
+    drawn = logits.softmax(-1) - sampled_score(0)(logits, 0, slice(0, 3000), None)
     labels = drawn.round()
     torch.testing.assert_close(drawn, labels, rtol=0, atol=numerics.FLOAT32_SUMS)
     assert torch.equal(labels.sum(-1), torch.ones(2, 3000)) and labels.min() == 0
     assert (labels.mean((0, 1)) - logits.softmax(-1).mean((0, 1))).abs().max() < numerics.SAMPLE_MOMENT
-    assert torch.equal(sampled_score(0)(logits, 0, slice(0, 3000)), logits.softmax(-1) - drawn)
-    assert not torch.equal(sampled_score(1)(logits, 0, slice(0, 3000)), logits.softmax(-1) - drawn)
+    assert torch.equal(sampled_score(0)(logits, 0, slice(0, 3000), None), logits.softmax(-1) - drawn)
+    assert not torch.equal(sampled_score(1)(logits, 0, slice(0, 3000), None), logits.softmax(-1) - drawn)

@@ -34,18 +34,39 @@ def contents(folder):
     return {**found, "quantization_report.json": report}
 
 
-@pytest.fixture(scope="module")
-def killed(tiny_model, tiny_text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("killed")
-    model = tiny_model("Llama", num_hidden_layers=3)
-    command = [sys.executable, str(HERE / "killed_runs.py"), str(model), str(tiny_text), str(folder)]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+@pytest.fixture
+def killed(tiny_model, tiny_text, tmp_path):
+    """killed(tune): (folder of the runs, what killed_runs.py tells)."""
+
+    def killed(tune):
+        model = tiny_model("Llama", num_hidden_layers=3)
+        command = [sys.executable, str(HERE / "killed_runs.py"), str(model), str(tiny_text), str(tmp_path), tune]
+        done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return tmp_path, json.loads(done.stdout)
+
+    return killed
+
+
+@pytest.mark.exhaustive
+def test_killed_trainings_resume_to_the_same_bytes(killed):
+    folder, told = killed("full")
+    expected = contents(folder / "whole")
+    assert len(told) == 8
+    assert [one["name"] for one in expected["quantization_report.json"]["tuning"]][2:] == [
+        "model.layers.2",
+        "model.layers",
+    ]
+    for moment, (status, left, resumed) in told.items():
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, moment
+        assert ".quantize" in left and resumed == 0, moment
+        assert contents(folder / moment) == expected, moment
+    state = ".quantize/tuned/state.safetensors"
+    assert [state in left for _, left, _ in told.values()] == [False, False, False, True, True, True, True, False]
 
 
 def test_killed_runs_resume_to_the_same_bytes(killed):
-    folder, told = killed
+    folder, told = killed("none")
     expected = contents(folder / "whole")
     assert len(told) == 16 and len([name for name in expected if name.endswith(".safetensors")]) > 2
     for moment, (status, left, resumed) in told.items():

@@ -22,8 +22,11 @@ LOGITS = 1 << 24
 
 Layers = Callable[[int], AbstractContextManager[nn.Module]]
 """Index -> the layer, in memory inside the block, as `LayeredModel.layer` gives it."""
-Score = Callable[[Tensor, int, slice], Tensor]
-"""(float32 logits [sequences, positions, vocabulary], index of the batch, positions) -> the loss's gradient there."""
+Head = Callable[[Tensor], Tensor]
+"""Outputs of the last layer, [sequences, positions, hidden] -> logits, as `LayeredModel.output_head` gives it."""
+Score = Callable[[Tensor, int, slice, Head], Tensor]
+"""(float32 logits [sequences, positions, vocabulary], index of the batch, positions, the head that gave them) -> the
+loss's gradient there."""
 
 
 class Forward:
@@ -54,7 +57,7 @@ class Forward:
         """Runs backwards; yields (index, layer, one step per batch) from the last layer to the first.
 
         The caller registers its hooks on the layer, goes through the steps, and removes the hooks. Parameters that want
-        gradients add them up in their ``grad``.
+        gradients add them up in their ``grad``, those of what the model does behind its layers, too.
 
         Args:
             score: the loss's gradient at the logits.
@@ -75,14 +78,13 @@ class Forward:
         with self.source.output_head() as head:
             for index, states in enumerate(tqdm(self.outputs, desc="output head", unit="batch", leave=False)):
                 gradient = torch.empty_like(states)
-                width = max(1, LOGITS // (len(states) * self.source.vocabulary))
-                for begin in range(0, states.shape[1], width):
-                    span = slice(begin, min(begin + width, states.shape[1]))
+                for span in spans(self.source, states):
                     with torch.enable_grad():
                         piece = states[:, span].detach().requires_grad_()
                         logits = head(piece)
-                    wanted = score(logits.detach().float(), index, span).to(logits.dtype)
-                    (gradient[:, span],) = torch.autograd.grad(logits, piece, wanted)
+                    logits.backward(score(logits.detach().float(), index, span, head).to(logits.dtype))
+                    assert piece.grad is not None
+                    gradient[:, span] = piece.grad
                 yield gradient
 
     def _steps(self, layer: nn.Module, inputs: list[Tensor], gradients: list[Tensor], calls: Calls) -> Iterator[None]:
@@ -100,6 +102,13 @@ class Forward:
         return self.folder / f"inputs-{index:05d}.safetensors"
 
 
+def spans(source: LayeredModel, states: Tensor) -> Iterator[slice]:
+    """The positions of outputs of the last layer, [sequences, positions, hidden], so many at a time as LOGITS says."""
+    width = max(1, LOGITS // (len(states) * source.vocabulary))
+    for begin in range(0, states.shape[1], width):
+        yield slice(begin, min(begin + width, states.shape[1]))
+
+
 def sampled_score(seed: int) -> Score:
     """The score of the cross entropy at labels drawn from the model's own probabilities: softmax minus one-hot.
 
@@ -108,7 +117,7 @@ def sampled_score(seed: int) -> Score:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def score(logits: Tensor, _: int, __: slice) -> Tensor:
+    def score(logits: Tensor, _: int, __: slice, ___: Head) -> Tensor:
         probabilities = logits.softmax(-1)
         sums = probabilities.cumsum(-1)
         drawn = torch.rand(*logits.shape[:-1], 1, generator=generator) * sums[..., -1:]

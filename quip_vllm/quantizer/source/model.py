@@ -100,6 +100,24 @@ class LayeredModel:
         begin = f"{self.prefix}.{index}."
         return [*names, *sorted({name for name in self.reader.names() if name.startswith(begin)} - set(names))]
 
+    def vectors(self, index: int) -> dict[str, str]:
+        """Name in the files -> name inside of it, of the parameters of decoder layer ``index`` that are vectors."""
+        parameters = dict(self.layers[index].named_parameters())
+        return {
+            name: inside
+            for name, inside in self._tensors(index)
+            if inside in parameters and parameters[inside].dim() == 1
+        }
+
+    def outer_vectors(self) -> dict[str, nn.Parameter]:
+        """Name in the files -> parameter, of those outside the decoder layers that are vectors."""
+        named = self.model.named_parameters()
+        return {
+            self._names[name]: parameter
+            for name, parameter in named
+            if parameter.dim() == 1 and name in self._names and not name.startswith(self._path + ".")
+        }
+
     def stored_dtype(self) -> str:
         """The dtype of the first layer's weights, as config.json names it."""
         return str(self.reader.dtypes[self._tensors(0)[0][0]]).removeprefix("torch.")
@@ -127,7 +145,7 @@ class LayeredModel:
 
         The stub of `real`, which did not run, has that layer's output as its ``hidden``.
         """
-        self._read_others()
+        self.read_others()
         with self._stubs(real) as stubs, contextlib.ExitStack() as hooks:
             if real is not None:
 
@@ -213,7 +231,7 @@ class LayeredModel:
         What the model does behind its decoder layers, with autograd where it is enabled. The head's weight is in memory
         until the block ends.
         """
-        self._read_others()
+        self.read_others()
         for name, _ in self.head.named_parameters():
             weight = self.head_weights if name == "weight" else {self._names[f"{self._head_path}.{name}"]}
             stored = next(one for one in sorted(weight) if one in self.reader)
@@ -232,7 +250,7 @@ class LayeredModel:
             for name, old in list(self.head.named_parameters()):
                 _set_tensor(self.head, name, torch.empty_like(old, device="meta"), old.dtype)
 
-    def _read_others(self) -> None:
+    def read_others(self) -> None:
         """Reads what is outside the decoder layers, the output head excepted."""
         for name, old in list(self.model.named_parameters()):
             if (

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized decoder layer as it is trained: su, sv, norms and biases, over the dense weights of its codes."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SU, SV, tensor_specs
+from quip_vllm.ops import dequantize
+from quip_vllm.quantizer.source.model import LayeredModel
+
+
+class Block:
+    """The trained vectors of one quantized decoder layer, and the layer that computes with them.
+
+    Neither a code is decoded nor a rotation done while it runs: y = sv * A(su * x) with A = U_n What U_k^T, made once.
+
+    Args:
+        source: the model.
+        index: of the layer.
+        specs: full module name -> format, of the quantized layers.
+        tensors: the layer's tensors as they are stored, by full name.
+
+    Attributes:
+        vectors: full name -> float32, a leaf that wants a gradient. Linear layers that share su have one for all.
+        weights: a function that gives the layer's other tensors, with A in `compute_dtype` as the ``weight`` of a
+            quantized layer. It may be replaced by one that reads them from where they take no memory.
+    """
+
+    weights: Callable[[], Mapping[str, Tensor]]
+
+    def __init__(
+        self, source: LayeredModel, index: int, specs: Mapping[str, LinearSpec], tensors: Mapping[str, Tensor]
+    ):
+        self._source, self._index = source, index
+        self._linears = {name: module for name, module in source.linears(index).items() if name in specs}
+        self._inside = source.vectors(index)
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.vectors: dict[str, Tensor] = {}
+        weights = dict(tensors)
+        for name in self._inside:
+            self._train(name, weights[name])
+        shared: list[tuple[Tensor, str]] = []
+        for name in self._linears:
+            own = {one.name: weights.pop(f"{name}.{one.name}") for one in tensor_specs(specs[name])}
+            su, sv = own[SU.name], own[SV.name]
+            dense = dequantize(specs[name], own | {SU.name: torch.ones_like(su), SV.name: torch.ones_like(sv)})
+            weights[f"{name}.weight"] = dense.to(source.compute_dtype)
+            first = next((first for one, first in shared if torch.equal(one, su)), None)
+            if first is None:
+                shared.append((su, first := f"{name}.{SU.name}"))
+                self._train(first, su)
+            self.vectors[f"{name}.{SU.name}"], self._dtypes[f"{name}.{SU.name}"] = self.vectors[first], su.dtype
+            self._train(f"{name}.{SV.name}", sv)
+        self.weights = lambda: weights
+
+    @contextlib.contextmanager
+    def layer(self) -> Iterator[nn.Module]:
+        """The layer, called like the model's own; it computes with the vectors as they would be stored."""
+        with self._source.layer(self._index, self.weights()) as layer:
+            for name, module in self._linears.items():
+                module.forward = self._forward(name, module)  # type: ignore[method-assign, assignment]
+            try:
+                yield _Called(layer, lambda: {inside: self._stored(name) for name, inside in self._inside.items()})
+            finally:
+                for module in self._linears.values():
+                    del module.forward
+
+    def stored(self) -> dict[str, Tensor]:
+        """The vectors by full name, as they are stored."""
+        return {name: vector.detach().to(self._dtypes[name]) for name, vector in self.vectors.items()}
+
+    def _train(self, name: str, stored: Tensor) -> None:
+        self.vectors[name] = stored.float().clone().requires_grad_()
+        self._dtypes[name] = stored.dtype
+
+    def _stored(self, name: str) -> Tensor:
+        return self.vectors[name].to(self._dtypes[name]).to(self._source.compute_dtype)
+
+    def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            weight = Scaled.apply(module.weight, self._stored(f"{name}.{SU.name}"), self._stored(f"{name}.{SV.name}"))
+            return linear(x, weight, module.bias)
+
+        return forward
+
+
+class Scaled(torch.autograd.Function):
+    """diag(sv) A diag(su), with gradients of su and sv that take one pass over A and two products with a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, su: Tensor, sv: Tensor) -> Tensor:
+        """[n, k] of a matrix [n, k], su [k] and sv [n]."""
+        ctx.save_for_backward(matrix, su, sv)
+        return (matrix * su).mul_(sv[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        """The gradients of su and sv."""
+        matrix, su, sv = ctx.saved_tensors
+        product = gradient * matrix
+        return None, product.T.mv(sv), product.mv(su)
+
+
+class _Called(nn.Module):
+    """A layer that is called with the vectors of the moment in place of its own."""
+
+    def __init__(self, layer: nn.Module, vectors: Callable[[], dict[str, Tensor]]):
+        super().__init__()
+        self._layer, self._vectors = layer, vectors
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102  # torch's
+        return functional_call(self._layer, self._vectors(), args, kwargs)

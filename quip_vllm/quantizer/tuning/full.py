@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training the vectors of all layers at once, so that the model's logits are those of the original.
+
+One decoder layer is in memory at a time, with its gradients; the dense weights of the others lie on the disk.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quip_vllm.checkpoint.shards import read_shard, write_shard
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.quantizer.source.backward import Forward, Head, spans
+from quip_vllm.quantizer.source.model import LayeredModel
+from quip_vllm.quantizer.source.replay import run_layer
+from quip_vllm.quantizer.tuning.block import Block
+from quip_vllm.quantizer.tuning.blocks import split
+from quip_vllm.quantizer.tuning.optimizer import Optimizer
+
+EPOCHS = 3
+RATE = 1e-3
+"""See Optimizer."""
+PATIENCE = 1
+"""How many epochs in turn may be no better than the best one before the training ends."""
+
+
+class Model:
+    """A quantized model whose vectors are trained, and the outputs of the original's last layer for a text.
+
+    Args:
+        source: the model; those of its vectors that it reads behind its layers are trained as well.
+        blocks: of every decoder layer, their weights where they take no memory.
+        tokens: the text by batches, int64 [sequences, length].
+        targets: outputs of the original's last layer for each batch, [sequences, length, hidden].
+        folder: for what a step keeps on the disk.
+    """
+
+    def __init__(
+        self,
+        source: LayeredModel,
+        blocks: Sequence[Block],
+        tokens: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        folder: Path,
+    ):
+        self._source, self._blocks, self._folder = source, blocks, folder
+        self._tokens, self._targets = tokens, targets
+        source.read_others()
+        self._outer = {name: parameter.requires_grad_() for name, parameter in source.outer_vectors().items()}
+        self._originals = {name: parameter.detach().clone() for name, parameter in self._outer.items()}
+        self.outer = {
+            name: parameter.detach().float().clone().requires_grad_() for name, parameter in self._outer.items()
+        }
+
+    def vectors(self) -> list[Tensor]:
+        """All that is trained."""
+        return [*(vector for block in self._blocks for vector in block.vectors.values()), *self.outer.values()]
+
+    def stored(self) -> dict[str, Tensor]:
+        """All of it by name, as it is stored."""
+        dtypes = self._source.reader.dtypes
+        outer = {name: vector.detach().to(dtypes[name]) for name, vector in self.outer.items()}
+        return outer | {name: vector for block in self._blocks for name, vector in block.stored().items()}
+
+    def place(self, vectors: Mapping[str, Tensor] | None = None) -> None:
+        """Puts the vectors behind the layers, or others, in the place of the model's own."""
+        for name, vector in (vectors or self.outer).items():
+            self._outer[name].data.copy_(vector)
+
+    def _wanted(self, head: Head, index: int, span: slice) -> Tensor:
+        """The original's logits, float32."""
+        self.place(self._originals)
+        logits = head(self._targets[index][:, span]).float()
+        self.place()
+        return logits
+
+    def step(self, index: int) -> float:
+        """Adds up the vectors' gradients for a batch, and returns its loss, the mean divergence a token in nats."""
+        total = 0.0
+        tokens = self._tokens[index]
+
+        def score(logits: Tensor, _: int, span: slice, head: Head) -> Tensor:
+            nonlocal total
+            loss, gradient = divergence(logits, self._wanted(head, index, span))
+            total += loss / tokens.numel()
+            return gradient / tokens.numel()
+
+        forward = Forward(self._source, tokens, len(tokens), self._folder, self._layer)
+        for _ in forward.backward(score):
+            pass
+        for name, parameter in self._outer.items():
+            if parameter.grad is not None:
+                self.outer[name].grad, parameter.grad = parameter.grad.float(), None
+        return total
+
+    def loss(self, batches: Sequence[int]) -> float:
+        """The mean divergence a token of some batches."""
+        hidden, calls = self._source.first_hidden_states(
+            torch.cat([self._tokens[i] for i in batches]), len(self._tokens[0])
+        )
+        for index in range(len(self._blocks)):
+            with self._layer(index) as layer:
+                hidden = [run_layer(layer, x, calls[index]) for x in hidden]
+        total = 0.0
+        with self._source.output_head() as head:
+            for i, states in zip(batches, hidden, strict=True):
+                for span in spans(self._source, states):
+                    total += divergence(head(states[:, span]).float(), self._wanted(head, i, span))[0]
+        return total / sum(self._tokens[i].numel() for i in batches)
+
+    def _layer(self, index: int) -> AbstractContextManager[nn.Module]:
+        return self._blocks[index].layer()
+
+
+def tune_together(
+    source: LayeredModel,
+    specs: Mapping[str, LinearSpec],
+    read: Callable[[int], Mapping[str, Tensor]],
+    tokens: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    folder: Path,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trains the vectors of all layers.
+
+    Args:
+        source: the model.
+        specs: full module name -> format, of its quantized layers.
+        read: index of a decoder layer -> its tensors as they are stored.
+        tokens: see Model.
+        targets: see Model.
+        folder: for the dense weights of the layers and the state of the training; a killed run finds both there.
+        seed: of the order of the batches.
+
+    Returns:
+        (the trained tensors by name, as they are to be stored; for the report, what `tune_model` tells).
+    """
+    blocks = []
+    for index in tqdm(range(len(source.layers)), desc="dense weights", unit="layer", leave=False):
+        block, file = Block(source, index, specs, read(index)), folder / f"weights-{index:05d}.safetensors"
+        folder.mkdir(exist_ok=True)
+        write_shard(file, block.weights())
+        block.weights = partial(read_shard, file)
+        blocks.append(block)
+    model = Model(source, blocks, tokens, targets, folder / "inputs")
+    told = tune_model(model, len(tokens), seed, folder / "state.safetensors")
+    return model.stored(), told
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
+    """KL(softmax(wanted) || softmax(logits)), summed over all but the last dimension, and its gradient at `logits`."""
+    log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
+    p = log_p.exp()
+    return float((p * (log_p - log_q)).sum(dtype=torch.float64)), log_q.exp() - p
+
+
+def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, Any]:
+    """Trains a model; its vectors end as the best that the validation loss has met, or as they were.
+
+    Args:
+        model: changed.
+        batches: of its text.
+        seed: of their order.
+        state: a file that holds the state after each epoch, from which a killed run goes on.
+
+    Returns:
+        For the report: validation loss before and after, in nats a token, and how many epochs were trained.
+    """
+    train, validation = split(batches)
+    optimizer = Optimizer(model.vectors(), RATE, EPOCHS * len(train))
+    losses: list[float] = []
+    if state.exists():
+        found = read_shard(state)
+        losses = found.pop("losses").tolist()
+        optimizer.load(found)
+        model.place()
+    losses = losses or [model.loss(validation)]
+    while len(losses) <= EPOCHS and len(losses) - losses.index(min(losses)) <= PATIENCE:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + len(losses)))
+        with tqdm(order.tolist(), desc=f"tuning, epoch {len(losses)} of {EPOCHS}") as progress:
+            for i in progress:
+                loss = model.step(train[i])
+                optimizer.step()
+                model.place()
+                progress.set_postfix_str(f"loss {loss:.4f}, validation {losses[0]:.4f} -> {losses[-1]:.4f}")
+        losses.append(model.loss(validation))
+        if losses[-1] == min(losses):
+            optimizer.keep()
+        write_shard(state, {**optimizer.state(), "losses": torch.tensor(losses, dtype=torch.float64)})
+    optimizer.restore()
+    model.place()
+    return {"before": losses[0], "after": min(losses), "epochs": len(losses) - 1}

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adam over the vectors of one block or of all, and its whole state as tensors that a file can hold."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+BEST, RATES, STEP = "best", "rates", "step"
+
+
+class Optimizer:
+    """Adam whose learning rate falls in a line to 0, with the vectors at their best.
+
+    Args:
+        vectors: float32 leaves; one that is given twice counts once.
+        rate: the learning rate at the start, in units of each vector's root mean square.
+        steps: after which the rate is 0.
+    """
+
+    def __init__(self, vectors: Iterable[Tensor], rate: float, steps: int):
+        self.vectors = list({id(vector): vector for vector in vectors}.values())
+        self._steps = steps
+        sizes = [float(vector.detach().square().mean().sqrt()) or 1.0 for vector in self.vectors]
+        self._rates = [rate * size for size in sizes]
+        self._adam = torch.optim.Adam([{"params": [v]} for v in self.vectors], betas=(0.9, 0.95), eps=1e-12)
+        self._step = 0
+        self.keep()
+
+    def step(self) -> None:
+        """One step along the vectors' gradients, which it removes; a vector without one stays."""
+        left = max(0.0, 1 - self._step / self._steps)
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * left
+        self._adam.step()
+        self._adam.zero_grad()
+        self._step += 1
+
+    def keep(self) -> None:
+        """Calls the vectors of now the best."""
+        self._best = [vector.detach().clone() for vector in self.vectors]
+
+    def restore(self) -> None:
+        """Makes the vectors the best again."""
+        for vector, best in zip(self.vectors, self._best, strict=True):
+            vector.data.copy_(best)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `load` needs to go on as if nothing had happened."""
+        found = {STEP: torch.tensor(self._step), RATES: torch.tensor(self._rates, dtype=torch.float64)}
+        for i, (vector, best) in enumerate(zip(self.vectors, self._best, strict=True)):
+            found |= {f"{i}.vector": vector.detach(), f"{i}.{BEST}": best}
+            found |= {f"{i}.adam.{key}": value for key, value in self._adam.state[vector].items()}
+        return found
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes up a `state`."""
+        self._step, self._rates = int(state[STEP]), state[RATES].tolist()
+        for i, vector in enumerate(self.vectors):
+            vector.data.copy_(state[f"{i}.vector"])
+            self._best[i] = state[f"{i}.{BEST}"]
+            begin = f"{i}.adam."
+            own = {name.removeprefix(begin): value for name, value in state.items() if name.startswith(begin)}
+            if own:
+                self._adam.state[vector] = own
