@@ -44,10 +44,6 @@ LOSS_IN_TWO_SPACES = 1e-3
 """Relative difference of a proxy loss computed on the stored tensors in the original space, undamped, from the reported
 one in the rotated space: fp16 signs are exact, both are float32 sums, and the damping of 1e-6 is negligible."""
 
-LOSS_WITH_DAMPED_OUTPUTS = 0.5
-"""As LOSS_IN_TWO_SPACES where the outputs' Hessian counts: the tenth of its mean diagonal that is added adds to the
-loss what an error along weak outputs costs."""
-
 FACTOR = 1e-5
 """Relative error (Frobenius norm) of (L + I) D (L + I)^T against H: L is rounded to float32 once."""
 

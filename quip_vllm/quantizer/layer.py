@@ -31,9 +31,6 @@ from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotat
 CHUNK_WEIGHTS = 1 << 24
 """Weights of a head that are rounded at a time: 64 MiB in float32, of which a handful of copies is alive."""
 
-OUTPUT_DAMPING = 0.1
-"""Share of the mean diagonal that is added to the diagonal of the outputs' Hessians, which few sequences make."""
-
 
 @dataclass
 class Quantized:
@@ -118,7 +115,7 @@ def quantize_group(
         batch = [rows_of(name, part, encoder) for name, part in parts]
         outputs = None
         if batch[0].name in two_sided:  # it is alone in its batch
-            outputs = _rotated_outputs(known[batch[0].name], batch[0], specs[batch[0].name])
+            outputs = _rotated_outputs(known[batch[0].name], settings.damping, batch[0], specs[batch[0].name])
         stacked = torch.cat([rows.units for rows in batch])
         rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder, outputs)
         curvature = Curvature(inputs, outputs)
@@ -218,12 +215,10 @@ def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int
     return _Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
 
 
-def _rotated_outputs(sensitivity: Sensitivity, rows: _Rows, spec: LinearSpec) -> Tensor:
+def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: _Rows, spec: LinearSpec) -> Tensor:
     """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
     assert sensitivity.outputs is not None
-    mean = sensitivity.outputs.diagonal().mean()
-    hessian = sensitivity.outputs / mean if mean > 0 else torch.eye(len(sensitivity.outputs))
-    hessian.diagonal().add_(OUTPUT_DAMPING)
+    hessian = sensitivity.outputs + damping * torch.eye(len(sensitivity.outputs))
     return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block)
 
 

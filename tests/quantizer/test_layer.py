@@ -178,10 +178,10 @@ def test_chunks_of_a_head_do_not_change_a_bit(code, monkeypatch):
 def felt(n, energy=3.0, seed=7):
     """A sensitivity whose outputs are correlated."""
     g = draw(500, n, seed=seed) @ draw(n, n, seed=seed + 1)
-    return Sensitivity(torch.ones(500), energy, g.T @ g)
+    return Sensitivity(torch.ones(500), energy, g.T @ g / g.square().sum() * n)
 
 
-@pytest.mark.parametrize(("code", "gain"), [("e8p", 0.7), ("1mad", 0.97)])
+@pytest.mark.parametrize(("code", "gain"), [("e8p", 0.8), ("1mad", 0.97)])
 def test_two_sides_lose_less_of_what_the_loss_feels(code, gain):
     """The divergence in the report is that of the stored tensors, undamped, in the original space."""
     weights = {"a": draw(N, K), "b": draw(48, K, seed=1)}
@@ -199,7 +199,7 @@ def test_two_sides_lose_less_of_what_the_loss_feels(code, gain):
             felt_loss = (outputs @ error @ inputs * error).sum()
             losses.setdefault(name, []).append(float(felt_loss))
             expected = 3.0 * float(lost) / 2
-            wanted = pytest.approx(expected, rel=numerics.LOSS_WITH_DAMPED_OUTPUTS if two_sided else 1e-3)
+            wanted = pytest.approx(expected, rel=numerics.LOSS_IN_TWO_SPACES)
             assert result.entry["expected_divergence"] == wanted
     for one, both in losses.values():
         assert both < gain * one

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quip_vllm.quantizer.curvature.collector import Collector
-from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, token_weights
+from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, shrunk, token_weights
 from quip_vllm.quantizer.sensitivities import Sensitivities
 from quip_vllm.quantizer.source.backward import sampled_score
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -20,11 +20,11 @@ def test_two_tokens():
     linear = nn.Linear(2, 2)
     collector = OutputCollector({"a": linear}, two_sided=True)
     x, g = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])
-    linear(x).backward(g)
+    linear(x.repeat(2, 1, 1)).backward(g.repeat(2, 1, 1))  # halves that agree
     found = collector.close()["a"]
-    assert found.outputs.tolist() == [[0.5, 1.5], [1.5, 5.0]]
+    torch.testing.assert_close(found.outputs * 2.75, torch.tensor([[0.5, 1.5], [1.5, 5.0]]))
     assert found.energy == (5 * 1 + 1 * 2) / 2
-    torch.testing.assert_close(found.weights, torch.tensor([2.5, 0.5]) / 1.5)
+    torch.testing.assert_close(found.weights, torch.tensor([2.5, 0.5, 2.5, 0.5]) / 1.5)
     weighted = Collector({"a": linear}, {"a": found.weights})
     linear(x)
     hessian = 1.5 * weighted.close()[0].hessian / 2  # times the mean of g^2, which the weights were divided by
@@ -39,6 +39,29 @@ def test_token_weights():
     assert weights.mean() == pytest.approx(1) and weights[7] == weights.max()
     assert weights[7] / weights[8] == pytest.approx(LARGEST_WEIGHT * float(squares.mean() / squares[8]))
     assert torch.equal(token_weights(torch.zeros(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_a_shrunk_moment_is_near_the_best(correlated):
+    """Of mixtures with the identity, for a true moment that is known; the identity itself where that is true."""
+    draw = torch.Generator().manual_seed(0)
+    n, sequences, columns = 24, 9, 3
+    root = torch.linalg.qr(torch.randn(n, n, generator=draw))[0] * torch.linspace(0.2, 2, n)
+    root = root / root.square().sum().div(n).sqrt() if correlated else torch.eye(n)
+    truth = root @ root.T
+    found, best, plain = 0.0, 0.0, 0.0
+    for _ in range(40):
+        g = root @ torch.randn(sequences, n, columns, generator=draw)
+        products = g @ g.mT
+        own = shrunk(products[::2].sum(0), products[1::2].sum(0), sequences)
+        own = torch.eye(n) if own is None else own
+        assert own.diagonal().mean() == pytest.approx(1)
+        mean = products.sum(0)
+        mean /= mean.diagonal().mean()
+        errors = [((1 - s) * mean + s * torch.eye(n) - truth).norm() for s in torch.linspace(0, 1, 101)]
+        found, best, plain = found + (own - truth).norm(), best + min(errors), plain + errors[0]
+    assert found < (1.1 * best if correlated else 0.3 * plain) and best < 0.8 * plain
+    assert shrunk(torch.zeros(3, 3), torch.zeros(3, 3), 4) is None
 
 
 def pair_of_runs(weights, x0, x):
@@ -107,8 +130,11 @@ def test_they_are_those_of_the_whole_model(tiny_model, tmp_path, architecture):
         for name, one in layer.items():
             x, g = (torch.cat(side).double() for side in zip(*seen[name], strict=True))
             gradients = torch.einsum("btn,btk->bnk", g, x)
-            outputs = torch.einsum("bnk,bmk->nm", gradients, gradients) / 200
-            assert numerics.relative(one.outputs, outputs) < numerics.FLOAT32_HESSIAN
+            products = torch.einsum("bnk,bmk->bnm", gradients, gradients)
+            outputs = shrunk(products[::2].sum(0), products[1::2].sum(0), 5)
+            assert (one.outputs is None) == (outputs is None)
+            if outputs is not None:
+                assert numerics.relative(one.outputs, outputs) < numerics.FLOAT32_HESSIAN
             energy = (g.square().sum(-1) * x.square().sum(-1)).mean()
             assert one.energy == pytest.approx(float(energy), rel=numerics.FLOAT32_HESSIAN)
             alike = ["q_proj", "k_proj", "v_proj"] if name.endswith("q_proj") else [name.rpartition(".")[2]]

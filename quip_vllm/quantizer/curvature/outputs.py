@@ -25,7 +25,8 @@ class Sensitivity:
     Attributes:
         weights: float32 [tokens], how much each token counts, 1 in the mean.
         energy: mean of |g|^2 |x|^2 per token, the trace of the loss's Hessian over the weight.
-        outputs: float32 [n, n], E[G G^T] per token; None where it was not asked for.
+        outputs: float32 [n, n], E[G G^T] of mean diagonal 1, as `shrunk` makes it; None where it was not asked for, or
+            where nothing sets it apart from the identity.
     """
 
     weights: Tensor
@@ -49,7 +50,8 @@ class _Sums:
     reader: str  # first linear layer that reads the same activation
     squares: list[Tensor] = field(default_factory=list)
     energy: float = 0.0
-    outputs: Tensor | None = None
+    sequences: int = 0
+    halves: list[Tensor] = field(default_factory=list)  # sums of G G^T over every other sequence
 
 
 class OutputCollector:
@@ -78,7 +80,9 @@ class OutputCollector:
         for name, sums in self._sums.items():
             alike = [own[other] for other, one in self._sums.items() if one.reader == sums.reader]
             tokens = len(own[name])
-            outputs = None if sums.outputs is None else sums.outputs / tokens
+            outputs = None
+            if sums.sequences > 1 and self._two_sided:
+                outputs = shrunk(sums.halves[0], sums.halves[1], sums.sequences)
             results[name] = Sensitivity(torch.stack(alike).mean(0), sums.energy / tokens, outputs)
         return results
 
@@ -99,8 +103,41 @@ class OutputCollector:
         if not self._two_sided:
             return
         for one, of_it in zip(x, gradient, strict=True):  # sequence by sequence
-            product = gram(one.T @ of_it)
-            sums.outputs = product if sums.outputs is None else sums.outputs.add_(product)
+            product, half = gram(one.T @ of_it), sums.sequences % 2
+            if sums.sequences < 2:
+                sums.halves.append(product)
+            else:
+                sums.halves[half] += product
+            sums.sequences += 1
+
+
+def shrunk(even: Tensor, odd: Tensor, sequences: int) -> Tensor | None:
+    """A second moment of few sequences, drawn so far towards the identity as its two halves disagree.
+
+    With S of mean diagonal 1, (S + s I) / (1 + s) is nearest to the moment of all texts, in the mean, for s = noise /
+    signal (Ledoit and Wolf, 2004): signal is what of |S|^2 both halves share beyond the identity, noise is the rest.
+
+    Args:
+        even: float32 [n, n], sum over sequences 0, 2, ....
+        odd: the same over 1, 3, ....
+        sequences: how many both have.
+
+    Returns:
+        float32 [n, n] of mean diagonal 1; None where the halves share nothing.
+    """
+    total = even + odd
+    unit = total.diagonal().mean()
+    if unit <= 0:
+        return None
+    total /= unit
+    shares = sequences - sequences // 2, sequences // 2
+    both = float((even * odd).sum(dtype=torch.float64) / unit.double() ** 2) * sequences**2 / (shares[0] * shares[1])
+    signal, noise = both - len(total), float(total.square().sum(dtype=torch.float64)) - both
+    if signal <= 0:
+        return None
+    share = max(noise, 0.0) / signal
+    total.diagonal().add_(share)
+    return total / (1 + share)
 
 
 def token_weights(squares: Tensor) -> Tensor:
