@@ -2,6 +2,7 @@
 """Token weights and Hessians of outputs: toy figures, autograd of the whole model, what a shared folder belongs to."""
 
 import shutil
+import weakref
 
 import numerics
 import pytest
@@ -22,7 +23,7 @@ def test_two_tokens():
     x, g = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])
     linear(x.repeat(2, 1, 1)).backward(g.repeat(2, 1, 1))  # halves that agree
     found = collector.close()["a"]
-    torch.testing.assert_close(found.outputs * 2.75, torch.tensor([[0.5, 1.5], [1.5, 5.0]]))
+    torch.testing.assert_close(found.outputs * 1.75, torch.tensor([[0.5, 1.0], [1.0, 3.0]]))
     assert found.energy == (5 * 1 + 1 * 2) / 2
     torch.testing.assert_close(found.weights, torch.tensor([2.5, 0.5, 2.5, 0.5]) / 1.5)
     weighted = Collector({"a": linear}, {"a": found.weights})
@@ -30,6 +31,9 @@ def test_two_tokens():
     hessian = 1.5 * weighted.close()[0].hessian / 2  # times the mean of g^2, which the weights were divided by
     torch.testing.assert_close(hessian, torch.tensor([[1.5, 0.25], [0.25, 0.25]], dtype=torch.float64))
     linear(x).sum().backward()  # the hooks are gone
+    there = weakref.ref(collector)
+    del collector
+    assert there() is None  # no graph holds it
 
 
 def test_token_weights():
@@ -129,8 +133,7 @@ def test_they_are_those_of_the_whole_model(tiny_model, tmp_path, architecture):
         assert list(layer) == names
         for name, one in layer.items():
             x, g = (torch.cat(side).double() for side in zip(*seen[name], strict=True))
-            gradients = torch.einsum("btn,btk->bnk", g, x)
-            products = torch.einsum("bnk,bmk->bnm", gradients, gradients)
+            products = torch.einsum("btn,btm,btk->bnm", g, g, x.square())
             outputs = shrunk(products[::2].sum(0), products[1::2].sum(0), 5)
             assert (one.outputs is None) == (outputs is None)
             if outputs is not None:
