@@ -172,6 +172,9 @@ class CheckpointConfig:
                 return rows.stored
         return None if self._skips(name) else self.layers.get(self._fused.get(name, name), self.default)
 
+    unused: ClassVar[frozenset[str]] = frozenset()
+    """Modules of the files of which nothing is read."""
+
     def parts_of(self, name: str) -> list[tuple[str, int]]:
         """Full name and outputs of each layer of the model that the layer ``name`` of the files is, in order."""
         parent, dot, _ = name.rpartition(".")

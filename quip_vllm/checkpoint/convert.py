@@ -17,7 +17,7 @@ from quip_vllm import __version__
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.hub import SIDE_FILES, TOKENIZER, copy_files, tokenizer_folder, tokenizer_of
 from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, read_layer, stored_names
-from quip_vllm.checkpoint.published import Published, natural
+from quip_vllm.checkpoint.published import HEAD, Published, natural
 from quip_vllm.checkpoint.shards import plan_shards, shard_name, write_index, write_shard
 from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 from quip_vllm.formats.spec import LinearSpec
@@ -119,12 +119,16 @@ def _check_disk(out: Path, wanted: int) -> None:
 
 def _finish(source: Path, out: Path, config: Published, tokens: Path) -> None:
     """Copies what travels with the weights, compares some tiles, and writes config.json last."""
-    model = read_json(source / "config.json")
+    model: dict[str, Any] = read_json(source / "config.json")
     copy_files(source, out, SIDE_FILES, ("config.json", "quantization_config.json"))
     if tokens != source:
         copy_files(tokens, out, TOKENIZER)
     origin = {key: model.pop(key) for key in ("quip_params", "quantization_config") if key in model}
     described = config.converted().to_dict()
+    if any(name.rpartition(".")[2] == HEAD for name in config.specs):  # of its own, although the model may tie it
+        for one in (model, model.get("text_config")):
+            if isinstance(one, dict):
+                one["tie_word_embeddings"] = False
     snapshot = source.resolve()
     origin |= {"revision": snapshot.name} if snapshot.parent.name == "snapshots" else {}
     origin |= {"name": snapshot.parent.parent.name if "revision" in origin else snapshot.name}

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from quip_vllm.checkpoint.config import LayerFormat
-from quip_vllm.checkpoint.published import DAMAGED, Published, leaves_of, natural, sizes_of, text_of
+from quip_vllm.checkpoint.published import (
+    DAMAGED,
+    HEAD,
+    Published,
+    dense_modules,
+    leaves_of,
+    natural,
+    sizes_of,
+    text_of,
+)
 from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.exl3 import BLOCK, CODE_MARKS, SU_BITS, SUH, SV_BITS, SVH, TRELLIS, packed, signs
 from quip_vllm.formats.spec import LinearSpec, TileOrder
@@ -27,6 +36,9 @@ METHOD = "exl3"
 _CODES = ("3inst", *CODE_MARKS)
 _SIDES = {SUH: SU.name, SU_BITS: SU.name, SVH: SV.name, SV_BITS: SV.name}
 _VECTORS = {SUH: torch.float16, SU_BITS: torch.int16, SVH: torch.float16, SV_BITS: torch.int16}
+EMBEDDING_IS_HEAD = ("gemma2", "cohere", "cohere2")
+"""Models that tie the output head to the embedding, and whose vLLM code multiplies with that alone."""
+
 LEAVES = (TRELLIS, *_VECTORS, *CODE_MARKS)
 _SLICE = re.compile(r"\.slice\.\d+$")
 
@@ -38,12 +50,12 @@ class Exl3Config(Published):
     Attributes:
         raw: ``quantization_config`` of config.json.
         dense: modules that have an ordinary weight.
-        tied: whether the output head is the input embedding, so that a quantized copy of it is not used.
+        unused: the quantized output head of a model of EMBEDDING_IS_HEAD.
     """
 
     raw: Mapping[str, Any] = field(default_factory=dict)
     dense: frozenset[str] = frozenset()
-    tied: bool = False
+    unused: frozenset[str] = frozenset()  # type: ignore[misc]  # of every config, and here of each
 
     @property
     def method(self) -> str:
@@ -101,16 +113,24 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
         first = stated or next(iter(specs.values())).code
         if spec.code != first:
             raise ValueError(f"{name} has code {spec.code}, where the checkpoint has {first}: {DAMAGED}")
+    text = text_of(model)
+    tied = text.get("tie_word_embeddings", model.get("tie_word_embeddings", True))
+    leave = tied and text.get("model_type") in EMBEDDING_IS_HEAD
+    unused = frozenset(name for name in specs if leave and name.rpartition(".")[2] == HEAD)
+    specs = {name: spec for name, spec in specs.items() if name not in unused}
     layers = {name: stored_format(spec.code, spec.bits) for name, spec in specs.items()}
-    tied = text_of(model).get("tie_word_embeddings", model.get("tie_word_embeddings", False))
+    stored = {name: (spec.stored_outputs, spec.stored_in) for name, spec in specs.items()}
+    padded = {name: spec for name, spec in specs.items() if stored[name] != (spec.output_sizes, spec.in_features)}
     return Exl3Config(
         default=Counter(layers.values()).most_common(1)[0][0],
         hadamard_block=BLOCK,
+        modules_to_not_convert=dense_modules(headers),
         layers=layers,
+        shapes={name: (spec.out_features, spec.in_features) for name, spec in padded.items()},
         raw=raw,
         specs=specs,
         dense=frozenset(name for name, own in owned.items() if "weight" in own),
-        tied=bool(tied),
+        unused=unused,
     )
 
 

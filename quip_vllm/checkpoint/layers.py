@@ -84,7 +84,7 @@ def others_of(reader: CheckpointReader, config: CheckpointConfig) -> list[str]:
     """The names of all tensors that belong to no quantized layer, and of the layers' biases."""
     specs = layer_specs(reader, config)
     quantized = {full for name, spec in specs.items() for full in stored_names(reader, config, name, spec)}
-    return [name for name in reader.names() if name not in quantized]
+    return [name for name in reader.names() if name not in quantized and name.rpartition(".")[0] not in config.unused]
 
 
 def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves: set[str]) -> LinearSpec:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.spec import LinearSpec
 
 HEAD = "lm_head"
@@ -62,10 +62,10 @@ def leaves_of(names: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
-def dense_modules(reader: CheckpointReader) -> tuple[str, ...]:
+def dense_modules(headers: Mapping[str, Header]) -> tuple[str, ...]:
     """The modules that have an ordinary weight of two or more dimensions."""
-    found = (full.removesuffix(".weight") for full in reader.names() if full.endswith(".weight"))
-    return tuple(sorted((name for name in found if len(reader.shapes[f"{name}.weight"]) > 1), key=natural))
+    dense = (full for full, one in headers.items() if full.endswith(".weight") and len(one.shape) > 1)
+    return tuple(sorted((full.removesuffix(".weight") for full in dense), key=natural))
 
 
 def check_parameters(parameters: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -96,7 +96,7 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QtipConfig:
     check_layers(model, owned, set(specs))
     usual = Counter(layers.values()).most_common(1)[0][0]
     default = LayerFormat(usual.code, usual.bits)
-    return QtipConfig(default, modules_to_not_convert=dense_modules(reader), layers=layers, specs=specs)
+    return QtipConfig(default, modules_to_not_convert=dense_modules(reader.headers()), layers=layers, specs=specs)
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:

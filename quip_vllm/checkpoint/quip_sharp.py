@@ -132,7 +132,7 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QuipSharpConfig:
     check_layers(model, owned, {part for name in specs for part in _served(name, parts)})
     return QuipSharpConfig(
         stored,
-        modules_to_not_convert=dense_modules(reader),
+        modules_to_not_convert=dense_modules(reader.headers()),
         layers=dict.fromkeys(specs, stored),
         parts=parts,
         specs=specs,

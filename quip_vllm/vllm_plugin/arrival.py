@@ -22,7 +22,6 @@ from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
 from quip_vllm.checkpoint.store import Header
-from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV
 from quip_vllm.vllm_plugin.reload import Loaded, checked, noted, source_now
 from quip_vllm.vllm_plugin.share import Share
@@ -209,25 +208,23 @@ def carry_tensors(model_class: Any) -> None:
     model_class.load_weights = load_weights
 
 
-def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], spec: LinearSpec | None = None) -> Tensor:
+def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], size: tuple[int, int] | None = None) -> Tensor:
     """The numbers that stand for a layer's weight; the layer is appended to ``sent``, which the caller holds.
 
     Args:
         name: on disk.
         tensors: by their names without the layer's.
         sent: the layers before it.
-        spec: what it is, where its tensors' sizes do not say: EXL3 pads them.
+        size: outputs and inputs, where its tensors' sizes do not say them: EXL3 pads these.
 
     Raises:
         ValueError: the layer has no ``su`` or no ``sv``, or they are not vectors.
     """
-    if spec is None:
+    if size is None:
         for vector in (SU.name, SV.name):
             if vector not in tensors or tensors[vector].dim() != 1:
                 raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
         size = len(tensors[SV.name]), len(tensors[SU.name])
-    else:
-        size = spec.out_features, spec.in_features
     disk = DiskLayer(name, tensors, sent[-1].end if sent else 0, *size)
     sent.append(disk)
     _SENT[disk.first] = disk
@@ -261,8 +258,12 @@ def _numbered(
             yield full, tensor
     _SENT.clear()
     for name, tensors in layers.items():
-        numbers = send(name, tensors, sent, specs.get(name))
-        parts = checkpoint.parts_of(name) if isinstance(checkpoint, CheckpointConfig) else []
+        size, parts = None, list[tuple[str, int]]()
+        if name in specs:
+            size = specs[name].out_features, specs[name].in_features
+        elif isinstance(checkpoint, CheckpointConfig):
+            size, parts = checkpoint.shapes.get(name), checkpoint.parts_of(name)
+        numbers = send(name, tensors, sent, size)
         pieces = numbers.split([rows for _, rows in parts]) if parts else [numbers]
         for (part, _), piece in zip(parts or [(name, 0)], pieces, strict=True):
             yield f"{part}.weight", piece

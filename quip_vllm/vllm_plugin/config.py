@@ -9,7 +9,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.config import CheckpointConfig, Head
 from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.layers import layer_specs
 from quip_vllm.checkpoint.store import CheckpointReader
@@ -165,9 +165,12 @@ class QuipConfig(QuantizationConfig):
         """Ours for the head and the embedding. Some models, Llama among them, give the embedding no name."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
+        from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod, RotatedHeadMethod
 
         head, is_output = self.checkpoint.head, isinstance(layer, ParallelLMHead)
+        if is_output and prefix in self.checkpoint.layers:
+            self._served.add(Head.KEY)
+            return RotatedHeadMethod(self.checkpoint, Head(prefix, self.checkpoint.layers[prefix], tied=False))
         tied = head is not None and head.tied
         rows = head if is_output or tied else self.checkpoint.embedding
         if rows is None or not (is_output or prefix in ("", rows.module)):

@@ -92,6 +92,16 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         return embed_tokens
 
 
+class RotatedHeadMethod(QuipEmbeddingMethod):
+    """Serves an output head that is stored like a linear layer. vLLM does not use the logits behind the vocabulary."""
+
+    rotate_output = True
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """The head has tensors of its own."""
+        return layer
+
+
 def unserved(rows: Embedding) -> str:
     """What to say where vLLM's model does not ask how the head or the embedding is stored."""
     return (

@@ -11,11 +11,9 @@ from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header
 from quip_vllm.vllm_plugin.config import QuipConfig, renaming
-from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -72,41 +70,22 @@ class Exl3QuipConfig(QuipConfig):
                     )
         return super().get_quant_method(layer, prefix)
 
-    def _head_method(self, layer: "VocabParallelEmbedding", prefix: str) -> "QuantizeMethodBase | None":
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-        if not isinstance(layer, ParallelLMHead) or prefix not in self.checkpoint.layers:
-            return None
-        self._served.add(Head.KEY)
-        return Exl3HeadMethod(self.checkpoint, Head(prefix, self.checkpoint.layers[prefix], tied=False))
-
     def _has_head(self) -> bool:
         return any(name.rpartition(".")[2] == HEAD for name in self.checkpoint.layers)
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":  # type: ignore[override]  # static in vLLM
-        """Leaves a quantized head out where vLLM's model multiplies with the embedding to which it is tied.
+        """Leaves a quantized head out that is not used.
 
         Raises:
-            ValueError: the model does so, and they are not tied.
+            ValueError: vLLM's model has built its head without asking for our method.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
         mapper = super().get_checkpoint_weight_mapper()
-        if not self._has_head() or Head.KEY in self._served:
-            return mapper
-        if not self.checkpoint.tied:
+        if self._has_head() and Head.KEY not in self._served:
             raise ValueError(f"{HEAD} is quantized, but vLLM's code of this model does not ask how it is stored")
-        return mapper | WeightsMapper(orig_to_new_prefix={f"{HEAD}.": None, f"language_model.{HEAD}.": None})
-
-
-class Exl3HeadMethod(QuipEmbeddingMethod):
-    """Serves the quantized output head. vLLM does not use the logits behind the vocabulary."""
-
-    rotate_output = True
-
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """The head has tensors of its own."""
-        return layer
+        unused = self.on_disk.unused
+        return mapper | WeightsMapper(orig_to_new_prefix={f"{name}.": None for name in unused}) if unused else mapper
 
 
 def _headers(model: str, revision: str | None) -> dict[str, Header]:

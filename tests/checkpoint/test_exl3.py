@@ -11,6 +11,7 @@ import torch
 from numerics import FLOAT32_LINEAR, relative
 from safetensors.torch import load_file, save_file
 
+from quip_vllm.checkpoint.convert import convert
 from quip_vllm.checkpoint.inspection import format_inspection, inspect
 from quip_vllm.checkpoint.layers import read_config, read_layers
 from quip_vllm.evaluation.loading import check_complete, load_model
@@ -63,6 +64,32 @@ def test_a_model_is_evaluated_with_the_dense_weights(written, architecture):
         assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
 
 
+def test_a_head_that_vllm_does_not_ask_for_is_left_out(tiny_model, tmp_path):
+    """vLLM's code of Gemma 2 multiplies with the embedding: so does the evaluation, and the converted model."""
+    state = exl3_files.write(tiny_model("Gemma2"), tmp_path / "source", "mcg", rate)
+    convert(tmp_path / "source", tmp_path / "out")
+    for folder in ("source", "out"):
+        found = load_model(str(tmp_path / folder)).state_dict()
+        assert torch.equal(found["lm_head.weight"], state["model.embed_tokens.weight"])
+        assert "lm_head" not in {layer["name"] for layer in inspect(tmp_path / folder)["layers"]}
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if name.startswith("lm_head")]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 320, "hidden_size": 192, "vocab_size": 300}])
+def test_converted_layers_are_those_of_the_source(tiny_model, tmp_path, architecture, sizes):
+    """Padded or not, with biases, a head of its own, and mixed bits."""
+    state = exl3_files.write(tiny_model(architecture, **sizes), tmp_path / "source", "mul1", rate, older=("o_proj",))
+    convert(tmp_path / "source", tmp_path / "out")
+    found = load_model(str(tmp_path / "out")).state_dict()
+    for name, wanted in state.items():
+        assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
+    check_complete(tmp_path / "out")
+    assert inspect(tmp_path / "out")["totals"]["weights"] == inspect(tmp_path / "source")["totals"]["weights"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["converted_from"]["quantization_config"]["quant_method"] == "exl3"
+
+
 def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
     source = tiny_model("Llama", intermediate_size=320)
     state = exl3_files.write(source, tmp_path / "out", "mcg", rate, widths=(128, 128, 64))
@@ -70,6 +97,9 @@ def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
     for name, wanted in state.items():
         assert relative(found[name], wanted.double()) < FLOAT32_LINEAR, name
     check_complete(tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "converted")
+    found = load_model(str(tmp_path / "converted")).state_dict()
+    assert all(relative(found[name], wanted.double()) < FLOAT32_LINEAR for name, wanted in state.items())
     gone = "model.layers.0.mlp.down_proj.slice.1"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name: one for name, one in tensors.items() if not name.startswith(gone)}

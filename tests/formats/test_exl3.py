@@ -7,7 +7,7 @@ import exl3_layers
 import numpy
 import pytest
 import torch
-from numerics import FLOAT32_LINEAR, relative
+from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, relative
 
 from quip_vllm.formats import exl3
 from quip_vllm.formats.spec import FORMATS, LinearSpec, TileOrder
@@ -141,6 +141,25 @@ def test_a_layer_against_the_specification(code, bits):
     tensors |= {"su": torch.from_numpy(suh), "sv": torch.from_numpy(svh)}
     wanted = torch.from_numpy(exl3_layers.effective(trellis, code, suh, svh).T.copy())
     assert relative(dequantize(spec, tensors), wanted) < FLOAT32_LINEAR
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_weights_are_those_of_gptqmodel(code, bits):
+    """Bit for bit those of an independent decoder, where GPTQModel (7.7.0, Apache-2.0) is installed."""
+    other = pytest.importorskip("gptqmodel.nn_modules.exllamav3_torch").ExllamaV3TorchLinear
+    k, n = 128, 256
+    generator = torch.Generator().manual_seed(bits)
+    trellis = torch.randint(-32768, 32768, (k // 16, n // 16, 16 * bits), generator=generator).to(torch.int16)
+    suh, svh = torch.randn(k, generator=generator).half(), torch.randn(n, generator=generator).half()
+    mark = {code: torch.tensor(0)} if code in exl3.CODE_MARKS else {}
+    tensors = {"trellis": trellis, "suh": suh, "svh": svh, **mark}
+    layer = other.from_tensors(in_features=k, out_features=n, name="layer", tensors=tensors)
+    assert torch.equal(decoded(trellis, code), layer._decode_inner_weight().half())
+    spec = LinearSpec(code, bits, k, (n,), exl3.BLOCK, tile_order=TileOrder.MMA_SWAPPED)
+    found = dequantize(spec, {"packed": exl3.packed(trellis), "su": suh, "sv": svh})
+    # whose values of states are not rounded to half precision
+    assert relative(found.T, layer.get_weight_tensor(torch.float32).double()) < HALF_ACTIVATIONS
 
 
 def test_signs_of_older_files():

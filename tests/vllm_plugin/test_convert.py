@@ -4,6 +4,7 @@
 import importlib.util
 from types import SimpleNamespace
 
+import exl3_files
 import pytest
 import relaxml_files
 import torch
@@ -109,6 +110,7 @@ def test_a_share_within_a_chunk_is_refused(set_rank):
 
 
 KINDS = {
+    "exl3": lambda source, out: exl3_files.write(source, out, "mul1"),
     "quip_sharp-2": lambda source, out: relaxml_files.write_quip_sharp(source, out, 2),
     "quip_sharp-3": lambda source, out: relaxml_files.write_quip_sharp(source, out, 3, wscale=0.8),
     "quip_sharp-4": lambda source, out: relaxml_files.write_quip_sharp(source, out, 4, rescaled=True),
@@ -120,7 +122,7 @@ SERVED = [
     pytest.param(kind, one, marks=[] if (kind, one) == ("quip_sharp-2", "Llama") else pytest.mark.exhaustive)
     for kind in KINDS
     for one in ARCHITECTURES
-    if one == "Llama" or kind in ("quip_sharp-3", "qtip")
+    if one == "Llama" or kind in ("quip_sharp-3", "qtip", "exl3")
 ]
 
 

@@ -18,7 +18,6 @@ from vllm.model_executor.layers.linear import (
 )
 
 from quip_vllm.checkpoint import exl3
-from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.vllm_plugin import arrival
 from quip_vllm.vllm_plugin import exl3 as plugin
 from quip_vllm.vllm_plugin.arrival import send
@@ -47,7 +46,7 @@ def config_of(layers, **model):
 def put(layer, tensors, dense, *shard_id):
     """What a vLLM model does with the weight [n, k] that a layer of the checkpoint stands for."""
     n, k = dense.shape
-    numbers = send("on.disk", tensors, SENT, LinearSpec("3inst", 1, k, (n,)))  # of which the sizes count
+    numbers = send("on.disk", tensors, SENT, (n, k))
     layer.weight.weight_loader(layer.weight, numbers, *shard_id)
 
 
