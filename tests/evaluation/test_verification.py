@@ -3,10 +3,12 @@
 
 import importlib.util
 import math
+import shutil
 
 import pytest
 import torch
 
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.cli import main
 from quip_vllm.evaluation import verification
 from quip_vllm.evaluation.verification import expected_log_probabilities, largest_difference
@@ -23,9 +25,15 @@ def test_largest_difference():
     assert largest_difference(expected, [{0: -1.0}, {1: math.nan}]) == math.inf
 
 
-def test_the_prompt_has_no_special_token(tiny_model):
-    tokens, expected = expected_log_probabilities(tiny_model())
-    assert len(tokens) == verification.PROMPT_TOKENS and not {256, 257} & set(tokens)
+@pytest.mark.parametrize("ends", [[], [257, *range(200)]])
+def test_the_prompt_has_no_special_token(tiny_model, tmp_path, ends):
+    """Llama 3 names several tokens that end a text."""
+    shutil.copytree(tiny_model(), tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    write_json(tmp_path / "model" / "config.json", {**config, "eos_token_id": ends or 257})
+    tokens, expected = expected_log_probabilities(tmp_path / "model")
+    assert tokens and len(tokens) <= verification.PROMPT_TOKENS and not {256, 257, *ends} & set(tokens)
+    assert ends or len(tokens) == verification.PROMPT_TOKENS
     assert torch.allclose(expected.exp().sum(-1), torch.ones(len(tokens)))
 
 
