@@ -160,6 +160,8 @@ class Run:
         check_replay(self.source, self._batches(self.settings.sequences))
         if SELF in self.settings.sources:  # else the text may have fewer
             checks.check_memory(self.settings, self.source, self.settings.sequences)
+        else:  # reading it takes less time than reading all weights
+            self.record.tokens(self._make_tokens)
         unfinished = [index for index, unit in enumerate(self.layers) if not self.record.has(unit)]
         names = [name for index in unfinished for name in self.source.layer_names(index)]
         deque(checks.checked(self.source.reader, names, self.plan.specs), maxlen=0)

@@ -94,7 +94,7 @@ def test_values_that_the_text_never_meets(damaged, refused, tiny_text, calibrati
 )
 def test_values_of_a_late_layer(damaged, refused, change, message):
     name = "model.layers.1.mlp.down_proj.weight"
-    refused(damaged(lambda tensors: change(tensors[name])), f"{name} {message}")
+    refused(damaged(lambda tensors: change(tensors[name])), f"{name} {message}", calibration="self")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,12 @@ def test_models_of_another_kind(tiny_model, refused, tmp_path, changes, message)
 def test_folders_without_a_model(refused, tmp_path, file, message):
     (tmp_path / file).write_text("{}")
     refused(tmp_path, message)
+
+
+def test_a_text_is_read_before_all_weights(damaged, make_settings, tmp_path):
+    folder = damaged(lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(torch.nan))
+    with pytest.raises(ValueError, match="calibration file nowhere.txt cannot be read"):
+        quantize(make_settings(folder, calibration="nowhere.txt"), tmp_path / "out")
 
 
 def test_no_tokenizer(tiny_model, refused, tmp_path):

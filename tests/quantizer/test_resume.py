@@ -175,7 +175,7 @@ def test_each_weight_is_read_once_before_the_work(tiny_model, stopped, monkeypat
         raise OSError("work")
 
     monkeypatch.setattr(CheckpointReader, "read", counting)
-    monkeypatch.setattr(run.Record, "tokens", work)
+    monkeypatch.setattr(run.checks, "check_memory", work)  # the last thing before the work
     for folder, resume in ((out, True), (out.with_name("new"), False)):
         read.clear()
         with pytest.raises(OSError, match="work"):

@@ -35,11 +35,11 @@ def calibration_tokens(settings: Settings, folder: Path, vocabulary: int) -> Ten
         ValueError: a text is too short, its source cannot be read, or its tokens are not the model's.
     """
     count, more = divmod(settings.sequences, len(settings.sources))
-    parts = []
-    for index, source in enumerate(settings.sources):
+    parts: dict[int, Tensor] = {}
+    for index, source in sorted(enumerate(settings.sources), key=lambda one: one[1] == SELF):  # what takes long is last
         own = replace(settings, calibration=source, sequences=count + (index < more))
-        parts.append((self_written if source == SELF else _read)(own, folder, vocabulary))
-    return torch.cat(parts)
+        parts[index] = (self_written if source == SELF else _read)(own, folder, vocabulary)
+    return torch.cat([parts[index] for index in sorted(parts)])
 
 
 def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
