@@ -24,7 +24,6 @@ from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_s
 from torch import Tensor
 from tqdm import tqdm
 
-from quip_vllm.ops import LinearSpec
 from quip_vllm.ops.dispatch import Backend, backends
 
 COLUMNS = ["backend", "format", "n", "k", "rows", "microseconds", "cublas_fp16_microseconds", "over_cublas"]
@@ -63,7 +62,7 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[Backend, str, int, int]]:
 
 
 def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_gb_s: float) -> list[dict[str, Any]]:
-    spec = LinearSpec(*FORMATS[name], k, (n,))
+    spec = FORMATS[name].spec(k, (n,), None)
     if backend.refusal(spec) is not None:
         print(f"{backend.name} does not run {name}: {backend.refusal(spec)}", file=sys.stderr)
         return []

@@ -23,7 +23,7 @@ import torch
 from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_signs, seconds, write_rows
 from torch import Tensor
 
-from quip_vllm.ops import LinearSpec, cpu_tier, select_backend
+from quip_vllm.ops import cpu_tier, select_backend
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "576x576", "1536x576"]
 CACHED = (16384, 2048)
@@ -92,8 +92,7 @@ def decoding_speed(name: str) -> float:
 
 def quantized_layers(name: str, n: int, k: int, working_set: int) -> tuple[list[Layer], int]:
     """Layers of one format that fill ``working_set`` MiB (one at least), and the bytes of each in a checkpoint."""
-    code, bits = FORMATS[name]
-    spec = LinearSpec(code, bits, k, (n,))
+    spec = FORMATS[name].spec(k, (n,), None)
     backend = select_backend(spec, "cpu")
     generator = torch.Generator().manual_seed(0)
     tensors = random_layer(spec, random_signs(k, generator), generator)
