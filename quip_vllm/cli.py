@@ -10,10 +10,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quip_vllm import __version__
 from quip_vllm.formats.spec import FORMATS, methods
+from quip_vllm.quantizer.plan_file import Planned, most_common
 from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, TUNINGS, Settings, default_code
+
+if TYPE_CHECKING:
+    from quip_vllm.quantizer.planning import Target
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_quantize(commands.add_parser("quantize", help="write a quantized checkpoint of a Hugging Face causal LM"))
+    _add_plan(commands.add_parser("plan", help="which bits each layer would get for a mean of bits or a size"))
     _add_convert(
         commands.add_parser(
             "convert", help="write a QuIP#, QTIP, YAQA or EXL3 checkpoint as ours, without a new rounding"
@@ -94,13 +100,35 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
+    _add_settings(parser)
+    parser.add_argument("--plan", type=Path, help="code and bits of every layer, as `quip-vllm plan` writes them")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
+    parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
+    parser.set_defaults(run=_quantize)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
+    _add_settings(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, for quantize --plan")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bits and losses there (PNG; needs matplotlib)")
+    parser.epilog = "example: quip-vllm plan MODEL --method quip_sharp --bits 2.5 --out plan.json"
+    parser.set_defaults(run=_plan)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """What a run and a plan are both told."""
     parser.add_argument(
         "--method",
-        required=True,
         choices=list(methods()),
         help="quip_sharp: a lattice code, the fastest at 2 bits; qtip: a trellis code, the better quality",
     )
-    parser.add_argument("--bits", required=True, type=int, help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4)")
+    parser.add_argument(
+        "--bits",
+        help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4); or a fraction, as 2.5: the mean over layers whose bits "
+        "are planned first",
+    )
+    parser.add_argument("--size", help="of all tensors, as 1.2GB or 900MB, in place of --bits: bits are planned first")
     parser.add_argument(
         "--code",
         choices=list(FORMATS),
@@ -167,9 +195,6 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
             option, type=int, metavar="BITS", help=f"quantize the {layer} too; where head and embedding are tied, both"
         )
     _add_trust(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
-    parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
-    parser.set_defaults(run=_quantize)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -228,14 +253,88 @@ def _convert(args: argparse.Namespace) -> int:
 def _quantize(args: argparse.Namespace) -> int:
     from quip_vllm.quantizer.run import quantize
 
-    code = args.code or default_code(args.method, args.bits)
+    if args.plan is not None:
+        from quip_vllm.quantizer.plan_file import read_plan
+
+        said = [option for option in ("method", "bits", "size", "code") if getattr(args, option) is not None]
+        if said:
+            raise ValueError(f"--plan says code and bits of every layer: leave --{' and --'.join(said)} away")
+        planned = read_plan(args.plan)
+        usual = most_common(planned)
+        settings, target = _settings(args, usual.code, usual.bits, planned), None
+    else:
+        bits, target = _target(args)
+        settings = _settings(args, _code(args, bits), bits)
+    report = quantize(settings, args.out, args.resume, target)
+    losses = [layer["proxy_loss"] for layer in report["layers"]]
+    print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
+    print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
+    print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from quip_vllm.checkpoint.store import write_json
+    from quip_vllm.quantizer.plan_file import format_plan
+    from quip_vllm.quantizer.planning import Target, make_plan_file
+
+    for option, file in (("--out", args.out), ("--plot", args.plot)):
+        if file:
+            _check_writable(file, option)
+    if args.plot:
+        from quip_vllm.quantizer.plan_plot import draw, require_matplotlib
+
+        require_matplotlib()
+    bits, target = _target(args)
+    settings = _settings(args, _code(args, bits), bits)
+    with tempfile.TemporaryDirectory(prefix="quip-vllm-plan-") as folder:
+        plan = make_plan_file(settings, target or Target(float(bits), code=args.code), Path(folder))
+    print(format_plan(plan))
+    if args.out:
+        write_json(args.out, plan)
+    if args.plot:
+        draw(plan, args.plot)
+    return 0
+
+
+def _target(args: argparse.Namespace) -> "tuple[int, Target | None]":
+    """--bits where it is a whole number, else bits that the method has, and what a plan is to reach."""
+    from quip_vllm.quantizer.planning import Target
+
+    if args.method is None or (args.bits is None) == (args.size is None):
+        raise ValueError("give --method, and either --bits or --size (or, to quantize, a --plan)")
+    if args.bits is not None and args.bits.isdecimal():
+        return int(args.bits), None
+    some = 4  # every method has them
+    if args.bits is not None:
+        try:
+            return some, Target(float(args.bits), code=args.code)
+        except ValueError as error:
+            said = str(error) if "give bits" in str(error) else f"--bits is {args.bits}: give a number, as 2 or 2.5"
+            raise ValueError(said) from None
+    number, unit = args.size.rstrip("kMGTB"), args.size.lstrip("0123456789.")
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        raise ValueError(f"--size is {args.size}: give a number and a unit, as 900MB or 1.2GB")
+    return some, Target(None, int(float(number) * _UNITS[unit]), args.code)
+
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _code(args: argparse.Namespace, bits: int) -> str:
+    code: str = args.code or default_code(args.method, bits)
     method = FORMATS[code].method
     if method != args.method:
         raise ValueError(f"--code is {code}, which belongs to {method}: give --method {method}, or leave --code away")
-    settings = Settings(
+    return code
+
+
+def _settings(args: argparse.Namespace, code: str, bits: int, planned: Planned = ()) -> Settings:
+    return Settings(
         model=args.model,
         code=code,
-        bits=args.bits,
+        bits=bits,
+        plan=planned,
         calibration=args.calibration,
         sequences=args.sequences,
         sequence_length=args.sequence_length,
@@ -252,12 +351,6 @@ def _quantize(args: argparse.Namespace) -> int:
         embedding=args.embedding,
         trust_remote_code=args.trust_remote_code,
     )
-    report = quantize(settings, args.out, args.resume)
-    losses = [layer["proxy_loss"] for layer in report["layers"]]
-    print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
-    print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
-    print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
-    return 0
 
 
 def _block(text: str) -> int | None:
@@ -280,7 +373,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from quip_vllm.evaluation.report import evaluate, format_report
 
     if args.json:
-        _check_writable(args.json)
+        _check_writable(args.json, "--json")
     result = evaluate(
         args.models,
         args.text,
@@ -298,15 +391,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_writable(file: Path) -> None:
+def _check_writable(file: Path, option: str) -> None:
     """Raises ValueError where a file cannot be made; leaves nothing."""
     if file.is_dir() or not file.parent.is_dir():
-        raise ValueError(f"--json is {file}: give a file in a folder that exists")
+        raise ValueError(f"{option} is {file}: give a file in a folder that exists")
     try:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise ValueError(
-            f"--json is {file}: nothing can be written there ({error.strerror}); give another file"
+            f"{option} is {file}: nothing can be written there ({error.strerror}); give another file"
         ) from None
 
 

@@ -46,7 +46,7 @@ class Quantized:
 
 
 @dataclass
-class _Rows:
+class Rows:
     """Rows of one layer on their way to the encoder: `units` float32 [n, k] times `scale` [n] or [] is the weight.
 
     `outputs` is the rotated Hessian of the outputs, float32 [n, n], if errors feed back along the columns.
@@ -101,13 +101,13 @@ def quantize_group(
     known = sensitivities or {}
     two_sided = [name for name in known if settings.two_sided and known[name].outputs is not None]
 
-    def rows_of(name: str, part: Tensor, encoder: Encoder) -> _Rows:
+    def rows_of(name: str, part: Tensor, encoder: Encoder) -> Rows:
         if not torch.isfinite(part).all():
             raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or {_remedy(specs[name])}")
         weight = part.float()
         if correction is not None:
             weight = weight + settings.drift_correction * correction(name, weight)
-        return _in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
+        return in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
 
     sums = {name: _Sums() for name in weights}
     fits: dict[str, Fit] = {}
@@ -156,7 +156,7 @@ def quantize_group(
     return results
 
 
-def _fit(rows: _Rows, values: Tensor, su: Tensor, outputs: Tensor | None, spec: LinearSpec) -> Fit:
+def _fit(rows: Rows, values: Tensor, su: Tensor, outputs: Tensor | None, spec: LinearSpec) -> Fit:
     """A layer's codes, what they stand for and the Hessian of its outputs, turned back."""
     block, signs = spec.hadamard_block, rows.sv.sign()
     wanted = unrotate_weight(rows.units, su, rows.sv, block)
@@ -177,8 +177,13 @@ def _refit(hessian: Tensor, fits: Mapping[str, Fit], su: Tensor, sums: Mapping[s
 
 def signs(size: int, seed: int, name: str) -> Tensor:
     """float32 [size] of +-1, a function of the seed and the name alone, so that a resumed run draws the same."""
+    return random_signs(size, generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """One whose numbers are a function of the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return random_signs(size, torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _batches(
@@ -204,7 +209,7 @@ def _batches(
         yield make_encoder(*stored), formats[stored]
 
 
-def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int, encoder: Encoder) -> _Rows:
+def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int, encoder: Encoder) -> Rows:
     """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored."""
     mixed = spec.rotate_output
     sv = signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))
@@ -212,10 +217,10 @@ def _in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int
     scale = scale_of(name, turned, spec, encoder)
     column = scale.view(-1, 1)
     # A row of a head that is too small for fp16 decodes to zeros.
-    return _Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
+    return Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
 
 
-def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: _Rows, spec: LinearSpec) -> Tensor:
+def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: Rows, spec: LinearSpec) -> Tensor:
     """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
     assert sensitivity.outputs is not None
     hessian = sensitivity.outputs + damping * torch.eye(len(sensitivity.outputs))

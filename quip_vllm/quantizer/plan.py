@@ -58,8 +58,12 @@ class Plan:
 
     def stored_bytes(self) -> int:
         """Size of all quantized layers in the checkpoint."""
-        stored = [one for spec in self.specs.values() for one in layout(spec).values()]
-        return sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in stored)
+        return sum(map(bytes_of, self.specs.values()))
+
+
+def bytes_of(spec: LinearSpec) -> int:
+    """Size of the tensors of a quantized layer."""
+    return sum(math.prod(one.shape) * one.dtypes[0].itemsize for one in layout(spec).values())
 
 
 def make_plan(settings: Settings, source: LayeredModel) -> Plan:
@@ -68,6 +72,7 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
     Raises:
         ValueError: a layer that is to be quantized cannot be, none is left, or a pattern matches none.
     """
+    _check_planned(settings, source)
     (embedding, head), token_rows = _token_rows(settings, source)
     specs: dict[str, LinearSpec] = {}
     kept = [name for name in source.other_linears if name != head] + source.beyond
@@ -99,6 +104,13 @@ def _token_rows(
     Raises:
         ValueError: there is no such head, or one table would have two formats.
     """
+    if settings.plan:
+        rows = {name: dict(settings.plan).get(name) for name in (source.embedding_name, source.head_name) if name}
+        stored = {name: one for name, one in rows.items() if one is not None}
+        own = source.embedding_name if source.embedding_name in stored and not source.tied else None
+        if source.head_name in stored:
+            source.quantizable_head()
+        return (own, source.head_name if source.head_name in stored else None), stored
     embedding, head = settings.embedding, settings.lm_head
     if source.tied:
         if None not in (embedding, head) and embedding != head:
@@ -110,6 +122,20 @@ def _token_rows(
     names = None if embedding is None else source.embedding_name, None if head is None else source.quantizable_head()
     bits = zip(names, (embedding, head), strict=True)
     return names, {name: LayerFormat(settings.code, of) for name, of in bits if name is not None and of is not None}
+
+
+def _check_planned(settings: Settings, source: LayeredModel) -> None:
+    """Raises ValueError unless a plan names every linear layer of the decoder layers, and nothing that there is not."""
+    inside = [name for index in range(len(source.layers)) for name in source.linears(index)]
+    planned = dict(settings.plan)
+    for name in planned:
+        if name not in inside and name not in (source.embedding_name, source.head_name):
+            raise ValueError(f"the plan names {name}, which {settings.model} has not: take it out of the plan")
+    for name in inside if planned else []:
+        if name not in planned:
+            raise ValueError(
+                f"the plan does not name {name}: give its code and bits there, or bits null to keep its weight"
+            )
 
 
 def _check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

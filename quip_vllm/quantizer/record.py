@@ -30,6 +30,7 @@ from quip_vllm.checkpoint.shards import (
 from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 
 FOLDER = ".quantize"
+PLAN = "plan.json"
 LOCK = "lock"
 
 
@@ -70,6 +71,13 @@ def locked(out: Path) -> Iterator[None]:
                     out.rmdir()
 
 
+def check_empty(out: Path, *more: Path) -> None:
+    """Raises ValueError where a folder holds files other than `more` and those of a run that has not begun."""
+    own = (out / FOLDER / "settings.json", out / FOLDER / LOCK, *more)
+    if any(file.is_file() and file not in own for file in out.rglob("*")):
+        raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
+
+
 class Record:
     """The record of the run in `out`.
 
@@ -86,9 +94,7 @@ class Record:
         self.out, self.folder = out, out / FOLDER
         state = self.folder / "settings.json"
         if not resume:
-            own = (state, self.folder / LOCK)
-            if any(file.is_file() and file not in own for file in out.rglob("*")):
-                raise ValueError(f"{out} is not empty: give a new folder, or --resume to go on with an unfinished run")
+            check_empty(out, self.folder / PLAN)
             write_json(state, wanted)
             return
         if (out / "config.json").exists():

@@ -32,6 +32,8 @@ from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.plan import make_plan
+from quip_vllm.quantizer.plan_file import read_plan
+from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.sensitivities import Sensitivities
 from quip_vllm.quantizer.settings import FULL, SELF, Settings
@@ -44,7 +46,7 @@ from quip_vllm.quantizer.tuning.block import Block
 from quip_vllm.quantizer.tuning.blocks import tune_block
 from quip_vllm.quantizer.tuning.full import tune_together
 
-REPORT = "quantization_report.json"
+REPORT, PLAN = "quantization_report.json", "quantization_plan.json"
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 EMBEDDING, HEAD, TUNED = "embedding", "head", "tuned"
@@ -54,16 +56,24 @@ _LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
+def quantize(settings: Settings, out: Path, resume: bool = False, target: Target | None = None) -> dict[str, Any]:
     """Quantizes ``settings.model`` into the folder ``out`` and returns the report that it also writes there.
+
+    Args:
+        settings: what to do.
+        out: the folder.
+        resume: go on with an unfinished run.
+        target: what a plan is to reach that is made first, and written beside the checkpoint.
 
     Raises:
         ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
     """
     # A finished run was killed while it removed its record.
     finished = resume and (out / "config.json").exists() and (out / record.FOLDER).exists()
-    run = None if finished else Run(settings, out)
     try:
+        if target is not None and not finished:
+            settings = _planned(settings, out, resume, target)
+        run = None if finished else Run(settings, out)
         with record.locked(out):
             if run is None:
                 shutil.rmtree(out / record.FOLDER)
@@ -84,6 +94,21 @@ def quantize(settings: Settings, out: Path, resume: bool = False) -> dict[str, A
             f"the memory is too small ({psutil.virtual_memory().total / 1e9:.1f} GB): give fewer --sequences, a "
             "smaller --sequence-length or a smaller model; what is finished stays for --resume"
         ) from None
+
+
+def _planned(settings: Settings, out: Path, resume: bool, target: Target) -> Settings:
+    """The settings with a plan that is made now, or that the unfinished run in `out` has made."""
+    with record.locked(out):
+        file = out / record.FOLDER / record.PLAN
+        if not resume:
+            record.check_empty(out, file)
+        if not (resume and file.exists()):
+            file.unlink(missing_ok=True)
+            write_json(file, make_plan_file(settings, target, out / record.FOLDER / "planning"))
+        made = read_json(file)
+        if made.get("target") != target.to_dict():
+            raise ValueError(f"{out} was begun with the target {made.get('target')}: give the same or a new folder")
+        return settings.with_plan(read_plan(file))
 
 
 class Run:
@@ -182,7 +207,7 @@ class Run:
             self._embedding(self.plan.embedding)
             self.hidden, _ = self.source.first_hidden_states(tokens, batch)
         if not self.record.has(TUNED):
-            for index in tqdm(range(len(self.layers)), desc=f"quantize to {self.settings.bits} bits", unit="layer"):
+            for index in tqdm(range(len(self.layers)), desc=self.settings.described, unit="layer"):
                 self._layer(index, calls[index])
         if self.settings.tune == FULL:
             self._tune(tokens, batch)
@@ -205,11 +230,13 @@ class Run:
         }
         folder = self.source.folder
         code = ["*.py"] if self.settings.trust_remote_code else []
-        copy_files(folder, self.out, [*SIDE_FILES, *code], ("config.json", REPORT))
+        copy_files(folder, self.out, [*SIDE_FILES, *code], ("config.json", REPORT, PLAN))
         config = read_json(folder / "config.json")
         config["quantization_config"] = self.plan.config(self.settings, self.source.tied).to_dict()
         if not (config.get("dtype") or config.get("torch_dtype")):
             config["dtype"] = self.source.stored_dtype()
+        if (self.record.folder / record.PLAN).exists():
+            shutil.copyfile(self.record.folder / record.PLAN, self.out / PLAN)
         write_json(self.out / REPORT, report)
         write_json(self.out / "config.json", config)
         self.record.remove()

@@ -2,11 +2,13 @@
 """Everything a quantization run is told, with every default, as one checked object that is written into its record."""
 
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.quantizer.plan_file import Planned, most_common
 
 BUNDLE, SELF = "bundle", "self"
 """As `calibration`: the text that the package carries; the text that the model itself writes."""
@@ -45,6 +47,8 @@ class Settings:
         tune: one of TUNINGS.
         lm_head: bits of the output head. None keeps its weight.
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
+        plan: (name, code and bits or None) of every linear layer, and of head and embedding where it names them; the
+            default, none at all, goes by the rest. Then `code` and `bits` are those of most layers.
         trust_remote_code: whether Python code among the model's files may run.
 
     Raises:
@@ -69,6 +73,7 @@ class Settings:
     tune: str = NONE
     lm_head: int | None = None
     embedding: int | None = None
+    plan: Planned = ()
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +99,10 @@ class Settings:
             raise ValueError(
                 f"sequences is {self.sequences}: give at least one for each of the {len(self.sources)} sources of "
                 f"calibration {self.calibration}"
+            )
+        if self.plan and (self.ignore or self.overrides or self.lm_head is not None or self.embedding is not None):
+            raise ValueError(
+                "a plan says the bits of every layer: leave --ignore, --override, --lm-head and --embedding away"
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
@@ -124,15 +133,33 @@ class Settings:
 
     def layer_format(self, name: str) -> LayerFormat | None:
         """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""
+        if self.plan:
+            return dict(self.plan)[name]
         if any(re.search(pattern, name) for pattern in self.ignore):
             return None
         bits = [bits for pattern, bits in self.overrides if re.search(pattern, name)]
         return LayerFormat(self.code, bits[-1] if bits else self.bits)
 
+    def with_plan(self, planned: Planned) -> "Settings":
+        """The same with a plan, which replaces what was said of single layers. Raises ValueError where it keeps all."""
+        usual = most_common(planned)
+        none: dict[str, Any] = {"ignore": (), "overrides": (), "lm_head": None, "embedding": None}
+        return dataclasses.replace(self, code=usual.code, bits=usual.bits, plan=planned, **none)
+
+    @property
+    def described(self) -> str:
+        """What a run does, for its progress bar."""
+        return "quantize by plan" if self.plan else f"quantize to {self.bits} bits"
+
+    def overridden(self, name: str) -> bool:
+        """Whether one of `overrides` says the bits of the linear layer `name`."""
+        return any(re.search(pattern, name) for pattern, _ in self.overrides)
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: lists where the attributes are tuples."""
+        """For JSON: lists where the attributes are tuples, and of the plan 16 hexadecimal digits of its digest."""
         raw = dataclasses.asdict(self)
-        return raw | {"ignore": list(self.ignore), "overrides": [list(item) for item in self.overrides]}
+        plan = hashlib.sha256(repr(self.plan).encode()).hexdigest()[:16] if self.plan else None
+        return raw | {"ignore": list(self.ignore), "overrides": [list(item) for item in self.overrides], "plan": plan}
 
 
 def default_code(method: str, bits: int) -> str:

@@ -127,9 +127,9 @@ def test_zero_weight():
     ("value", "head", "message"),
     [
         (float("nan"), False, "a.weight holds a NaN or an infinity: .*--ignore"),
-        (float("inf"), True, "a.weight holds a NaN or an infinity: .*leave --lm-head away"),
+        (float("inf"), True, "a.weight holds a NaN or an infinity: .*leave --lm-head or --embedding away"),
         (1e12, False, "a.weight has a scale of inf: it does not fit fp16; .*--ignore"),
-        (1e12, True, "a.weight has a scale of inf: it does not fit fp16; leave --lm-head away"),
+        (1e12, True, "a.weight has a scale of inf: it does not fit fp16; leave --lm-head or --embedding away"),
         (1e-12, False, "a.weight has a scale of 0.0: it does not fit fp16"),
     ],
 )
