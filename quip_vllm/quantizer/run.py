@@ -251,17 +251,21 @@ class Run:
             missing = set(names) - {name for group in groups for name in group.names}
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
-            tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known)
-            tuning = []
-            if self.settings.trains and names:
-                block = Block(self.source, index, self.plan.specs, tensors)
-                told = tune_block(block, self.hidden, self.originals, calls, self.settings.seed + index)
-                tensors |= block.stored()
-                tuning = [{"name": f"{self.source.prefix}.{index}", **told}]
-            self.record.write(unit, tensors, entries, original, tuning)
+            self._finish_layer(index, groups, known, calls)
         if index + 1 == len(self.layers) and not self.plan.head:
             return  # nothing reads the layer's output
         self._outputs(index, calls)
+
+    def _finish_layer(self, index: int, groups: list[Inputs], known: Mapping[str, Sensitivity], calls: Calls) -> None:
+        """Rounds a decoder layer, trains it where that is wanted, and keeps it in the record."""
+        unit, tuning = self.layers[index], []
+        tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known)
+        if self.settings.trains and groups:
+            block = Block(self.source, index, self.plan.specs, tensors)
+            told = tune_block(block, self.hidden, self.originals, calls, self.settings.seed + index)
+            tensors |= block.stored()
+            tuning = [{"name": f"{self.source.prefix}.{index}", **told}]
+        self.record.write(unit, tensors, entries, original, tuning)
 
     def _outputs(self, index: int, calls: Calls) -> None:
         """Moves `hidden` behind a layer as it is stored."""

@@ -73,7 +73,11 @@ def large_model(tmp_path_factory):
     return folder, index["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize("more", [[], ["--token-weights", "--two-sided"]], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--token-weights", "--two-sided"], ["--tune", "full"]],
+    ids=["forwards", "backwards", "trained"],
+)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_half_of_the_weights_is_room_enough(large_model, tiny_model, tiny_text, tmp_path, more):
     """All layers are read and run; the attention of one is encoded, which keeps the test short."""

@@ -4,7 +4,7 @@
 One decoder layer is in memory at a time, with its gradients; the dense weights of the others lie on the disk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quip_vllm.checkpoint.shards import read_shard, write_shard
+from quip_vllm.checkpoint.shards import read_shard, tensor_sizes, write_shard
+from quip_vllm.checkpoint.store import open_shard
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.source.backward import Forward, Head, spans
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -28,6 +29,23 @@ RATE = 1e-3
 """See Optimizer."""
 PATIENCE = 1
 """How many epochs in turn may be no better than the best one before the training ends."""
+
+
+class _OnDisk(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for: a file that is read whole is in memory twice meanwhile."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        with open_shard(self._file) as handle:
+            return handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tensor_sizes(self._file))
+
+    def __len__(self) -> int:
+        return len(tensor_sizes(self._file))
 
 
 class Model:
@@ -146,7 +164,7 @@ def tune_together(
         block, file = Block(source, index, specs, read(index)), folder / f"weights-{index:05d}.safetensors"
         folder.mkdir(exist_ok=True)
         write_shard(file, block.weights())
-        block.weights = partial(read_shard, file)
+        block.weights = partial(_OnDisk, file)
         blocks.append(block)
     model = Model(source, blocks, tokens, targets, folder / "inputs")
     told = tune_model(model, len(tokens), seed, folder / "state.safetensors")
