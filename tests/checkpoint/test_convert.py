@@ -156,6 +156,13 @@ def test_a_result_that_differs_is_refused(written, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_what_has_no_kernels_is_said(written, tmp_path, caplog):
+    convert(written("hyb")[0], tmp_path / "hyb")
+    assert not caplog.records
+    convert(written("1mad")[0], tmp_path / "1mad")
+    assert "serve this with QUIP_VLLM_BACKEND=reference" in caplog.text
+
+
 def test_our_own_and_other_folders_are_refused(written, tiny_model, tmp_path):
     convert(written("e8p-2")[0], tmp_path / "out")
     with pytest.raises(ValueError, match="is a checkpoint of quip_vllm already"):
