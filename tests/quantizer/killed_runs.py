@@ -99,6 +99,7 @@ def main(model, text, folder, tune):
     shards.SHARD_BYTES = 24_000  # a layer and a half
     if tune == FULL:
         run.BATCH_TOKENS = 48  # eight batches
+        full.PATIENCE = full.EPOCHS  # whatever the epochs give
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}
