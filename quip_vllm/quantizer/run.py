@@ -35,7 +35,7 @@ from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
-from quip_vllm.quantizer.sensitivities import Sensitivities
+from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
 from quip_vllm.quantizer.settings import FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
@@ -199,7 +199,8 @@ class Run:
             folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
             inside = set(self.plan.specs) - {self.plan.head, self.plan.embedding}
             two_sided, seed = self.settings.two_sided, self.settings.seed
-            self.sensitivities = Sensitivities(folder, self.source, tokens, batch, inside, two_sided, seed)
+            heard = tokens if self.settings.token_weights else some_of(tokens)
+            self.sensitivities = Sensitivities(folder, self.source, heard, batch, inside, two_sided, seed)
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         both = self.settings.drift_correction or self.settings.trains
         self.originals = [x.clone() for x in self.hidden] if both else []

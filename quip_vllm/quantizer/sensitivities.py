@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,6 +22,14 @@ from quip_vllm.quantizer.source.model import LayeredModel
 _LOG = logging.getLogger(__name__)
 WHOLE = "sensitivities.json"
 """Written last: what the files belong to."""
+ENOUGH_TOKENS = 16_384
+"""Of so many the outputs' Hessians are made: their noise is small then (docs/benchmarks/quality.md)."""
+
+
+def some_of(tokens: Tensor) -> Tensor:
+    """Sequences of a text, int64 [count, length], evenly spread, which have ENOUGH_TOKENS; all where it has fewer."""
+    count = min(len(tokens), -(-ENOUGH_TOKENS // tokens.shape[1]))
+    return tokens[torch.arange(count) * len(tokens) // count]
 
 
 class Sensitivities:

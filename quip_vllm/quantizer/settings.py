@@ -68,7 +68,7 @@ class Settings:
     damping: float = 0.01
     drift_correction: float = 0.35
     token_weights: bool = False
-    two_sided: bool = False
+    two_sided: bool = True
     hessians: str | None = None
     tune: str = NONE
     lm_head: int | None = None

@@ -11,7 +11,7 @@ from torch import nn
 
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, shrunk, token_weights
-from quip_vllm.quantizer.sensitivities import Sensitivities
+from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
 from quip_vllm.quantizer.source.backward import sampled_score
 from quip_vllm.quantizer.source.model import LayeredModel
 
@@ -126,7 +126,7 @@ def test_they_are_those_of_the_whole_model(tiny_model, tmp_path, architecture):
     score = sampled_score(0)
     for index, chunk in enumerate(tokens.split(3)):
         logits = whole(chunk, use_cache=False).logits
-        logits.backward(score(logits.detach(), index, slice(0, 40)))
+        logits.backward(score(logits.detach(), index, slice(0, 40), None))
     for index in range(len(source.layers)):
         names = list(source.linears(index))
         layer = found.of(index, names)
@@ -172,6 +172,12 @@ def test_a_folder_belongs_to_a_model_a_text_and_a_seed(tiny_model, tmp_path):
         sensitivities(tmp_path / "some", source, names=names[:2])
     with pytest.raises(ValueError, match="of fewer layers"):
         sensitivities(tmp_path / "some", source, two_sided=False, names=names)
+
+
+def test_some_sequences_are_enough():
+    text = torch.arange(100)[:, None].expand(100, 1000)
+    assert some_of(text)[:, 0].tolist() == [0, 5, 11, 17, 23, 29, 35, 41, 47, 52, 58, 64, 70, 76, 82, 88, 94]
+    assert torch.equal(some_of(text[:9]), text[:9]) and len(some_of(text.repeat(1, 20))) == 1
 
 
 def test_a_disk_that_is_too_small(tiny_model, tmp_path, monkeypatch):

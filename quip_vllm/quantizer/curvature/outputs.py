@@ -7,6 +7,7 @@ second-order loss. GuidedQuant (arXiv 2505.07004) keeps of g one number per toke
 on SmolLM2-135M both have the same mean, and from 16,384 tokens B has 5 to 50 times the noise.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -73,9 +74,18 @@ class OutputCollector:
         ]
 
     def close(self) -> dict[str, Sensitivity]:
-        """Removes the hooks; module name -> result. Readers of one activation get the mean of their weights."""
+        """Removes the hooks; module name -> result. Readers of one activation get the mean of their weights.
+
+        Raises:
+            ValueError: an activation or a gradient was a NaN or an infinity.
+        """
         for handle in self._handles:
             handle.remove()
+        if not all(math.isfinite(sums.energy) for sums in self._sums.values()):
+            raise ValueError(
+                "the activations or their gradients hold a NaN or an infinity: check the model's weights and the "
+                "calibration text, or give --no-two-sided and --no-token-weights"
+            )
         own = {name: token_weights(torch.cat(sums.squares)) for name, sums in self._sums.items()}
         results = {}
         for name, sums in self._sums.items():
