@@ -12,11 +12,13 @@ namespace {
 
 // The stages of distance 1, 2, 4 and 8 inside one vector.
 template <int h>
+constexpr int partner(int lane) {
+  return lane ^ h;
+}
+template <int h>
 inline Floats stage(Floats x) {
-  constexpr auto partner = [](int lane) { return lane ^ h; };
-  const Ints from = lanes<Ints>(partner);
   const Floats sign = lanes<Floats>([](int lane) { return lane & h ? -1.0f : 1.0f; });
-  return __builtin_shuffle(x, from) + x * sign;
+  return shuffle<partner<h>>(x) + x * sign;
 }
 
 // Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h. One pass

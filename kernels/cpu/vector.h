@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace quip {
 namespace {  // internal linkage, so that each tier keeps its own copy
@@ -60,6 +61,29 @@ inline V lanes(F f) {
   V v;
   for (int i = 0; i < int(sizeof v / sizeof v[0]); ++i) v[i] = f(i);
   return v;
+}
+
+template <auto from, class V, int... lane>
+inline V shuffle(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, from(lane)...);
+}
+
+// Lane i is lane from(i) of a, with b behind a.
+template <auto from, class V>
+inline V shuffle(V a, V b) {
+  return shuffle<from>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])>());
+}
+template <auto from, class V>
+inline V shuffle(V a) {
+  return shuffle<from>(a, a);
+}
+
+// Calls f with the constants 0 .. count - 1.
+template <int count, class F>
+inline void unrolled(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, count>());
 }
 
 }  // namespace

@@ -99,31 +99,51 @@ inline Values value(States x, const float* table) {
 
 // Stores a run of 32 weights to rows r (at `out`) and r + 8. The bits of a weight's place in the run are cc C R c. Its
 // row is r + 8 R, and its column is C cc c. In a swapped tile C and R change places, so each row has the other's half.
+template <int R>
+constexpr int place_in_run(int lane) {
+  return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1);
+}
+template <int C>
+constexpr int half_of_both(int lane) {
+  return lane % 8 + 8 * C + 16 * (lane / 8);
+}
+template <int R>
+constexpr int pair_of_half(int lane) {
+  return R + 4 * (lane % 2) + 2 * (lane / 2);
+}
+template <int C>
+constexpr int transposed_pair(int lane) {
+  return 2 * C + lane % 2 + 4 * (lane / 2);
+}
 inline void store_rows(const float* run, float* out, int64_t stride, bool swapped) {
   if constexpr (kStatesTogether == kLanes) {
-    const auto place = [](int R) {
-      return lanes<Integers>([=](int lane) { return (lane >> 1 & 3) << 3 | lane >> 3 << 2 | R << 1 | (lane & 1); });
-    };
     const Values a = load<Values>(run), b = load<Values>(run + kLanes);
-    const Values above = __builtin_shuffle(a, b, place(0)), below = __builtin_shuffle(a, b, place(1));
-    const auto half = [](int C) {
-      return lanes<Integers>([=](int lane) { return lane % 8 + 8 * C + 16 * (lane / 8); });
-    };
-    store(out, swapped ? __builtin_shuffle(above, below, half(0)) : above);
-    store(out + 8 * stride, swapped ? __builtin_shuffle(above, below, half(1)) : below);
+    const Values above = shuffle<place_in_run<0>>(a, b), below = shuffle<place_in_run<1>>(a, b);
+    store(out, swapped ? shuffle<half_of_both<0>>(above, below) : above);
+    store(out + 8 * stride, swapped ? shuffle<half_of_both<1>>(above, below) : below);
   } else {
     typedef double Pairs __attribute__((vector_size(32)));  // c = 0, 1
-    typedef int64_t Order __attribute__((vector_size(32)));
     Pairs cc[4];
     std::memcpy(cc, run, sizeof cc);
-    for (int R = 0; R < 2; ++R) {  // a transposition: cc[..][C R] to [C R][cc]
-      const Order even{R, 4 + R, 2 + R, 6 + R}, low{0, 1, 4, 5}, high{2, 3, 6, 7};
-      const Pairs first = __builtin_shuffle(cc[0], cc[1], even), second = __builtin_shuffle(cc[2], cc[3], even);
-      float* const low_half = swapped ? out + 8 * R : out + 8 * R * stride;
-      store(low_half, __builtin_shuffle(first, second, low));
-      store(low_half + (swapped ? 8 * stride : 8), __builtin_shuffle(first, second, high));
-    }
+    const auto store_half = [&](Pairs first, Pairs second, float* low_half) {
+      store(low_half, shuffle<transposed_pair<0>>(first, second));
+      store(low_half + (swapped ? 8 * stride : 8), shuffle<transposed_pair<1>>(first, second));
+    };  // a transposition: cc[..][C R] to [C R][cc]
+    store_half(shuffle<pair_of_half<0>>(cc[0], cc[1]), shuffle<pair_of_half<0>>(cc[2], cc[3]), out);
+    store_half(shuffle<pair_of_half<1>>(cc[0], cc[1]), shuffle<pair_of_half<1>>(cc[2], cc[3]),
+               swapped ? out + 8 : out + 8 * stride);
   }
+}
+
+// Lane i of a vector of states reads word (begin + i * step) / 16, and what two vectors of values become whose lanes
+// alternate.
+template <int begin, int step>
+constexpr int word_of(int lane) {
+  return (begin + lane * step) >> 4;
+}
+template <int half>
+constexpr int alternating(int lane) {
+  return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether;
 }
 
 template <Code code, int bits>
@@ -137,28 +157,22 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
   words[kWords] = words[0];
   for (int row = 0; row < 8; ++row) {
     alignas(64) float run[2 * kLanes];
-#pragma GCC unroll 4
-    for (int s = 0; s < 2 * kLanes / kDim; s += kStatesTogether) {
+    unrolled<2 * kLanes / kDim / kStatesTogether>([&](auto index) __attribute__((always_inline)) {
+      constexpr int s = index * kStatesTogether, begin = s * kStep & 15;
       const uint16_t* at = words + 2 * bits * row + (s * kStep >> 4);
-      const int begin = s * kStep & 15;
       const States high = __builtin_convertvector(load<ShortStates>(at), States);
       const States low = __builtin_convertvector(load<ShortStates>(at + 1), States);
-      const Integers word_of = lanes<Integers>([&](int lane) { return (begin + lane * kStep) >> 4; });
-      const Integers shift_of = lanes<Integers>([&](int lane) { return (begin + lane * kStep) & 15; });
-      const States x = __builtin_shuffle(high << 16 | low, word_of) << (States)shift_of >> 16;
+      const States shift_of = lanes<States>([&](int lane) { return (begin + lane * kStep) & 15; });
+      const States x = shuffle<word_of<begin, kStep>>(high << 16 | low) << shift_of >> 16;
       if constexpr (kDim == 2) {
-        const auto mixed = [](int half) {
-          return lanes<Integers>(
-              [=](int lane) { return (half * kStatesTogether + lane) / 2 + lane % 2 * kStatesTogether; });
-        };
         Values first, second;
         hyb(x, table, first, second);
-        store(run + 2 * s, __builtin_shuffle(first, second, mixed(0)));
-        store(run + 2 * s + kStatesTogether, __builtin_shuffle(first, second, mixed(1)));
+        store(run + 2 * s, shuffle<alternating<0>>(first, second));
+        store(run + 2 * s + kStatesTogether, shuffle<alternating<1>>(first, second));
       } else {
         store(run + s, value<code>(x, table));
       }
-    }
+    });
     store_rows(run, out + row * stride, stride, swapped);
   }
 }

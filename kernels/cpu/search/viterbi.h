@@ -37,13 +37,16 @@ inline RegisterFloats branch(const float* values, const float* x, int64_t state)
   return total;
 }
 
+// Lane i of vector `part` of a group's new costs starts from this lane of the group's best ones.
+template <int KV, int part>
+constexpr int group_of(int lane) {
+  return (part * kRegisterLanes + lane) >> KV;
+}
+
 template <int KV, int V>
 void step(const Search& s, const float* x, uint8_t* choice) {
   constexpr int kBranches = 1 << KV;
   constexpr int64_t kGroups = kStates >> KV;
-  RegisterInts lane_of[kBranches < kRegisterLanes ? kBranches : 1] = {};
-  for (int i = 0; i < kBranches && kBranches < kRegisterLanes; ++i)
-    for (int lane = 0; lane < kRegisterLanes; ++lane) lane_of[i][lane] = (i * kRegisterLanes + lane) >> KV;
   for (int64_t g = 0; g < kGroups; g += kRegisterLanes) {
     RegisterFloats best = load<RegisterFloats>(s.cost + place(g));
     RegisterInts chosen = {};
@@ -55,17 +58,17 @@ void step(const Search& s, const float* x, uint8_t* choice) {
       chosen = less ? c - RegisterInts{} : chosen;
     }
     store(choice + g, __builtin_convertvector(chosen, LaneBytes));
-    alignas(64) float each[kRegisterLanes];
-    if constexpr (kBranches >= kRegisterLanes) store(each, best);
-#pragma GCC unroll 16
-    for (int i = 0; i < kBranches; ++i) {
-      RegisterFloats from;
-      if constexpr (kBranches < kRegisterLanes)
-        from = __builtin_shuffle(best, lane_of[i]);
-      else
-        from = each[i * kRegisterLanes >> KV] - RegisterFloats{};
-      int64_t state = (g << KV) + i * kRegisterLanes;
+    const auto store_next = [&](int i, RegisterFloats from) {
+      const int64_t state = (g << KV) + i * kRegisterLanes;
       store(s.next + place(state), from + branch<V>(s.values, x, state));
+    };
+    if constexpr (kBranches < kRegisterLanes) {
+      unrolled<kBranches>([&](auto part) { store_next(part, shuffle<group_of<KV, part>>(best)); });
+    } else {
+      alignas(64) float each[kRegisterLanes];
+      store(each, best);
+#pragma GCC unroll 16
+      for (int i = 0; i < kBranches; ++i) store_next(i, each[i * kRegisterLanes >> KV] - RegisterFloats{});
     }
   }
 }
