@@ -67,11 +67,13 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
 
     options = {"dtype": torch.float32, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = load_config(folder, trust_remote_code)
+    if not getattr(config, "quantization_config", None):
+        config.__dict__.pop("quantization_config", None)  # an empty one, which transformers takes for a method
     if state is None:
         _check_readable(folder, config)
     with explained(folder / "config.json"):
         if state is None:
-            options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+            options |= {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)  # a pair, with output_loading_info
             model, info = loaded
         else:

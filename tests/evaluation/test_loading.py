@@ -93,6 +93,13 @@ def test_weights_that_nobody_here_can_read(tiny_model, tmp_path, described, mess
         load_model(str(tmp_path / "foreign"))
 
 
+def test_an_empty_quantization_config_is_none(tiny_model, tmp_path):
+    shutil.copytree(tiny_model(), tmp_path / "plain")
+    config = read_json(tmp_path / "plain" / "config.json")
+    write_json(tmp_path / "plain" / "config.json", {**config, "quantization_config": {}})
+    assert load_model(str(tmp_path / "plain")).model.norm.weight.dtype == torch.float32
+
+
 def test_a_weight_that_is_missing_is_not_made_up(tiny_model, tmp_path):
     shutil.copytree(tiny_model(), tmp_path / "part")
     tensors = load_file(tmp_path / "part" / SHARD)
