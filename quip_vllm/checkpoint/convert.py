@@ -60,7 +60,7 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
     sizes = {
         name: sum(reader.bytes_of[one] for one in stored_names(reader, config, name, specs[name])) for name in specs
     }
-    sizes |= {name: reader.bytes_of[name] for name in others_of(reader, config)}
+    sizes |= {name: reader.bytes_of[name] for name in others_of(reader, config, specs)}
     _check_disk(out, sum(sizes.values()))
     shards = plan_shards(dict(sorted(sizes.items(), key=lambda item: natural(item[0]))), SHARD_BYTES)
     for i, names in enumerate(tqdm(shards, desc="convert", unit="shard")):

@@ -4,7 +4,7 @@
 Headers are read and checked first, all of them; the tensors follow layer by layer, when they are asked for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quip_vllm.checkpoint import exl3, qtip, quip_sharp
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.published import Published, natural
+from quip_vllm.checkpoint.published import Published, leaves_of, natural
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import FORMATS, LinearSpec
 from quip_vllm.formats.tensors import FLOATS, SU, SV, layout
@@ -57,11 +57,7 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
     """
     if isinstance(config, Published):
         return dict(config.specs)
-    leaves: dict[str, set[str]] = {}
-    for full in reader.names():
-        name, _, leaf = full.rpartition(".")
-        leaves.setdefault(name, set()).add(leaf)
-    leaves = {name: own - {"bias"} for name, own in leaves.items() if own & tensor_names()}
+    leaves = {name: own - {"bias"} for name, own in leaves_of(reader.names()).items() if own & tensor_names()}
     named = [*config.layers, *config.parts, *(rows.module for rows in config.token_rows)]
     for name in named:
         if name not in leaves:
@@ -80,9 +76,8 @@ def stored_names(reader: CheckpointReader, config: CheckpointConfig, name: str, 
     return [f"{name}.{leaf}" for leaf in config.leaves(spec) if f"{name}.{leaf}" in reader]
 
 
-def others_of(reader: CheckpointReader, config: CheckpointConfig) -> list[str]:
-    """The names of all tensors that belong to no quantized layer, and of the layers' biases."""
-    specs = layer_specs(reader, config)
+def others_of(reader: CheckpointReader, config: CheckpointConfig, specs: Mapping[str, LinearSpec]) -> list[str]:
+    """The names of all tensors that belong to no quantized layer, and of the layers' biases; `specs` of all layers."""
     quantized = {full for name, spec in specs.items() for full in stored_names(reader, config, name, spec)}
     return [name for name in reader.names() if name not in quantized and name.rpartition(".")[0] not in config.unused]
 

@@ -16,6 +16,8 @@ from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.spec import LinearSpec
 
 HEAD = "lm_head"
+_NEUTRAL = ("codesz", "idx_dtype", "packsz", "train_mode", "fused", "model_version")
+"""Keys of ``quip_params`` that say nothing which the tensors do not say."""
 DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; fetch it again"
 
 # Models whose layers have the sizes of sizes_of; those of others are what their files say.
@@ -68,10 +70,10 @@ def dense_modules(headers: Mapping[str, Header]) -> tuple[str, ...]:
     return tuple(sorted((full.removesuffix(".weight") for full in dense), key=natural))
 
 
-def check_parameters(parameters: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises ValueError for a parameter of ``quip_params`` that is set and not among those that are known."""
+def check_parameters(parameters: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises ValueError for a parameter of ``quip_params`` that is set and neither known nor neutral."""
     for key, value in parameters.items():
-        if value and key not in known:
+        if value and key not in (*known, *_NEUTRAL):
             raise ValueError(f"quip_params has {key} {value!r:.100}, which changes what is stored: it is not read here")
 
 

@@ -36,8 +36,9 @@ _CODES = {"quantlut_sym": "hyb", "1mad": "1mad", "3inst": "3inst"}
 _KERNEL_BITS = (2, 3, 4)
 """Rates of hyb that are stored in the order of a GPU kernel."""
 
-_NEUTRAL = ("split_for_tp", "codesz", "idx_dtype", "packsz", "train_mode", "fused", "model_version")
-"""Parameters that say nothing which the tensors do not say."""
+_SEARCH = ("codebook", "codebook_version", "L", "K", "K_v_proj", "V", "tlut_bits", "decode_mode", "td_x", "td_y")
+_KNOWN = (*_SEARCH, "skip_list", "split_for_tp")
+"""Parameters that are read, and those that the tensors say as well."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QtipConfig:
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Raises ValueError for a trellis that is not read here."""
-    known = (*("codebook", "codebook_version", "L", "K", "V", "tlut_bits", "decode_mode", "td_x", "td_y"),)
-    check_parameters(parameters, (*known, "skip_list", "K_v_proj", *_NEUTRAL))
+    check_parameters(parameters, _KNOWN)
     mode = parameters.get("decode_mode")
     if not isinstance(mode, str) or mode not in _CODES:
         raise ValueError(f"decode_mode is {mode!r:.100}: QTIP's {', '.join(_CODES)} are read")
@@ -113,9 +113,8 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
         if found != value or isinstance(found, bool):
             raise ValueError(f"quip_params has {key} {found!r:.100}: with decode_mode {mode} {value} is read")
     for key in ("K", "K_v_proj"):
-        if key in parameters and (key == "K" or parameters[key] is not None):
-            LayerFormat(_CODES[mode], parameters[key]).check()
-    LayerFormat(_CODES[mode], parameters.get("K")).check()  # type: ignore[arg-type]  # that is what is checked
+        if key == "K" or parameters.get(key) is not None:
+            LayerFormat(_CODES[mode], parameters.get(key)).check()  # type: ignore[arg-type]  # that is what is checked
 
 
 def _stored(parameters: Mapping[str, Any], bits: int) -> tuple[str, int, TileOrder]:

@@ -26,18 +26,16 @@ from quip_vllm.formats.relaxml import lattice_codes, residual_bytes
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV
 
-_WORDS, _SU, _SV, _SCALE, _PART_SCALES, _INPUT_SCALES, _ID = (
-    *("Qidxs", "SU", "SV", "Wscale", "fuse_scales", "scaleWH", "codebook_id"),
-)
-_LEAVES = (_WORDS, _SU, _SV, _SCALE, _PART_SCALES, _INPUT_SCALES, _ID)
+_LEAVES = ("Qidxs", "SU", "SV", "Wscale", "fuse_scales", "scaleWH", "codebook_id")
+_WORDS, _SU, _SV, _SCALE, _PART_SCALES, _INPUT_SCALES, _ID = _LEAVES
 _PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
 """The layers of the model that one of the files is, in the order of its rows."""
 
 _CODEBOOKS = {"E8P12": (2, 1, 7), "E8P12RVQ3B": (3, 0, 18), "E8P12RVQ4B": (4, 1, 17)}
 """Name in config.json -> bits, version, and the number in the files."""
 
-_NEUTRAL = ("codesz", "idx_dtype", "packsz", "train_mode", "fused", "model_version")
-"""Parameters that say nothing which the tensors do not say."""
+_KNOWN = ("codebook", "codebook_version", "resid_scale_override", "rescale_WH")
+"""Parameters that are read."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,9 @@ class QuipSharpConfig(Published):
 
     Attributes:
         codebook_id: the number of the codebook in the files.
-        scaled_inputs: whether every layer's inputs are divided by a vector of their own.
     """
 
     codebook_id: int = 0
-    scaled_inputs: bool = False
 
     def leaves(self, spec: LinearSpec) -> Iterable[str]:
         """See CheckpointConfig."""
@@ -94,8 +90,7 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QuipSharpConfig:
     if not isinstance(codebook, str) or codebook not in _CODEBOOKS:
         raise ValueError(f"codebook is {codebook!r:.100}: QuIP#'s {', '.join(_CODEBOOKS)} are read")
     bits, version, number = _CODEBOOKS[codebook]
-    known = ("codebook", "codebook_version", "resid_scale_override", "rescale_WH", *_NEUTRAL)
-    check_parameters(parameters, known)
+    check_parameters(parameters, _KNOWN)
     if parameters.get("codebook_version") != version:
         raise ValueError(
             f"codebook_version is {parameters.get('codebook_version')!r:.100}: of {codebook} version {version} is "
@@ -129,22 +124,16 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QuipSharpConfig:
         if leaf in _PARTS:
             parts[name] = tuple(zip(_PARTS[leaf], rows, strict=True))
         _check(reader, name, owned[name], specs[name], len(parts.get(name, ())), scaled)
-    check_layers(model, owned, {part for name in specs for part in _served(name, parts)})
-    return QuipSharpConfig(
+    config = QuipSharpConfig(
         stored,
         modules_to_not_convert=dense_modules(reader.headers()),
         layers=dict.fromkeys(specs, stored),
         parts=parts,
         specs=specs,
         codebook_id=number,
-        scaled_inputs=scaled,
     )
-
-
-def _served(name: str, parts: Mapping[str, tuple[tuple[str, int], ...]]) -> list[str]:
-    """Full names of the layers of the model that a layer of the files is."""
-    parent, dot, leaf = name.rpartition(".")
-    return [parent + dot + part for part, _ in parts.get(name, ((leaf, 0),))]
+    check_layers(model, owned, {part for name in specs for part, _ in config.parts_of(name) or [(name, 0)]})
+    return config
 
 
 def _check(reader: CheckpointReader, name: str, leaves: set[str], spec: LinearSpec, count: int, scaled: bool) -> None:

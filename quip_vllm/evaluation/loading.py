@@ -56,7 +56,7 @@ def check_complete(folder: Path, trust_remote_code: bool = False) -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    others = {name: empty(*reader.shapes[name]) for name in others_of(reader, config)}
+    others = {name: empty(*reader.shapes[name]) for name in others_of(reader, config, specs)}
     state = _dense(config, specs, others, lambda _, spec: empty(spec.out_features, spec.in_features))
     _loaded(folder, state, trust_remote_code, device_map="meta")
 
@@ -114,6 +114,7 @@ def _check_readable(folder: Path, config: Any) -> None:
 def dense_state(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's state dict with every quantized layer as a dense float32 ``weight``."""
     reader, config = CheckpointReader(folder), read_config(folder)
+    specs = layer_specs(reader, config)
 
     def weight(name: str, spec: LinearSpec) -> Tensor:
         try:
@@ -121,7 +122,7 @@ def dense_state(folder: Path) -> dict[str, Tensor]:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
-    return _dense(config, layer_specs(reader, config), reader.read(others_of(reader, config)), weight)
+    return _dense(config, specs, reader.read(others_of(reader, config, specs)), weight)
 
 
 def _dense(
