@@ -27,7 +27,7 @@ from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.quantizer.curvature import Curvature
 from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.layer import in_units, signs
-from quip_vllm.quantizer.rounding.encoders import make_encoder
+from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.backward import Forward, Head, Score, sampled_score
@@ -137,21 +137,19 @@ def _linear_losses(
     found = {}
     for stored in formats:
         spec = stored.spec(weight.shape[1], (len(weight),), settings.hadamard_block)
-        rows = in_units(
-            name, weight.float().masked_fill(dead, 0.0), su, spec, settings.seed, make_encoder(stored.code, stored.bits)
-        )
-        units = rows.units[:ROWS]
-        error = units - _rounded(rounding, units, stored)
-        lost = cost.energies(error) - settings.damping * error.double().square().sum(1)
+        encoder = make_encoder(stored.code, stored.bits)
+        rows = in_units(name, weight.float().masked_fill(dead, 0.0), su, spec, settings.seed, encoder)
+        lost = _lost(rows.units[:ROWS], encoder, rounding, cost, settings.damping)
         mean = float(lost.mean() * rows.scale.double().square())
         found[stored] = 0.5 * len(weight) * mean * float(inputs.unit()) / inputs.tokens
     return found
 
 
-def _rounded(rounding: Ldlq, units: Tensor, stored: LayerFormat) -> Tensor:
-    """Rows in units of the code, rounded."""
-    encoder = make_encoder(stored.code, stored.bits)
-    return rounding.round(pad(units, (0, 0, 0, -len(units) % encoder.rows)), encoder).values[: len(units)]
+def _lost(units: Tensor, encoder: Encoder, rounding: Ldlq, cost: Curvature, damping: float) -> Tensor:
+    """What rounding costs each of some rows in units of the code, float64 [rows], without the damping's part of it."""
+    rounded = rounding.round(pad(units, (0, 0, 0, -len(units) % encoder.rows)), encoder).values
+    error = units - rounded[: len(units)]
+    return cost.energies(error) - damping * error.double().square().sum(1)
 
 
 class _TokenRows:
@@ -234,9 +232,9 @@ class _TokenRows:
             part = weight[drawn].float().masked_fill(dead, 0.0)
             for stored in formats:
                 spec = stored.spec(k, (n,), settings.hadamard_block, rotate_output=False)
-                rows = in_units(name, part, su, spec, settings.seed, make_encoder(stored.code, stored.bits))
-                error = rows.units - _rounded(rounding, rows.units, stored)
-                lost = Curvature(cost).energies(error) - damping * error.double().square().sum(1)
+                encoder = make_encoder(stored.code, stored.bits)
+                rows = in_units(name, part, su, spec, settings.seed, encoder)
+                lost = _lost(rows.units, encoder, rounding, Curvature(cost), damping)
                 mean = float((lost * rows.scale.double().square()).mean())
                 found[stored] += 0.5 * float(counts.sum()) / self._tokens * mean * unit
         return found

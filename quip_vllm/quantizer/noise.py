@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quip_vllm.quantizer.layer import generator_of
-from quip_vllm.quantizer.source.backward import LOGITS
+from quip_vllm.quantizer.source.backward import spans
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
 
@@ -50,9 +50,7 @@ def _divergences(source: LayeredModel, original: Sequence[Tensor], others: Seque
     totals, count = [0.0] * len(others), sum(x[..., 0].numel() for x in original)
     with source.output_head() as head:
         for i, x in enumerate(original):
-            width = max(1, LOGITS // (len(x) * source.vocabulary))
-            for begin in range(0, x.shape[1], width):
-                span = slice(begin, begin + width)
+            for span in spans(source, x):
                 log_p = head(x[:, span]).float().log_softmax(-1)
                 for j, other in enumerate(others):
                     log_q = head(other[i][:, span]).float().log_softmax(-1)

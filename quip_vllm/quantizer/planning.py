@@ -29,7 +29,6 @@ LEAST, MOST = 1.5, 8.0
 """Bits a weight that may be asked for."""
 TOKENS = 20_480
 """Tokens of the calibration text that are used at most: four fifths to measure, the rest to compare with noise."""
-BATCH_TOKENS = 2048
 HEADER_BYTES = 128
 """What a tensor takes in the header of its file, about."""
 
@@ -86,8 +85,7 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     chosen = tokens[torch.arange(count) * len(tokens) // count]
     held = torch.arange(count) % 5 == 4 if count > 4 else torch.arange(count) == count - 1
     checks.check_memory(replace(settings, drift_correction=1.0), source, count)
-    batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    losses, of_noise = measure(source, planner.formats, chosen[~held], batch, settings, folder)
+    losses, of_noise = measure(source, planner.formats, chosen[~held], settings.batch, settings, folder)
     of_choice = {
         name: {one: losses[name][one] if one else 0.0 for one in of} for name, of in planner.with_kept().items()
     }
@@ -103,7 +101,7 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
             }
             for each in (best, even)
         ]
-        ours, evens = noisy_divergences(source, chosen[held], batch, variances, settings.seed)
+        ours, evens = noisy_divergences(source, chosen[held], settings.batch, variances, settings.seed)
         other = planner.to_dict(even, losses)
         if evens < ours:
             _LOG.warning("an even mixture of the same size is better on held-out text: the plan is that")

@@ -47,8 +47,6 @@ from quip_vllm.quantizer.tuning.blocks import tune_block
 from quip_vllm.quantizer.tuning.full import tune_together
 
 REPORT, PLAN = "quantization_report.json", "quantization_plan.json"
-BATCH_TOKENS = 2048
-"""Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 EMBEDDING, HEAD, TUNED = "embedding", "head", "tuned"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -195,7 +193,7 @@ class Run:
         if len(tokens) < self.settings.sequences:
             check_replay(self.source, self._batches(len(tokens)))
         batch, _ = self._batches(len(tokens))[0]
-        if self.settings.backward:
+        if self.settings.backward and unfinished:
             folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
             inside = set(self.plan.specs) - {self.plan.head, self.plan.embedding}
             two_sided, seed = self.settings.two_sided, self.settings.seed
@@ -279,7 +277,10 @@ class Run:
         """Trains all layers together, unless that is done, and moves `hidden` behind them where the head is next."""
         if not self.record.has(TUNED):
             batches, folder = tokens.split(batch), self.record.folder / TUNED
-            read = lambda index: shards.read_shard(self.record.shard(self.layers[index]))  # noqa: E731
+
+            def read(index: int) -> dict[str, Tensor]:
+                return shards.read_shard(self.record.shard(self.layers[index]))
+
             tensors, told = tune_together(
                 self.source, self.plan.specs, read, batches, self.originals, folder, self.settings.seed
             )
@@ -364,11 +365,10 @@ class Run:
 
     def _make_tokens(self) -> Tensor:
         """The calibration tokens, read or written."""
-        vocabulary = self.source.model.get_input_embeddings().weight.shape[0]
-        return calibration_tokens(self.settings, self.source.folder, vocabulary)
+        return calibration_tokens(self.settings, self.source.folder, self.source.vocabulary)
 
     def _batches(self, count: int) -> list[tuple[int, int]]:
         """(sequences, tokens in each) of the first and the last of the batches that `count` sequences make."""
         length = self.settings.sequence_length
-        batch = min(count, max(1, BATCH_TOKENS // length))
+        batch = min(count, self.settings.batch)
         return [(batch, length), (count % batch or batch, length)]

@@ -58,7 +58,8 @@ class Sensitivities:
         two_sided: bool,
         seed: int,
     ):
-        self._folder = folder
+        self._folder, self._source, self._tokens = folder, source, tokens
+        self._names, self._two_sided = names, two_sided
         wanted = {
             "weights": source.reader.digest(source.reader.names()),
             "calibration": digest([("tokens", tokens)]),
@@ -76,8 +77,8 @@ class Sensitivities:
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._check_disk(source, tokens, names, two_sided)
-        self._measure(source, tokens, batch, names, two_sided, seed)
+        self._check_disk()
+        self._measure(batch, seed)
         write_json(folder / WHOLE, {**wanted, "two_sided": two_sided, "layers": sorted(names)})
 
     def of(self, index: int, names: Collection[str]) -> dict[str, Sensitivity]:
@@ -85,12 +86,15 @@ class Sensitivities:
         tensors = read_shard(self._file(index))
         return {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
 
-    def _check_disk(self, source: LayeredModel, tokens: Tensor, names: Collection[str], two_sided: bool) -> None:
+    def _check_disk(self) -> None:
         """Raises ValueError where the layers' inputs and what the pass makes of them do not fit."""
+        source = self._source
         width = source.model.get_input_embeddings().weight.shape[1]
-        wanted = tokens.numel() * (width * source.compute_dtype.itemsize * len(source.layers) + 4 * len(names))
-        if two_sided:
-            wanted += sum(4 * source.reader.shapes[f"{name}.weight"][0] ** 2 for name in names)
+        wanted = self._tokens.numel() * (
+            width * source.compute_dtype.itemsize * len(source.layers) + 4 * len(self._names)
+        )
+        if self._two_sided:
+            wanted += sum(4 * source.reader.shapes[f"{name}.weight"][0] ** 2 for name in self._names)
         free = shutil.disk_usage(self._folder).free
         if free < wanted:
             raise ValueError(
@@ -98,26 +102,18 @@ class Sensitivities:
                 f"needs about {wanted / 1e9:.1f} GB: make room, give another --hessians, or fewer --sequences"
             )
 
-    def _measure(
-        self,
-        source: LayeredModel,
-        tokens: Tensor,
-        batch: int,
-        names: Collection[str],
-        two_sided: bool,
-        seed: int,
-    ) -> None:
-        inputs = self._folder / "inputs"
-        backward = Forward(source, tokens, batch, inputs).backward(sampled_score(seed))
+    def _measure(self, batch: int, seed: int) -> None:
+        source, inputs = self._source, self._folder / "inputs"
+        backward = Forward(source, self._tokens, batch, inputs).backward(sampled_score(seed))
         for index, _, steps in tqdm(backward, total=len(source.layers), desc="backward", unit="layer"):
-            linears = {name: module for name, module in source.linears(index).items() if name in names}
-            collector = OutputCollector(linears, two_sided)
+            linears = {name: module for name, module in source.linears(index).items() if name in self._names}
+            collector = OutputCollector(linears, self._two_sided)
             for _ in steps:
                 pass
             found = collector.close()
             tensors: dict[str, Tensor] = {}
             for name, sensitivity in found.items():
-                if len(sensitivity.weights) == tokens.numel():
+                if len(sensitivity.weights) == self._tokens.numel():
                     tensors |= sensitivity.tensors(name)
                 else:
                     _LOG.warning("%s does not read one vector per token: its tokens count the same", name)

@@ -20,6 +20,8 @@ AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
 """The same for all other sources."""
+BATCH_TOKENS = 2048
+"""Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,17 @@ class Settings:
             raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
         if not 0 <= self.drift_correction <= 1:
             raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
-
         if self.tune not in TUNINGS:
             raise ValueError(f"tune is {self.tune!r}: it must be one of {', '.join(TUNINGS)}")
 
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
+
+    @property
+    def batch(self) -> int:
+        """Sequences that are run at a time, where there are so many."""
+        return max(1, BATCH_TOKENS // self.sequence_length)
 
     @property
     def trains(self) -> bool:

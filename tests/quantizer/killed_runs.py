@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quip_vllm.checkpoint import shards, store
 from quip_vllm.quantizer import record, run
+from quip_vllm.quantizer import settings as quantizer_settings
 from quip_vllm.quantizer.settings import FULL, Settings
 from quip_vllm.quantizer.tuning import full
 
@@ -98,7 +99,7 @@ def main(model, text, folder, tune):
     settings = Settings(model, "e8p", 3, **amount, token_weights=True, two_sided=True, lm_head=4, tune=tune)
     shards.SHARD_BYTES = 24_000  # a layer and a half
     if tune == FULL:
-        run.BATCH_TOKENS = 48  # eight batches
+        quantizer_settings.BATCH_TOKENS = 48  # eight batches
         full.PATIENCE = full.EPOCHS  # whatever the epochs give
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made

@@ -50,9 +50,8 @@ class Drift:
             return
         if self.difference is None:
             self.difference = torch.zeros(k, k, dtype=torch.float64, device=x.device)
-        self.difference += (
-            original - x
-        ).T @ weighted  # a few percent of x: the activations' own dtype is precise enough
+        # The difference is a few percent of x: the activations' own dtype is precise enough.
+        self.difference += (original - x).T @ weighted
 
     def correction(self, total: Tensor, unit: Tensor, hessian: Tensor) -> Callable[[str, Tensor], Tensor]:
         """f(name, W), float32 [n, k], such that W + f(name, W) on x comes nearest to W on x0.

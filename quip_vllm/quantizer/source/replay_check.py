@@ -41,7 +41,7 @@ def check_replay(source: LayeredModel, batches: Iterable[tuple[int, int]]) -> No
 
 def _problem(source: LayeredModel, index: int, size: tuple[int, int]) -> str | None:
     """How a layer alone differs from the same layer inside the model, or None."""
-    vocabulary = source.model.get_input_embeddings().weight.shape[0]
+    vocabulary = source.vocabulary
     draw = torch.Generator().manual_seed(0)
     # Special tokens (images, padding), which models treat in other ways, are first or last in vocabularies.
     low, high = vocabulary // 4, max(vocabulary // 2, vocabulary // 4 + 1)
