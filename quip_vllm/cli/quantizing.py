@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quip-vllm quantize | convert | evaluate | inspect | verify | doctor. Exits with 2 and one sentence on bad input."""
+"""quip-vllm quantize | plan: what a run is told, and what it says."""
 
 import argparse
-import json
-import logging
-import os
-import signal
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip_vllm import __version__
+from quip_vllm.cli.options import add_trust, check_writable
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
 from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, TUNINGS, Settings, default_code
@@ -21,83 +15,8 @@ if TYPE_CHECKING:
     from quip_vllm.quantizer.planning import Target
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parsed = _parser().parse_args(arguments)
-    try:
-        status = int(parsed.run(parsed))
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
-        return 128 + signal.SIGPIPE
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"quip-vllm {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"quip-vllm {parsed.command}: stopped", file=sys.stderr)
-        return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quip-vllm", description="2- to 4-bit QuIP# and QTIP weights for vLLM.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_quantize(commands.add_parser("quantize", help="write a quantized checkpoint of a Hugging Face causal LM"))
-    _add_plan(commands.add_parser("plan", help="which bits each layer would get for a mean of bits or a size"))
-    _add_convert(
-        commands.add_parser(
-            "convert", help="write a QuIP#, QTIP, YAQA or EXL3 checkpoint as ours, without a new rounding"
-        )
-    )
-    evaluate = commands.add_parser("evaluate", help="perplexity, and KL divergence to a reference, on a text")
-    evaluate.add_argument("models", nargs="+", metavar="model", help="folders or hub names; also checkpoints of ours")
-    evaluate.add_argument(
-        "--text", required=True, action="append", help="UTF-8 text, tokenized whole; may be given several times"
-    )
-    evaluate.add_argument("--reference", help="the original model: adds KL divergence and top-1 agreement")
-    evaluate.add_argument(
-        "--noise-floor", action="store_true", help="measure the reference in bf16, too, against itself in float32"
-    )
-    evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
-    evaluate.add_argument("--windows", type=int, help="only the first N windows of each text")
-    evaluate.add_argument(
-        "--start-token", action="store_true", help="begin each window with the tokenizer's start token, as Gemma needs"
-    )
-    evaluate.add_argument(
-        "--document-start",
-        metavar="REGEX",
-        help="how lines begin with which documents begin: standard errors are then by document, not by window",
-    )
-    evaluate.add_argument("--json", type=Path, help="write the figures there as well")
-    _add_trust(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-    inspect = commands.add_parser("inspect", help="every layer of a quantized checkpoint, and its totals")
-    inspect.add_argument("checkpoint", type=Path)
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    inspect.add_argument("--check", action="store_true", help="only say whether every tensor is there, in one sentence")
-    _add_trust(inspect)
-    inspect.set_defaults(run=_inspect)
-    verify = commands.add_parser(
-        "verify", help="whether vLLM serves what the checkpoint holds: loads it and compares with transformers"
-    )
-    verify.add_argument("checkpoint", type=Path)
-    verify.add_argument(
-        "--memory", type=float, default=0.2, help="share of the memory that vLLM may take (default %(default)s)"
-    )
-    _add_trust(verify)
-    verify.set_defaults(run=_verify)
-    doctor = commands.add_parser("doctor", help="what this machine has, and which backend serves which format")
-    doctor.set_defaults(run=_doctor)
-    return parser
-
-
-def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
-
-
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The options of ``quantize``."""
     parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
     parser.add_argument("out", type=Path, help="new folder for the checkpoint")
     _add_settings(parser)
@@ -107,7 +26,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_quantize)
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The options of ``plan``."""
     parser.add_argument("model", help="folder or hub name of a bf16, fp16 or fp32 model (safetensors)")
     _add_settings(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the plan there, for quantize --plan")
@@ -194,60 +114,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, type=int, metavar="BITS", help=f"quantize the {layer} too; where head and embedding are tied, both"
         )
-    _add_trust(parser)
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="folder or hub name of a QuIP#, QTIP, YAQA, GuidedQuant-QTIP or EXL3 checkpoint")
-    parser.add_argument("out", type=Path, help="new folder for the checkpoint")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="MODEL",
-        help="folder or hub name to take the tokenizer from, which published QuIP# and QTIP checkpoints lack (default: "
-        "the folder that config.json names as the origin)",
-    )
-    parser.add_argument(
-        "--evaluate", metavar="TEXT", help="measure one window of a UTF-8 text, and warn where the result is no model"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished conversion in OUT")
-    parser.epilog = (
-        "example: quip-vllm convert relaxml/Llama-2-7b-E8P-2Bit OUT --tokenizer meta-llama/Llama-2-7b-hf "
-        "--evaluate text.txt"
-    )
-    parser.set_defaults(run=_convert)
-
-
-WINDOW = 2048
-"""Tokens of the window that `convert --evaluate` measures, where the model has as many positions."""
-SUSPICIOUS = 500.0
-"""A perplexity above it is that of a model whose rotations or codes are wrong, whatever the text."""
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from quip_vllm.checkpoint.config import positions
-    from quip_vllm.checkpoint.convert import convert
-    from quip_vllm.checkpoint.hub import load_config, local_folder
-    from quip_vllm.evaluation.loading import check_complete
-    from quip_vllm.evaluation.report import evaluate
-
-    source = local_folder(args.source)
-    check_complete(source)
-    done = convert(source, args.out, args.tokenizer, args.resume)
-    print(
-        f"wrote {args.out}: {done['layers']} quantized layers in {done['shards']} files, as they are in {args.source}"
-    )
-    if args.evaluate:
-        length = min(WINDOW, positions(load_config(args.out)) or WINDOW)
-        measured = evaluate([str(args.out)], [args.evaluate], sequence_length=length, windows=1)
-        found = measured["results"][0]["perplexity"]
-        print(f"perplexity of one window of {length} tokens: {found:.4f}")
-        if found > SUSPICIOUS:
-            print(
-                f"WARNING: that is no language model's: the source is damaged, or its rotations are not those that "
-                f"its config.json says; do not serve {args.out}",
-                file=sys.stderr,
-            )
-    return 0
+    add_trust(parser)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -280,7 +147,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     for option, file in (("--out", args.out), ("--plot", args.plot)):
         if file:
-            _check_writable(file, option)
+            check_writable(file, option)
     if args.plot:
         from quip_vllm.quantizer.plan_plot import draw, require_matplotlib
 
@@ -366,84 +233,3 @@ def _override(text: str) -> tuple[str, int]:
     if not pattern or not bits.isdecimal():
         raise ValueError(f"--override is {text}: give REGEX=BITS, for example 'down_proj=4'")
     return pattern, int(bits)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from quip_vllm.checkpoint.store import write_json
-    from quip_vllm.evaluation.report import evaluate, format_report
-
-    if args.json:
-        _check_writable(args.json, "--json")
-    result = evaluate(
-        args.models,
-        args.text,
-        args.reference,
-        args.sequence_length,
-        args.windows,
-        args.start_token,
-        args.document_start,
-        args.noise_floor,
-        args.trust_remote_code,
-    )
-    print(format_report(result["results"]))
-    if args.json:
-        write_json(args.json, result)
-    return 0
-
-
-def _check_writable(file: Path, option: str) -> None:
-    """Raises ValueError where a file cannot be made; leaves nothing."""
-    if file.is_dir() or not file.parent.is_dir():
-        raise ValueError(f"{option} is {file}: give a file in a folder that exists")
-    try:
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise ValueError(
-            f"{option} is {file}: nothing can be written there ({error.strerror}); give another file"
-        ) from None
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from quip_vllm.checkpoint.inspection import format_inspection, inspect
-
-    result = inspect(args.checkpoint)
-    if args.check:
-        from quip_vllm.evaluation.loading import check_complete
-
-        check_complete(args.checkpoint, args.trust_remote_code)
-        print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
-        return 0
-    print(json.dumps(result, indent=2) if args.json else format_inspection(result))
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from quip_vllm.checkpoint.layers import read_config
-    from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
-    from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
-
-    read_config(args.checkpoint)  # any other model is refused
-    tokens, expected = expected_log_probabilities(args.checkpoint, args.trust_remote_code)
-    served = prompt_log_probabilities(args.checkpoint, tokens, args.memory, args.trust_remote_code)
-    found = largest_difference(expected, served)
-    said = f"log probabilities of {len(tokens)} tokens in vLLM and in transformers differ by up to {found:.2g}"
-    if found > TOLERANCE:
-        print(
-            f"quip-vllm verify: {args.checkpoint} is not served as it is stored: {said}, {TOLERANCE:g} is rounding; "
-            "do not serve this model",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"{args.checkpoint} is served as it is stored: {said}")
-    return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from quip_vllm.doctor import report
-
-    print(report())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands have."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust-remote-code."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Raises ValueError where a file cannot be made; leaves nothing."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"{option} is {file}: give a file in a folder that exists")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{option} is {file}: nothing can be written there ({error.strerror}); give another file"
+        ) from None
