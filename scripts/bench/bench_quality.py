@@ -32,19 +32,20 @@ from quip_vllm.quantizer.settings import AMOUNTS
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
-ROTATIONS = {"b64": "64", "b128": "128", "bmax": "1024"}
-CONFIGURATIONS = {
-    f"{name}{bits}": [*method, "--bits", str(bits)] for name, method in METHODS.items() for bits in (2, 3, 4)
-}
-CONFIGURATIONS |= {
-    f"{name}2{short}": [*CONFIGURATIONS[f"{name}2"], "--hadamard-block", block]
-    for name in METHODS
-    for short, block in ROTATIONS.items()
-}
-CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in CONFIGURATIONS.items()}
-for source, (count, length) in AMOUNTS.items():
-    amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
-    CONFIGURATIONS |= {f"{name}2{source}": [*CONFIGURATIONS[f"{name}2"], *amount] for name in METHODS}
+WHOLE = {f"{name}{bits}": [*method, "--bits", str(bits)] for name, method in METHODS.items() for bits in (2, 3, 4)}
+CONFIGURATIONS = {name: [*flags, "--tune", "none"] for name, flags in WHOLE.items()}
+CONFIGURATIONS |= {f"{name}full": [*flags, "--tune", "full"] for name, flags in WHOLE.items()}
+ONE_SIDED = {name: [*flags, "--no-two-sided"] for name, flags in CONFIGURATIONS.items() if name in WHOLE}
+CONFIGURATIONS |= {f"{name}one": flags for name, flags in ONE_SIDED.items()}
+CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in ONE_SIDED.items()}
+for short, block in {"b64": "64", "b128": "128", "bmax": "1024"}.items():
+    CONFIGURATIONS[f"qs2{short}d0"] = [*CONFIGURATIONS["qs2d0"], "--hadamard-block", block]
+for name in ("qs2", "qh2"):
+    CONFIGURATIONS[f"{name}.5"] = [*CONFIGURATIONS[name], "--bits", "2.5"]
+    for source, (count, length) in AMOUNTS.items():
+        amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
+        for end in ("", "full"):
+            CONFIGURATIONS[f"{name}{source}{end}"] = [*CONFIGURATIONS[f"{name}{end}"], *amount]
 SEQUENCES, LENGTH = 64, 1024
 """Calibration, unless the row says otherwise."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]

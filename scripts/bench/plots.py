@@ -133,7 +133,8 @@ def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
     lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D")}
     lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:")
     for start, (name, style) in lines.items():
-        chosen = {f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 3, 4)}
+        names = [f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 2.5, 3, 4)]
+        chosen = {name if name in quality_rows() else f"{name}one" for name in names}
         scale = 1e-6 if x == "bytes" else 1
         points = sorted((float(row[x]) * scale, float(row[y])) for row in rows if row["name"] in chosen)
         text = name if name[0] in "qn" else f"qtip {name}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of the pages, made from the CSV files of docs/benchmarks; figures.py writes them between markers."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "near
 
 
 WIKITEXT = "wikitext2-test.txt"
+TEXTS = {"WikiText": WIKITEXT, "prose": "policy.txt", "code": "numpy_ma_core.py"}
+"""The texts of the tables of quality, by the column's name."""
 
 
 def quality_rows(text: str = WIKITEXT) -> dict[str, dict[str, str]]:
@@ -48,8 +51,10 @@ def by_bits(names: Iterable[str]) -> list[str]:
 def quality_label(name: str) -> str:
     """qs2 -> quip_sharp, 2 bits."""
     start = next(start for start in QUALITY if name.startswith(start))
-    bits = name.removeprefix(start)[0]
-    return f"{QUALITY[start]}, {bits} bits" + (", groups of 64" if name.endswith("g64") else "")
+    rest = _kind(name)
+    bits = name.removeprefix(start).removesuffix(rest)
+    ends = {"g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
+    return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
 def fixed(value: str | float, digits: int = 1) -> str:
@@ -128,35 +133,72 @@ def activations() -> str:
         exact, rounded = found[name, "exact"], found[name, "int8"]
         cells = [fixed(exact["perplexity"], 3), fixed(rounded["perplexity"], 3), fixed(rounded["kl_divergence"], 4)]
         top = f"{100 * float(rounded['top1_agreement']):.1f} %"
-        lines.append([quality_label(name), *cells, top, fixed(weights[name], 3)])
+        lines.append([quality_label(name), *cells, top, fixed(weights[f"{name}one"], 3)])
     header = ["checkpoint", "perplexity, exact", "perplexity, int8", "KL of int8 to exact, nats", "top-1"]
     return table([*header, "KL of the weights to bf16, nats"], lines)
 
 
 def quality(commit: bool = False) -> str:
-    """Default runs of every format and nearest rounding, more bits first."""
-    rows = [row for name, row in quality_rows().items() if not name.endswith(("d0", *AMOUNTS))]
-    lines = [
-        ["bf16", "16", fixed(rows[0]["reference_perplexity"], 2), "0", "100 %", "269.1", *([""] if commit else [])]
-    ]
+    """Every format and nearest rounding, by bits, rounded on two sides and not tuned."""
+    rows = quality_rows()
+    untuned = ("", "g64", *(["one"] if "qs2" not in rows else []))
+    return _qualities(lambda name: _kind(name) in untuned, commit)
+
+
+def tuned() -> str:
+    """The same after all layers were tuned together."""
+    return _qualities(lambda name: _kind(name) == "full")
+
+
+def default_calibration() -> str:
+    """What the command line does where no calibration text is named, with and without tuning."""
+    return _qualities(lambda name: _kind(name).startswith(tuple(AMOUNTS)))
+
+
+def _kind(name: str) -> str:
+    """qs2full -> full, what a row's name says beyond format and bits."""
+    return re.sub(r"^[a-z]+[0-9.]+", "", name)
+
+
+def _qualities(chosen: Callable[[str], bool], commit: bool = True) -> str:
+    """The chosen rows of quality.csv, more bits first, with the KL divergence on every text."""
+    by_text = {name: quality_rows(text) for name, text in TEXTS.items()}
+    rows = [row for name, row in by_text["WikiText"].items() if chosen(name)]
+    plain = fixed(rows[0]["reference_perplexity"], 2) if rows else ""
+    lines = [["bf16", "16", plain, *["0"] * len(TEXTS), "100 %", "269.1", *([""] * 3 if commit else [])]]
     for row in sorted(rows, key=lambda row: (-int(float(row["bits_per_weight"])), float(row["perplexity"]))):
-        cells = [fixed(row["bits_per_weight"], 2), fixed(row["perplexity"], 2), fixed(row["kl_divergence"], 3)]
+        name = row["name"]
+        found = [rows[name]["kl_divergence"] if name in rows else "" for rows in by_text.values()]
+        cells = [fixed(row["bits_per_weight"], 2), fixed(row["perplexity"], 2), *(fixed(x, 3) if x else "" for x in found)]
         top = f"{100 * float(row['top1_agreement']):.1f} %"
-        origin = [row["commit"]] if commit else []
-        lines.append([quality_label(row["name"]), *cells, top, f"{int(row['bytes']) / 1e6:.1f}", *origin])
-    header = ["format", "bits per weight", "perplexity", "KL, nats", "top-1", "MB in all"]
-    return table([*header, *(["commit"] if commit else [])], lines)
+        origin = [row["minutes"], row["peak_gb"], row["commit"]] if commit else []
+        lines.append([quality_label(name), *cells, top, f"{int(row['bytes']) / 1e6:.1f}", *origin])
+    header = ["format", "bits per weight", "perplexity", *(f"KL, {name}" for name in TEXTS), "top-1", "MB in all"]
+    return table([*header, *(["minutes", "GB", "commit"] if commit else [])], lines)
+
+
+def sides() -> str:
+    """Rounding on one side and on two."""
+    rows = quality_rows()
+    lines = []
+    for name in (name for name in rows if f"{name}one" in rows):
+        cells = [_perplexity_and_kl(rows[n]) for n in (f"{name}one", name)]
+        lines.append([quality_label(name), *cells])
+    return table(["format", "one side: perplexity (KL)", "two sides"], lines)
+
+
+def _perplexity_and_kl(row: dict[str, str]) -> str:
+    return f"{fixed(row['perplexity'], 2)} ({fixed(row['kl_divergence'], 3)})"
 
 
 def drift() -> str:
-    """The default drift correction against none."""
+    """The default drift correction against none, rounded on one side."""
     rows = quality_rows()
     lines = []
-    for name in (name for name in rows if f"{name}d0" in rows):
-        cells = [
-            f"{fixed(rows[n]['perplexity'], 2)} ({fixed(rows[n]['kl_divergence'], 3)})" for n in (f"{name}d0", name)
-        ]
-        lines.append([quality_label(name), *cells, fixed(rows[name]["mean_proxy_loss"], 4)])
+    for name in (name for name in rows if name.endswith("d0") and name.replace("d0", "one") in rows):
+        one = rows[name.replace("d0", "one")]
+        cells = [_perplexity_and_kl(row) for row in (rows[name], one)]
+        lines.append([quality_label(name), *cells, fixed(one["mean_proxy_loss"], 4)])
     return table(["format", "none: perplexity (KL)", "0.35, the default", "mean proxy loss at 0.35"], lines)
 
 
@@ -246,6 +288,9 @@ def runs(*files: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality_commits": lambda: quality(commit=True),
+    "tuned": tuned,
+    "default_calibration": default_calibration,
+    "sides": sides,
     "drift": drift,
     "rotations": rotations,
     "serving": serving,
