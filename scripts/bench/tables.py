@@ -168,8 +168,8 @@ def _qualities(chosen: Callable[[str], bool], commit: bool = True) -> str:
     lines = [["bf16", "16", plain, *["0"] * len(TEXTS), "100 %", "269.1", *([""] * 3 if commit else [])]]
     for row in sorted(rows, key=lambda row: (-int(float(row["bits_per_weight"])), float(row["perplexity"]))):
         name = row["name"]
-        found = [rows[name]["kl_divergence"] if name in rows else "" for rows in by_text.values()]
-        cells = [fixed(row["bits_per_weight"], 2), fixed(row["perplexity"], 2), *(fixed(x, 3) if x else "" for x in found)]
+        found = [fixed(rows[name]["kl_divergence"], 3) if name in rows else "" for rows in by_text.values()]
+        cells = [fixed(row["bits_per_weight"], 2), fixed(row["perplexity"], 2), *found]
         top = f"{100 * float(row['top1_agreement']):.1f} %"
         origin = [row["minutes"], row["peak_gb"], row["commit"]] if commit else []
         lines.append([quality_label(name), *cells, top, f"{int(row['bytes']) / 1e6:.1f}", *origin])
