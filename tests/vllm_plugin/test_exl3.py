@@ -9,7 +9,7 @@ import pytest
 import torch
 from exl3_files import quantized_layer
 from numerics import FLOAT32_LINEAR, SERVED_LOG_PROBABILITY, relative
-from served_layers import FUSED, SENT, apply, build, finish, served_difference
+from served_layers import FUSED, apply, build, finish, load, served_difference
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -20,7 +20,6 @@ from vllm.model_executor.layers.linear import (
 from quip_vllm.checkpoint import exl3
 from quip_vllm.vllm_plugin import arrival
 from quip_vllm.vllm_plugin import exl3 as plugin
-from quip_vllm.vllm_plugin.arrival import send
 from quip_vllm.vllm_plugin.exl3 import Exl3QuipConfig
 
 pytestmark = pytest.mark.usefixtures("set_rank")
@@ -45,9 +44,7 @@ def config_of(layers, **model):
 
 def put(layer, tensors, dense, *shard_id):
     """What a vLLM model does with the weight [n, k] that a layer of the checkpoint stands for."""
-    n, k = dense.shape
-    numbers = send("on.disk", tensors, SENT, (n, k))
-    layer.weight.weight_loader(layer.weight, numbers, *shard_id)
+    load(layer, tensors, *shard_id, size=tuple(dense.shape))
 
 
 @pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
