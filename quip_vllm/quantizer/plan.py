@@ -25,6 +25,9 @@ FUSED = (
 )
 """Linear layers that vLLM's models make one of, where a module has all of them (`packed_modules_mapping`)."""
 
+LINEAR_LATENT = ("minicpm3",)
+"""Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,6 +86,11 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         stored = settings.layer_format(name)
         if stored is None:
             kept.append(name)
+        elif name.endswith(".kv_b_proj") and source.config.model_type not in LINEAR_LATENT:
+            raise ValueError(
+                f"{name} cannot be quantized: vLLM's latent attention multiplies by its dense weight; give --ignore "
+                "kv_b_proj, or in a plan bits null"
+            )
         else:
             specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
     _check_fused(specs, layers)

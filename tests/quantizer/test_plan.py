@@ -88,6 +88,21 @@ def test_stored_bytes(plan):
     assert found.stored_bytes() == 2 * (n * k * 2 // 8 + 2 * (n + k)) + (n * k * 4 // 8 + 2 * (n + k))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "refused"), [("DeepseekV3", True), ("MiniCPM3", False)]
+)  # the second multiplies with it as with a linear layer, in vLLM
+def test_the_projection_whose_weight_latent_attention_needs(plan, architecture, refused):
+    sizes = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 16, "first_k_dense_replace": 2}
+    if refused:
+        with pytest.raises(ValueError, match="0.self_attn.kv_b_proj cannot be quantized: .*; give --ignore kv_b_proj"):
+            plan(architecture, sizes)
+        found, *_ = plan(architecture, sizes, ignore=("kv_b_proj",))
+    else:
+        found, *_ = plan(architecture, sizes)
+    assert ("model.layers.1.self_attn.kv_b_proj" in found.kept) == refused
+
+
 ODD = {"hidden_size": 8 * 47 * 3, "num_attention_heads": 3, "num_key_value_heads": 3}
 
 
