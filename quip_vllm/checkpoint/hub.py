@@ -134,10 +134,11 @@ def _fetched(model: str, patterns: list[str]) -> Path:
     return found
 
 
-def at_hand(model: str, revision: str | None = None) -> Path | None:
+def at_hand(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
     """The folder of a local model, or the snapshot of a hub name where the hub's cache holds all of its shards.
 
     Nothing is fetched. None where the files are elsewhere, or are not here yet.
+    `cache` is a folder in place of the hub's usual one.
 
     Raises:
         ValueError: the snapshot's index is damaged.
@@ -148,7 +149,7 @@ def at_hand(model: str, revision: str | None = None) -> Path | None:
     if Path(model).is_dir():
         return Path(model)
     try:
-        single, index = (try_to_load_from_cache(model, name, revision=revision) for name in (SINGLE_NAME, INDEX_NAME))
+        single, index = (try_to_load_from_cache(model, name, cache, revision) for name in (SINGLE_NAME, INDEX_NAME))
     except HFValidationError:  # a bucket's address
         return None
     if isinstance(index, str):

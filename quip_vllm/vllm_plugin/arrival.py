@@ -8,8 +8,10 @@ would load the weight; where the numbers arrive says which tensors belong there,
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +22,7 @@ from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
+from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.layers import DAMAGED, tensor_names
 from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.tensors import SU, SV
@@ -199,6 +202,8 @@ def carry_tensors(model_class: Any) -> None:
         copied = _copied()
         if arrivals[0].is_meta:  # vLLM has prepared the model for reloading
             weights, copied = checked(self, weights, before, copied), False  # it has copied them
+        else:
+            weights = _fetched(weights)
         sent: list[DiskLayer] = []  # holds the tensors until the model's code has put the numbers where they belong
         result = load(self, _numbered(noted(weights, headers), sent, copied), *args, **kwargs)
         self.quip_loaded = Loaded(source_now(), headers)  # type: ignore[assignment]  # an attribute of any type
@@ -229,6 +234,22 @@ def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], size: tup
     sent.append(disk)
     _SENT[disk.first] = disk
     return disk.numbers()
+
+
+def _fetched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights. vLLM fetches a hub name's files for the first of them: their headers are checked before it.
+
+    Raises:
+        ValueError: see `QuipConfig.check_files`.
+    """
+    config, source, weights = get_current_vllm_config_or_none(), source_now(), iter(weights)
+    try:
+        first = list(itertools.islice(weights, 1))
+    finally:  # also in place of what vLLM says of a damaged file
+        if config is not None and source and not Path(source["model"]).is_dir():  # a folder's have been checked
+            folder = at_hand(source["model"], source["revision"], config.load_config.download_dir)
+            config.quant_config.check_files(folder)
+    yield from itertools.chain(first, weights)
 
 
 def _copied() -> bool:

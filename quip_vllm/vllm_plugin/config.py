@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,14 +71,21 @@ class QuipConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the headers of the files before vLLM reads them, where they are here.
 
-        Files of a hub name that vLLM has yet to fetch are not, and a dummy load needs none.
+        Files of a hub name that vLLM has yet to fetch are checked when they are here, and a dummy load needs none.
+
+        Raises:
+            ValueError: see `check_files`.
+        """
+        self.check_files(at_hand(model_name, revision))
+
+    def check_files(self, folder: Path | None) -> None:
+        """Checks the headers of the files in a folder, if there are any.
 
         Raises:
             ValueError: a file is truncated or damaged, or its tensors are not those that config.json describes.
         """
-        folder = at_hand(model_name, revision)
         if folder is not None and any(folder.glob("*.safetensors")):
-            layer_specs(CheckpointReader(folder), self.checkpoint)
+            layer_specs(CheckpointReader(folder), self.on_disk)
 
     def described(self) -> dict[str, Any]:
         """What config.json says of the formats, names as in Hugging Face's model."""

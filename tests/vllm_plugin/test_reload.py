@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save
 from served_layers import build, finish, quant_config, random_tensors
 from torch import nn
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -183,3 +184,25 @@ def test_a_folder_without_config_is_refused_but_weights_from_elsewhere_are_not(e
     engine.model_config.model = str(tmp_path / "second")
     with pytest.raises(ValueError, match="second is refused.*it has no config.json"):
         again(made, iter(files(0)))
+
+
+@pytest.mark.parametrize("error", [None, OSError("vLLM's own words")])
+def test_files_that_vllm_fetches_are_checked_before_a_layer_gets_any(engine, tmp_path, error):
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    engine.model_config.model, engine.model_config.revision = "someone/tiny", "c0ffee"
+    engine.load_config.download_dir = str(tmp_path)
+    model = Model(engine.quant_config)
+
+    def fetching(lost, error=None):
+        whole = save(dict(files(0)))
+        (snapshot / "model.safetensors").write_bytes(whole[: len(whole) - lost])
+        if error is not None:
+            raise error
+        yield from files(0)
+
+    with pytest.raises(ValueError, match="c0ffee/model.safetensors cannot be read .*truncated or damaged"):
+        model.load_weights(fetching(9, error))
+    assert not model.norm.any()
+    model.load_weights(fetching(0))
+    assert torch.equal(model.norm, torch.ones(K))
