@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.hub import SIDE_FILES, TOKENIZER, copy_files, tokenizer_folder, tokenizer_of
 from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.published import HEAD, Published, natural
-from quip_vllm.checkpoint.shards import plan_shards, shard_name, write_index, write_shard
+from quip_vllm.checkpoint.shards import check_room, plan_shards, shard_name, write_index, write_shard
 from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import Follows, check, tensor_specs
@@ -61,7 +60,7 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
         name: sum(reader.bytes_of[one] for one in stored_names(reader, config, name, specs[name])) for name in specs
     }
     sizes |= {name: reader.bytes_of[name] for name in others_of(reader, config, specs)}
-    _check_disk(out, sum(sizes.values()))
+    check_room(out, sum(sizes.values()), "give --resume")
     shards = plan_shards(dict(sorted(sizes.items(), key=lambda item: natural(item[0]))), SHARD_BYTES)
     for i, names in enumerate(tqdm(shards, desc="convert", unit="shard")):
         file = out / shard_name(i, len(shards))
@@ -112,13 +111,6 @@ def _open(out: Path, wanted: dict[str, Any], resume: bool) -> None:
         write_json(state, wanted)
     except OSError as error:
         raise ValueError(f"{out} cannot be written ({error.strerror}): give a new folder on another disk") from None
-
-
-def _check_disk(out: Path, wanted: int) -> None:
-    there = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
-    free = shutil.disk_usage(out).free + there
-    if free < wanted:
-        raise ValueError(f"{out} has {free / 1e9:.1f} GB free, and about {wanted / 1e9:.1f} GB are needed: make room")
 
 
 def _finish(source: Path, out: Path, config: Published, tokens: Path) -> None:

@@ -7,6 +7,7 @@ Shards are written here and not by the safetensors library: that writes to a tem
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,32 @@ SHARD_BYTES = 4_000_000_000
 COPY_BYTES = 1 << 24
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_room(folder: Path, wanted: int, then: str) -> None:
+    """Says before the work that a disk is too small for it.
+
+    Args:
+        folder: it is there; what it holds counts as written.
+        wanted: bytes that it will hold.
+        then: what to do once there is room.
+
+    Raises:
+        ValueError: the disk does not take them.
+    """
+    missing = wanted - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < missing:
+        raise ValueError(
+            f"{folder} has {amount(free)} free, and about {amount(missing)} are needed: make room, then {then}"
+        )
+
+
+def amount(size: float) -> str:
+    """Bytes for a person, in the largest unit of which there is one: 1.5 kB."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = next(power for power in range(len(units)) if size < 1000 ** (power + 1) or power == len(units) - 1)
+    return f"{size / 1000**power:.{min(power, 1)}f} {units[power]}"
 
 
 class _Entry(NamedTuple):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What would end a run late, said before its work begins: windows, values, memory and disk."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quip_vllm.checkpoint.config import positions
-from quip_vllm.checkpoint.shards import SHARD_BYTES
+from quip_vllm.checkpoint.shards import SHARD_BYTES, amount, check_room
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.layer import scale_of
@@ -75,8 +74,8 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
     free = psutil.virtual_memory().available
     if wanted > free:
         raise ValueError(
-            f"{count} sequences of {settings.sequence_length} tokens need about {wanted / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are free: {'give a text (--calibration), ' if SELF in settings.sources else ''}"
+            f"{count} sequences of {settings.sequence_length} tokens need about {amount(wanted)} of memory, and "
+            f"{amount(free)} are free: {'give a text (--calibration), ' if SELF in settings.sources else ''}"
             "fewer --sequences or a smaller --sequence-length"
         )
 
@@ -90,11 +89,4 @@ def check_disk(out: Path, kept: int, quantized: int, work: int = 0) -> None:
         quantized: bytes of the quantized layers.
         work: bytes that the run needs before it writes what stays as it is.
     """
-    wanted = quantized + max(work, kept + min(quantized, SHARD_BYTES))
-    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    free = shutil.disk_usage(out).free
-    if free + there < wanted:
-        raise ValueError(
-            f"{out} has {free / 1e9:.1f} GB free: about {(wanted - there) / 1e9:.1f} GB are needed; make "
-            "room, then give the same command again"
-        )
+    check_room(out, quantized + max(work, kept + min(quantized, SHARD_BYTES)), "give the same command again")

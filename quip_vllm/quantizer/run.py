@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def quantize(settings: Settings, out: Path, resume: bool = False, target: Target
         if not out_of_memory(error):
             raise
         raise ValueError(
-            f"the memory is too small ({psutil.virtual_memory().total / 1e9:.1f} GB): give fewer --sequences, a "
+            f"the memory is too small ({shards.amount(psutil.virtual_memory().total)}): give fewer --sequences, a "
             "smaller --sequence-length or a smaller model; what is finished stays for --resume"
         ) from None
 
@@ -159,15 +158,14 @@ class Run:
         work = self.source.compute_dtype.itemsize * self.plan.weights() if self.settings.tune == FULL else 0
         checks.check_disk(self.out, sum(self.kept_bytes.values()), self.plan.stored_bytes(), work)
         config = (self.source.folder / "config.json").read_bytes()
+        self._outside = digest(checks.checked(reader, sorted(self.source.outside), self.plan.specs))
         wanted = {
             **self.settings.to_dict(),
             "quip_vllm": __version__,
             "compute_dtype": str(self.source.compute_dtype),
             "config.json": hashlib.sha256(config).hexdigest()[:32],
             "tensors": hashlib.sha256(json.dumps(sorted(reader.shapes.items())).encode()).hexdigest()[:32],
-            "weights outside the decoder layers": digest(
-                checks.checked(reader, sorted(self.source.outside), self.plan.specs)
-            ),
+            "weights outside the decoder layers": self._outside,
         }
         self.record = Record(self.out, wanted, resume)
         for index, unit in enumerate(tqdm(self.layers, desc="compare the finished layers", leave=False)):
@@ -186,19 +184,21 @@ class Run:
         else:  # reading it takes less time than reading all weights
             self.record.tokens(self._make_tokens)
         unfinished = [index for index, unit in enumerate(self.layers) if not self.record.has(unit)]
-        names = [name for index in unfinished for name in self.source.layer_names(index)]
-        deque(checks.checked(self.source.reader, names, self.plan.specs), maxlen=0)
+        backward = self.settings.backward and bool(unfinished)
+        unread = range(len(self.layers)) if backward else unfinished
+        names = [name for index in unread for name in self.source.layer_names(index)]
+        weights = self._outside + digest(checks.checked(self.source.reader, names, self.plan.specs))
         tokens = self.record.tokens(self._make_tokens)
         checks.check_memory(self.settings, self.source, len(tokens))
         if len(tokens) < self.settings.sequences:
             check_replay(self.source, self._batches(len(tokens)))
         batch, _ = self._batches(len(tokens))[0]
-        if self.settings.backward and unfinished:
+        if backward:
             folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
             inside = set(self.plan.specs) - {self.plan.head, self.plan.embedding}
             two_sided, seed = self.settings.two_sided, self.settings.seed
             heard = tokens if self.settings.token_weights else some_of(tokens)
-            self.sensitivities = Sensitivities(folder, self.source, heard, batch, inside, two_sided, seed)
+            self.sensitivities = Sensitivities(folder, self.source, weights, heard, batch, inside, two_sided, seed)
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         both = self.settings.drift_correction or self.settings.trains
         self.originals = [x.clone() for x in self.hidden] if both else []

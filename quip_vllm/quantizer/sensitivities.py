@@ -5,7 +5,6 @@ It belongs to a model, its calibration tokens and a seed, not to bits or codes, 
 """
 
 import logging
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from quip_vllm.checkpoint.shards import read_shard, write_shard
+from quip_vllm.checkpoint.shards import check_room, read_shard, write_shard
 from quip_vllm.checkpoint.store import digest, read_json, write_json
 from quip_vllm.quantizer.curvature.outputs import OutputCollector, Sensitivity
 from quip_vllm.quantizer.source.backward import Forward, sampled_score
@@ -38,6 +37,7 @@ class Sensitivities:
     Args:
         folder: for one file per decoder layer.
         source: the model.
+        weights: a digest of all of its tensors.
         tokens: the calibration text, int64 [count, length].
         batch: sequences at a time.
         names: the linear layers inside the decoder layers that are wanted.
@@ -52,6 +52,7 @@ class Sensitivities:
         self,
         folder: Path,
         source: LayeredModel,
+        weights: str,
         tokens: Tensor,
         batch: int,
         names: Collection[str],
@@ -61,7 +62,7 @@ class Sensitivities:
         self._folder, self._source, self._tokens = folder, source, tokens
         self._names, self._two_sided = names, two_sided
         wanted = {
-            "weights": source.reader.digest(source.reader.names()),
+            "weights": weights,
             "calibration": digest([("tokens", tokens)]),
             "compute_dtype": str(source.compute_dtype),
             "seed": seed,
@@ -77,7 +78,7 @@ class Sensitivities:
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._check_disk()
+        check_room(folder, self._bytes(), "give --resume, or begin again with --hessians on another disk")
         self._measure(batch, seed)
         write_json(folder / WHOLE, {**wanted, "two_sided": two_sided, "layers": sorted(names)})
 
@@ -86,8 +87,8 @@ class Sensitivities:
         tensors = read_shard(self._file(index))
         return {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
 
-    def _check_disk(self) -> None:
-        """Raises ValueError where the layers' inputs and what the pass makes of them do not fit."""
+    def _bytes(self) -> int:
+        """What the layers' inputs and all that the pass makes of them take on the disk."""
         source = self._source
         width = source.model.get_input_embeddings().weight.shape[1]
         wanted = self._tokens.numel() * (
@@ -95,12 +96,7 @@ class Sensitivities:
         )
         if self._two_sided:
             wanted += sum(4 * source.reader.shapes[f"{name}.weight"][0] ** 2 for name in self._names)
-        free = shutil.disk_usage(self._folder).free
-        if free < wanted:
-            raise ValueError(
-                f"{self._folder} has {free / 1e9:.1f} GB free, and the pass for token weights and Hessians of outputs "
-                f"needs about {wanted / 1e9:.1f} GB: make room, give another --hessians, or fewer --sequences"
-            )
+        return int(wanted)
 
     def _measure(self, batch: int, seed: int) -> None:
         source, inputs = self._source, self._folder / "inputs"

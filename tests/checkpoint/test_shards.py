@@ -2,6 +2,7 @@
 """Shards: whole or absent, readable by all, equal bytes for equal tensors, and copied without a change."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from quip_vllm.checkpoint import shards, store
 from quip_vllm.checkpoint.shards import (
+    amount,
+    check_room,
     copy_shard,
     plan_shards,
     read_shard,
@@ -107,3 +110,26 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "x.safetensors").read_bytes() == before
     assert read_json(tmp_path / "x.json") == {"a": 1}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.json", "x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (7_300_000, "7.3 MB"),
+        (4.2e9, "4.2 GB"),
+        (3e15, "3000.0 TB"),
+    ],
+)
+def test_an_amount_has_the_unit_that_fits(size, said):
+    assert amount(size) == said
+
+
+def test_room_counts_what_is_there(tmp_path, monkeypatch):
+    (tmp_path / "shard").write_bytes(bytes(600))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9000, 0, 2000))
+    check_room(tmp_path, 2600, "go on")
+    with pytest.raises(ValueError, match="has 2.0 kB free, and about 2.1 kB are needed: make room, then go on$"):
+        check_room(tmp_path, 2700, "go on")

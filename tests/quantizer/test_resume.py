@@ -163,18 +163,25 @@ def test_a_full_disk(tiny_model, make_settings, tmp_path, monkeypatch, limit, le
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_each_weight_is_read_once_before_the_work(tiny_model, stopped, monkeypatch):
-    out, settings = stopped(tiny_model("Llama", num_hidden_layers=4), 9)
+def work(*args):
+    raise OSError("work")
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each tensor has been read."""
     read, before = Counter(), CheckpointReader.read
 
     def counting(self, names):
         read.update(names)
         return before(self, names)
 
-    def work(*args):
-        raise OSError("work")
-
     monkeypatch.setattr(CheckpointReader, "read", counting)
+    return read
+
+
+def test_each_weight_is_read_once_before_the_work(tiny_model, stopped, read, monkeypatch):
+    out, settings = stopped(tiny_model("Llama", num_hidden_layers=4), 9)
     monkeypatch.setattr(run.checks, "check_memory", work)  # the last thing before the work
     for folder, resume in ((out, True), (out.with_name("new"), False)):
         read.clear()
@@ -183,6 +190,14 @@ def test_each_weight_is_read_once_before_the_work(tiny_model, stopped, monkeypat
         # The first layer is also compared with the model's own run, which needs the embedding.
         late = {name: count for name, count in read.items() if ".layers." in name and ".layers.0." not in name}
         assert len(late) == 3 * 9 and set(late.values()) == {1}
+
+
+def test_what_hessians_belong_to_is_known_without_reading_again(tiny_model, make_settings, tmp_path, read, monkeypatch):
+    monkeypatch.setattr(run, "Sensitivities", work)
+    read.clear()
+    with pytest.raises(OSError, match="work"):
+        quantize(make_settings(tiny_model(), two_sided=True), tmp_path / "out")
+    assert {count for name, count in read.items() if ".layers.1." in name} == {1}
 
 
 @pytest.fixture

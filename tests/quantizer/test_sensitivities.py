@@ -103,7 +103,8 @@ def sensitivities(folder, source, two_sided=True, names=None, seed=0, tokens=Non
     tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0)) if tokens is None else tokens
     every = [name for index in range(len(source.layers)) for name in source.linears(index)]
     with torch.no_grad():
-        return Sensitivities(folder, source, tokens, 3, names or every, two_sided, seed)
+        weights = source.reader.digest(source.reader.names())
+        return Sensitivities(folder, source, weights, tokens, 3, names or every, two_sided, seed)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Phi3"])
@@ -182,7 +183,7 @@ def test_some_sequences_are_enough():
 
 def test_a_disk_that_is_too_small(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(ValueError, match="has 0.0 GB free, and the pass for token weights .* make room, give another"):
+    with pytest.raises(ValueError, match="has 0 bytes free, and about .* kB are needed: make room, then give --resume"):
         sensitivities(tmp_path, LayeredModel(tiny_model()))
 
 
