@@ -242,7 +242,8 @@ def _fetched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     Raises:
         ValueError: see `QuipConfig.check_files`.
     """
-    config, source, weights = get_current_vllm_config_or_none(), source_now(), iter(weights)
+    config: Any = get_current_vllm_config_or_none()
+    source, weights = source_now(), iter(weights)
     try:
         first = list(itertools.islice(weights, 1))
     finally:  # also in place of what vLLM says of a damaged file
