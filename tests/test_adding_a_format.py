@@ -21,7 +21,7 @@ CODE_EDITS: Edits = {
     "quip_vllm/formats/trellis_codes.py": [
         (
             "for _code in (ONE_MAD,",
-            "def _toy(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:\n"
+            "def _toy(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:\n"
             "    return ((state & 255) - 128).to(torch.float32)[:, None]\n\n\n"
             'register(TrellisCode("toy", _toy))\n',
         ),

@@ -2,7 +2,8 @@
 """Trellis codes: how a 16-bit state becomes one or two weights (QTIP, arXiv 2406.11235; MCG and MUL1 are EXL3's).
 
 A code is one function of an int64 tensor of states [S] that returns float32 values [S, vector_dim], and one `register`
-at the end of this file. "mod 2^32" is what 32-bit registers do; kernels compute the same in fewer instructions.
+at the end of this file. It is told the code's table and the bits per weight, too, which most codes have no use for.
+"mod 2^32" is what 32-bit registers do; kernels compute the same in fewer instructions.
 """
 
 import functools
@@ -56,14 +57,14 @@ _STATES = 1 << STATE_BITS
 _WORD = 0xFFFFFFFF
 
 
-def _one_mad(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _one_mad(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """1MAD: the sum of the four bytes of one multiply-add, centred and scaled to about N(0, 1)."""
     y = state * 34038481 + 76625530 & _WORD
     total = (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
     return ((total - 510).to(torch.float32) / 147.800537109375)[:, None]
 
 
-def _three_inst(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _three_inst(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """3INST: a multiply-add, a masked XOR, and the sum of the two fp16 numbers in the halves of the result.
 
     The sum is rounded to fp16, as a half-precision adder does. Its standard deviation is 1.2437, not 1.
@@ -71,12 +72,12 @@ def _three_inst(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor
     return _two_halves(state * 89226354 + 64248484 & _WORD)
 
 
-def _mcg(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _mcg(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """MCG (EXL3): 3INST with a product in place of the multiply-add. Its standard deviation is 1.2441."""
     return _two_halves(state * 0xCBAC1FED & _WORD)
 
 
-def _mul1(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _mul1(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """MUL1 (EXL3): the sum s of the four bytes of a product, scaled and centred to about N(0, 1) in half precision.
 
     The value is fp16(a (1024 + s) - b) with a = 1774 * 2^-18 and b = 10.3828125: a fused multiply-add, rounded once. In
@@ -88,7 +89,7 @@ def _mul1(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     return exact.to(torch.float16).to(torch.float32)[:, None]
 
 
-def _hyb(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _hyb(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """HYB: bits 14.. of x^2 + x choose a row of the table (9 bits: 14..6), bit 15 negates its component 0."""
     if table is None:
         raise ValueError("code hyb without a table: it needs [2^b, 2]; pass the stored table, or HYB.table(bits)")
@@ -103,7 +104,7 @@ def _hyb(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
     return torch.stack([vector[:, 0] * sign, vector[:, 1]], dim=1)
 
 
-def _lut(state: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
+def _lut(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """LUT: a Gaussian quantile for every state, fp16(ndtri((mix(x) + 1/2) / 65536)), in shuffled order.
 
     mix is a fixed bijection of 16 bits (xor-shifts and odd multipliers) in place of the paper's random table, so that
@@ -164,7 +165,8 @@ class TrellisCode(Format):
 
     Args:
         name: of the code.
-        function: int64 states [S], and the table of a code that stores one -> float32 values [S, vector_dim].
+        function: int64 states [S], the table of a code that stores one, bits per weight -> float32 values [S,
+            vector_dim].
         vector_dim: weights per trellis step.
         bits: allowed code bits per weight.
         default_table: bits -> the table that the quantizer stores, float16 [2^b, vector_dim]; None for a code without.
@@ -177,7 +179,7 @@ class TrellisCode(Format):
     def __init__(
         self,
         name: str,
-        function: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        function: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor],
         vector_dim: int = 1,
         bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
         default_table: Callable[[int], torch.Tensor] | None = None,
@@ -205,11 +207,12 @@ class TrellisCode(Format):
         """Returns the table that the quantizer stores, on the CPU, or None. Cached and shared: do not write to it."""
         return None if self._default_table is None else self._default_table(bits)
 
-    def values(self, table: torch.Tensor | None = None) -> torch.Tensor:
+    def values(self, table: torch.Tensor | None = None, bits: int = 2) -> torch.Tensor:
         """Returns what every state decodes to.
 
         Args:
-            table: floating [2^b, 2] for a code that stores a table, or None for that of 2 bits; None for other codes.
+            table: floating [2^b, 2] for a code that stores a table, or None for that of `bits`; None for other codes.
+            bits: per weight; the values of most codes do not depend on them.
 
         Returns:
             float32 [65536, vector_dim], on the table's device, or the CPU. Without a table it is cached and shared: do
@@ -219,15 +222,15 @@ class TrellisCode(Format):
             ValueError: if the code stores no table, or the table has the wrong shape.
         """
         if table is None:
-            return self._default_values()
+            return self._default_values(bits)
         if self._default_table is None:
             raise ValueError(f"code {self.name} with a table: it stores none; leave the table out")
-        return self._function(torch.arange(_STATES, dtype=torch.int64, device=table.device), table)
+        return self._function(torch.arange(_STATES, dtype=torch.int64, device=table.device), table, bits)
 
     @functools.cache  # noqa: B019
-    def _default_values(self) -> torch.Tensor:
+    def _default_values(self, bits: int) -> torch.Tensor:
         with torch.inference_mode(False):
-            return self._function(torch.arange(_STATES, dtype=torch.int64, device="cpu"), self.table(2))
+            return self._function(torch.arange(_STATES, dtype=torch.int64, device="cpu"), self.table(bits), bits)
 
     def decode_sequences(self, packed: torch.Tensor, bits: int, table: torch.Tensor | None = None) -> torch.Tensor:
         """Decodes packed sequences to values in sequence order.
@@ -244,7 +247,7 @@ class TrellisCode(Format):
             ValueError: as `trellis.unpack` and `values`.
         """
         states = trellis.unpack(packed, bits, self.vector_dim)
-        return self.values(table).to(packed.device)[states].reshape(*packed.shape[:-1], trellis.SEQUENCE)
+        return self.values(table, bits).to(packed.device)[states].reshape(*packed.shape[:-1], trellis.SEQUENCE)
 
     def decode_weight(
         self,

@@ -147,7 +147,7 @@ def test_decode_weight_places_every_state(code, bits):
     assert w.dtype is torch.float32 and w.shape == (n, k)
     i, j = 1, 2
     words = packed[i, j * 16 * bits : (j + 1) * 16 * bits]
-    dim, values = FORMATS[code].vector_dim, FORMATS[code].values()
+    dim, values = FORMATS[code].vector_dim, FORMATS[code].values(bits=bits)
     states = unpack(words, bits, dim).tolist()
     sequence = FORMATS[code].decode_sequences(words, bits)
     assert sequence.shape == (256,)

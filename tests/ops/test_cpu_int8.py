@@ -46,7 +46,7 @@ exact_values = TrellisCode._default_values
 
 
 @cache
-def integer_values(code):
+def integer_values(code, bits):
     """What the kernels make of the states: LUT in 1023rds of its largest, the others before rounding to fp16."""
     if code is MUL1:
         y = torch.arange(65536) * 0x83DCD12D
@@ -58,7 +58,7 @@ def integer_values(code):
         z = y & 0x8FFF8FFF ^ 0x3B603B60
         halves = [half.to(torch.int16).view(torch.float16).float() for half in (z >> 16, z & 0xFFFF)]
         return (sum(halves) * 256).round()[:, None] / 256
-    values = exact_values(code)
+    values = exact_values(code, bits)
     if code is LUT:
         unit = values.abs().amax() / 1023
         return (values / unit).round() * unit
