@@ -66,7 +66,8 @@ def load(layer, tensors, *shard_id, size=None):
     """What a vLLM model does with the weight that a layer of the checkpoint stands for; `size` as for `send`."""
     for first in [first for first, disk in _SENT.items() if disk not in SENT]:
         del _SENT[first]  # another test still holds it, and its numbers may be those of this one
-    layer.weight.weight_loader(layer.weight, send("on.disk", tensors, SENT, size), *shard_id)
+    slices = tensors if isinstance(tensors, list) else [tensors]
+    layer.weight.weight_loader(layer.weight, send("on.disk", slices, SENT, size), *shard_id)
 
 
 def put(layer, tensors, shard_id=None):

@@ -6,7 +6,7 @@ Every shape is checked, against the others and against the model's sizes in conf
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class Exl3Config(Published):
         return replace(
             self,
             layers={rename(name): stored for name, stored in self.layers.items()},
+            shapes={rename(name): shape for name, shape in self.shapes.items()},
             dense=frozenset(map(rename, self.dense)),
         )
 
@@ -120,13 +121,18 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     specs = {name: spec for name, spec in specs.items() if name not in unused}
     layers = {name: stored_format(spec.code, spec.bits) for name, spec in specs.items()}
     stored = {name: (spec.stored_outputs, spec.stored_in) for name, spec in specs.items()}
-    padded = {name: spec for name, spec in specs.items() if stored[name] != (spec.output_sizes, spec.in_features)}
+    sliced = {one for names in slices(specs).values() for one in names}
+    shaped = {
+        name: spec
+        for name, spec in specs.items()
+        if name in sliced or stored[name] != (spec.output_sizes, spec.in_features)
+    }
     return Exl3Config(
         default=Counter(layers.values()).most_common(1)[0][0],
         hadamard_block=BLOCK,
         modules_to_not_convert=dense_modules(headers),
         layers=layers,
-        shapes={name: (spec.out_features, spec.in_features) for name, spec in padded.items()},
+        shapes={name: (spec.out_features, spec.in_features) for name, spec in shaped.items()},
         raw=raw,
         specs=specs,
         dense=frozenset(name for name, own in owned.items() if "weight" in own),
@@ -151,15 +157,20 @@ def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def slices(names: Iterable[str]) -> dict[str, list[str]]:
     """Layer -> the modules that are slices of it, in order; layers that are not cut are left out."""
     found: dict[str, list[str]] = {}
-    for name in sorted(names, key=natural):
-        if _SLICE.search(name):
-            found.setdefault(_SLICE.sub("", name), []).append(name)
+    for name in sorted(filter(_SLICE.search, names), key=natural):
+        found.setdefault(_SLICE.sub("", name), []).append(name)
     return found
 
 
 def cuts_inputs(layer: str) -> bool:
     """Whether slices of a layer have its inputs, and their products are summed, or its outputs."""
     return layer.rpartition(".")[2] == "down_proj"
+
+
+def joined(layer: str, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """[n, k] of a layer, of those of its slices."""
+    n, k = zip(*shapes, strict=True)
+    return (max(n), sum(k)) if cuts_inputs(layer) else (sum(n), max(k))
 
 
 def _spec(
@@ -197,8 +208,9 @@ def _spec(
             f"is stored with {k} inputs and {n} outputs, but config.json gives it {served_in} and {served_out}"
         )
     bias = headers.get(f"{name}.bias")
-    if bias is not None and bias.shape not in ((served_out,), (n,)):
-        raise refuse(f"has a bias {bias.shape} in place of {(served_out,)}")
+    if bias is not None and (_SLICE.search(name) or bias.shape not in ((served_out,), (n,))):
+        instead = "which a slice has not" if _SLICE.search(name) else f"in place of {(served_out,)}"
+        raise refuse(f"has a bias {bias.shape}, {instead}")
     return stored_format(code, bits).spec(served_in, (served_out,), BLOCK)
 
 

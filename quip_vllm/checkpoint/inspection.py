@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a quantized checkpoint: every quantized layer, and totals."""
+"""What is in a quantized checkpoint: every quantized layer, every ordinary weight matrix, and totals."""
 
 from pathlib import Path
 from typing import Any
 
-from quip_vllm.checkpoint.layers import layer_specs, read_config, stored_names
+from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, stored_names
+from quip_vllm.checkpoint.published import natural
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 
 
@@ -13,6 +14,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     Returns:
         ``layers``: name, code, bits, shape [n, k], bytes, proxy_loss (null where the report is gone);
+        ``ordinary``: name, dtype, bits, shape, bytes of the weight matrices that are not quantized;
         ``totals``: layers, weights, bits_per_weight (all tensors of quantized layers but biases, over their weights),
         quantized_bytes, bytes (everything).
 
@@ -20,6 +22,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         ValueError: the folder is not a quantized checkpoint, or it is damaged.
     """
     config, reader = read_config(folder), CheckpointReader(folder)
+    specs = layer_specs(reader, config)
     losses = _losses(folder / "quantization_report.json")
     layers: list[dict[str, Any]] = [
         {
@@ -30,7 +33,18 @@ def inspect(folder: Path) -> dict[str, Any]:
             "bytes": sum(reader.bytes_of[full] for full in stored_names(reader, config, name, spec)),
             "proxy_loss": losses.get(name),
         }
-        for name, spec in layer_specs(reader, config).items()
+        for name, spec in specs.items()
+    ]
+    ordinary = [
+        {
+            "name": full.removesuffix(".weight"),
+            "dtype": str(reader.dtypes[full]).removeprefix("torch."),
+            "bits": 8 * reader.dtypes[full].itemsize,
+            "shape": list(reader.shapes[full]),
+            "bytes": reader.bytes_of[full],
+        }
+        for full in sorted(others_of(reader, config, specs), key=natural)
+        if full.endswith(".weight") and len(reader.shapes[full]) == 2
     ]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     quantized = sum(layer["bytes"] for layer in layers)
@@ -41,7 +55,8 @@ def inspect(folder: Path) -> dict[str, Any]:
         "quantized_bytes": quantized,
         "bytes": sum(reader.bytes_of.values()),
     }
-    return {"checkpoint": str(folder), "quantization_config": config.to_dict(), "layers": layers, "totals": totals}
+    described = {"checkpoint": str(folder), "quantization_config": config.to_dict()}
+    return {**described, "layers": layers, "ordinary": ordinary, "totals": totals}
 
 
 def _losses(report: Path) -> dict[str, float]:
@@ -54,16 +69,21 @@ def _losses(report: Path) -> dict[str, float]:
         raise ValueError(f"{report} is damaged: delete it to see the checkpoint without its losses") from None
 
 
+def _kind(row: dict[str, Any]) -> str:
+    return str(row.get("code") or row["dtype"])
+
+
 def format_inspection(found: dict[str, Any]) -> str:
     """A table for a person."""
-    width = max((len(layer["name"]) for layer in found["layers"]), default=5)
-    lines = [f"{'layer':{width}}  code   bits  {'shape':>14}  {'bytes':>12}  proxy loss"]
-    for layer in found["layers"]:
-        loss = "-" if layer["proxy_loss"] is None else f"{layer['proxy_loss']:.5f}"
-        shape = "x".join(map(str, layer["shape"]))
+    rows = [*found["layers"], *found["ordinary"]]
+    width, kinds = (max(map(len, of), default=5) for of in ([row["name"] for row in rows], map(_kind, rows)))
+    lines = [f"{'layer':{width}}  {'code':{kinds}}  bits  {'shape':>14}  {'bytes':>12}  proxy loss"]
+    for row in rows:
+        loss = "-" if row.get("proxy_loss") is None else f"{row['proxy_loss']:.5f}"
+        shape = "x".join(map(str, row["shape"]))
         lines.append(
-            f"{layer['name']:{width}}  {layer['code']:5}  {layer['bits']:>4}  "
-            f"{shape:>14}  {layer['bytes']:>12,}  {loss:>10}"
+            f"{row['name']:{width}}  {_kind(row):{kinds}}  {row['bits']:>4}  {shape:>14}  {row['bytes']:>12,}  "
+            f"{loss:>10}"
         )
     totals = found["totals"]
     lines.append(

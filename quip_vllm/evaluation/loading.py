@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.hub import explained, load_config, local_folder
+from quip_vllm.checkpoint.hub import brief, explained, load_config, local_folder
 from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, read_layer
 from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
@@ -143,5 +143,8 @@ def _dense(
             state[f"{name}.bias"] = state[f"{name}.bias"][: spec.out_features]  # EXL3's is padded
     for layer, names in exl3.slices(specs).items():
         joined = [state.pop(f"{name}.weight") for name in names]
-        state[f"{layer}.weight"] = torch.cat(joined, dim=1 if exl3.cuts_inputs(layer) else 0)
+        try:
+            state[f"{layer}.weight"] = torch.cat(joined, dim=1 if exl3.cuts_inputs(layer) else 0)
+        except RuntimeError as error:
+            raise ValueError(f"{layer} is in slices that do not fit together ({brief(error)}): {DAMAGED}") from None
     return state

@@ -9,7 +9,7 @@ would load the weight; where the numbers arrive says which tensors belong there,
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,21 @@ class DiskLayer:
 
     Attributes:
         name: on disk.
-        tensors: by their names without the layer's.
+        slices: the tensors of each of its slices, or of the whole, by their names without the layer's.
         first: the number of its first element, different for each layer of a checkpoint.
         rows, columns: outputs and inputs of its weight.
     """
 
     name: str
-    tensors: dict[str, Tensor]
+    slices: tuple[dict[str, Tensor], ...]
     first: int
     rows: int
     columns: int
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor as its format has them."""
-        yield from exl3.tensors(self.tensors) if exl3.TRELLIS in self.tensors else self.tensors.items()
+    def read(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor as the format of a slice has them."""
+        tensors = self.slices[index]
+        yield from exl3.tensors(tensors) if exl3.TRELLIS in tensors else tensors.items()
 
     @property
     def end(self) -> int:
@@ -77,8 +78,9 @@ class Arrival(Parameter):
 
     Attributes:
         share: what this rank holds of the layer.
-        arrived: part -> the layers on disk that its rows came from. Replaced and never changed in place: vLLM keeps
-            copies of a parameter's attributes from before loading, for reloading.
+        arrived: part -> the layers on disk that its rows came from.
+        weights: part -> this rank's share of its ordinary weight. Both are replaced and never changed in place: vLLM
+            keeps copies of a parameter's attributes from before loading, for reloading.
         announced: the same before a reload: vLLM 0.30 loads the numbers when the model's code has ended and its layers
             would be gone.
         weight_loader: what vLLM calls with the numbers.
@@ -94,6 +96,7 @@ class Arrival(Parameter):
         self.share = share
         self.arrived: dict[int, tuple[DiskLayer, ...]] = {}
         self.announced = self.arrived
+        self.weights: dict[int, Tensor] = {}
         self.weight_loader = note_arrival
         self.output_dim, self.input_dim = 0, 1
 
@@ -114,6 +117,8 @@ def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object 
         ValueError: the model's code has changed the numbers other than by moving rows.
     """
     covered = param.share.covered(loaded_shard_id)
+    if any(param.share.parts[i].stored is None for i in covered):
+        return _keep_weights(param, loaded_weight, covered)
     rows = _rows(param.share, covered, loaded_weight)
     pieces = rows.split([param.share.parts[i].outputs for i in covered])
     for i, piece in zip(covered, pieces, strict=True):
@@ -131,9 +136,25 @@ def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object 
     param.arrived = {**param.arrived, **found}
 
 
+def _keep_weights(param: Arrival, loaded: Tensor, covered: tuple[int, ...]) -> None:
+    """Keeps this rank's share of the ordinary weight of some parts. Raises ValueError for anything else."""
+    parts = [param.share.parts[i] for i in covered]
+    shape = (sum(part.outputs for part in parts), parts[0].inputs)
+    if any(part.stored for part in parts) or not loaded.is_floating_point() or tuple(loaded.shape) != shape:
+        raise ValueError(
+            f"{param.share.label(covered)}: vLLM's code brings a weight of {loaded.dtype} {list(loaded.shape)}, where "
+            f"an ordinary weight of {list(shape)} is wanted: {DAMAGED}"
+        )
+    for i, part, rows in zip(covered, parts, loaded.split([part.outputs for part in parts]), strict=True):
+        param.run(i).copy_(torch.zeros(part.outputs))  # which vLLM counts
+        if not param.is_meta:
+            own = rows.narrow(0, part.start, part.held).narrow(1, part.in_start, part.in_features)
+            param.weights = {**param.weights, i: own.to(param.device, copy=True)}
+
+
 def _rows(share: Share, covered: tuple[int, ...], loaded: Tensor) -> Tensor:
     """The first number of each row. Raises ValueError unless ``loaded`` consists of whole rows of weights."""
-    label, shape = share.label(covered), (sum(share.parts[i].outputs for i in covered), share.inputs)
+    label, shape = share.label(covered), (sum(share.parts[i].outputs for i in covered), share.parts[0].inputs)
     if tuple(loaded.shape) != shape:
         raise ValueError(
             f"{label}: vLLM's code brings a weight of {list(loaded.shape)} in place of {list(shape)}: the checkpoint "
@@ -213,12 +234,14 @@ def carry_tensors(model_class: Any) -> None:
     model_class.load_weights = load_weights
 
 
-def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], size: tuple[int, int] | None = None) -> Tensor:
+def send(
+    name: str, slices: Sequence[dict[str, Tensor]], sent: list[DiskLayer], size: tuple[int, int] | None = None
+) -> Tensor:
     """The numbers that stand for a layer's weight; the layer is appended to ``sent``, which the caller holds.
 
     Args:
         name: on disk.
-        tensors: by their names without the layer's.
+        slices: its tensors by their names without the layer's, of each slice if it is stored in slices.
         sent: the layers before it.
         size: outputs and inputs, where its tensors' sizes do not say them: EXL3 pads these.
 
@@ -226,11 +249,12 @@ def send(name: str, tensors: dict[str, Tensor], sent: list[DiskLayer], size: tup
         ValueError: the layer has no ``su`` or no ``sv``, or they are not vectors.
     """
     if size is None:
+        (tensors,) = slices
         for vector in (SU.name, SV.name):
             if vector not in tensors or tensors[vector].dim() != 1:
                 raise ValueError(f"{name} has no vector {vector}: {DAMAGED}")
         size = len(tensors[SV.name]), len(tensors[SU.name])
-    disk = DiskLayer(name, tensors, sent[-1].end if sent else 0, *size)
+    disk = DiskLayer(name, tuple(slices), sent[-1].end if sent else 0, *size)
     sent.append(disk)
     _SENT[disk.first] = disk
     return disk.numbers()
@@ -279,13 +303,16 @@ def _numbered(
         else:
             yield full, tensor
     _SENT.clear()
-    for name, tensors in layers.items():
-        size, parts = None, list[tuple[str, int]]()
-        if name in specs:
-            size = specs[name].out_features, specs[name].in_features
-        elif isinstance(checkpoint, CheckpointConfig):
-            size, parts = checkpoint.shapes.get(name), checkpoint.parts_of(name)
-        numbers = send(name, tensors, sent, size)
+    sliced = exl3.slices(layers)
+    whole = {one: name for name, names in sliced.items() for one in names}
+    shapes = {name: (spec.out_features, spec.in_features) for name, spec in specs.items()}
+    if isinstance(checkpoint, CheckpointConfig):
+        shapes |= checkpoint.shapes
+    for name in dict.fromkeys(whole.get(one, one) for one in layers):
+        names = sliced.get(name, [name])
+        size = shapes.get(name) if name in layers else exl3.joined(name, [shapes.get(one, (0, 0)) for one in names])
+        parts = checkpoint.parts_of(name) if isinstance(checkpoint, CheckpointConfig) else []
+        numbers = send(name, [layers[one] for one in names], sent, size)
         pieces = numbers.split([rows for _, rows in parts]) if parts else [numbers]
         for (part, _), piece in zip(parts or [(name, 0)], pieces, strict=True):
             yield f"{part}.weight", piece

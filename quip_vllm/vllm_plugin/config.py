@@ -10,7 +10,8 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from quip_vllm.checkpoint.config import CheckpointConfig, Head
+from quip_vllm.checkpoint import exl3
+from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
 from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.layers import layer_specs
 from quip_vllm.checkpoint.store import CheckpointReader
@@ -101,6 +102,7 @@ class QuipConfig(QuantizationConfig):
             embedding=embedding and replace(embedding, module=rename(embedding.module)),
             modules_to_not_convert=tuple(map(rename, self.checkpoint.modules_to_not_convert)),
             layers={rename(name): stored for name, stored in self.checkpoint.layers.items()},
+            shapes={rename(name): shape for name, shape in self.checkpoint.shapes.items()},
             parts={rename(name): parts for name, parts in self.checkpoint.parts.items()},
         )
 
@@ -117,8 +119,8 @@ class QuipConfig(QuantizationConfig):
             keep their ordinary weight.
 
         Raises:
-            ValueError: a fused layer is quantized in part, or the layer is a quantized mixture of experts, or vLLM does
-                not multiply with it as with a linear layer.
+            ValueError: the layer is a quantized mixture of experts, or vLLM does not multiply with it as with a linear
+                layer.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -137,23 +139,16 @@ class QuipConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         names = self._names_on_disk(prefix)
-        stored = tuple(self.checkpoint.layer_format(name) for name in names)
-        quantized = tuple(one for one in stored if one is not None)
-        if not quantized:
+        stored = tuple(map(self._stored, names))
+        if not any(stored):
             return UnquantizedLinearMethod()
-        if len(quantized) < len(stored):
-            skipped = ", ".join(name for name, one in zip(names, stored, strict=True) if one is None)
-            raise ValueError(
-                f"{prefix} fuses {', '.join(names)}, but modules_to_not_convert names only {skipped}: quantize all of "
-                "them or none"
-            )
         config = get_current_vllm_config_or_none()
         if prefix.rpartition(".")[2] == LATENT and config is not None and config.model_config.use_mla:
             raise ValueError(
                 f"{prefix} is quantized, but vLLM's latent attention (MLA) multiplies by its dense weight: requantize "
                 f"with --ignore {LATENT}"
             )
-        return QuipLinearMethod(self.checkpoint, prefix, names, quantized)
+        return QuipLinearMethod(self.checkpoint, prefix, names, stored)
 
     def _carry_tensors(self) -> None:
         """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`."""
@@ -204,6 +199,11 @@ class QuipConfig(QuantizationConfig):
                 if group.is_last_rank if is_output else group.is_first_rank:
                     raise ValueError(unserved(rows))
         return super().get_checkpoint_weight_mapper()
+
+    def _stored(self, name: str) -> LayerFormat | None:
+        """How a linear layer is stored, of several slices the first; None if it keeps an ordinary weight."""
+        found = exl3.slices(one for one in self.checkpoint.layers if one.startswith(f"{name}."))
+        return self.checkpoint.layers[found[name][0]] if name in found else self.checkpoint.layer_format(name)
 
     def _names_on_disk(self, prefix: str) -> tuple[str, ...]:
         """Names on disk of the parts that vLLM fuses in this layer: q, k and v of qkv_proj."""

@@ -55,16 +55,9 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
                 f"{self.rows.OPTION}"
             )
         start, end = run.org_vocab_start_index, run.org_vocab_end_index
-        part = Part(name, stored, layer.org_vocab_size, start=start, held=end - start, size=rows)
-        share = Share(
-            name,
-            (part,),
-            inputs=input_size,
-            in_start=0,
-            in_features=input_size,
-            hadamard_block=self.checkpoint.hadamard_block,
-            rotate_output=self.rotate_output,
-        )
+        inputs = {"inputs": input_size, "in_start": 0, "in_features": input_size}
+        part = Part(name, stored, layer.org_vocab_size, start=start, held=end - start, size=rows, **inputs)
+        share = Share(name, (part,), self.checkpoint.hadamard_block, self.rotate_output)
         share.spec((0,)).check_sizes()
         allocate(layer, share)
         layer.quip_dtype = params_dtype

@@ -63,10 +63,10 @@ class Exl3QuipConfig(QuipConfig):
                 model.tie_word_embeddings = False
         if isinstance(layer, LinearBase):
             for name in self._names_on_disk(prefix):
-                if name not in self.checkpoint.layers and name not in self.checkpoint.dense:
+                if name not in self.checkpoint.dense and self._stored(name) is None:
                     raise ValueError(
                         f"{name} is not in the checkpoint, quantized or not: vLLM's model fuses what EXL3 stores "
-                        "apart, or the MLP is stored in slices; neither is served yet"
+                        "apart, which is not served yet"
                     )
         return super().get_quant_method(layer, prefix)
 

@@ -7,6 +7,7 @@ and v of qkv_proj). A tensor of the checkpoint covers one part, or several where
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.formats.tensors import SV, Follows, TensorSpec, tensor_specs
-from quip_vllm.vllm_plugin.arrival import Arrival, sources_of
+from quip_vllm.vllm_plugin.arrival import Arrival, DiskLayer, sources_of
 from quip_vllm.vllm_plugin.share import Share
 
 WEIGHT = "weight"
@@ -57,7 +58,7 @@ class QuipParameter(Parameter):
         one = self.share.tensor(covered[0], self.tensor_name)
         assert one is not None  # it was loaded
         rows = sum(self.share.stored(self.share.parts[i].size) for i in covered)
-        shape = one.shape(rows, self.share.stored(self.share.in_features))
+        shape = one.shape(rows, self.share.stored(self.share.parts[covered[0]].in_features))
         dtype = self.loaded[covered] if self.is_floating_point() else one.dtypes[0]
         return self.run(covered[0])[: math.prod(shape)].view(shape).to(dtype)
 
@@ -66,7 +67,7 @@ def _sizes(name: str, share: Share) -> list[int]:
     """Elements of each part's tensor on this rank."""
     specs = [share.tensor(i, name) for i in range(len(share.parts))]
     shapes = [
-        one.shape(share.stored(part.size), share.stored(share.in_features)) if one else (0,)
+        one.shape(share.stored(part.size), share.stored(part.in_features)) if one else (0,)
         for one, part in zip(specs, share.parts, strict=True)
     ]
     return [math.prod(shape) for shape in shapes]
@@ -89,7 +90,7 @@ def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[i
     start = 0
     for i in covered:
         part = share.parts[i]
-        piece = share.cut(one, loaded_weight, start + part.start, share.stored(part.held))
+        piece = share.cut(one, loaded_weight, part, start + part.start, share.stored(part.held))
         target = param.run(i)[: _sizes(one.name, share)[i]]
         target[: piece.numel()].view(piece.shape).copy_(piece)
         target[piece.numel() :].zero_()
@@ -102,7 +103,7 @@ def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[i
 def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> TensorSpec:
     """What a loaded tensor is. Raises ValueError unless it has the shape and dtype that the parts it covers ask for."""
     share, label = param.share, param.share.label(covered)
-    formats = sorted({share.parts[i].stored for i in covered})
+    formats = sorted({stored for i in covered if (stored := share.parts[i].stored)})
     if len(formats) > 1:
         said = " and ".join(f"{stored.code} at {stored.bits} bits" for stored in formats)
         raise ValueError(f"{label} is one tensor in the checkpoint but is said to be {said}: give it one format")
@@ -117,12 +118,12 @@ def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> 
     return one
 
 
-def load_arrived(layer: Module) -> Tensor | None:
+def load_arrived(layer: Any) -> tuple[Tensor | None, dict[int, Tensor]]:
     """Fills the layer's parameters with the tensors of the layers on disk whose numbers have arrived.
 
     Returns:
-        int64 [n], for each output of the layer its place among the outputs that the parts have as stored; None where
-        all are in place.
+        int64 [n], for each output of the layer its place among the outputs that the parts have as stored, or None where
+        all are in place; and part -> this rank's share of its ordinary weight, in the model's dtype.
 
     Raises:
         ValueError: see `sources_of` and `load_parameter`; or a tensor is not of the layer's format.
@@ -133,26 +134,52 @@ def load_arrived(layer: Module) -> Tensor | None:
     params, order = loaded_parameters(layer), None
     starts = list(itertools.accumulate((part.size for part in arrival.share.parts), initial=0))
     for disk, covered, moved in sources_of(arrival):
-        for name, tensor in disk.read():
-            if name not in params:
-                raise ValueError(
-                    f"{arrival.share.label(covered)}: tensor {name} of {disk.name} is none of its format: the "
-                    "checkpoint does not belong to its config.json; copy it again or requantize"
-                )
-            load_parameter(params[name], tensor, covered)
+        for i in range(len(disk.slices)):
+            own = [j for j, part in enumerate(params[SV.name].share.parts) if part.of in covered and part.slice == i]
+            if own:  # not of another rank
+                _load_slice(params, disk, i, tuple(own))
         if moved is not None:
             order = torch.arange(starts[-1]) if order is None else order
             order[starts[covered[0]] : starts[covered[-1] + 1]] = starts[covered[0]] + moved
-    return order
+    weights = {i: _weight(arrival, i) for i, part in enumerate(arrival.share.parts) if part.stored is None}
+    return order, {i: weight.to(layer.params_dtype) for i, weight in weights.items()}
 
 
-def allocate(layer: Module, share: Share) -> None:
-    """Registers a parameter for each tensor that a part of the layer has, under its name, and one for the arrival."""
+def _load_slice(params: dict[str, QuipParameter], disk: DiskLayer, index: int, covered: tuple[int, ...]) -> None:
+    """Fills parameters with the tensors of one slice of a layer on disk, or of the whole, which covers some parts."""
+    for name, tensor in disk.read(index):
+        if name not in params:
+            raise ValueError(
+                f"{params[SV.name].share.label(covered)}: tensor {name} of {disk.name} is none of its format: the "
+                "checkpoint does not belong to its config.json; copy it again or requantize"
+            )
+        load_parameter(params[name], tensor, covered)
+
+
+def _weight(arrival: Arrival, index: int) -> Tensor:
+    """This rank's share of a part's ordinary weight."""
+    part = arrival.share.parts[index]
+    if index in arrival.weights:
+        return arrival.weights[index]
+    if not weights_are_dummies():
+        raise ValueError(f"{arrival.share.prefix}: the weight of {part.name} is not in the checkpoint: copy it again")
+    return torch.zeros(part.size, part.in_features)
+
+
+def allocate(layer: Module, share: Share, quantized: Share | None = None) -> None:
+    """Registers a parameter for each tensor that a part of the layer has, under its name, and one for the arrival.
+
+    Args:
+        layer: of vLLM.
+        share: what the rank holds of the parts that vLLM knows.
+        quantized: the same of those that are quantized, in the slices that the checkpoint has; None if that is `share`.
+    """
     layer.register_parameter(WEIGHT, Arrival(share))
-    for part in range(len(share.parts)):
-        for one in tensor_specs(share.spec((part,))):
+    quantized = share if quantized is None else quantized
+    for part in range(len(quantized.parts)):
+        for one in tensor_specs(quantized.spec((part,))):
             if one.name not in layer._parameters:
-                layer.register_parameter(one.name, QuipParameter(one.name, share))
+                layer.register_parameter(one.name, QuipParameter(one.name, quantized))
 
 
 def loaded_parameters(layer: Module) -> dict[str, QuipParameter]:

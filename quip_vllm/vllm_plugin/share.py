@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a served layer is cut: into parts, and over tensor-parallel ranks."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,23 +16,64 @@ QKV = {"q": 0, "k": 1, "v": 2}
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a served layer, and this rank's share of its outputs.
+    """One part of a served layer, or a slice of it, and this rank's share of its outputs and inputs.
 
     Attributes:
         name: its name on disk.
-        stored: code and bits.
+        stored: code and bits; None for an ordinary weight.
         outputs: how many outputs it has on disk.
         start: the first of them that this rank holds.
         held: how many of them this rank holds.
         size: outputs on this rank in vLLM; those beyond `held`, of a padded vocabulary, are zero.
+        inputs: how many inputs it has on disk.
+        in_start: the first of them that this rank holds.
+        in_features: how many of them this rank holds.
+        of: the number of the part in the served layer.
+        slice: the number of the slice in the part.
+        x_start: where the inputs of the slice begin among those of the served layer on this rank.
     """
 
     name: str
-    stored: LayerFormat
+    stored: LayerFormat | None
     outputs: int
     start: int
     held: int
     size: int
+    inputs: int
+    in_start: int
+    in_features: int
+    of: int = 0
+    slice: int = 0
+    x_start: int = 0
+
+    def cut(self, slices: Sequence[tuple[str, LayerFormat, tuple[int, int]]], inner: bool) -> "Iterator[Part]":
+        """Yields the slices of which this rank holds any.
+
+        Args:
+            slices: name, format, and [n, k] on disk of each.
+            inner: whether they have the part's inputs, and their products are summed, or its outputs.
+
+        Raises:
+            ValueError: they do not make up the part.
+        """
+        shapes = [shape for _, _, shape in slices]
+        sizes, across = [shape[inner] for shape in shapes], {shape[not inner] for shape in shapes}
+        whole = (self.outputs, self.inputs)
+        if sum(sizes) != whole[inner] or across != {whole[not inner]}:
+            raise ValueError(
+                f"{self.name} is stored in slices of {shapes} outputs and inputs, which do not make up {whole}: the "
+                "files are damaged, or config.json belongs to another checkpoint"
+            )
+        first, count = (self.in_start, self.in_features) if inner else (self.start, self.held)
+        begin = 0
+        for i, (name, stored, (n, k)) in enumerate(slices):
+            low, high = max(first, begin), min(first + count, begin + sizes[i])
+            own, start, held = replace(self, name=name, stored=stored, slice=i), low - begin, high - low
+            begin += sizes[i]
+            if held > 0 and inner:
+                yield replace(own, inputs=k, in_start=start, in_features=held, x_start=low - first)
+            elif held > 0:
+                yield replace(own, outputs=n, start=start, held=held, size=held)
 
 
 @dataclass(frozen=True)
@@ -42,9 +83,6 @@ class Share:
     Attributes:
         prefix: the layer's name, for messages.
         parts: in the order of their outputs.
-        inputs: on disk.
-        in_start: the first input that this rank holds.
-        in_features: how many inputs this rank holds.
         hadamard_block: of the checkpoint.
         rotate_output: False for an output head or an embedding.
 
@@ -54,15 +92,12 @@ class Share:
 
     prefix: str
     parts: tuple[Part, ...]
-    inputs: int
-    in_start: int
-    in_features: int
     hadamard_block: int | None
     rotate_output: bool = True
 
     def __post_init__(self) -> None:
         cut = [part.size for part in self.parts if part.held < part.outputs]
-        cut += [self.in_features] * (self.in_features < self.inputs)
+        cut += {part.in_features for part in self.parts if part.in_features < part.inputs}
         if any(size != self.stored(size) for size in cut):
             raise ValueError(
                 f"{self.prefix} in tensor-parallel shares of {' + '.join(map(str, cut))}: this checkpoint is cut at "
@@ -71,20 +106,21 @@ class Share:
 
     def stored(self, size: int) -> int:
         """A size as the checkpoint stores it, padding included."""
-        return size + -size % self.parts[0].stored.padded_to
+        return size + -size % max(part.stored.padded_to for part in self.parts if part.stored)
 
     def on_disk(self, covered: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and inputs that a tensor covers, as stored."""
-        return sum(self.stored(self.parts[i].outputs) for i in covered), self.stored(self.inputs)
+        return sum(self.stored(self.parts[i].outputs) for i in covered), self.stored(self.parts[covered[0]].inputs)
 
     def spec(self, covered: tuple[int, ...]) -> LinearSpec:
         """This rank's share of a tensor that covers some parts of equal format; they have one output rotation."""
-        stored, size = self.parts[covered[0]].stored, sum(self.parts[i].size for i in covered)
-        own = stored._replace(
-            input_chunks=_kept(stored.input_chunks, self.in_features, self.inputs),
-            output_chunks=_kept(stored.output_chunks, size, sum(self.parts[i].outputs for i in covered)),
+        first, size = self.parts[covered[0]], sum(self.parts[i].size for i in covered)
+        assert first.stored is not None  # there is no such tensor of an ordinary weight
+        own = first.stored._replace(
+            input_chunks=_kept(first.stored.input_chunks, first.in_features, first.inputs),
+            output_chunks=_kept(first.stored.output_chunks, size, sum(self.parts[i].outputs for i in covered)),
         )
-        return own.spec(self.in_features, (size,), self.hadamard_block, self.rotate_output)
+        return own.spec(first.in_features, (size,), self.hadamard_block, self.rotate_output)
 
     def tensor(self, part: int, name: str) -> TensorSpec | None:
         """The tensor of a part, or None if its format has none of this name."""
@@ -112,8 +148,8 @@ class Share:
             )
         return parts
 
-    def cut(self, one: TensorSpec, loaded: Tensor, start: int, count: int) -> Tensor:
-        """This rank's inputs of outputs ``start`` to ``start + count`` of a tensor on disk: a view."""
+    def cut(self, one: TensorSpec, loaded: Tensor, part: Part, start: int, count: int) -> Tensor:
+        """This rank's inputs of a part, and outputs ``start`` to ``start + count``, of a tensor on disk: a view."""
         if one.follows is Follows.PART:
             return loaded
         if one.follows is not Follows.INPUTS:
@@ -121,7 +157,7 @@ class Share:
             loaded = loaded[first:end]
         if one.follows is not Follows.OUTPUTS:
             columns = one.columns_per_input
-            loaded = loaded.narrow(-1, int(self.in_start * columns), int(self.stored(self.in_features) * columns))
+            loaded = loaded.narrow(-1, int(part.in_start * columns), int(self.stored(part.in_features) * columns))
         return loaded
 
     def check_split(self, covered: tuple[int, ...]) -> None:
@@ -129,8 +165,10 @@ class Share:
         local = [self.stored(self.parts[i].size) for i in covered]
         full = [self.stored(self.parts[i].outputs) for i in covered]
         if self.rotate_output and local != full:
-            chunks = self.parts[covered[0]].stored.output_chunks
-            check_split(self.label(covered), "output", local, full, self.hadamard_block, chunks)
+            stored = self.parts[covered[0]].stored
+            check_split(
+                self.label(covered), "output", local, full, self.hadamard_block, stored.output_chunks if stored else 1
+            )
 
 
 def _kept(chunks: int, local: int, full: int) -> int:

@@ -90,6 +90,18 @@ def test_converted_layers_are_those_of_the_source(tiny_model, tmp_path, architec
     assert config["quantization_config"]["converted_from"]["quantization_config"]["quant_method"] == "exl3"
 
 
+def swap_slices(folder, first, second):
+    """Gives each of two layers of a converted folder the tensors and the description of the other."""
+    config = json.loads((folder / "config.json").read_text())
+    layers, tensors = config["quantization_config"]["layers"], load_file(folder / "model.safetensors")
+    layers[first], layers[second] = layers[second], layers[first]
+    swapped = {first: second, second: first}
+    named = {name: name.rpartition(".") for name in tensors}
+    tensors = {f"{swapped.get(named[n][0], named[n][0])}.{named[n][2]}": tensor for n, tensor in tensors.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
 def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
     source = tiny_model("Llama", intermediate_size=320)
     state = exl3_files.write(source, tmp_path / "out", "mcg", rate, widths=(128, 128, 64))
@@ -100,8 +112,15 @@ def test_slices_of_an_mlp_are_summed(tiny_model, tmp_path):
     convert(tmp_path / "out", tmp_path / "converted")
     found = load_model(str(tmp_path / "converted")).state_dict()
     assert all(relative(found[name], wanted.double()) < FLOAT32_LINEAR for name, wanted in state.items())
+    swap_slices(tmp_path / "converted", "model.layers.0.mlp.down_proj.slice.1", "model.layers.0.mlp.up_proj.slice.1")
+    with pytest.raises(ValueError, match="down_proj is in slices that do not fit together .*: the files are damaged"):
+        load_model(str(tmp_path / "converted"))
     gone = "model.layers.0.mlp.down_proj.slice.1"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
+    biased = tensors | {f"{gone}.bias": torch.zeros(128, dtype=torch.float16)}
+    save_file(biased, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"slice.1 has a bias \(128,\), which a slice has not"):
+        read_config(tmp_path / "out")
     kept = {name: one for name, one in tensors.items() if not name.startswith(gone)}
     save_file(kept, tmp_path / "out" / "model.safetensors")
     with pytest.raises(ValueError, match=r"down_proj is stored in slices \[0, 2\] of \[128, 128\] inputs"):

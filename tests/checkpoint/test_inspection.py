@@ -35,6 +35,8 @@ def test_inspect(checkpoint):
         {"name": "layers.2.up", **common, "bits": 4, "bytes": sizes[4], "proxy_loss": 0.0123},
         {"name": "layers.10.up", **common, "bits": 2, "bytes": sizes[2], "proxy_loss": None},
     ]
+    embedding = {"name": "embed", "dtype": "bfloat16", "bits": 16, "shape": [5, 64], "bytes": 640}
+    assert found["ordinary"] == [embedding]
     total = sum(t.numel() * t.element_size() for t in load_file(checkpoint / "model.safetensors").values())
     assert found["totals"] == {
         "layers": 2,
@@ -45,10 +47,11 @@ def test_inspect(checkpoint):
     }
     assert found["quantization_config"] == read_json(checkpoint / "config.json")["quantization_config"]
     table = format_inspection(found).splitlines()
-    assert len(table) == 4
+    assert len(table) == 5
     assert table[1].split() == ["layers.2.up", "hyb", "4", "32x64", "3,264", "0.01230"]
     assert table[2].split() == ["layers.10.up", "hyb", "2", "32x64", "2,752", "-"]
-    assert table[3] == f"2 layers, 4,096 weights, 11.750 bits per weight; 6,016 of {total:,} bytes"
+    assert table[3].split() == ["embed", "bfloat16", "16", "5x64", "640", "-"]
+    assert table[4] == f"2 layers, 4,096 weights, 11.750 bits per weight; 6,016 of {total:,} bytes"
 
 
 @pytest.mark.parametrize("report", [{}, {"layers": [1]}, {"layers": [{"name": "x"}]}, {"layers": 3}])

@@ -69,11 +69,11 @@ def test_bits_of_each_fused_projection():
     assert method.formats == (LayerFormat("1mad", 2), LayerFormat("1mad", 3), LayerFormat("e8p", 4))
 
 
-def test_fused_layer_is_skipped_as_a_whole_or_not_at_all():
+def test_a_fused_layer_is_skipped_as_a_whole_or_in_part():
     config = quant_config(modules_to_not_convert=("a.q_proj", "a.k_proj", "a.v_proj", "b.up_proj"))
     assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "a.qkv_proj"), UnquantizedLinearMethod)
-    with pytest.raises(ValueError, match="fuses b.gate_proj, b.up_proj, but .* only b.up_proj: quantize all"):
-        config.get_quant_method(blank(ReplicatedLinear), "b.gate_up_proj")
+    method = config.get_quant_method(blank(ReplicatedLinear), "b.gate_up_proj")
+    assert method.formats == (LayerFormat("1mad", 2), None)
 
 
 def test_names_are_mapped_to_vllms():

@@ -109,17 +109,23 @@ def test_a_share_within_a_chunk_is_refused(set_rank):
         build(RowParallelLinear, config, 384, 64, prefix="m.down_proj")
 
 
+SKIPPED = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.gate_proj")
 KINDS = {
-    "exl3": lambda source, out: exl3_files.write(source, out, "mul1"),
+    "exl3": lambda source, out: exl3_files.write(source, out, "mul1", widths=(128, 128)),
     "quip_sharp-2": lambda source, out: relaxml_files.write_quip_sharp(source, out, 2),
     "quip_sharp-3": lambda source, out: relaxml_files.write_quip_sharp(source, out, 3, wscale=0.8),
     "quip_sharp-4": lambda source, out: relaxml_files.write_quip_sharp(source, out, 4, rescaled=True),
     "qtip": lambda source, out: relaxml_files.write_qtip(source, out, 2, v_bits=4),
+    "qtip-skipped": lambda source, out: relaxml_files.write_qtip(source, out, 2, skipped=SKIPPED),
     "qtip-chunks": lambda source, out: relaxml_files.write_qtip(source, out, 3, split=True),
 }
 ARCHITECTURES = ["Llama", "Qwen3", "Gemma3Text"]
 SERVED = [
-    pytest.param(kind, one, marks=[] if (kind, one) == ("quip_sharp-2", "Llama") else pytest.mark.exhaustive)
+    pytest.param(
+        kind,
+        one,
+        marks=[] if (kind, one) in (("quip_sharp-2", "Llama"), ("qtip-skipped", "Llama")) else pytest.mark.exhaustive,
+    )
     for kind in KINDS
     for one in ARCHITECTURES
     if one == "Llama" or kind in ("quip_sharp-3", "qtip", "exl3")

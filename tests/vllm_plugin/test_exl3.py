@@ -2,6 +2,7 @@
 """EXL3 in vLLM: layers against the dense weights of the specification, shares of ranks, refusals, and served models."""
 
 import importlib.util
+from dataclasses import replace
 from types import SimpleNamespace
 
 import exl3_files
@@ -15,6 +16,11 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+)
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
 )
 
 from quip_vllm.checkpoint import exl3
@@ -43,7 +49,7 @@ def config_of(layers, **model):
 
 
 def put(layer, tensors, dense, *shard_id):
-    """What a vLLM model does with the weight [n, k] that a layer of the checkpoint stands for."""
+    """What a vLLM model does with the weight [n, k] that a layer of the checkpoint, or its slices, stands for."""
     load(layer, tensors, *shard_id, size=tuple(dense.shape))
 
 
@@ -109,8 +115,94 @@ def test_a_share_within_a_block_is_refused(set_rank):
 def test_what_is_not_in_the_files_is_refused():
     tensors, _ = quantized_layer(128, 128, 2, "mul1")
     config = config_of({"m.up_proj.slice.0": tensors, "m.up_proj.slice.1": tensors})
-    with pytest.raises(ValueError, match="m.up_proj is not in the checkpoint, quantized or not"):
-        build(ReplicatedLinear, config, 128, 256, prefix="m.up_proj")
+    with pytest.raises(ValueError, match="m.gate_proj is not in the checkpoint, quantized or not"):
+        build(MergedColumnParallelLinear, config, 128, [256, 256], prefix="m.gate_up_proj")
+
+
+def in_slices(name, n, k, widths, inner):
+    """(tensors by the names of the slices, the tensors of each, the dense weight) of a layer in slices."""
+    made = [quantized_layer(*((n, one) if inner else (one, k)), 2 + i, "mul1", seed=i) for i, one in enumerate(widths)]
+    slices = [tensors for tensors, _ in made]
+    dense = torch.cat([weight for _, weight in made], 1 if inner else 0)
+    return {f"{name}.slice.{i}": tensors for i, tensors in enumerate(slices)}, slices, dense
+
+
+RANKS = [(0, 1), (0, 2), (1, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), RANKS)
+def test_slices_of_outputs_join(set_rank, rank, ranks):
+    """Beside a part that is whole; a rank's share begins and ends within slices."""
+    set_rank(rank, ranks)
+    names, slices, gate = in_slices("m.gate_proj", 512, 256, (384, 128), inner=False)
+    tensors, up = quantized_layer(512, 256, 3, "mul1", seed=7)
+    config = config_of({**names, "m.up_proj": tensors})
+    layer = build(MergedColumnParallelLinear, config, 256, [512, 512], prefix="m.gate_up_proj")
+    put(layer, tensors, up, 1)
+    put(layer, slices, gate, 0)
+    own = torch.cat([one.chunk(ranks)[rank] for one in (gate, up)])
+    x, bias = torch.randn(3, 256), torch.randn(len(own))
+    assert relative(apply(finish(layer), x, bias), x.double() @ own.double().T + bias) < FLOAT32_LINEAR
+    held = sum(tensor.nbytes for tensor in layer.parameters())
+    assert held < len(own) * 256 // 2 + 20 * (256 + len(own))  # no rank has the slices of others
+
+
+@pytest.mark.parametrize(("rank", "ranks"), RANKS)
+def test_slices_of_inputs_are_summed(set_rank, rank, ranks):
+    set_rank(rank, ranks)
+    names, slices, dense = in_slices("m.down_proj", 128, 512, (384, 128), inner=True)
+    layer = build(RowParallelLinear, config_of(names), 512, 128, prefix="m.down_proj")
+    put(layer, slices, dense)
+    own = dense.chunk(ranks, 1)[rank]
+    x, bias = torch.randn(3, own.shape[1]), torch.randn(128)
+    assert relative(apply(finish(layer), x, bias), x.double() @ own.double().T + bias) < FLOAT32_LINEAR
+
+
+def test_the_last_slice_is_padded_and_weights_are_loaded_again():
+    layer = None
+    for seed in range(2):
+        names, slices, dense = in_slices("m.down_proj", 100, 300, (128, 128, 44), inner=True)
+        for tensors in slices:
+            tensors["svh"] = tensors["svh"] * (1 + seed)
+        dense = dense * (1 + seed)
+        config = config_of(names)
+        shapes = {f"m.down_proj.slice.{i}": (100, width) for i, width in enumerate((128, 128, 44))}
+        config.checkpoint = replace(config.checkpoint, shapes=shapes)
+        if layer is None:
+            layer = build(RowParallelLinear, config, 300, 100, prefix="m.down_proj")
+            record_metadata_for_reloading(layer)
+            put(layer, slices, dense)
+            finish(layer)
+        else:
+            initialize_layerwise_reload(layer)
+            put(layer, slices, dense)
+            finalize_layerwise_reload(layer, None)
+        x = torch.randn(3, 300)
+        assert relative(apply(layer, x), x.double() @ dense.double().T) < FLOAT32_LINEAR
+
+
+def test_slices_that_do_not_make_up_the_layer_are_refused():
+    names, _, _ = in_slices("m.down_proj", 128, 512, (384, 128), inner=True)
+    config = config_of(names)
+    with pytest.raises(ValueError, match=r"m.down_proj is stored in slices of \[.*\] .* make up \(128, 640\)"):
+        build(RowParallelLinear, config, 640, 128, prefix="m.down_proj")
+    config.checkpoint = replace(config.checkpoint, shapes={})
+    with pytest.raises(ValueError, match=r"m.down_proj is stored in slices of \[\(0, 0\), "):
+        build(RowParallelLinear, config, 512, 128, prefix="m.down_proj")
+
+
+def test_slices_are_numbered_together(monkeypatch):
+    """vLLM's code gets one weight, under the name of the whole layer."""
+    names, slices, dense = in_slices("m.up_proj", 512, 256, (384, 128), inner=False)
+    config = config_of(names)
+    served = SimpleNamespace(quant_config=config, load_config=SimpleNamespace(load_format="auto"))
+    monkeypatch.setattr(arrival, "get_current_vllm_config_or_none", lambda: served)
+    files = [(f"{name}.{leaf}", tensor) for name, tensors in names.items() for leaf, tensor in tensors.items()]
+    sent = []
+    ((name, numbers),) = arrival._numbered(reversed(files), sent)
+    assert name == "m.up_proj.weight" and numbers.shape == dense.shape
+    assert [one.keys() for one in sent[0].slices] == [one.keys() for one in slices]
+    assert torch.equal(sent[0].slices[1]["trellis"], slices[1]["trellis"])
 
 
 def test_a_missing_tensor_is_named():
@@ -158,12 +250,13 @@ SERVED += [pytest.param("Qwen2", "mul1", marks=pytest.mark.exhaustive)]  # with 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "code"), SERVED)
 def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model, tmp_path, architecture, code):
-    """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied."""
+    """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied; Qwen 3 in slices."""
     rates = {"q": 2, "k": 5, "v": 8}
     exl3_files.write(
         tiny_model(architecture, **SIZES, hidden_size=128 if architecture == "Qwen2" else 192),
         tmp_path / "out",
         code,
         lambda name: rates.get(name.rpartition(".")[2].removesuffix("_proj"), 3),
+        widths=(128, 128, 64) if architecture == "Qwen3" else (),
     )
     assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY

@@ -96,6 +96,66 @@ def test_parts_with_input_vectors_of_their_own_are_calls_of_their_own(x):
     assert [call.prepared.spec.vector_dtype for call in layer.quip_calls] == [torch.float16, torch.float32]
 
 
+@pytest.mark.parametrize("ordinary", ["q", "k", "v", "qv"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_with_an_ordinary_weight(set_rank, x, ordinary, size):
+    """Beside quantized ones; with four ranks two of them hold the same keys and values."""
+    disk = {s: random_tensors("1mad", 2, n, K, seed=i) for i, (s, n) in enumerate(zip("qkv", QKV, strict=True))}
+    weights = {s: dense(tensors, "1mad", 2, block=16) for s, tensors in disk.items()}
+    heads = min(size, 2)
+    for rank in range(size):
+        set_rank(rank, size)
+        kept = tuple(f"{s}_proj" for s in ordinary)
+        layer = build_qkv(quant_config(hadamard_block=16, modules_to_not_convert=kept), dtype=torch.float32)
+        for s in "vqk":
+            if s in ordinary:
+                layer.weight.weight_loader(layer.weight, weights[s], s)
+            else:
+                load(layer, disk[s], s)
+        k, v = (weights[s].chunk(heads)[rank * heads // size] for s in "kv")
+        own = torch.cat([weights["q"].chunk(size)[rank], k, v])
+        assert_close(apply(finish(layer), x, torch.ones(len(own))), x @ own.T + 1)
+
+
+def test_an_ordinary_weight_of_one_part_is_loaded_again_in_the_dtype_of_the_model(x):
+    layer = build_qkv(quant_config(modules_to_not_convert=("k_proj",)), dtype=torch.bfloat16)
+    record_metadata_for_reloading(layer)
+    for seed in (0, 10):
+        disk = [random_tensors("1mad", 2, n, K, seed + i) for i, n in enumerate(QKV)]
+        own = dense(disk[1], "1mad", 2)
+        if seed:
+            addresses = {name: param.data_ptr() for name, param in layer.named_parameters()}
+            initialize_layerwise_reload(layer)
+        for shard, tensors in zip("qkv", disk, strict=True):
+            if shard == "k":
+                layer.weight.weight_loader(layer.weight, own, shard)
+            else:
+                load(layer, tensors, shard)
+        if seed:
+            finalize_layerwise_reload(layer, None)
+        else:
+            finish(layer)
+        found = apply(layer, x.bfloat16())[:, QKV[0] : QKV[0] + QKV[1]]
+        assert torch.equal(found, torch.nn.functional.linear(x.bfloat16(), own.bfloat16()))
+    assert {name: param.data_ptr() for name, param in layer.named_parameters()} == addresses
+    assert sum(param.nbytes for name, param in layer.named_parameters() if "weight" in name) == 2 * QKV[1] * K
+
+
+def test_an_ordinary_weight_that_is_missing_or_another_is_refused():
+    layer = build_qkv(quant_config(modules_to_not_convert=("k_proj",)))
+    tensors = random_tensors("1mad", 2, QKV[1], K)
+    with pytest.raises(ValueError, match=r"k_proj: .* of torch.float32 \[32, 63\], .* of \[32, 64\] is wanted"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(QKV[1], K - 1), "k")
+    with pytest.raises(ValueError, match="k_proj: .* of torch.int32 "):
+        load(layer, tensors, "k")
+    with pytest.raises(ValueError, match=r"q_proj, k_proj, v_proj: .* \[128, 64\]"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(N, K))
+    for shard, n in (("q", QKV[0]), ("v", QKV[2])):
+        load(layer, random_tensors("1mad", 2, n, K), shard)
+    with pytest.raises(ValueError, match="qkv_proj: the weight of k_proj is not in the checkpoint"):
+        finish(layer)
+
+
 def test_only_the_stored_bits_stay_in_memory_and_twice_is_once(x):
     config = quant_config("1mad", 2, layers={"gate_proj": ("1mad", 6)})
     layer = build(MergedColumnParallelLinear, config, K, [32, N], prefix="gate_up_proj")
@@ -186,10 +246,10 @@ def test_several_parts_in_one_tensor(x):
 
 
 def test_dummy_weights_need_no_checkpoint():
-    layers = {"k_proj": ("e8p", 3), "v_proj": ("e8p", 4)}
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
-        layer = build_qkv(quant_config(layers=layers))
-    assert torch.equal(apply(finish(layer), torch.ones(1, K)), torch.zeros(1, N))
+        layer = build_qkv(quant_config(layers={"k_proj": ("e8p", 3)}, modules_to_not_convert=("v_proj",)))
+        finish(layer)
+    assert torch.equal(apply(layer, torch.ones(1, K)), torch.zeros(1, N))
 
 
 @pytest.mark.parametrize("formats", [(("1mad", 2),) * 3, (("hyb", 2), ("e8p", 3), ("e8p", 4))], ids=str)
