@@ -97,7 +97,7 @@ def make_settings(tiny_text):
     from quip_vllm.quantizer.settings import Settings
 
     def make_settings(model, **changes):
-        usual = {"code": "e8p", "bits": 2, "calibration": str(tiny_text), "two_sided": False}
+        usual = {"code": "e8p", "bits": 2, "calibration": str(tiny_text), "two_sided": False, "tune": "none"}
         return Settings(str(model), **{**usual, "sequences": 8, "sequence_length": 48, **changes})
 
     return make_settings

@@ -159,7 +159,7 @@ text = folder / "text.txt"
 text.write_text(tiny_models.text(), encoding="utf-8")
 model = tiny_models.save_model(folder / "model", "Llama")
 options = ["--method", "toy_method", "--code", "whole", "--bits", "3", "--sequences", "4"]
-options += ["--calibration", str(text), "--sequence-length", "32"]
+options += ["--calibration", str(text), "--sequence-length", "32", "--tune", "none"]
 windows = ["--text", str(text), "--sequence-length", "32", "--windows", "2"]
 assert cli.main(["quantize", str(model), str(folder / "out"), *options]) == 0
 assert cli.main(["inspect", str(folder / "out")]) == 0

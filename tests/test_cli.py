@@ -26,7 +26,7 @@ def quantize(tiny_model, tiny_text, tmp_path):
 
     def quantize(*flags, model=None, method="quip_sharp", calibration=None):
         usual = ["--method", method, "--bits", "2", "--sequences", "4", "--sequence-length", "32"]
-        usual += ["--calibration", str(calibration or tiny_text)]
+        usual += ["--calibration", str(calibration or tiny_text), "--tune", "none"]
         return main(["quantize", str(model or tiny_model()), str(tmp_path / "out"), *usual, *flags])
 
     return quantize

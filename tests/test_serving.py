@@ -79,6 +79,7 @@ def untied(model, folder):
 def quantize(model, out, code, bits, *more):
     text = ["--calibration", "LICENSE", "--sequences", "4", "--sequence-length", "256"]
     rate = ["--method", FORMATS[code].method, "--bits", str(bits), "--code", code]
+    rate += ["--tune", "full" if bits == 2 else "none"]
     call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), *rate, *text, *more)
     return out
 

@@ -72,7 +72,7 @@ class Settings:
     token_weights: bool = False
     two_sided: bool = True
     hessians: str | None = None
-    tune: str = NONE
+    tune: str = FULL
     lm_head: int | None = None
     embedding: int | None = None
     plan: Planned = ()

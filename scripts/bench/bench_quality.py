@@ -24,7 +24,7 @@ from benchmarking import ORIGIN, origin, read_rows, write_rows
 from transformers import AutoTokenizer
 
 from quip_vllm.checkpoint.inspection import inspect
-from quip_vllm.checkpoint.store import read_json
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.report import FIGURES
 from quip_vllm.evaluation.windows import score, windows_of
@@ -50,7 +50,7 @@ SEQUENCES, LENGTH = 64, 1024
 """Calibration, unless the row says otherwise."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]
 COLUMNS += ["arguments", "windows", *ORIGIN]
-"""Minutes and peak memory are those of `quip-vllm quantize`, where it ran in one piece."""
+"""Minutes and peak memory are those of `quip-vllm quantize`, where it ran in one piece; DIR/NAME.json keeps them."""
 
 
 def main() -> int:
@@ -76,11 +76,12 @@ def main() -> int:
         if not (out / "config.json").exists():
             begun = (out / ".quantize").exists()
             flags = [*usual, *CONFIGURATIONS[name], *(["--resume"] if begun else [])]
-            code, cost[name] = _quantize([args.model, str(out), *flags])
+            code, spent = _quantize([args.model, str(out), *flags])
             if code:
                 return code
-            if begun:
-                del cost[name]
+            write_json(args.work / f"{name}.json", {} if begun else spent)
+        if (args.work / f"{name}.json").exists():
+            cost[name] = read_json(args.work / f"{name}.json")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     models, described = [], []
     for name in args.only:

@@ -41,7 +41,7 @@ def test_the_prompt_has_no_special_token(tiny_model, tmp_path, ends):
 def test_verify(tiny_model, tiny_text, tmp_path, monkeypatch, capsys, shift, status):
     out = tmp_path / "out"
     flags = ["--method", "quip_sharp", "--bits", "2", "--calibration", str(tiny_text)]
-    flags += ["--sequences", "4", "--sequence-length", "32"]
+    flags += ["--sequences", "4", "--sequence-length", "32", "--tune", "none"]
     assert main(["quantize", str(tiny_model()), str(out), *flags]) == 0
     tokens, expected = expected_log_probabilities(out)
 

@@ -189,7 +189,7 @@ def test_two_sides_lose_less_of_what_the_loss_feels(code, gain):
     losses = {}
     for two_sided in (False, True):
         specs = {name: LinearSpec(code, 2, K, (len(weight),)) for name, weight in weights.items()}
-        settings = Settings("m", code, 2, damping=1e-6, two_sided=two_sided)
+        settings = Settings("m", code, 2, damping=1e-6, two_sided=two_sided, tune="none")
         results = quantize_group(coloured(), weights, specs, settings, known)
         for name, result in results.items():
             error = (weights[name] - dequantize(specs[name], result.tensors)).double()
@@ -203,8 +203,8 @@ def test_two_sides_lose_less_of_what_the_loss_feels(code, gain):
             assert result.entry["expected_divergence"] == wanted
     for one, both in losses.values():
         assert both < gain * one
-    plain = quantize_group(coloured(), weights, specs, Settings("m", code, 2, damping=1e-6))
+    plain = quantize_group(coloured(), weights, specs, Settings("m", code, 2, damping=1e-6, tune="none"))
     assert plain["a"].entry["expected_divergence"] is None
-    one_side = Settings("m", code, 2, damping=1e-6, two_sided=False)
+    one_side = Settings("m", code, 2, damping=1e-6, two_sided=False, tune="none")
     aside = quantize_group(coloured(), weights, specs, one_side, known)
     assert all(torch.equal(tensor, aside["a"].tensors[key]) for key, tensor in plain["a"].tensors.items())

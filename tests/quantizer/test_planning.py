@@ -146,7 +146,7 @@ def test_plans_of_another_model(tiny_model, make_settings):
 def test_command_line(tiny_model, tiny_text, tmp_path, capsys):
     """A plan is made, drawn, edited, and quantized by."""
     model = str(tiny_model("Mistral"))
-    text = ["--calibration", str(tiny_text), "--sequences", "8", "--sequence-length", "48"]
+    text = ["--calibration", str(tiny_text), "--sequences", "8", "--sequence-length", "48", "--tune", "none"]
     target = ["--method", "quip_sharp", "--bits", "2.5", *text]
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     assert main(["plan", model, *target, "--out", str(file), "--plot", str(picture)]) == 0

@@ -90,7 +90,8 @@ def test_killed_runs_resume_to_the_same_bytes(killed):
 
 def test_command_line_killed_from_outside(tiny_model, tiny_text, tmp_path):
     model = tiny_model("Llama", num_hidden_layers=3)
-    flags = ["--method", "qtip", "--bits", "2", "--sequences", "8", "--sequence-length", "48", "--calibration"]
+    flags = ["--method", "qtip", "--bits", "2", "--sequences", "8", "--sequence-length", "48", "--tune", "none"]
+    flags += ["--calibration"]
 
     def start(out, *more):
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), *flags, str(tiny_text)]

@@ -31,9 +31,8 @@ def units(tiny_model, tiny_text, tmp_path_factory):
         if architecture not in made:
             folder = tiny_model(architecture, dtype="float32", num_hidden_layers=3)
             out = tmp_path_factory.mktemp("out") / "out"
-            settings = Settings(
-                str(folder), "e8p", 2, calibration=str(tiny_text), sequences=8, sequence_length=40, two_sided=False
-            )
+            usual = {"calibration": str(tiny_text), "sequences": 8, "sequence_length": 40}
+            settings = Settings(str(folder), "e8p", 2, **usual, two_sided=False, tune="none")
             kept = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(

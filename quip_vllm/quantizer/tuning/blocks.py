@@ -12,8 +12,8 @@ from quip_vllm.quantizer.source.replay import Calls, run_layer
 from quip_vllm.quantizer.tuning.block import Block
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
-EPOCHS = 3
-RATE = 1e-3
+EPOCHS = 1
+RATE = 2e-3
 """See Optimizer."""
 HELD_OUT = 8
 """One of so many batches is not trained on: its loss, the validation loss, decides what is kept."""

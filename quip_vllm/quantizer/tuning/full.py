@@ -24,8 +24,8 @@ from quip_vllm.quantizer.tuning.block import Block
 from quip_vllm.quantizer.tuning.blocks import split
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
-EPOCHS = 3
-RATE = 1e-3
+EPOCHS = 2
+RATE = 2e-3
 """See Optimizer."""
 PATIENCE = 1
 """How many epochs in turn may be no better than the best one before the training ends."""
