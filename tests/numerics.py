@@ -36,9 +36,10 @@ DISTORTION = 0.02
 SERVED_LOG_PROBABILITY = 1e-3
 """Absolute error of a served log probability in float32 against transformers with the dequantized model."""
 
-LOSS_OVER_SHANNON = {"lattice": 2.5, "trellis": 1.7, "trellis, 5 to 8 bits": 20.0}
+LOSS_OVER_SHANNON = {"lattice": 2.5, "trellis": 1.7, "trellis, 5 to 8 bits": 20.0, "grid": 10.0}
 """How many times 4^-bits, the rate-distortion bound, the proxy loss on 4,096 white Gaussian weights may be: 1.5 to
-2.3 is seen for the lattice, 1.1 to 1.6 for a trellis up to 4 bits, 9 to 14 for 1mad at 8 (which ends at 3.5 sigma)."""
+2.3 is seen for the lattice, 1.1 to 1.6 for a trellis up to 4 bits, 9 to 14 for 1mad at 8 (which ends at 3.5 sigma).
+The grid's best is 1.9 at 2 bits to 5.7 at 8, where one weight beyond the last level may add 3."""
 
 LOSS_IN_TWO_SPACES = 1e-3
 """Relative difference of a proxy loss computed on the stored tensors in the original space, undamped, from the reported

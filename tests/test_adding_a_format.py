@@ -29,7 +29,7 @@ CODE_EDITS: Edits = {
     "kernels/cpu/codes.h": [('  CODE(kLut, "lut")', '  CODE(kToy, "toy")              \\\n')],
     "kernels/cpu/float/decode_trellis.h": [
         (
-            "template <Code code>\ninline Values value(",
+            "template <Code code, int bits>\ninline Values value(",
             "inline Values toy(States x) { return __builtin_convertvector((Integers)(x & 255u) - 128, Values); }\n\n",
         ),
         ("  return look_up(x, table);\n}", "  if constexpr (code == Code::kToy) return toy(x);\n"),

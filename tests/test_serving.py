@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not (VLLM and MODEL), reason="needs vllm and llm
 LAYERS = 1
 RATES = [
     ("e8p", 2),
-    *(pytest.param(*rate, marks=pytest.mark.exhaustive) for rate in (("e8p", 3), ("hyb", 2), ("1mad", 4))),
+    *(pytest.param(*rate, marks=pytest.mark.exhaustive) for rate in (("e8p", 3), ("hyb", 2), ("1mad", 4), ("grid", 5))),
 ]
 TOKEN_ROWS = {("e8p", 2): ["--lm-head", "4"], ("e8p", 3): ["--lm-head", "3", "--embedding", "4"]}
 """The model ties the two; with bits of their own it is untied first."""

@@ -8,7 +8,8 @@
   CODE(kHyb, "hyb")              \
   CODE(kLut, "lut")              \
   CODE(kMcg, "mcg")              \
-  CODE(kMul1, "mul1")
+  CODE(kMul1, "mul1")            \
+  CODE(kGrid, "grid")
 
 namespace quip {
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats import tile, trellis
+from quip_vllm.formats.spec import register
 from quip_vllm.formats.trellis_codes import TrellisCode
 
 
@@ -54,3 +55,4 @@ class Grid(TrellisCode):
 
 
 GRID = Grid("grid", _level, bits=(2, 3, 4, 5, 6, 7, 8))
+register(GRID)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.formats.spec import methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
 
 BUNDLE, SELF = "bundle", "self"
@@ -174,6 +175,6 @@ def default_code(method: str, bits: int) -> str:
     For qtip it is hyb up to 2 bits: a CPU serves hyb at least 1.6 times as fast as 1mad, for 1 % of perplexity. Above 2
     bits it is 1mad: at 4 bits hyb's 1024 vectors make the proxy loss a sixth larger, and hyb has no higher bit rates.
     """
-    if method == "quip_sharp":
-        return "e8p"
-    return "hyb" if bits <= 2 else "1mad"
+    if method == "qtip":
+        return "hyb" if bits <= 2 else "1mad"
+    return methods()[method][0].name

@@ -41,7 +41,7 @@ COLUMNS += ["tier", *ORIGIN]
 def main() -> int:
     """Runs the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trellis = [name for name in COMMON if isinstance(FORMATS[name].format, TrellisCode)]
+    trellis = [name for name in COMMON if FORMATS[name].format.method == "qtip"]
     parser.add_argument("--formats", nargs="*", default=trellis, choices=trellis, metavar="FORMAT")
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--vectors", type=int, default=1 << 18)

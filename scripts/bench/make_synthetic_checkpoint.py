@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint of random weights: any Llama shape, bf16, GPTQ-int4, or a format of ours. To measure speed with.
 
-Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip [--bits B]
+Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip|quip [--bits B]
            [--code C] [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
 
 The default shape has 1.07e9 weights; embeddings are tied to the output head. Weights are so scaled that every logit
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", required=True, choices=["bf16", "gptq-int4", *methods()])
-    parser.add_argument("--bits", type=int, default=2, help="of quip_sharp and qtip (default 2)")
+    parser.add_argument("--bits", type=int, default=2, help="of our formats (default 2)")
     trellis = [format.name for format in methods()["qtip"]]
     parser.add_argument("--code", choices=trellis, default="1mad", help="of qtip (default 1mad)")
     parser.add_argument("--hidden", type=int, default=2048)
@@ -146,12 +146,12 @@ def _own_format(args: argparse.Namespace) -> tuple[str, int | None]:
     """Code and rotation of a checkpoint of ours. Raises ValueError for a flag that does not fit."""
     if args.format not in methods():
         raise ValueError(
-            f"--lm-head is {args.lm_head} for {args.format}: only quip_sharp and qtip have a quantized head"
+            f"--lm-head is {args.lm_head} for {args.format}: only {', '.join(methods())} have a quantized head"
         )
     if args.hadamard_block != "full" and not args.hadamard_block.isdecimal():
         raise ValueError(f"--hadamard-block is {args.hadamard_block}: give a power of two of at least 2, or full")
     block = None if args.hadamard_block == "full" else int(args.hadamard_block)
-    return args.code if args.format == "qtip" else "e8p", block
+    return args.code if args.format == "qtip" else methods()[args.format][0].name, block
 
 
 def _dense(shape: Shape, generator: torch.Generator) -> Tensor:

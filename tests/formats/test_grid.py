@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quip_vllm.formats.grid import GRID
-from quip_vllm.formats.spec import TileOrder
+from quip_vllm.formats.spec import FORMATS, TileOrder, methods
 from quip_vllm.formats.tile import TILE_COL, TILE_ROW
 
 BITS = [2, 3, 5, 8]
@@ -14,6 +14,11 @@ BITS = [2, 3, 5, 8]
 
 def random_numbers(bits, n=32, k=48):
     return torch.from_numpy(numpy.random.default_rng(bits).integers(0, 1 << bits, (n, k)))
+
+
+def test_it_is_method_quip():
+    assert methods()["quip"] == [GRID] and FORMATS["grid"] is GRID
+    assert GRID.bits == (2, 3, 4, 5, 6, 7, 8)
 
 
 def test_a_row_of_the_paper():

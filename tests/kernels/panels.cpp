@@ -129,7 +129,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
     if (!equal) std::printf("%s differs: code %d, %d bits, %ld rows, int8 %d\n", what, code, bits, long(m), int8);
     different += !equal;
   };
-  for (const Code code : {Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kE8p}) {
+  for (const Code code : {Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kGrid, Code::kE8p}) {
     const bool lattice = code == Code::kE8p;
     for (int bits = lattice ? 2 : 1; bits <= (lattice || code == Code::kHyb ? 4 : 8); ++bits)
       for (const int64_t m : {1, 5, 29})

@@ -17,6 +17,7 @@ ALL = [
     for bits in range(1, 9)
 ]
 ALL += [f"{code} {bits}" for code in ("hyb", "hyb_large") for bits in range(1, 5)]
+ALL += [f"grid {bits}" for bits in range(2, 9)]
 ALL += [f"{code} {bits}" for code in ("e8p", "e8p_large") for bits in (2, 3, 4)]
 RACES = ("1mad 2 1mad_int8 1", "hyb 4", "e8p 3", "e8p_large 2")
 

@@ -23,7 +23,7 @@ SHARED_BYTES = 99 * 1024
 """What a thread block of the smallest of these GPUs may have."""
 
 USUAL = [("hyb", 2, 8, target) for target in TARGETS] + [("e8p", 4, 64, 80), ("1mad", 2, 64, 90), ("lut", 8, 8, 80)]
-USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90)]
+USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80)]
 EVERY = [(code, bits, rows, target) for code, bits in RATES for rows in (8, 64) for target in (80, 90)]
 
 

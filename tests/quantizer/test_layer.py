@@ -58,7 +58,8 @@ def loss(weight, restored, group):
 def test_white_loss_is_near_the_rate_distortion_bound(code, bits):
     weight = draw(N, K)
     entry, tensors, restored = quantize(WHITE, {"a": weight}, code, bits)["a"]
-    kind = "lattice" if code == "e8p" else "trellis" if bits <= 4 else "trellis, 5 to 8 bits"
+    trellis = "trellis" if bits <= 4 else "trellis, 5 to 8 bits"
+    kind = {"e8p": "lattice", "grid": "grid"}.get(code, trellis)
     assert 1.0 < entry["proxy_loss"] * 4**bits < numerics.LOSS_OVER_SHANNON[kind]
     assert entry["proxy_loss"] == loss(weight, restored, WHITE)
     assert (entry["name"], entry["shape"], entry["code"], entry["bits"]) == ("a", [N, K], code, bits)

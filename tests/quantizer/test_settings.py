@@ -31,7 +31,7 @@ def test_defaults():
     assert [one.sequences for one in mixed] == [64, 256]  # those of the source named first
     assert [one.sequence_length for one in mixed] == [1024, 2048]
     assert [default_code("qtip", bits) for bits in (1, 2, 3)] == ["hyb", "hyb", "1mad"]
-    assert default_code("quip_sharp", 4) == "e8p"
+    assert default_code("quip_sharp", 4) == "e8p" and default_code("quip", 4) == "grid"
 
 
 def test_to_dict_is_json():

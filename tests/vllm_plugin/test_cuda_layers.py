@@ -29,7 +29,7 @@ HALVES = [torch.float16, torch.bfloat16]
 SHARED = 4 * (32768 + 2 * 12 * 12 + 1)
 """Bytes that layers may share: the values of LUT, and Hadamard matrices of order 12 and 1."""
 
-HEAD_FORMATS = [("e8p", 2), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 3)]
+HEAD_FORMATS = [("e8p", 2), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 3), ("grid", 4)]
 
 
 @pytest.fixture(autouse=True)

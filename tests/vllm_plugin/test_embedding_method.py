@@ -15,7 +15,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 from quip_vllm.vllm_plugin.embedding_method import QuipEmbeddingMethod
 
-FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 1)]
+FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 4), ("hyb", 2), ("lut", 1), ("grid", 3)]
 K = 64
 NAME = "model.embed_tokens"
 

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import (
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
 
-FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 2), ("3inst", 3), ("hyb", 4), ("lut", 1)]
+FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 2), ("3inst", 3), ("hyb", 4), ("lut", 1), ("grid", 8)]
 SPLIT = [("e8p", 3), ("1mad", 3), ("hyb", 2)]
 K, N = 64, 128
 QKV = (64, 32, 32)

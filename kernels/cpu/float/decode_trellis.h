@@ -88,12 +88,20 @@ inline void hyb(States x, const float* table, Values& first, Values& second) {
   second = look_up(index + 1u, table);
 }
 
-template <Code code>
+// QuIP's grid: the low bits are the number of a level.
+template <int bits>
+inline Values level(States x) {
+  constexpr int kLast = (1 << bits) - 1;
+  return __builtin_convertvector((Integers)(x & uint32_t(kLast)) * 2 - kLast, Values);
+}
+
+template <Code code, int bits>
 inline Values value(States x, const float* table) {
   if constexpr (code == Code::kOneMad) return one_mad(x);
   if constexpr (code == Code::kThreeInst) return two_halves(x * kThreeInstFactor + kThreeInstTerm);
   if constexpr (code == Code::kMcg) return two_halves(x * kMcgFactor);
   if constexpr (code == Code::kMul1) return mul1(x);
+  if constexpr (code == Code::kGrid) return level<bits>(x);
   return look_up(x, table);
 }
 
@@ -170,7 +178,7 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
         store(run + 2 * s, shuffle<alternating<0>>(first, second));
         store(run + 2 * s + kStatesTogether, shuffle<alternating<1>>(first, second));
       } else {
-        store(run + s, value<code>(x, table));
+        store(run + s, value<code, bits>(x, table));
       }
     });
     store_rows(run, out + row * stride, stride, swapped);

@@ -28,6 +28,16 @@ struct FormatDefaults {
   static constexpr bool kWhole = false;      // whether one call of decode gives all rows of a unit
 };
 
+// QuIP's grid: the numbers k of four columns are a quad, and a level is 2 k - (2^bits - 1).
+template <int bits>
+struct GridFormat : FormatDefaults {
+  static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kOffset = (1 << (bits - 1)) - 1;
+  static constexpr float kRest = 0.5f;
+  float unit() const { return 2; }
+  // Column 8 C + 2 cc + c is byte 2 C + 1 - c of quad cc.
+  static int place(int column) { return column / 16 * 16 + column % 8 / 2 * 4 + column % 16 / 8 * 2 + 1 - column % 2; }
+};
+
 template <class Format>
 constexpr bool is_wide() {
   return Format::kQuads * 2 == Format::kColumns * Format::kRepeat;

@@ -58,6 +58,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
       case Code::kThreeInst:
       case Code::kMcg:
       case Code::kMul1: return w.swapped ? with_order<bits, true>(w.code, m, f) : with_order<bits, false>(w.code, m, f);
+      case Code::kGrid: return f(static_cast<Grid8<bits>*>(nullptr));
       case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
       case Code::kHyb:
         return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
@@ -69,7 +70,8 @@ inline void with_format(const Weight& w, int64_t m, F f) {
 // Whether with_format knows a format for it.
 inline bool int8_takes(Code code, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
-  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kE8p);
+  return bits <= 4 &&
+         is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kGrid, Code::kE8p);
 }
 
 // Up to how many rows are multiplied while decoding.

@@ -193,6 +193,28 @@ using Halves16 = Wide<bits, swapped, HalvesValue<factor, term>>;
 template <int bits>
 using Lut16 = Wide<bits, false, LutValue>;
 
+// QuIP's grid: the two numbers of C = 0 and of C = 1 are the ends of windows, side by side in a lane.
+template <int bits>
+struct Grid8 : GridFormat<bits> {
+  static constexpr int kFew = 4;
+  static constexpr bool kWhole = true;
+  explicit Grid8(const Weight&) {}
+  template <class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    const Runs<bits> runs(tile);
+    const __m256i last = _mm256_set1_epi16((1 << bits) - 1), upper = _mm256_slli_epi16(last, 8);
+#pragma GCC unroll 4
+    for (int cc = 0; cc < 4; ++cc)
+#pragma GCC unroll 2
+      for (int R = 0; R < 2; ++R) {
+        const int offset = bits * (8 * cc + 2 * R + 1);  // of c = 1
+        const __m256i ends = _mm256_blend_epi16(runs.at_bottom(offset), runs.at_top(offset + 4 * bits), 0xAA);
+        emit(R, cc,
+             _mm256_or_si256(_mm256_and_si256(ends, last), _mm256_and_si256(_mm256_slli_epi16(ends, 8 - bits), upper)));
+      }
+  }
+};
+
 // The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
 // of a tile is read from earlier on, so that nothing beyond the tile is read.
 template <int bits>

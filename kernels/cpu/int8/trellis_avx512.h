@@ -180,6 +180,29 @@ using Halves16 = Wide<bits, HalvesValue<factor, term>, 4>;
 template <int bits>
 using Lut16 = Wide<bits, LutValue, 4>;
 
+// QuIP's grid: a run's 64 bits have the numbers of all eight columns and rows, which one instruction picks.
+template <int bits>
+struct Grid8 : GridFormat<bits> {
+  static constexpr int kFew = 16;
+  __m512i run[4];  // kRuns
+  __m512i number;  // byte 4 R + 2 C + 1 - c of a qword: 8 bits that end with the number of (C, R, c)
+  explicit Grid8(const Weight&) {
+    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
+    unsigned long long from = 0;
+    for (int i = 0; i < 8; ++i) from |= (48ull - bits * ((i & 2) * 2 + (i >> 2) * 2 + 1 - (i & 1))) << 8 * i;
+    number = _mm512_set1_epi64((long long)from);
+  }
+  template <class Emit>
+  void decode(const uint8_t* tile, Emit emit) const {
+    const TileBytes<bits> bytes(tile);
+#pragma GCC unroll 4
+    for (int cc = 0; cc < 4; ++cc)
+      emit(cc, _mm512_and_si512(_mm512_multishift_epi64_epi8(number, bytes.pick(run[cc])),
+                                _mm512_set1_epi8((1 << bits) - 1)));
+  }
+  static __m512i in_row_order(__m512i lanes) { return Windows<bits>::in_row_order(lanes); }
+};
+
 // HYB: bits 14..6 of h = x^2 + x are the row of the table, and bit 15 negates component 0. Everything fits 16 bits, and
 // two registers hold the 64 states of C. The table is in bytes, value / unit + 128, component by component.
 inline __m512i negate8(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }

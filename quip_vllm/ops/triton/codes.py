@@ -135,7 +135,13 @@ def hyb(state, table):
 
 
 @triton.jit
-def state_value(state, table, zero, CODE: tl.constexpr):
+def grid(state, bits: tl.constexpr):
+    """2^(bits + 1) + 2 k, exact in fp16: the number k of a level at the top of the mantissa. An offset comes off."""
+    return as_half((state & (1 << bits) - 1) << 10 - bits | (16 + bits) << 10)
+
+
+@triton.jit
+def state_value(state, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
     if CODE == "1mad":
         return one_mad(state, table)
     elif CODE == "3inst" or CODE == "3inst_swapped":
@@ -144,6 +150,8 @@ def state_value(state, table, zero, CODE: tl.constexpr):
         return two_halves((state & 0xFFFF) * 0xCBAC1FED, zero)
     elif CODE == "mul1" or CODE == "mul1_swapped":
         return mul1(state)
+    elif CODE == "grid":
+        return grid(state, bits)
     else:
         return lut(state, table)
 
@@ -165,14 +173,14 @@ def trellis_eight(
         p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
         p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
     else:
-        v0 = state_value(window(words, following, half, start + bits, bits), table, zero, CODE)
-        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, zero, CODE)
-        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, zero, CODE)
-        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, zero, CODE)
-        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, zero, CODE)
-        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, zero, CODE)
-        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, zero, CODE)
-        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, zero, CODE)
+        v0 = state_value(window(words, following, half, start + bits, bits), table, zero, CODE, bits)
+        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, zero, CODE, bits)
+        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, zero, CODE, bits)
+        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, zero, CODE, bits)
+        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, zero, CODE, bits)
+        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, zero, CODE, bits)
+        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, zero, CODE, bits)
+        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, zero, CODE, bits)
         p0, p1, p2, p3 = tl.join(v0, v1), tl.join(v2, v3), tl.join(v4, v5), tl.join(v6, v7)
     return join4(p0, p1, p2, p3)
 

@@ -164,6 +164,8 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
     """Of what a code's decoder gives: its unit, what to subtract from it before, and the second stage's scale."""
     if code == "1mad":
         return 1 / 147.800537109375, 1024.0 + 510.0, 0.0
+    if code == "grid":
+        return 1.0, 3.0 * (1 << bits) - 1, 0.0
     if code != "e8p":
         return 1.0, 0.0, 0.0
     second = 1 / RESIDUAL_SCALE[bits] if bits > 2 else 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
 from quip_vllm.formats.e8p_residual import Lattice
+from quip_vllm.formats.grid import Grid
 from quip_vllm.formats.spec import Format, format_of
 from quip_vllm.formats.tile import TILE, sequences_to_weight, weight_to_sequences
 from quip_vllm.formats.trellis import pack
@@ -22,6 +23,8 @@ from quip_vllm.ops import encode_lattice, encode_trellis
 LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
 HYB_RMS = {1: 0.9, 2: 0.95, 3: 1.0, 4: 1.05}
 TRELLIS_RMS = 0.9
+# Where the grid's last level is, in root mean squares of the rotated weight: least squares of a Gaussian.
+GRID_ENDS = {2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
 
 
 class Encoder(Protocol):
@@ -103,6 +106,26 @@ class TrellisEncoder:
         return {} if self.table is None else {TABLE: self.table.clone()}  # a file holds no tensor twice
 
 
+class GridEncoder:
+    """The nearest level of each weight."""
+
+    columns = rows = TILE
+
+    def __init__(self, code: Grid, bits: int):
+        self.bits, self.code = bits, code
+        self.last = (1 << bits) - 1
+        self.rms = self.last / GRID_ENDS[bits]
+
+    def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Encoder."""
+        numbers = ((block + self.last) / 2).round().clamp(0, self.last)
+        return 2 * numbers - self.last, {PACKED: self.code.pack(numbers.to(torch.int32), self.bits)}
+
+    def constants(self) -> dict[str, Tensor]:
+        """See Encoder."""
+        return {}
+
+
 def code_rms(code: TrellisCode, values: Tensor) -> float:
     """Root mean square of the weights that a code's values [65536, V] are made for: HYB's grids 1, else their own."""
     return 1.0 if code is HYB else float(values.square().mean().sqrt())
@@ -111,6 +134,7 @@ def code_rms(code: TrellisCode, values: Tensor) -> float:
 ENCODERS: dict[type[Format], Callable[[Any, int], Encoder]] = {
     Lattice: LatticeEncoder,
     TrellisCode: TrellisEncoder,
+    Grid: GridEncoder,
 }
 """The encoder of each kind of format, made from the format and its bits."""
 
