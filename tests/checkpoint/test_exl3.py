@@ -235,12 +235,15 @@ def mutate(draw, header, raw, model):
     return body
 
 
-def test_mutated_files_end_in_a_sentence(written, tmp_path):
+@pytest.mark.parametrize("widths", [(), pytest.param((128, 128, 64), marks=pytest.mark.exhaustive)])
+def test_mutated_files_end_in_a_sentence(tiny_model, tmp_path, widths):
     def change(draw, header, raw, model):
         model["head_dim"] = 16
         return mutate(draw, header, raw, model)
 
-    mutated_files.end_in_a_sentence(written()[0], tmp_path, 0, change)
+    source = tiny_model("Llama", intermediate_size=sum(widths) or 128)
+    exl3_files.write(source, tmp_path / "whole", "mul1", rate, older=("o_proj",), widths=widths)
+    mutated_files.end_in_a_sentence(tmp_path / "whole", tmp_path, 0, change)
 
 
 def test_a_tensor_in_two_files_is_refused(written, tmp_path):

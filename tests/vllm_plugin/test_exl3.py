@@ -10,6 +10,7 @@ import pytest
 import torch
 from exl3_files import quantized_layer
 from numerics import FLOAT32_LINEAR, SERVED_LOG_PROBABILITY, relative
+from safetensors.torch import save_file
 from served_layers import FUSED, apply, build, finish, load, served_difference
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -227,6 +228,23 @@ def test_headers_of_the_hub(monkeypatch):
     assert config.checkpoint.layers == {"m.layer": exl3.stored_format("mul1", 3)} and config.get_name() == plugin.METHOD
     with pytest.raises(ValueError, match="headers of c/d's safetensors files cannot be read"):
         config.maybe_update_config("c/d", hf_config=model)
+
+
+def test_a_revision_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Published models have a branch per bit rate."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository, model = tmp_path / "models--a--b", SimpleNamespace(to_dict=dict)
+    for i, (branch, bits) in enumerate({"main": 2, "3.0bpw": 3}.items()):
+        tensors, _ = quantized_layer(128, 128, bits, "mul1")
+        snapshot = repository / "snapshots" / (f"{i}" * 40)
+        snapshot.mkdir(parents=True)
+        save_file({f"m.layer.{leaf}": one for leaf, one in tensors.items()}, snapshot / "model.safetensors")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(snapshot.name)
+    for revision, bits in ((None, 2), ("main", 2), ("3.0bpw", 3), ("1" * 40, 3)):
+        config = Exl3QuipConfig.from_config({"quant_method": "exl3"})
+        config.maybe_update_config("a/b", hf_config=model, revision=revision)
+        assert config.checkpoint.layers == {"m.layer": exl3.stored_format("mul1", bits)}
 
 
 def test_padded_biases_are_cut(monkeypatch):
