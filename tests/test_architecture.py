@@ -17,6 +17,7 @@ ALLOWED = {
     "doctor": {"ops", "formats"},
     "nn": {"ops", "formats"},
     "vllm_plugin": {"ops", "checkpoint", "transforms", "formats"},
+    "hf_plugin": {"ops", "checkpoint", "formats"},
     "quantizer": {"nn", "ops", "checkpoint", "transforms", "formats"},
     "evaluation": {"nn", "ops", "checkpoint", "formats"},
     "checkpoint": {"formats", "transforms"},
@@ -27,7 +28,7 @@ ALLOWED = {
 }
 ONLY_IN = {
     "vllm": {"vllm_plugin"},
-    "transformers": {"quantizer", "evaluation", "checkpoint"},
+    "transformers": {"hf_plugin", "quantizer", "evaluation", "checkpoint"},
     "accelerate": {"quantizer", "evaluation"},
     "datasets": {"quantizer", "evaluation"},
     "triton": {"ops"},

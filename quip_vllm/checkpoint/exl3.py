@@ -162,6 +162,11 @@ def slices(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def is_slice(name: str) -> bool:
+    """Whether a module of the files is a slice of a layer."""
+    return _SLICE.search(name) is not None
+
+
 def cuts_inputs(layer: str) -> bool:
     """Whether slices of a layer have its inputs, and their products are summed, or its outputs."""
     return layer.rpartition(".")[2] == "down_proj"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in transformers with their weights quantized, against the dequantized model."""
+
+import shutil
+
+import exl3_files
+import pytest
+import relaxml_files
+import torch
+from numerics import FLOAT32_LAYERS, FLOAT32_LINEAR, relative
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from quip_vllm import hf_plugin
+from quip_vllm.checkpoint.convert import convert
+from quip_vllm.checkpoint.shards import read_shard
+from quip_vllm.checkpoint.store import read_json, write_json
+from quip_vllm.evaluation.loading import load_model
+from quip_vllm.hf_plugin.modules import Embedding, Linear, Sliced, StoredLayer
+from quip_vllm.ops import dequantize
+
+IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def checkpoint(quantized, tiny_model, tmp_path):
+    """checkpoint(kind): a folder of each kind."""
+
+    def checkpoint(kind):
+        if kind == "slices":
+            source = tiny_model("Llama", hidden_size=128, intermediate_size=320)
+            exl3_files.write(source, tmp_path / "exl3", "mul1", widths=(128, 128, 64))
+            return tmp_path / "exl3"
+        if kind == "padded, with biases":
+            exl3_files.write(tiny_model("Qwen2"), tmp_path / "exl3", "mcg", older=("o_proj",))
+            return tmp_path / "exl3"
+        return {
+            "lattice": lambda: quantized(),
+            "head and scaled embedding": lambda: quantized("Gemma3Text", code="1mad", lm_head=4),
+            "untied embedding": lambda: quantized("Mistral", embedding=3, lm_head=4),
+            "mixed": lambda: quantized("Qwen2", code="hyb", overrides=(("down_proj", 4),), ignore=("[qkv]_proj",)),
+        }[kind]()
+
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["lattice", "head and scaled embedding", "untied embedding", "mixed", "padded, with biases", "slices"],
+)
+def test_logits_are_those_of_the_dequantized_model_and_files_survive(checkpoint, kind, tmp_path):
+    folder = checkpoint(kind)
+    model, dense = load(folder), load_model(str(folder))
+    found, expected = model(IDS).logits, dense(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=FLOAT32_LAYERS, atol=FLOAT32_LAYERS)
+    kinds = {type(module) for module in model.modules()}
+    assert Linear in kinds and (Embedding in kinds) == ("embedding" in kind) and (Sliced in kinds) == (kind == "slices")
+    how = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **how), dense.generate(IDS, **how))
+    model.save_pretrained(tmp_path / "saved")
+    one, other = read_shard(folder / "model.safetensors"), read_shard(tmp_path / "saved" / "model.safetensors")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, StoredLayer)}
+    quantized = {f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.state_dict()}
+    assert one.keys() == other.keys() and quantized <= one.keys()
+    assert all(torch.equal(one[name], other[name]) for name in quantized if not name.endswith("bias"))
+    configs = [read_json(path / "config.json")["quantization_config"] for path in (folder, tmp_path / "saved")]
+    assert configs[0] == configs[1]
+    assert torch.equal(load(tmp_path / "saved")(IDS).logits, found)
+
+
+def test_gradients_pass_through_a_layer(quantized):
+    layer = load(quantized())
+    layer = layer.model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    gradient = torch.randn(3, layer.out_features)
+    layer(x).backward(gradient)
+    expected = gradient @ dequantize(layer.spec, layer.tensors())
+    assert relative(x.grad, expected) < FLOAT32_LINEAR
+
+
+def test_a_model_is_cast_moved_and_compiled(quantized):
+    model = load(quantized())
+    expected = model(IDS).logits
+    with torch.no_grad():
+        compiled = torch.compile(model)(IDS).logits
+    torch.testing.assert_close(compiled, expected, rtol=FLOAT32_LAYERS, atol=FLOAT32_LAYERS)
+    layer = model.model.layers[1].self_attn.o_proj
+    before = layer.tensors()
+    model.to(torch.bfloat16)
+    assert all(torch.equal(tensor, layer.tensors()[name]) for name, tensor in before.items())
+    assert model(IDS).logits.dtype == torch.bfloat16
+    prepared = layer.prepare()
+    assert layer.prepare() is prepared
+    layer.to("meta")
+    assert all(tensor.is_meta for tensor in layer.tensors().values()) and layer._prepared is None
+
+
+def test_layers_in_one_and_unknown_ones_are_refused(tiny_model, tmp_path, quantized):
+    relaxml_files.write_quip_sharp(tiny_model(), tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", str(tiny_model()))
+    with pytest.raises(ValueError, match="several layers of the model in one: serve it with vLLM"):
+        load(tmp_path / "out")
+    config = read_json(quantized() / "config.json")
+    with pytest.raises(ValueError, match="no such module"):
+        LlamaForCausalLM.from_pretrained(quantized(), config=LlamaConfig(**{**config, "num_hidden_layers": 1}))
+
+
+def test_a_second_registration_changes_nothing():
+    hf_plugin.register()
+
+
+def test_a_head_that_is_no_embedding_is_refused(quantized, tmp_path):
+    shutil.copytree(quantized("Mistral", embedding=3, lm_head=4), tmp_path / "out")
+    config = read_json(tmp_path / "out" / "config.json")
+    config["quantization_config"]["head"]["tied"] = True
+    del config["quantization_config"]["embedding"]
+    write_json(tmp_path / "out" / "config.json", config)
+    with pytest.raises(ValueError, match="head.module is 'lm_head', which is no embedding|model.embed_tokens"):
+        load(tmp_path / "out")
