@@ -83,9 +83,12 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "quantize", recording)
     qtip = ["--method", "qtip", "--bits"]
-    for flags in ([*qtip, "2"], ["--method", "quip_sharp", "--bits", "2", "--calibration", "x"], [*qtip, "3"]):
+    disc = ["--method", "quip", "--bits", "3", "--rounding", "discquant", "--rounding-steps", "5"]
+    for flags in ([*qtip, "2"], ["--method", "quip_sharp", "--bits", "2", "--calibration", "x"], [*qtip, "3"], disc):
         assert main(["quantize", "m", str(tmp_path / "o"), *flags]) == 0
-    own, other, three = seen
+    own, other, three, levels = seen
+    assert (levels.code, levels.two_sided, levels.drift_correction, levels.rounding_steps) == ("grid", False, 0.0, 5)
+    assert own.two_sided and (own.rounding, own.drift_correction, own.rounding_steps) == ("ldlq", 0.35, None)
     assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "bundle", 64, 1024)
     assert three.code == "1mad"
     assert own.lm_head is None
@@ -116,6 +119,9 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         (["--sequence-length", "300"], "sequence_length is 300, but "),
         (["--calibration", "gone.txt"], "calibration file gone.txt cannot be read"),
         (["--ignore", "."], "is left to quantize: give a narrower --ignore"),
+        (["--rounding", "greedy"], "rounding is greedy, which moves single weights, and a weight of code e8p"),
+        (["--rounding", "nearest", "--two-sided"], "rounding is nearest, which feeds nothing back along outputs"),
+        (["--rounding-steps", "9"], "rounding_steps is 9 with rounding ldlq: give at least 1, with discquant"),
         (["--resume"], "holds no unfinished run: leave --resume away"),
     ],
 )

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 from quip_vllm.cli.options import add_trust, check_writable
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
-from quip_vllm.quantizer.settings import AMOUNTS, BUNDLE, SELF, TEXT_AMOUNT, TUNINGS, Settings, default_code
+from quip_vllm.quantizer.settings import (
+    AMOUNTS,
+    BUNDLE,
+    ROUNDING_STEPS,
+    ROUNDINGS,
+    SELF,
+    TEXT_AMOUNT,
+    TUNINGS,
+    Settings,
+    default_code,
+)
 
 if TYPE_CHECKING:
     from quip_vllm.quantizer.planning import Target
@@ -81,11 +91,19 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="rotate whole rows (full, default) or blocks of at most N (a power of two), as tensor parallelism needs",
     )
     parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default=Settings.rounding,
+        help="ldlq: errors feed back into the weights that follow; nearest: they do not; and for quip, greedy: ldlq, "
+        "then each weight again; discquant: up or down as the loss of the whole model says (default %(default)s)",
+    )
+    parser.add_argument("--rounding-steps", type=int, metavar="N", help=f"of discquant (default {ROUNDING_STEPS})")
+    parser.add_argument(
         "--drift-correction",
         type=float,
-        default=Settings.drift_correction,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default %(default)s)",
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.35; with "
+        "discquant 0)",
     )
     parser.add_argument(
         "--token-weights",
@@ -96,8 +114,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--two-sided",
         action=argparse.BooleanOptionalAction,
-        default=Settings.two_sided,
-        help="let rounding errors feed back along the outputs, too (YAQA), which takes the same (default %(default)s)",
+        help="let rounding errors feed back along the outputs, too (YAQA), which takes the same (default: with ldlq)",
     )
     parser.add_argument(
         "--hessians", metavar="FOLDER", help="where the backward pass leaves its result, or an earlier run has left it"
@@ -210,6 +227,8 @@ def _settings(args: argparse.Namespace, code: str, bits: int, planned: Planned =
         hadamard_block=_block(args.hadamard_block),
         ignore=tuple(args.ignore),
         overrides=tuple(_override(item) for item in args.override),
+        rounding=args.rounding,
+        rounding_steps=args.rounding_steps,
         drift_correction=args.drift_correction,
         token_weights=args.token_weights,
         two_sided=args.two_sided,

@@ -13,9 +13,10 @@ from quip_vllm.checkpoint.config import positions
 from quip_vllm.checkpoint.shards import SHARD_BYTES, amount, check_room
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.quantizer.discquant import BYTES
 from quip_vllm.quantizer.layer import scale_of
 from quip_vllm.quantizer.rounding.encoders import make_encoder
-from quip_vllm.quantizer.settings import SELF, Settings
+from quip_vllm.quantizer.settings import DISCQUANT, SELF, Settings
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
@@ -62,7 +63,8 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
     """Raises ValueError unless `count` sequences fit in the memory that is free.
 
     Their hidden states stay in memory, twice where drift is corrected, the embedding is quantized, layers are trained,
-    or the model runs backwards. A model that writes its own text is there whole, with the next tokens' probabilities.
+    or the model runs backwards. A model that writes its own text is there whole, with the next tokens' probabilities,
+    and one that is rounded by DISCQUANT with what is trained.
     """
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
@@ -72,6 +74,15 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
         weights = sum(tensor.numel() for tensor in source.model.parameters()) * itemsize
         wanted = max(wanted, weights + count * vocabulary * 8)
     free = psutil.virtual_memory().available
+    if settings.rounding == DISCQUANT:
+        inside = sum(one.weight.numel() for i in range(len(source.layers)) for one in source.linears(i).values())
+        wanted += BYTES * inside
+        if wanted > free:
+            raise ValueError(
+                f"--rounding {DISCQUANT} holds the whole model, {BYTES} bytes a weight, and needs about "
+                f"{wanted / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: give another --rounding, or a "
+                "smaller model"
+            )
     if wanted > free:
         raise ValueError(
             f"{count} sequences of {settings.sequence_length} tokens need about {amount(wanted)} of memory, and "

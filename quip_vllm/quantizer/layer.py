@@ -8,7 +8,7 @@ time.
 
 import hashlib
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
-from quip_vllm.quantizer.settings import NONE, Settings
+from quip_vllm.quantizer.settings import NEAREST, NONE, Settings
 from quip_vllm.quantizer.tuning.refit import TINY, Fit, lost, refit
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight, unrotate_weight
 
@@ -76,6 +76,7 @@ def quantize_group(
     specs: Mapping[str, LinearSpec],
     settings: Settings,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    levels: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes the layers of one group.
 
@@ -83,8 +84,10 @@ def quantize_group(
         group: what is known of the activation that they read.
         weights: full module name -> weight [n, k] of any float dtype, in the order of the group.
         specs: full module name -> how the layer will be stored.
-        settings: seed, rotation, damping, drift correction, and whether the outputs' Hessians count.
+        settings: seed, rotation, rounding, damping, drift correction, and whether the outputs' Hessians count.
         sensitivities: full module name -> how the loss depends on the layer, where that is known.
+        levels: full module name -> values of the rotated weight in units of the code, float32 [n, k], which are found
+            already; then for all layers of the group.
 
     Returns:
         Full module name -> result, in the order of the weights.
@@ -95,9 +98,9 @@ def quantize_group(
     began = time.monotonic()
     hessian, dead = group.regularised(settings.damping)
     correction = group.drift.correction(group.hessian, group.unit(), hessian) if group.drift else None
-    su = signs(len(hessian), settings.seed, "su:" + next(iter(weights)))
+    su = input_signs(list(weights), len(hessian), settings.seed)
     inputs = rotate_hessian(hessian, su, settings.hadamard_block)
-    rounding = Ldlq(inputs)
+    rounding = Ldlq(inputs, NEAREST if levels else settings.rounding)
     known = sensitivities or {}
     two_sided = [name for name in known if settings.two_sided and known[name].outputs is not None]
 
@@ -107,7 +110,9 @@ def quantize_group(
         weight = part.float()
         if correction is not None:
             weight = weight + settings.drift_correction * correction(name, weight)
-        return in_units(name, weight.masked_fill(dead, 0.0), su, specs[name], settings.seed, encoder)
+        if levels is None:
+            weight = weight.masked_fill(dead, 0.0)
+        return in_units(name, weight, su, specs[name], settings.seed, encoder)
 
     sums = {name: _Sums() for name in weights}
     fits: dict[str, Fit] = {}
@@ -116,7 +121,7 @@ def quantize_group(
         outputs = None
         if batch[0].name in two_sided:  # it is alone in its batch
             outputs = _rotated_outputs(known[batch[0].name], settings.damping, batch[0], specs[batch[0].name])
-        stacked = torch.cat([rows.units for rows in batch])
+        stacked = torch.cat([rows.units if levels is None else levels[rows.name] for rows in batch])
         rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder, outputs)
         curvature = Curvature(inputs, outputs)
         begin = 0
@@ -139,7 +144,7 @@ def quantize_group(
     for name, own in sums.items():
         spec = specs[name]
         tensors = {key: torch.cat(codes) for key, codes in own.codes.items()}
-        tensors |= make_encoder(spec.code, spec.bits).constants()
+        tensors = make_encoder(spec.code, spec.bits).stored(tensors)
         tensors |= {SU.name: su.to(spec.vector_dtype), SV.name: torch.cat(own.sv).to(spec.vector_dtype)}
         entry = {
             "name": name,
@@ -173,6 +178,11 @@ def _refit(hessian: Tensor, fits: Mapping[str, Fit], su: Tensor, sums: Mapping[s
     for name, fit in fits.items():
         sums[name].sv, sums[name].lost = [fit.sv], losses[name]
     return fitted
+
+
+def input_signs(names: Sequence[str], size: int, seed: int) -> Tensor:
+    """su, float32 [size], of the layers of a group in its order."""
+    return signs(size, seed, "su:" + names[0])
 
 
 def signs(size: int, seed: int, name: str) -> Tensor:

@@ -53,7 +53,7 @@ def measure(
         formats: of each layer.
         tokens: int64 [count, length].
         batch: sequences at a time.
-        settings: seed, rotation and damping.
+        settings: seed, rotation, rounding and damping.
         folder: for the hidden states of all layers, which are removed.
 
     Returns:
@@ -133,7 +133,7 @@ def _linear_losses(
     hessian, dead = inputs.regularised(settings.damping)
     su = signs(len(hessian), settings.seed, "su:" + name)
     turned = rotate_hessian(hessian, su, settings.hadamard_block)
-    rounding, cost = Ldlq(turned), Curvature(turned)
+    rounding, cost = Ldlq(turned, settings.rounding), Curvature(turned)
     found = {}
     for stored in formats:
         spec = stored.spec(weight.shape[1], (len(weight),), settings.hadamard_block)
@@ -219,7 +219,7 @@ class _TokenRows:
         hessian, dead = inputs.regularised(settings.damping)
         su = signs(k, settings.seed, "su:" + name)
         turned = rotate_hessian(hessian, su, settings.hadamard_block)
-        rounding = Ldlq(turned)
+        rounding = Ldlq(turned, settings.rounding)
         generator = torch.Generator().manual_seed(settings.seed)
         uses = []
         if name == self.source.head_name:

@@ -29,13 +29,14 @@ from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
+from quip_vllm.quantizer.discquant import Levels
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
-from quip_vllm.quantizer.settings import FULL, SELF, Settings
+from quip_vllm.quantizer.settings import DISCQUANT, FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -147,6 +148,7 @@ class Run:
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
         self.sensitivities: Sensitivities | None = None
+        self.levels: Levels | None = None
 
     def open(self, resume: bool) -> None:
         """Begins the record, or takes up the one that is there if all of it is of this model.
@@ -199,6 +201,10 @@ class Run:
             two_sided, seed = self.settings.two_sided, self.settings.seed
             heard = tokens if self.settings.token_weights else some_of(tokens)
             self.sensitivities = Sensitivities(folder, self.source, weights, heard, batch, inside, two_sided, seed)
+        if self.settings.rounding == DISCQUANT and unfinished:
+            self.levels = Levels(
+                self.record.folder / DISCQUANT, self.source, self.plan.specs, tokens.split(batch), self.settings
+            )
         self.hidden, calls = self.source.first_hidden_states(tokens, batch)
         both = self.settings.drift_correction or self.settings.trains
         self.originals = [x.clone() for x in self.hidden] if both else []
@@ -258,7 +264,8 @@ class Run:
     def _finish_layer(self, index: int, groups: list[Inputs], known: Mapping[str, Sensitivity], calls: Calls) -> None:
         """Rounds a decoder layer, trains it where that is wanted, and keeps it in the record."""
         unit, tuning = self.layers[index], []
-        tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known)
+        levels = self.levels.of(index) if self.levels else None
+        tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known, levels)
         if self.settings.trains and groups:
             block = Block(self.source, index, self.plan.specs, tensors)
             told = tune_block(block, self.hidden, self.originals, calls, self.settings.seed + index)
@@ -339,14 +346,20 @@ class Run:
         self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group], {}))
 
     def _quantized(
-        self, unit: str, names: list[str], groups: list[Inputs], known: Mapping[str, Sensitivity]
+        self,
+        unit: str,
+        names: list[str],
+        groups: list[Inputs],
+        known: Mapping[str, Sensitivity],
+        levels: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
         """A unit's tensors with weights replaced, its entries of the report, and the digest of its original."""
         tensors, entries = self.source.reader.read(names), []
         original = digest(sorted(tensors.items()))
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
-            for name, result in quantize_group(group, weights, self.plan.specs, self.settings, known).items():
+            results = quantize_group(group, weights, self.plan.specs, self.settings, known, levels)
+            for name, result in results.items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)
         return tensors, entries, original

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
-from quip_vllm.formats.spec import methods
+from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
 
 BUNDLE, SELF = "bundle", "self"
@@ -17,6 +17,11 @@ NONE, REFIT, BLOCKS, FULL = "none", "refit", "blocks", "full"
 """As `tune`: vectors as the rotation made them; su and sv fitted to the codes in closed form; then each decoder layer
 trained to give what the original gives; then all of them together, to give the original's logits."""
 TUNINGS = (NONE, REFIT, BLOCKS, FULL)
+LDLQ, NEAREST, GREEDY, DISCQUANT = ROUNDINGS = ("ldlq", "nearest", "greedy", "discquant")
+"""As `rounding`: with feedback; without; with feedback, and then each weight again given all others; up or down as
+the loss of the whole model says."""
+ROUNDING_STEPS = 64
+"""Of DISCQUANT, unless the user says otherwise."""
 AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
@@ -42,10 +47,13 @@ class Settings:
         ignore: regular expressions, searched in module names; a layer that one matches keeps its weight.
         overrides: (regular expression, bits) pairs; the last that matches a module name counts.
         damping: what is added to a Hessian's diagonal, relative to its mean.
+        rounding: one of ROUNDINGS.
+        rounding_steps: how many steps DISCQUANT takes; None for the others.
         drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
-            (docs/benchmarks/quality.md).
+            (docs/benchmarks/quality.md). None is 0 with DISCQUANT, which knows all errors, and 0.35 with the others.
         token_weights: whether a token counts in the Hessians as much as the loss feels the layer's output there.
-        two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs.
+        two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs. None is whether
+            `rounding` is LDLQ.
         hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
         tune: one of TUNINGS.
         lm_head: bits of the output head. None keeps its weight.
@@ -69,9 +77,11 @@ class Settings:
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
-    drift_correction: float = 0.35
+    rounding: str = LDLQ
+    rounding_steps: int | None = None
+    drift_correction: float = None  # type: ignore[assignment]
     token_weights: bool = False
-    two_sided: bool = True
+    two_sided: bool = None  # type: ignore[assignment]
     hessians: str | None = None
     tune: str = FULL
     lm_head: int | None = None
@@ -86,6 +96,7 @@ class Settings:
         token_rows = [bits for bits in (self.lm_head, self.embedding) if bits is not None]
         for bits in (self.bits, *(bits for _, bits in self.overrides), *token_rows):
             LayerFormat(self.code, bits).check()
+        self._check_rounding()
         for pattern in (*self.ignore, *(pattern for pattern, _ in self.overrides)):
             try:
                 re.compile(pattern)
@@ -114,7 +125,36 @@ class Settings:
         if self.tune not in TUNINGS:
             raise ValueError(f"tune is {self.tune!r}: it must be one of {', '.join(TUNINGS)}")
 
-    def _default(self, name: str, value: int) -> None:
+    def _check_rounding(self) -> None:
+        """Fills in what depends on `rounding`; raises ValueError for what does not go with it."""
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding is {self.rounding!r}: it must be one of {', '.join(ROUNDINGS)}")
+        whole = self.rounding == DISCQUANT
+        self._default("two_sided", self.rounding == LDLQ)
+        self._default("drift_correction", 0.0 if whole else 0.35)
+        self._default("rounding_steps", ROUNDING_STEPS if whole else None)
+        if self.two_sided and self.rounding != LDLQ:
+            raise ValueError(
+                f"rounding is {self.rounding}, which feeds nothing back along outputs: leave --two-sided away"
+            )
+        if whole and self.drift_correction:
+            raise ValueError(
+                f"drift_correction is {self.drift_correction}: {DISCQUANT} knows all layers' errors; leave it away"
+            )
+        if self.rounding_steps is not None and (not whole or self.rounding_steps < 1):
+            raise ValueError(
+                f"rounding_steps is {self.rounding_steps} with rounding {self.rounding}: give at least 1, with "
+                f"{DISCQUANT}"
+            )
+        codes = {self.code, *(stored.code for _, stored in self.plan if stored is not None)}
+        others = [code for code in sorted(codes) if FORMATS[code].method != "quip"]
+        if self.rounding in (GREEDY, DISCQUANT) and others:
+            raise ValueError(
+                f"rounding is {self.rounding}, which moves single weights, and a weight of code {others[0]} has no "
+                "level of its own: give --method quip, or another --rounding"
+            )
+
+    def _default(self, name: str, value: float | None) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from random_layers import RATE_IDS, RATES
 
+from quip_vllm.formats.grid import GRID
+from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, dequantize
 from quip_vllm.quantizer import layer
 from quip_vllm.quantizer.curvature.drift import Drift
@@ -76,6 +78,37 @@ def test_feedback_beats_plain_rounding(code, block, head, monkeypatch):
     monkeypatch.setattr(ldlq, "feedback", lambda hessian, block: (torch.zeros_like(hessian), 0.0))
     plain, *_ = quantize(coloured(), {"a": weight}, code, 2, block, head)["a"]
     assert entry["proxy_loss"] < 0.8 * plain["proxy_loss"]
+
+
+@pytest.mark.parametrize("code", ["grid", "e8p", "hyb"])
+def test_nearest_rounding_feeds_nothing_back(code, monkeypatch):
+    _, tensors, _ = quantize(coloured(), {"a": draw(N, K)}, code, 3, rounding="nearest")["a"]
+    monkeypatch.setattr(ldlq, "feedback", lambda hessian, block: (torch.zeros_like(hessian), 0.0))
+    _, plain, _ = quantize(coloured(), {"a": draw(N, K)}, code, 3)["a"]
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("rows", "head"), [(N, False), (301, True)])
+@pytest.mark.parametrize("bits", [3, 6])
+def test_each_rounding_of_the_grid(rows, head, bits):
+    """Less is lost with feedback, and less again by greedy passes; a head's last tile is not full."""
+    weight, found = draw(rows, K), {}
+    for rounding in ("nearest", "ldlq", "greedy"):
+        entry, tensors, restored = quantize(coloured(), {"a": weight}, "grid", bits, head=head, rounding=rounding)["a"]
+        assert entry["proxy_loss"] == loss(weight, restored, coloured())
+        assert tensors["packed"].shape == (-(-rows // 16), K * bits)
+        found[rounding] = entry["proxy_loss"]
+    assert found["greedy"] < found["ldlq"] < 0.8 * found["nearest"]
+
+
+def test_levels_that_are_known_are_stored():
+    weight = draw(N, K)
+    specs = {"a": LinearSpec("grid", 3, K, (N,))}
+    levels = 2.0 * torch.randint(0, 8, (N, K), generator=torch.Generator().manual_seed(9)) - 7
+    settings = Settings("m", "grid", 3, damping=1e-6, tune="none")
+    (result,) = quantize_group(coloured(), {"a": weight}, specs, settings, None, {"a": levels}).values()
+    assert torch.equal(GRID.decode({"packed": result.tensors["packed"]}, 3, TileOrder.MMA), levels)
+    assert result.entry["proxy_loss"] == loss(weight, dequantize(specs["a"], result.tensors), coloured())
 
 
 def test_readers_share_su_and_keep_their_rows():

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from quip_vllm.quantizer.curvature import Curvature
+from quip_vllm.quantizer.rounding import ldlq
+from quip_vllm.quantizer.rounding.encoders import make_encoder
 from quip_vllm.quantizer.rounding.ldl import feedback
-from quip_vllm.quantizer.rounding.ldlq import BUFFER, Ldlq, block_ldlq, two_sided_ldlq
+from quip_vllm.quantizer.rounding.ldlq import BUFFER, Ldlq, block_ldlq, greedy, two_sided_ldlq
+from quip_vllm.quantizer.settings import GREEDY, LDLQ, NEAREST
 
 
 class Nearest:
@@ -22,8 +25,8 @@ class Nearest:
         tiles = values.view(-1, self.rows, self.columns)
         return values, {"codes": tiles.flatten(1).to(torch.int16)}
 
-    def constants(self):
-        return {}
+    def stored(self, codes):
+        return codes
 
 
 def test_block_ldlq_is_its_definition():
@@ -131,3 +134,97 @@ def test_two_sides_beat_one(block, gain):
         both = two_sided_ldlq(weight, *factors, Nearest(block, block)).values
         losses += torch.stack([Curvature(inputs, outputs).energies(weight - found).sum() for found in (one, both)])
     assert losses[1] < gain * losses[0]
+
+
+TOY = torch.tensor([[0.1, -0.7, 1.2, 0.35]])
+TOY_HESSIAN = torch.tensor([[2, 1, 0.5, 0], [1, 2, 1, 0.5], [0.5, 1, 2, 1], [0, 0.5, 1, 2]])
+TOY_END = 2.4 * float(TOY.square().mean().sqrt())  # the last level of 2 bits
+
+
+@pytest.mark.parametrize(
+    ("rounding", "numbers", "error"),
+    [(NEAREST, [2, 1, 3, 2], 1.433571), (LDLQ, [2, 1, 2, 2], 0.589202), (GREEDY, [2, 1, 2, 2], 0.589202)],
+)
+def test_a_row_on_the_grid(rounding, numbers, error):
+    encoder = make_encoder("grid", 2)
+    units = TOY / TOY_END * 3
+    rounded = Ldlq(TOY_HESSIAN, rounding).round(units, encoder)
+    assert rounded.codes["numbers"].tolist() == [numbers]
+    assert rounded.values.tolist() == [[2 * number - 3 for number in numbers]]
+    found = Curvature(TOY_HESSIAN).energies((units - rounded.values) / 2)
+    assert float(found) == pytest.approx(error, abs=2e-6)
+
+
+def correlated(k, seed=3):
+    x = torch.randn(3 * k, k, generator=torch.Generator().manual_seed(seed))
+    return x.T @ x / len(x) + x[:k].mean(0).outer(x[:k].mean(0)) * k
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+def test_columns_of_the_grid_one_by_one(bits):
+    """Against the definition: floats of double precision, one row at a time, with its ends."""
+    k, last = BUFFER + 24, (1 << bits) - 1
+    hessian, encoder = correlated(k), make_encoder("grid", bits)
+    units = 1.5 * encoder.rms * torch.randn(3, k, generator=torch.Generator().manual_seed(4))
+    found = Ldlq(hessian).round(units, encoder).codes["numbers"]
+    lower = torch.linalg.cholesky(hessian.double())
+    factor = lower / lower.diagonal()
+    wanted = (units.double() + last) / 2
+    expected = torch.zeros_like(wanted)
+    for j in range(k - 1, -1, -1):
+        fed = (wanted[:, j + 1 :] - expected[:, j + 1 :]) @ factor[j + 1 :, j]
+        expected[:, j] = (wanted[:, j] + fed + 0.5).floor().clamp(0, last)
+    assert (expected == 0).any() and (expected == last).any()
+    assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("start", [NEAREST, LDLQ])
+def test_greedy_passes_end_where_no_weight_alone_can_do_better(start, monkeypatch):
+    monkeypatch.setattr(ldlq, "PASSES", 100)
+    k, last = BUFFER + 24, 7
+    hessian, encoder = correlated(k), make_encoder("grid", 3)
+    units = encoder.rms * torch.randn(3, k, generator=torch.Generator().manual_seed(5))
+    begun = Ldlq(hessian, start).round(units, encoder)
+    before = Curvature(hessian).energies(units - begun.values)
+    found = greedy(units, hessian, begun, encoder)
+    after = Curvature(hessian).energies(units - found.values)
+    assert (after < before).all()
+    numbers = found.codes["numbers"].int()
+    assert torch.equal(found.values, 2.0 * numbers - last)
+    for step in (-1, 1):
+        for j in range(k):
+            other = numbers.clone()
+            other[:, j] = (other[:, j] + step).clamp(0, last)
+            energies = Curvature(hessian).energies(units - (2.0 * other - last))
+            assert (energies >= after * (1 - 1e-6)).all()
+
+
+def test_one_greedy_pass_is_its_definition(monkeypatch):
+    monkeypatch.setattr(ldlq, "PASSES", 1)
+    k, last = 40, 3
+    hessian, encoder = correlated(k), make_encoder("grid", 2)
+    units = encoder.rms * torch.randn(2, k, generator=torch.Generator().manual_seed(6))
+    begun = Ldlq(hessian, NEAREST).round(units, encoder)
+    wanted, expected = (units.double() + last) / 2, begun.codes["numbers"].double()
+    for j in range(k - 1, -1, -1):
+        moved = expected[:, j] - (expected - wanted) @ hessian[:, j].double() / float(hessian[j, j])
+        expected[:, j] = moved.round().clamp(0, last)
+    assert torch.equal(greedy(units, hessian, begun, encoder).codes["numbers"].double(), expected)
+
+
+def test_two_sides_on_the_grid():
+    """Every tile is one weight: with O^T E I + O^T E + E I against the definition, element by element."""
+    n, k, last = 12, 20, 7
+    encoder, inputs, outputs = make_encoder("grid", 3), correlated(k), correlated(n, seed=8)
+    units = encoder.rms * torch.randn(n, k, generator=torch.Generator().manual_seed(7))
+    found = Ldlq(inputs).round(units, encoder, outputs)
+    right, below = (feedback(hessian, 1)[0].double() for hessian in (inputs, outputs))
+    error = torch.zeros(n, k, dtype=torch.float64)
+    expected = torch.zeros(n, k, dtype=torch.float64)
+    for i in range(n - 1, -1, -1):
+        for j in range(k - 1, -1, -1):
+            fed = below[:, i] @ error @ right[:, j] + below[:, i] @ error[:, j] + error[i] @ right[:, j]
+            expected[i, j] = ((units[i, j] + fed + last) / 2).round().clamp(0, last)
+            error[i, j] = units[i, j] - (2 * expected[i, j] - last)
+    assert torch.equal(found.codes["numbers"].double(), expected)
+    assert not torch.equal(found.values, Ldlq(inputs).round(units, encoder).values)

@@ -9,6 +9,7 @@ from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.cli import main
+from quip_vllm.evaluation.report import evaluate
 from quip_vllm.quantizer import planning, run
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.plan_file import format_plan, most_common, read_plan
@@ -67,6 +68,19 @@ def test_codes_follow_the_bits(plan):
     }
     only = plan(1.75, None, "1mad", code="1mad", bits=4)
     assert {one["code"] for one in only["layers"].values()} == {"1mad"}
+
+
+def test_a_mean_of_bits_of_the_grid(plan, tiny_model, make_settings, tiny_text, tmp_path):
+    made = plan(4.5, code="grid", bits=4)
+    assert 4.45 < made["bits"] <= 4.5 and {one["code"] for one in made["layers"].values()} == {"grid"}
+    rows = made["layers"][DOWN]["losses"]
+    assert [row["bits"] for row in rows] == [3, 4, 5, 6, 7]
+    assert all(2 < one["loss"] / other["loss"] < 8 for one, other in zip(rows, rows[1:], strict=False))
+    plain = plan(4.5, code="grid", bits=4, rounding="nearest")
+    assert all(one["loss"] < two["loss"] for one, two in zip(rows, plain["layers"][DOWN]["losses"], strict=True))
+    quantize(make_settings(tiny_model(), code="grid", bits=4).with_plan(tuple(read(made, tmp_path))), tmp_path / "out")
+    (figures,) = evaluate([str(tmp_path / "out")], [str(tiny_text)], str(tiny_model()), 48, 4)["results"]
+    assert 0 < figures["kl_divergence"] < 0.02
 
 
 @pytest.mark.parametrize(("architecture", "limits"), [("Llama", (48_000, 54_000)), ("Mistral", (57_000, 64_000))])

@@ -8,6 +8,8 @@ import pytest
 from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.quantizer.settings import Settings, default_code
 
+MIXED = (("a", LayerFormat("grid", 5)), ("b", None), ("c", LayerFormat("hyb", 2)))
+
 
 def settings(**changes):
     return Settings(**{"model": "m", "code": "1mad", "bits": 2, **changes})
@@ -34,6 +36,20 @@ def test_defaults():
     assert default_code("quip_sharp", 4) == "e8p" and default_code("quip", 4) == "grid"
 
 
+@pytest.mark.parametrize(
+    ("rounding", "two_sided", "drift", "steps"),
+    [
+        ("ldlq", True, 0.35, None),
+        ("nearest", False, 0.35, None),
+        ("greedy", False, 0.35, None),
+        ("discquant", False, 0.0, 64),
+    ],
+)
+def test_defaults_of_each_rounding(rounding, two_sided, drift, steps):
+    chosen = settings(code="grid", rounding=rounding)
+    assert (chosen.two_sided, chosen.drift_correction, chosen.rounding_steps) == (two_sided, drift, steps)
+
+
 def test_to_dict_is_json():
     raw = settings(overrides=(("a", 3),), ignore=("b",)).to_dict()
     assert json.loads(json.dumps(raw)) == raw
@@ -56,6 +72,14 @@ def test_to_dict_is_json():
         ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
         ({"seed": -3}, "seed is -3: give a number from 0 to 9223372036854775807"),
         ({"seed": 10**23}, "seed is 100000000000000000000000: give a number from 0 to 9223372036854775807"),
+        ({"rounding": "best"}, "rounding is 'best': it must be one of ldlq, nearest, greedy, discquant"),
+        ({"rounding": "greedy"}, "rounding is greedy, .* code 1mad has no level of its own: give --method quip"),
+        ({"rounding": "discquant", "code": "e8p"}, "rounding is discquant, .* code e8p has no level of its own"),
+        ({"rounding": "greedy", "code": "grid", "plan": MIXED}, "rounding is greedy, .* code hyb has no level"),
+        ({"rounding": "nearest", "two_sided": True}, "rounding is nearest, .*leave --two-sided away"),
+        ({"rounding": "discquant", "code": "grid", "drift_correction": 0.1}, "drift_correction is 0.1: .* leave it"),
+        ({"rounding_steps": 8}, "rounding_steps is 8 with rounding ldlq: give at least 1, with discquant"),
+        ({"rounding": "discquant", "code": "grid", "rounding_steps": 0}, "rounding_steps is 0 with rounding discquant"),
         ({"drift_correction": 1.5}, "drift_correction is 1.5: give a share from 0 to 1"),
     ],
 )

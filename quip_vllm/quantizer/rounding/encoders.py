@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quip_vllm.formats import e8p, e8p_residual
 from quip_vllm.formats.e8p_residual import Lattice
@@ -23,8 +24,11 @@ from quip_vllm.ops import encode_lattice, encode_trellis
 LATTICE_RMS = {2: 1.0, 3: 0.98, 4: 0.92}
 HYB_RMS = {1: 0.9, 2: 0.95, 3: 1.0, 4: 1.05}
 TRELLIS_RMS = 0.9
-# Where the grid's last level is, in root mean squares of the rotated weight: least squares of a Gaussian.
-GRID_ENDS = {2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
+# Where the grid's last level is, in root mean squares of the rotated weight: by the same sweep.
+GRID_ENDS = {2: 1.6, 3: 2.05, 4: 2.6, 5: 3.0, 6: 3.3, 7: 3.6, 8: 3.9}
+
+NUMBERS = "numbers"
+"""Codes of the grid until they are packed: uint8, the number of each weight's level."""
 
 
 class Encoder(Protocol):
@@ -32,7 +36,7 @@ class Encoder(Protocol):
 
     Attributes:
         columns: columns that are rounded together.
-        rows: rows whose codes share a row of the stored tensors.
+        rows: rows whose codes share a row of the tensors of codes.
         rms: root mean square that the rotated weight should have, in units of the code.
     """
 
@@ -47,8 +51,8 @@ class Encoder(Protocol):
             (their values, of the same shape; tensors of codes, to be concatenated along dimension 1).
         """
 
-    def constants(self) -> dict[str, Tensor]:
-        """Tensors a layer stores beside its codes."""
+    def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a layer stores of the codes of all its rows, and beside them."""
 
 
 class LatticeEncoder:
@@ -71,9 +75,9 @@ class LatticeEncoder:
             values = e8p_residual.decode(codes, tensors["residual_codes"], self.bits)
         return values, tensors
 
-    def constants(self) -> dict[str, Tensor]:
+    def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
         """See Encoder."""
-        return {}
+        return codes
 
 
 def _nearest_e81b(x: Tensor) -> Tensor:
@@ -101,15 +105,15 @@ class TrellisEncoder:
         packed = pack(states, self.bits, self.code.vector_dim)
         return sequences_to_weight(values[:, None]), {PACKED: packed}
 
-    def constants(self) -> dict[str, Tensor]:
+    def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
         """See Encoder."""
-        return {} if self.table is None else {TABLE: self.table.clone()}  # a file holds no tensor twice
+        return codes if self.table is None else {**codes, TABLE: self.table.clone()}  # a file holds no tensor twice
 
 
 class GridEncoder:
-    """The nearest level of each weight."""
+    """The nearest level of each weight, which is alone: no other weight's error is in its own code."""
 
-    columns = rows = TILE
+    columns = rows = 1
 
     def __init__(self, code: Grid, bits: int):
         self.bits, self.code = bits, code
@@ -118,12 +122,17 @@ class GridEncoder:
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See Encoder."""
-        numbers = ((block + self.last) / 2).round().clamp(0, self.last)
-        return 2 * numbers - self.last, {PACKED: self.code.pack(numbers.to(torch.int32), self.bits)}
+        numbers = ((block + self.last) / 2).round().clamp_(0, self.last)
+        return self.values(numbers), {NUMBERS: numbers.to(torch.uint8)}
 
-    def constants(self) -> dict[str, Tensor]:
+    def values(self, numbers: Tensor) -> Tensor:
+        """The levels of their numbers, or what lies between two."""
+        return 2.0 * numbers - self.last
+
+    def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
         """See Encoder."""
-        return {}
+        numbers = codes[NUMBERS]
+        return {PACKED: self.code.pack(pad(numbers, (0, 0, 0, -len(numbers) % TILE)), self.bits)}
 
 
 def code_rms(code: TrellisCode, values: Tensor) -> float:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block LDLQ: round column blocks from the last to the first, feeding the error back (QuIP#, arXiv 2402.04396, 4.1).
 
-With a Hessian of the outputs the error feeds back along both sides (YAQA, arXiv 2505.22988, section 3.3).
+With a Hessian of the outputs the error feeds back along both sides (YAQA, arXiv 2505.22988, section 3.3). Greedy passes
+(QuIP, arXiv 2307.13304) go on from there, one column after the other.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from quip_vllm.quantizer.rounding.encoders import Encoder
 from quip_vllm.quantizer.rounding.ldl import feedback
+from quip_vllm.quantizer.settings import GREEDY, LDLQ, NEAREST
 
 BUFFER = 128  # columns whose feedback from the right is computed in one product
+PASSES = 10
+"""Greedy passes at most."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,14 @@ class Ldlq:
 
     Args:
         hessian: float32 [k, k], positive definite.
+        rounding: settings.NEAREST feeds nothing back; GREEDY has greedy passes follow; all others are LDLQ.
 
     Attributes:
         damping_added: what was added to a Hessian's diagonal because it had no factor.
     """
 
-    def __init__(self, hessian: Tensor):
-        self._hessian = hessian
+    def __init__(self, hessian: Tensor, rounding: str = LDLQ):
+        self._hessian, self._rounding = hessian, rounding
         self.damping_added = 0.0
         self._factors: dict[int, Tensor] = {}
 
@@ -50,10 +55,13 @@ class Ldlq:
             self._factors[encoder.columns] = self._factor(self._hessian, encoder.columns)
         factor = self._factors[encoder.columns]
         if outputs is None:
-            return block_ldlq(weight, factor, encoder)
+            rounded = block_ldlq(weight, factor, encoder)
+            return greedy(weight, self._hessian, rounded, encoder) if self._rounding == GREEDY else rounded
         return two_sided_ldlq(weight, factor, self._factor(outputs, encoder.rows), encoder)
 
     def _factor(self, hessian: Tensor, block: int) -> Tensor:
+        if self._rounding == NEAREST:
+            return torch.zeros_like(hessian)
         factor, added = feedback(hessian, block)
         self.damping_added = max(self.damping_added, added)
         return factor
@@ -78,6 +86,35 @@ def block_ldlq(weight: Tensor, factor: Tensor, encoder: Encoder) -> Rounded:
             pieces.append(codes)
     pieces.reverse()
     return Rounded(rounded, {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]})
+
+
+def greedy(weight: Tensor, hessian: Tensor, rounded: Rounded, encoder: Encoder) -> Rounded:
+    """Rounds each column again, from the last to the first, given all others, until a pass changes nothing.
+
+    With E = W - What, column j's target is What_j + E H_j / H_jj: what it takes to mend the errors of all the others.
+    No step can raise tr(E H E^T), as the encoder finds the best value of each weight.
+
+    Args:
+        weight: float32 [n, k], in units of the code.
+        hessian: H, float32 [k, k], positive definite.
+        rounded: the start; it is changed.
+        encoder: of single weights: its `columns` and `rows` are 1.
+    """
+    values = rounded.values
+    for _ in range(PASSES):
+        before = values.clone()
+        for end in range(weight.shape[1], 0, -BUFFER):
+            begin = max(0, end - BUFFER)
+            pull = (weight - values) @ hessian[:, begin:end]
+            for j in range(end - 1, begin - 1, -1):
+                found, codes = encoder.encode((values[:, j] + pull[:, j - begin] / hessian[j, j])[:, None])
+                pull -= (found - values[:, j : j + 1]) * hessian[j, begin:end]
+                values[:, j : j + 1] = found
+                for name, code in codes.items():
+                    rounded.codes[name][:, j : j + 1] = code
+        if torch.equal(values, before):
+            break
+    return rounded
 
 
 def two_sided_ldlq(weight: Tensor, inputs: Tensor, outputs: Tensor, encoder: Encoder) -> Rounded:
