@@ -92,8 +92,8 @@ METHOD_EDITS: Edits = {
             "    def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:\n"
             "        values = block.round().clamp(-self.limit, self.limit)\n"
             '        return values, {"whole": values.to(torch.int8)}\n\n'
-            "    def constants(self) -> dict[str, Tensor]:\n"
-            "        return {}\n\n\n",
+            "    def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:\n"
+            "        return codes\n\n\n",
         ),
         ("    TrellisCode: TrellisEncoder,\n", "    Whole: WholeEncoder,\n"),
         ("from quip_vllm.ops import", "from quip_vllm.formats.whole import Whole\n"),
