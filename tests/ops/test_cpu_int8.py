@@ -19,7 +19,7 @@ from quip_vllm.ops.cpu import CpuBackend, _takes_int8
 from quip_vllm.transforms.hadamard import hadamard
 
 CPU = CpuBackend()
-RATES = [(code, bits) for code, bits in random_layers.RATES if bits <= 4]
+RATES = [(code, bits) for code, bits in random_layers.RATES if bits <= 4 or code == "grid"]
 SHAPES = [  # k, output sizes, block
     (16, (16,), None),
     (272, (48, 16), 16),

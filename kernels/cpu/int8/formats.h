@@ -26,6 +26,10 @@ inline void with_bits(int bits, F f) {
     case 2: return f(std::integral_constant<int, 2>{});
     case 3: return f(std::integral_constant<int, 3>{});
     case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    case 8: return f(std::integral_constant<int, 8>{});
   }
 }
 
@@ -50,19 +54,24 @@ template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
   with_bits(w.bits, [&](auto b) {
     constexpr int bits = decltype(b)::value;
-    switch (w.code) {
-      case Code::kE8p:
-        if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
-        return;
-      case Code::kOneMad: return with_either<Bytes8<bits, false, OneMadBytes>, Bytes16<bits, false, OneMadBytes>>(m, f);
-      case Code::kThreeInst:
-      case Code::kMcg:
-      case Code::kMul1: return w.swapped ? with_order<bits, true>(w.code, m, f) : with_order<bits, false>(w.code, m, f);
-      case Code::kGrid: return f(static_cast<Grid8<bits>*>(nullptr));
-      case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
-      case Code::kHyb:
-        return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
-                      : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+    if (w.code == Code::kGrid) return f(static_cast<Grid8<bits>*>(nullptr));
+    if constexpr (bits <= 4) {
+      switch (w.code) {
+        case Code::kE8p:
+          if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
+          return;
+        case Code::kOneMad:
+          return with_either<Bytes8<bits, false, OneMadBytes>, Bytes16<bits, false, OneMadBytes>>(m, f);
+        case Code::kThreeInst:
+        case Code::kMcg:
+        case Code::kMul1:
+          return w.swapped ? with_order<bits, true>(w.code, m, f) : with_order<bits, false>(w.code, m, f);
+        case Code::kGrid: return;
+        case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
+        case Code::kHyb:
+          return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
+                        : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+      }
     }
   });
 }
@@ -70,8 +79,8 @@ inline void with_format(const Weight& w, int64_t m, F f) {
 // Whether with_format knows a format for it.
 inline bool int8_takes(Code code, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
-  return bits <= 4 &&
-         is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kGrid, Code::kE8p);
+  if (code == Code::kGrid) return true;
+  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kE8p);
 }
 
 // Up to how many rows are multiplied while decoding.

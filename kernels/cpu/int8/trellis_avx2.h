@@ -195,10 +195,10 @@ using Lut16 = Wide<bits, false, LutValue>;
 
 // QuIP's grid: the two numbers of C = 0 and of C = 1 are the ends of windows, side by side in a lane.
 template <int bits>
-struct Grid8 : GridFormat<bits> {
+struct GridBytes : GridFormat<bits> {
   static constexpr int kFew = 4;
   static constexpr bool kWhole = true;
-  explicit Grid8(const Weight&) {}
+  explicit GridBytes(const Weight&) {}
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     const Runs<bits> runs(tile);
@@ -214,6 +214,19 @@ struct Grid8 : GridFormat<bits> {
       }
   }
 };
+
+// More than 5 bits make no small bytes: levels are int16.
+template <int bits>
+struct LevelValue {
+  explicit LevelValue(const Weight&) {}
+  float unit() const { return 1; }
+  [[gnu::always_inline]] __m256i value(__m256i state) const {
+    const __m256i last = _mm256_set1_epi32((1 << bits) - 1);
+    return _mm256_sub_epi32(_mm256_slli_epi32(_mm256_and_si256(state, last), 1), last);
+  }
+};
+template <int bits>
+using Grid8 = std::conditional_t<(bits <= 5), GridBytes<bits>, Wide<bits, false, LevelValue<bits>>>;
 
 // The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
 // of a tile is read from earlier on, so that nothing beyond the tile is read.

@@ -13,20 +13,29 @@
 namespace quip {
 namespace {
 
-// A tile's 32*bits bytes in one or two registers, from which any bytes are picked by a permutation.
+// A tile's 32*bits bytes in registers, from which any bytes are picked by permutations.
 template <int bits>
 struct TileBytes {
-  __m512i low, high;
+  __m512i part[(bits + 1) / 2];
   explicit TileBytes(const uint8_t* tile) {
-    if constexpr (bits == 1) low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile)));
-    if constexpr (bits >= 2) low = _mm512_loadu_si512(tile);
-    if constexpr (bits == 3)
-      high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 64)));
-    if constexpr (bits == 4) high = _mm512_loadu_si512(tile + 64);
+    for (int i = 0; i < bits / 2; ++i) part[i] = _mm512_loadu_si512(tile + 64 * i);
+    if constexpr (bits % 2)
+      part[bits / 2] =
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + 64 * (bits / 2))));
+  }
+  // Of the parts from `first` on, two at most.
+  template <int first>
+  __m512i pick_of_two(__m512i index) const {
+    if constexpr (bits <= 2 * first + 2)
+      return _mm512_permutexvar_epi8(index, part[first]);
+    else
+      return _mm512_permutex2var_epi8(part[first], index, part[first + 1]);
   }
   __m512i pick(__m512i index) const {
-    if constexpr (bits <= 2) return _mm512_permutexvar_epi8(index, low);
-    return _mm512_permutex2var_epi8(low, index, high);
+    if constexpr (bits <= 4)
+      return pick_of_two<0>(index);
+    else
+      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), pick_of_two<0>(index), pick_of_two<2>(index));
   }
 };
 
@@ -44,6 +53,9 @@ struct StreamBytes {
 // last.
 template <int bits>
 constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; }};
+// For QuIP's grid: the same a byte later, where the last number ends.
+template <int bits>
+constexpr StreamBytes<bits, 4> kNumbers{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 8 - b % 8; }};
 // For HYB: word (rrr, cc) of vector d is the 16 bits that lie d words behind position (rrr, cc, 0).
 template <int bits>
 constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{
@@ -184,12 +196,12 @@ using Lut16 = Wide<bits, LutValue, 4>;
 template <int bits>
 struct Grid8 : GridFormat<bits> {
   static constexpr int kFew = 16;
-  __m512i run[4];  // kRuns
+  __m512i run[4];  // kNumbers
   __m512i number;  // byte 4 R + 2 C + 1 - c of a qword: 8 bits that end with the number of (C, R, c)
   explicit Grid8(const Weight&) {
-    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
+    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kNumbers<bits>.index[cc]);
     unsigned long long from = 0;
-    for (int i = 0; i < 8; ++i) from |= (48ull - bits * ((i & 2) * 2 + (i >> 2) * 2 + 1 - (i & 1))) << 8 * i;
+    for (int i = 0; i < 8; ++i) from |= (56ull - bits * ((i & 2) * 2 + (i >> 2) * 2 + 1 - (i & 1))) << 8 * i;
     number = _mm512_set1_epi64((long long)from);
   }
   template <class Emit>
@@ -198,7 +210,7 @@ struct Grid8 : GridFormat<bits> {
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc)
       emit(cc, _mm512_and_si512(_mm512_multishift_epi64_epi8(number, bytes.pick(run[cc])),
-                                _mm512_set1_epi8((1 << bits) - 1)));
+                                _mm512_set1_epi8(char((1 << bits) - 1))));
   }
   static __m512i in_row_order(__m512i lanes) { return Windows<bits>::in_row_order(lanes); }
 };
