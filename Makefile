@@ -89,7 +89,7 @@ rules: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 sanitize: venv
-	$(BIN)/python -m pytest -q --sanitize tests/kernels/test_sanitizers.py tests/kernels/test_cuda_sanitizers.py
+	$(BIN)/python -m pytest -q -n auto --dist worksteal --sanitize tests/kernels/test_sanitizers.py tests/kernels/test_cuda_sanitizers.py
 
 ifeq ($(SERVER),)
 loadtest: venv

@@ -323,6 +323,11 @@ int gemm_shared_bytes(int rows, int warps_n, int depth) {
                                     : shared_bytes<Many>(rows, warps_n, depth);
 }
 
+// The rates that are compiled, a bit each: programs under a sanitizer have some of them (kernels/tests.cmake).
+#ifndef QUIP_RATES
+#define QUIP_RATES ~0u
+#endif
+
 // The kernels of a code at one rate, which its .cu defines.
 struct GemmEntry {
   std::string (*run)(Gemm, device::Stream);
@@ -332,8 +337,11 @@ struct GemmEntry {
 };
 template <class Few, class Many>
 GemmEntry entry_for() {
-  GemmEntry entry{run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr, nullptr};
-  if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>, entry.dense = run_dense<Many>;
+  GemmEntry entry{};
+  if constexpr (QUIP_RATES >> Many::bits & 1) {
+    entry = {run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr, nullptr};
+    if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>, entry.dense = run_dense<Many>;
+  }
   return entry;
 }
 template <template <int> class Few, template <int> class Many, int first, int last>

@@ -2,7 +2,7 @@
 // Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers;
 // and what the dense weight needs in decode_gemm's place. Prints a checksum a case, or the emulator's sentence.
 //
-//   gemm_check CODE BITS ...      CODE: 1mad, 1mad_int8, 3inst, mcg, mul1, hyb, hyb_large, lut, grid, e8p, e8p_large
+//   gemm_check CODE BITS ...      CODE: one of those that kernels/tests.cmake compiles
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

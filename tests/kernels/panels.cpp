@@ -56,7 +56,8 @@ struct Layer {
   std::vector<float> table, x, su, sv, base;
   Weight weight;
 
-  Layer(const Kernels& ops, Code code, int bits, int64_t n, int64_t k, int64_t m)
+  // other: with the other order of tiles, or the other kind of table.
+  Layer(const Kernels& ops, Code code, int bits, int64_t n, int64_t k, int64_t m, bool other = false)
       : packed(code == Code::kE8p ? std::vector<uint8_t>(ops.lattice_bytes(n, k, bits))
                                   : random_bits<uint8_t>(n * k * bits / 8)),
         table8(random_bits<uint8_t>(1024)),
@@ -67,6 +68,7 @@ struct Layer {
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
         weight{packed.data(), table.data(), code, bits, n, k, table8.data(), table16.data()} {
+    weight.grid = other && code == Code::kHyb, weight.swapped = other && code != Code::kHyb;
     if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
     ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());
@@ -102,6 +104,12 @@ std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int
   return y;
 }
 
+std::vector<float> rows_of(const Kernels& ops, const Weight& w, int threads) {
+  std::vector<float> decoded(w.n * w.k);
+  parallel(threads, w.n, [&](int64_t r) { ops.decode_row(w, r, decoded.data() + r * w.k); });
+  return decoded;
+}
+
 std::vector<int32_t> encode(const Kernels& ops, const std::vector<float>& targets, const std::vector<float>& values,
                             int dim, int threads) {
   const int64_t steps = kSequence / dim, count = int64_t(targets.size()) / kSequence;
@@ -129,16 +137,30 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
     if (!equal) std::printf("%s differs: code %d, %d bits, %ld rows, int8 %d\n", what, code, bits, long(m), int8);
     different += !equal;
   };
-  for (const Code code : {Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kGrid, Code::kE8p}) {
-    const bool lattice = code == Code::kE8p;
-    for (int bits = lattice ? 2 : 1; bits <= (lattice || code == Code::kHyb ? 4 : 8); ++bits)
-      for (const int64_t m : {1, 5, 29})
-        for (const bool int8 : {false, true}) {
-          const Layer layer(ops, code, bits, lattice ? 76 : 80, 272, m);
-          if (int8 && !(ops.int8_takes && ops.int8_takes(code, bits))) continue;
-          check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m,
-                int8);
-        }
+  const auto compare_layer = [&](Code code, int bits, int64_t n, int64_t k, int64_t m, bool other) {
+    const Layer layer(ops, code, bits, n, k, m, other);
+    for (const bool int8 : {false, true}) {
+      if (int8 && !(ops.int8_takes && ops.int8_takes(code, bits))) continue;
+      check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m, int8);
+    }
+    if (m == 1)
+      check(same(rows_of(ops, layer.weight, 1), rows_of(ops, layer.weight, 4)), "row", int(code), bits, n, false);
+  };
+  // One code of each kind: bytes and halves in both orders, a table of each kind, the grid, the lattice.
+  for (const int64_t m : {1, 5, 29}) {
+    for (int bits = 1; bits <= 8; ++bits)
+      for (const auto& [code, other] : {std::pair{Code::kOneMad, false},
+                                        {Code::kMul1, true},
+                                        {Code::kThreeInst, false},
+                                        {Code::kThreeInst, true},
+                                        {Code::kHyb, false},
+                                        {Code::kHyb, true},
+                                        {Code::kLut, false},
+                                        {Code::kGrid, false}})
+        if (bits <= 4 || code != Code::kHyb) compare_layer(code, bits, 80, 272, m, other);
+    for (int bits = 2; bits <= 4; ++bits)
+      for (const auto& [n, k] : {std::pair{76, 272}, {36, 40}, {1, 24}})
+        compare_layer(Code::kE8p, bits, n, k, m, false);
   }
   for (const int dim : {1, 2}) {
     const std::vector<float> targets = random_floats(2 * kSequence), values = random_floats(dim * kStates);

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make sanitize`: the CPU library under the address, undefined-behaviour and thread sanitizers.
 
-The op tests run against an instrumented library. The thread sanitizer would report the barriers of libgomp, which is
-not instrumented, as races: for it panels.cpp runs the same kernels over std::thread.
+panels.cpp runs the kernels of every tier over std::thread: the thread sanitizer would report the barriers of libgomp,
+which is not instrumented, as races. The op tests run the bindings, over the kernels of this CPU's tier.
 """
 
 import os
@@ -28,7 +28,7 @@ def builds(request):
         compiled(sanitizer)
 
 
-@pytest.fixture(params=TIERS)
+@pytest.fixture(params=[tier for tier in TIERS if tier != "amx"])  # amx_emulated stands for it
 def tier(request):
     if not runs_here(request.param):
         pytest.skip(f"this CPU does not run {request.param}")
@@ -48,11 +48,11 @@ def run_python(*arguments, **environment):
     return run(sys.executable, *arguments, **environment)
 
 
-def test_op_tests_are_clean(tier):
+def test_op_tests_are_clean():
     library = BUILD / "address" / "libquip_vllm_cpu.so"
     chosen = " and ".join(f"not {name}" for name in SLOW)
     arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, "-k", chosen, "-m", "not exhaustive")
-    result = run_python(*arguments, "--cpu-library", str(library), QUIP_VLLM_CPU_TIER=tier)
+    result = run_python(*arguments, "--cpu-library", str(library))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     assert " passed" in result.stdout
 
