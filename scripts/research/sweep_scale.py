@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proxy loss of the o_proj of one decoder layer against the scale of the codebook: how rounding/encoders.py was set.
 
-The scale of the grid is where its last level is, in root mean squares of the weight (GRID_ENDS).
+The scale of the grid is where its last level is, in root mean squares of the weight (GRID_ENDS). With CODE grid, the
+loss of each rounding follows.
 
 Usage: python scripts/research/sweep_scale.py MODEL CALIBRATION.txt [CODE]
 """
 
+import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from quip_vllm.formats.spec import LinearSpec, format_of
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.rounding.encoders import code_rms, make_encoder
-from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.settings import GREEDY, LDLQ, NEAREST, Settings
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
@@ -44,7 +47,7 @@ SWEEP = [
 @torch.no_grad()
 def main(model: str, text: str, only: str | None = None) -> int:
     """Prints code, bits, scale and proxy loss, of one code if that is named."""
-    settings = Settings(model, "e8p", 2, text, 16, 1024)
+    settings = Settings(model, "e8p", 2, text, 16, 1024, tune="none")
     source = LayeredModel(Path(model))
     name = f"{source.prefix}.{LAYER}.self_attn.o_proj"
     vocabulary = source.config.vocab_size
@@ -66,6 +69,12 @@ def main(model: str, text: str, only: str | None = None) -> int:
             encoder.rms = encoder.last / scale if code == "grid" else scale * unit
             entry = quantize_group(groups[0], {name: weight}, {name: spec}, settings)[name].entry
             print(code, bits, scale, f"{entry['proxy_loss']:.6f}", flush=True)
+    make_encoder.cache_clear()  # with the scales that the quantizer has
+    for bits, rounding in itertools.product((3, 4), (NEAREST, LDLQ, GREEDY) if only == "grid" else ()):
+        chosen = dataclasses.replace(settings, code="grid", rounding=rounding, two_sided=False)
+        spec = LinearSpec("grid", bits, weight.shape[1], (weight.shape[0],))
+        entry = quantize_group(groups[0], {name: weight}, {name: spec}, chosen)[name].entry
+        print("grid", bits, rounding, f"{entry['proxy_loss']:.6f}", flush=True)
     return 0
 
 
