@@ -73,6 +73,16 @@ def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, ca
     assert figures["windows"] == 2 and figures["bytes"] == found["totals"]["bytes"]
 
 
+def test_every_default_of_the_grid(tiny_model, tiny_text, tmp_path):
+    """Two sides, drift correction, tuning and a head, as a user gets them who says a method and bits."""
+    flags = ["--calibration", str(tiny_text), "--sequences", "8", "--sequence-length", "48", "--lm-head", "6"]
+    assert main(["quantize", str(tiny_model()), str(tmp_path / "o"), "--method", "quip", "--bits", "3", *flags]) == 0
+    report = read_json(tmp_path / "o" / "quantization_report.json")
+    assert report["settings"]["two_sided"] and report["tuning"] and report["settings"]["rounding"] == "ldlq"
+    assert {layer["bits"] for layer in report["layers"]} == {3, 6}
+    assert all(0 < layer["proxy_loss"] < 0.05 for layer in report["layers"])
+
+
 def test_defaults(tiny_model, tmp_path, monkeypatch):
     seen = []
 
