@@ -96,7 +96,7 @@ def quantize(name: str, model: str, calibration: str, threads: int) -> dict[str,
     """The row of a whole run of the quantizer."""
     stored = FORMATS[name]
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "quip_vllm.cli", "quantize", model, f"{scratch}/out"]
+        command = [sys.executable, "-m", "quip_vllm.cli", "quantize", model, f"{scratch}/out", "--tune", "none"]
         command += ["--method", stored.format.method, "--bits", str(stored.bits), "--calibration", calibration]
         command += ["--code", stored.code]
         begin = time.perf_counter()

@@ -142,6 +142,7 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
         draw = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))
         text.write_text(" ".join(map(str, draw.tolist())))
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), "--method", "quip_sharp"]
+        command += ["--tune", "none"]
         command += ["--bits", "2", "--calibration", str(text), "--sequences", str(tokens // SEQUENCE)]
         one = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([*command, "--sequence-length", str(SEQUENCE)], stderr=subprocess.DEVNULL, env=one)
