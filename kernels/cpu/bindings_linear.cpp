@@ -44,7 +44,8 @@ struct Linear {
 
 // ---- The weight ----
 
-constexpr std::string_view kSwapped = "_swapped";  // behind the name of a trellis code: Weight::swapped
+// Behind the name of a trellis code: Weight::order.
+constexpr std::string_view kSwapped = "_swapped", kByRows = "_by_rows";
 
 Code code_of(const std::string& name) {
 #define QUIP_CASE(enumerator, own) \
@@ -55,6 +56,18 @@ Code code_of(const std::string& name) {
   STD_TORCH_CHECK(name == "e8p", "code is ", name, ": it must be one of " QUIP_TRELLIS_CODES(QUIP_NAME) "e8p");
 #undef QUIP_NAME
   return Code::kE8p;
+}
+
+// A code and the order of its tiles.
+std::pair<Code, TileOrder> code_and_order(const std::string& name) {
+  if (name.ends_with(kSwapped)) return {code_of(name.substr(0, name.size() - kSwapped.size())), TileOrder::kSwapped};
+  if (name.ends_with(kByRows)) return {code_of(name.substr(0, name.size() - kByRows.size())), TileOrder::kByRows};
+  return {code_of(name), TileOrder::kOurs};
+}
+
+// Whether the tier in use has int8 activations.
+bool takes_int8(Code code, TileOrder order, int bits) {
+  return order != TileOrder::kByRows && kernels().int8_takes && kernels().int8_takes(code, bits);
 }
 
 // Where the blocks of each part of a lattice layer begin, and the bytes of all.
@@ -83,11 +96,10 @@ std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int6
 // The weight of each part of a layer, without the integers of its table.
 std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>& table, const std::string& name,
                                const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
-  const bool swapped = name.ends_with(kSwapped);
-  const Code code = code_of(swapped ? name.substr(0, name.size() - kSwapped.size()) : name);
+  const auto [code, order] = code_and_order(name);
   if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
-  STD_TORCH_CHECK(!swapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1, "code ", name,
-                  ": 3inst, mcg and mul1 have swapped tiles, the others do not");
+  STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1,
+                  "code ", name, ": 3inst, mcg and mul1 have swapped tiles, the others do not");
   const bool per_part = code == Code::kHyb;  // a table for each part
   const int most = per_part ? 4 : 8;
   STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
@@ -108,7 +120,7 @@ std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>
                        .bits = int(bits),
                        .n = output_sizes[i],
                        .k = k,
-                       .swapped = swapped});
+                       .order = order});
   return weights;
 }
 
@@ -161,7 +173,7 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   const Kernels& ops = kernels();
   std::vector<int64_t> starts{0};
   for (int64_t size : layer.output_sizes) starts.push_back(starts.back() + size);
-  const bool takes = ops.int8_takes && ops.int8_takes(weights[0].code, weights[0].bits);
+  const bool takes = takes_int8(weights[0].code, weights[0].order, weights[0].bits);
   STD_TORCH_CHECK(takes || activations != "int8", "int8 activations are not there for this format at tier ", ops.name,
                   ": use exact ones");
   const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
@@ -303,7 +315,8 @@ std::string cpu_tiers() {
 
 // Whether the tier in use has int8 activations for a format.
 bool cpu_takes_int8(std::string code, int64_t bits) {
-  return kernels().int8_takes && kernels().int8_takes(code_of(code), int(bits));
+  const auto [own, order] = code_and_order(code);
+  return takes_int8(own, order, int(bits));
 }
 
 }  // namespace

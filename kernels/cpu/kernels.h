@@ -16,6 +16,10 @@ constexpr int kStates = 65536;             // states of the trellis (16 bits)
 constexpr int64_t kChunk8 = 16384;         // columns whose products with int8 activations are sure to sum to 32 bits
 constexpr int kCosts = kStates + 16 * 32;  // room of an array of costs (place() in search/viterbi.h)
 
+// The order of the weights of a tile (formats/tile.py). In a swapped one (3INST, MCG and MUL1) the two quarters off the
+// diagonal have changed places; a tile by rows is decoded for activations in floats alone.
+enum class TileOrder { kOurs, kSwapped, kByRows };
+
 // A quantized weight of n rows and k columns.
 struct Weight {
   const uint8_t*
@@ -29,8 +33,7 @@ struct Weight {
   const int16_t* table16 = nullptr;  // LUT: [65537], of which the last is not used
   float unit = 1;
   bool grid = false;  // HYB: whether the table is a grid (formats/trellis_codes.py) whose integers are even
-  // Whether the two quarters of a tile off the diagonal have changed places (formats/tile.py); 3INST, MCG and MUL1.
-  bool swapped = false;
+  TileOrder order = TileOrder::kOurs;
 };
 
 // An orthonormal transform of each run of q*p elements: Hadamard of size p (a power of two) along the fast axis, then

@@ -30,7 +30,7 @@ class Format(abc.ABC):
         method: the family; `quant_method` in config.json, under which vLLM knows the format.
         bits: allowed code bits per weight, ascending.
         multiple_in, multiple_out: inputs and outputs of a layer have to be multiples of these.
-        kernel_orders: the orders of a tile that kernels decode; the reference has all.
+        kernel_orders: the orders of a tile that every backend's kernels decode; the reference has all.
     """
 
     name: str
@@ -151,12 +151,15 @@ class LinearSpec:
                 f"multiples of {format.multiple_in} and {multiple_out}; leave it unquantized (--ignore)"
             )
 
-    def beyond_kernels(self) -> str | None:
-        """The first property of the layer that only the reference backend has, as a clause, or None."""
+    def beyond_kernels(self, orders: tuple[TileOrder, ...] = ()) -> str | None:
+        """The first property of the layer that kernels do not have, but for more `orders` of a tile; None if they do.
+
+        As a clause. The reference backend has all.
+        """
         padded = (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes)
         alone = len(self.output_sizes) == 1 and self.rotate_output
         properties = {
-            f"tile order {self.tile_order.value}": self.tile_order not in self.format.kernel_orders,
+            f"tile order {self.tile_order.value}": self.tile_order not in (*self.format.kernel_orders, *orders),
             "parts, or rows to look up, whose sizes are padded": padded and not alone,
         }
         return next((clause for clause, present in properties.items() if present), None)

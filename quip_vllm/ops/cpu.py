@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quip_vllm import envs
 from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES
-from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.formats.trellis_codes import LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
@@ -68,7 +68,7 @@ def int8_activations(spec: LinearSpec, dtype: torch.dtype) -> bool:
     wanted = envs.activations()
     if wanted is not None:
         return wanted == "int8"
-    return dtype != torch.float32 and _takes_int8(spec.code, spec.bits)
+    return dtype != torch.float32 and _takes_int8(kernels_code(spec), spec.bits)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class CpuBackend:
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """See Backend."""
-        problem = cpu_library_problem() or kernels_problem(spec)
+        problem = cpu_library_problem() or kernels_problem(spec, (TileOrder.ROW_MAJOR,))
         if problem is not None:
             return problem
-        if envs.activations() == "int8" and not _takes_int8(spec.code, spec.bits):
+        if envs.activations() == "int8" and not _takes_int8(kernels_code(spec), spec.bits):
             return (
                 f"QUIP_VLLM_ACTIVATIONS is int8, which tier {torch.ops.quip_vllm.cpu_tier()} does not have for this "
                 "format: unset it"

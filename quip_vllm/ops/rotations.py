@@ -50,17 +50,22 @@ def sizes_problem(spec: LinearSpec) -> str | None:
     return None
 
 
-def kernels_problem(spec: LinearSpec) -> str | None:
-    """`sizes_problem`, or the property that no kernel has, in one sentence; None where the kernels take the layer."""
+def kernels_problem(spec: LinearSpec, orders: tuple[TileOrder, ...] = ()) -> str | None:
+    """`sizes_problem`, or the property that kernels do not have, in one sentence; None where they take the layer.
+
+    Args:
+        spec: the layer.
+        orders: orders of a tile that this backend's kernels decode besides those of all.
+    """
     if not isinstance(spec.format, (Lattice, TrellisCode)):
         return f"code {spec.code} has no kernels: only the reference backend runs it"
-    beyond = spec.beyond_kernels()
-    return sizes_problem(spec) or (f"a layer with {beyond}: only the reference backend has that" if beyond else None)
+    beyond = spec.beyond_kernels(orders)
+    return sizes_problem(spec) or (f"a layer with {beyond}, which these kernels do not have" if beyond else None)
 
 
 def kernels_code(spec: LinearSpec) -> str:
     """The ops' name of a layer's code: with the order of its tiles where that is not ours."""
-    return spec.code if spec.tile_order is TileOrder.MMA else f"{spec.code}_swapped"
+    return spec.code + {TileOrder.MMA: "", TileOrder.MMA_SWAPPED: "_swapped"}.get(spec.tile_order, "_by_rows")
 
 
 @cache

@@ -116,6 +116,7 @@ KINDS = {
     "quip_sharp-3": lambda source, out: relaxml_files.write_quip_sharp(source, out, 3, wscale=0.8),
     "quip_sharp-4": lambda source, out: relaxml_files.write_quip_sharp(source, out, 4, rescaled=True),
     "qtip": lambda source, out: relaxml_files.write_qtip(source, out, 2, v_bits=4),
+    "qtip-rows": lambda source, out: relaxml_files.write_qtip(source, out, 3, mode="1mad", v_bits=5),
     "qtip-skipped": lambda source, out: relaxml_files.write_qtip(source, out, 2, skipped=SKIPPED),
     "qtip-chunks": lambda source, out: relaxml_files.write_qtip(source, out, 3, split=True),
 }

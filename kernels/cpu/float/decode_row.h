@@ -24,7 +24,7 @@ inline void decode_row(const Weight& w, int64_t row, float* out) {
   const TileDecoder decode = tile_decoder(w.code, w.bits);
   const float* wanted = tile + row % kTile * kTile;
   for (int64_t c = 0; c < w.k; c += kTile) {
-    decode(tile_at(w, row, c), w.table, tile, kTile, w.swapped);
+    decode(tile_at(w, row, c), w.table, tile, kTile, w.order);
     std::copy(wanted, wanted + kTile, out + c);
   }
 }

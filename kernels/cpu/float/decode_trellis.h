@@ -9,8 +9,11 @@
 //   state0 ^---------------^                             word (l*KV)/16, shifted by (l*KV)%16
 //   state1   ^KV-------------^
 //
-// 32 weights in sequence order are row r and row r+8 of the tile. store_rows puts them in column order.
+// 32 weights in sequence order are row r and row r+8 of the tile, which store_rows puts in column order; in a tile by
+// rows they are rows 2r and 2r+1.
 #pragma once
+#include <algorithm>
+
 #include "../kernels.h"
 #include "../vector.h"
 
@@ -155,7 +158,7 @@ constexpr int alternating(int lane) {
 }
 
 template <Code code, int bits>
-void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride, bool swapped) {
+void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride, TileOrder order) {
   constexpr int kDim = code == Code::kHyb ? 2 : 1;
   constexpr int kStep = bits * kDim;
   constexpr int kWords = 16 * bits;
@@ -181,7 +184,12 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
         store(run + s, value<code, bits>(x, table));
       }
     });
-    store_rows(run, out + row * stride, stride, swapped);
+    if (order == TileOrder::kByRows) {
+      std::copy_n(run, kTile, out + 2 * row * stride);
+      std::copy_n(run + kTile, kTile, out + (2 * row + 1) * stride);
+    } else {
+      store_rows(run, out + row * stride, stride, order == TileOrder::kSwapped);
+    }
   }
 }
 
@@ -190,7 +198,7 @@ inline const uint8_t* tile_at(const Weight& w, int64_t row, int64_t column) {
   return w.packed + sizeof(int16_t) * w.bits * (row / kTile * w.k + column / kTile * kTile);
 }
 
-using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t, bool);
+using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t, TileOrder);
 
 template <Code code>
 TileDecoder tile_decoder(int bits) {

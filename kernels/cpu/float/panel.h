@@ -37,7 +37,7 @@ inline void multiply(const float* w, const float* x, int64_t stride, int columns
 
 inline void decode_panel(const Weight& w, TileDecoder decode, int64_t row0, int64_t c0, int columns, float* out) {
   if (w.code == Code::kE8p) return decode_lattice(w, row0, c0, columns, out, kPanelColumns);
-  for (int c = 0; c < columns; c += kTile) decode(tile_at(w, row0, c0 + c), w.table, out + c, kPanelColumns, w.swapped);
+  for (int c = 0; c < columns; c += kTile) decode(tile_at(w, row0, c0 + c), w.table, out + c, kPanelColumns, w.order);
 }
 
 inline void panel(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y,

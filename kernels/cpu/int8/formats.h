@@ -65,7 +65,8 @@ inline void with_format(const Weight& w, int64_t m, F f) {
         case Code::kThreeInst:
         case Code::kMcg:
         case Code::kMul1:
-          return w.swapped ? with_order<bits, true>(w.code, m, f) : with_order<bits, false>(w.code, m, f);
+          return w.order == TileOrder::kSwapped ? with_order<bits, true>(w.code, m, f)
+                                                : with_order<bits, false>(w.code, m, f);
         case Code::kGrid: return;
         case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
         case Code::kHyb:

@@ -68,7 +68,8 @@ struct Windows : FormatDefaults {
   __m512i run[4];     // kRuns
   __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
   explicit Windows(const Weight& w) {
-    const int C = w.swapped ? 2 : 4, R = w.swapped ? 4 : 2;  // positions from one C or R to the next
+    const bool swapped = w.order == TileOrder::kSwapped;
+    const int C = swapped ? 2 : 4, R = swapped ? 4 : 2;  // positions from one C or R to the next
     for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
     for (int i = 0; i < 4; ++i) {
       const int first = bits * (C * (i >> 1) + (i & 1)), second = first + R * bits;
