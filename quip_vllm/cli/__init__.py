@@ -82,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_trust(verify)
     verify.set_defaults(run=_verify)
+    card = commands.add_parser("card", help="write a model card into a quantized checkpoint, and upload both if asked")
+    card.add_argument("checkpoint", type=Path)
+    card.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[], metavar="JSON", help="figures of quip-vllm evaluate --json"
+    )
+    card.add_argument("--push", metavar="REPOSITORY", help="upload the folder to this name on the Hugging Face hub")
+    card.add_argument("--dry-run", action="store_true", help="print card and files; write and upload nothing")
+    card.set_defaults(run=_card)
     doctor = commands.add_parser("doctor", help="what this machine has, and which backend serves which format")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -195,6 +203,21 @@ def _verify(args: argparse.Namespace) -> int:
         )
         return 1
     print(f"{args.checkpoint} is served as it is stored: {said}")
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from quip_vllm.evaluation.card import card, files_to_push, push, write_card
+
+    text, files = card(args.checkpoint, args.evaluation, args.push), files_to_push(args.checkpoint)
+    if args.dry_run:
+        print(text)
+        for file in files:
+            print(f"{file.stat().st_size:>15,}  {file.relative_to(args.checkpoint)}")
+        return 0
+    print(f"wrote {write_card(args.checkpoint, text)}")
+    if args.push:
+        print(f"uploaded: {push(args.checkpoint, args.push)}")
     return 0
 
 
