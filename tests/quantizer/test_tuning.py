@@ -261,3 +261,13 @@ def test_a_run(tiny_model, tiny_text, tmp_path, tune, head):
     ]
     assert all(one["after"] < one["before"] for one in told) and reports[REFIT]["tuning"] == []
     assert not (tmp_path / tune / ".quantize").exists()
+
+
+def test_a_head_with_a_bias_is_not_trained(tiny_model, tiny_text, tmp_path):
+    model = tiny_model("Phi", dtype="float32", tie_word_embeddings=False)
+    settings = Settings(str(model), "e8p", 2, calibration=str(tiny_text), sequences=8, sequence_length=64)
+    report = quantize(settings, tmp_path / "out")
+    one, other = (run.shards.read_shard(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert torch.equal(one["lm_head.bias"], other["lm_head.bias"])
+    assert not torch.equal(one["model.final_layernorm.weight"], other["model.final_layernorm.weight"])
+    assert report["tuning"][-1]["after"] < report["tuning"][-1]["before"]

@@ -110,12 +110,12 @@ class LayeredModel:
         }
 
     def outer_vectors(self) -> dict[str, nn.Parameter]:
-        """Name in the files -> parameter, of those outside the decoder layers that are vectors."""
-        named = self.model.named_parameters()
+        """Name in the files -> parameter, of the vectors outside the decoder layers and the output head."""
+        inside = (f"{self._path}.", f"{self._head_path}.")
         return {
             self._names[name]: parameter
-            for name, parameter in named
-            if parameter.dim() == 1 and name in self._names and not name.startswith(self._path + ".")
+            for name, parameter in self.model.named_parameters()
+            if parameter.dim() == 1 and name in self._names and not name.startswith(inside)
         }
 
     def stored_dtype(self) -> str:
