@@ -68,7 +68,9 @@ struct Layer {
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
         weight{packed.data(), table.data(), code, bits, n, k, table8.data(), table16.data()} {
-    weight.grid = other && code == Code::kHyb, weight.swapped = other && code != Code::kHyb;
+    const bool halves = code == Code::kThreeInst || code == Code::kMul1;
+    weight.grid = other && code == Code::kHyb;
+    if (other && !weight.grid) weight.order = halves ? TileOrder::kSwapped : TileOrder::kByRows;
     if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
     ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());
@@ -140,13 +142,14 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   const auto compare_layer = [&](Code code, int bits, int64_t n, int64_t k, int64_t m, bool other) {
     const Layer layer(ops, code, bits, n, k, m, other);
     for (const bool int8 : {false, true}) {
-      if (int8 && !(ops.int8_takes && ops.int8_takes(code, bits))) continue;
+      const bool by_rows = layer.weight.order == TileOrder::kByRows;
+      if (int8 && (by_rows || !(ops.int8_takes && ops.int8_takes(code, bits)))) continue;
       check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m, int8);
     }
     if (m == 1)
       check(same(rows_of(ops, layer.weight, 1), rows_of(ops, layer.weight, 4)), "row", int(code), bits, n, false);
   };
-  // One code of each kind: bytes and halves in both orders, a table of each kind, the grid, the lattice.
+  // One code of each kind: bytes and halves in both orders, a tile by rows, a table of each kind, the grid, the lattice.
   for (const int64_t m : {1, 5, 29}) {
     for (int bits = 1; bits <= 8; ++bits)
       for (const auto& [code, other] : {std::pair{Code::kOneMad, false},
@@ -156,6 +159,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
                                         {Code::kHyb, false},
                                         {Code::kHyb, true},
                                         {Code::kLut, false},
+                                        {Code::kLut, true},
                                         {Code::kGrid, false}})
         if (bits <= 4 || code != Code::kHyb) compare_layer(code, bits, 80, 272, m, other);
     for (int bits = 2; bits <= 4; ++bits)
