@@ -22,7 +22,7 @@ def squared_error(states, values, targets):
 def test_a_decodable_sequence_encodes_with_zero_loss(code, bits):
     packed = torch.randint(-32768, 32768, (2, 16 * bits), dtype=torch.int16)
     targets = FORMATS[code].decode_sequences(packed, bits)
-    values = FORMATS[code].values()
+    values = FORMATS[code].values(bits=bits)
     states = encode_trellis(targets, values, bits)
     assert squared_error(states, values, targets).max() == 0
     assert torch.equal(unpack(pack(states, bits, FORMATS[code].vector_dim), bits, FORMATS[code].vector_dim), states)
