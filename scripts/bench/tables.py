@@ -53,7 +53,7 @@ def quality_label(name: str) -> str:
     start = next(start for start in QUALITY if name.startswith(start))
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
-    ends = {"g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
+    ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -139,15 +139,8 @@ def activations() -> str:
 
 
 def quality(commit: bool = False) -> str:
-    """Every format and nearest rounding, by bits, rounded on two sides and not tuned."""
-    rows = quality_rows()
-    untuned = ("", "g64", *(["one"] if "qs2" not in rows else []))
-    return _qualities(lambda name: _kind(name) in untuned, commit)
-
-
-def tuned() -> str:
-    """The same after all layers were tuned together."""
-    return _qualities(lambda name: _kind(name) == "full")
+    """Every format and nearest rounding, by bits, not tuned."""
+    return _qualities(lambda name: _kind(name) in ("", "one", "g64"), commit)
 
 
 def default_calibration() -> str:
@@ -288,7 +281,6 @@ def runs(*files: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality_commits": lambda: quality(commit=True),
-    "tuned": tuned,
     "default_calibration": default_calibration,
     "sides": sides,
     "drift": drift,
