@@ -217,6 +217,7 @@ def test_fake_head_on_a_gpu_stays_there(set_rank):
 def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, code, bits):
     spec = LinearSpec(code, bits, K, (192,))
     found = random_tensors(code, bits, 192, K)
+    rotations.rotation_base.cache_clear()  # so that the matrix below it is made here, whatever ran before
     real = cuda.prepare(spec, found).tensors
     gpu = cuda_module._gpu(torch.device("cpu"))
     monkeypatch.setattr(cuda_module, "check", lambda spec, tensors: None)  # it reads values
