@@ -121,11 +121,10 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     specs = {name: spec for name, spec in specs.items() if name not in unused}
     layers = {name: stored_format(spec.code, spec.bits) for name, spec in specs.items()}
     stored = {name: (spec.stored_outputs, spec.stored_in) for name, spec in specs.items()}
-    sliced = {one for names in slices(specs).values() for one in names}
     shaped = {
         name: spec
         for name, spec in specs.items()
-        if name in sliced or stored[name] != (spec.output_sizes, spec.in_features)
+        if is_slice(name) or stored[name] != (spec.output_sizes, spec.in_features)
     }
     return Exl3Config(
         default=Counter(layers.values()).most_common(1)[0][0],
@@ -157,7 +156,7 @@ def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def slices(names: Iterable[str]) -> dict[str, list[str]]:
     """Layer -> the modules that are slices of it, in order; layers that are not cut are left out."""
     found: dict[str, list[str]] = {}
-    for name in sorted(filter(_SLICE.search, names), key=natural):
+    for name in sorted(filter(is_slice, names), key=natural):
         found.setdefault(_SLICE.sub("", name), []).append(name)
     return found
 
@@ -213,8 +212,8 @@ def _spec(
             f"is stored with {k} inputs and {n} outputs, but config.json gives it {served_in} and {served_out}"
         )
     bias = headers.get(f"{name}.bias")
-    if bias is not None and (_SLICE.search(name) or bias.shape not in ((served_out,), (n,))):
-        instead = "which a slice has not" if _SLICE.search(name) else f"in place of {(served_out,)}"
+    if bias is not None and (is_slice(name) or bias.shape not in ((served_out,), (n,))):
+        instead = "which a slice has not" if is_slice(name) else f"in place of {(served_out,)}"
         raise refuse(f"has a bias {bias.shape}, {instead}")
     return stored_format(code, bits).spec(served_in, (served_out,), BLOCK)
 

@@ -80,7 +80,7 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
         if wanted > free:
             raise ValueError(
                 f"--rounding {DISCQUANT} holds the whole model, {BYTES} bytes a weight, and needs about "
-                f"{wanted / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: give another --rounding, or a "
+                f"{amount(wanted)} of memory, and {amount(free)} are free: give another --rounding, or a "
                 "smaller model"
             )
     if wanted > free:
