@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
@@ -12,18 +12,6 @@ from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.model import LayeredModel
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("fc1", "fc3"),
-    ("c_fc_0", "c_fc_1"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Linear layers that vLLM's models make one of, where a module has all of them (`packed_modules_mapping`)."""
 
 LINEAR_LATENT = ("minicpm3",)
 """Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
@@ -93,7 +81,6 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
             )
         else:
             specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
-    _check_fused(specs, layers)
     of_tokens = {
         name: _spec(name, source.reader.shapes[f"{name}.weight"], stored, settings.hadamard_block, rotate_output=False)
         for name, stored in token_rows.items()
@@ -150,19 +137,6 @@ def _check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) 
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"{option} {pattern} matches no linear layer: their names are like {names[0]}")
-
-
-def _check_fused(specs: Mapping[str, LinearSpec], layers: Collection[str]) -> None:
-    """Raises ValueError where one part of what vLLM fuses is quantized and another keeps its weight."""
-    for name in specs:
-        parent, dot, leaf = name.rpartition(".")
-        for group in FUSED:
-            parts = [parent + dot + one for one in group]
-            if leaf in group and all(part in layers for part in parts) and not all(part in specs for part in parts):
-                raise ValueError(
-                    f"--ignore leaves out a part of {', '.join(group)} in {parent}: vLLM makes one layer of them, so "
-                    "ignore all of them or none"
-                )
 
 
 def _spec(

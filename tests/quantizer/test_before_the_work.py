@@ -55,7 +55,6 @@ def changed(folder, tmp_path, **changes):
             {"calibration": "self", "sequences": 10**9},
             "memory, and .* GB are free: give a text .--calibration., f",
         ),
-        ("Llama", {"ignore": ("v_proj",)}, "vLLM makes one layer of them"),
         ("Llama", {"code": "hyb", "overrides": (("nothing", 4),)}, "--override nothing matches no linear layer"),
     ],
 )

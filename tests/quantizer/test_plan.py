@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: what becomes of every linear layer, its description in config.json, its size, and what is refused."""
 
-import ast
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from quip_vllm.checkpoint.config import Head, LayerFormat
-from quip_vllm.quantizer.plan import FUSED, make_plan
+from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
@@ -39,6 +35,13 @@ def test_every_layer_has_its_own_format(plan):
     assert config.head.module == "model.embed_tokens" and config.head.stored.bits == 3 and config.head.tied
     assert config.modules_to_not_convert[:2] == ("lm_head", "model.layers.0.self_attn.o_proj")
     assert len(config.modules_to_not_convert) == 2 + 7
+
+
+def test_a_part_of_what_vllm_fuses_keeps_its_weight(plan):
+    kept = ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.gate_proj"]
+    found, settings, source = plan(ignore=("0.self_attn.k", "1.mlp.gate"))
+    assert len(found.specs) == 14 - 2 and not found.specs.keys() & set(kept)
+    assert found.config(settings, source.tied).modules_to_not_convert == ("lm_head", *kept)
 
 
 def test_a_head_has_its_name_in_the_files(plan):
@@ -132,51 +135,8 @@ ODD = {"hidden_size": 8 * 47 * 3, "num_attention_heads": 3, "num_key_value_heads
             {"overrides": (("up_proj$", 4), ("gate_proj", 3))},
             "--override gate_proj matches no linear layer",
         ),
-        (
-            "Qwen3",
-            {},
-            {"ignore": ("k_proj",)},
-            "a part of q_proj, k_proj, v_proj in model.layers.0.self_attn: vLLM makes",
-        ),
-        (
-            "Olmo2",
-            {},
-            {"ignore": ("1.mlp.up",)},
-            "a part of gate_proj, up_proj in model.layers.1.mlp: .* all of them or",
-        ),
     ],
 )
 def test_refused(plan, architecture, config, changes, message):
     with pytest.raises(ValueError, match=message):
         plan(architecture, config, **changes)
-
-
-ELSEWHERE = {
-    ("q_proj", "k_proj", "v_proj", "g_proj"),  # OLMo hybrid's, beside convolutions
-    ("q_proj", "k_proj", "v_proj", "b_proj"),  # Bailing's, which transformers does not know
-    ("q_proj", "k_proj"),  # K2 Horizon's, likewise
-    ("k_proj", "v_proj"),  # the rest are of encoders: of text, sound and images
-    ("query", "key", "value"),
-    ("encoder_attn.k_proj", "encoder_attn.v_proj"),
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("attn.q", "attn.k", "attn.v"),
-    ("gate_proj", "dense_h_to_4h"),
-    ("wq", "wk", "wv"),
-}
-"""Layers that vLLM fuses in models whose decoder layers are not quantized."""
-
-
-def test_what_vllm_fuses():
-    """Read from the source of vLLM's models: to import them all takes minutes."""
-    vllm = importlib.util.find_spec("vllm")
-    if vllm is None:
-        pytest.skip("vLLM is not installed")
-    found = set()
-    for file in (Path(vllm.origin).parent / "model_executor" / "models").rglob("*.py"):
-        source = file.read_text()
-        for node in ast.walk(ast.parse(source)) if "packed_modules_mapping" in source else ():
-            for target in getattr(node, "targets", ()):
-                if "packed_modules_mapping" in ast.unparse(target):
-                    lists = [one for one in ast.walk(node.value) if isinstance(one, ast.List)]
-                    found |= {tuple(part.value for part in one.elts) for one in lists if len(one.elts) > 1}
-    assert found == {*FUSED, *ELSEWHERE}
