@@ -25,7 +25,7 @@ from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
 from quip_vllm.quantizer.settings import NEAREST, NONE, Settings
-from quip_vllm.quantizer.tuning.refit import TINY, Fit, lost, refit
+from quip_vllm.quantizer.tuning.refit import TINY, Fit, lost, refit, refit_rows
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight, unrotate_weight
 
 CHUNK_WEIGHTS = 1 << 24
@@ -127,16 +127,18 @@ def quantize_group(
         begin = 0
         for rows in batch:
             end = begin + len(rows.units)
-            own = sums[rows.name]
+            own, values = sums[rows.name], rounded.values[begin:end]
+            if settings.tune != NONE and not specs[rows.name].rotate_output:
+                values = refit_rows(inputs, rows.units, values, rows.sv, specs[rows.name].vector_dtype)
             for key, codes in rounded.codes.items():
                 own.codes.setdefault(key, []).append(codes[begin // encoder.rows : -(-end // encoder.rows)])
             own.sv.append(rows.sv)
             own.trace = float(inputs.trace()) * (len(weights[rows.name]) if outputs is None else float(outputs.trace()))
             squares = rows.scale.double().square()
-            own.lost += float((curvature.energies(rows.units - rounded.values[begin:end]) * squares).sum())
+            own.lost += float((curvature.energies(rows.units - values) * squares).sum())
             own.total += float((curvature.energies(rows.units) * squares).sum())
             if settings.tune != NONE and specs[rows.name].rotate_output:
-                fits[rows.name] = _fit(rows, rounded.values[begin:end], su, outputs, specs[rows.name])
+                fits[rows.name] = _fit(rows, values, su, outputs, specs[rows.name])
             begin = end
     if fits:
         su = _refit(hessian, fits, su, sums)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import Calls, run_layer
 from quip_vllm.quantizer.source.replay_check import check_replay
-from quip_vllm.quantizer.tuning.block import Block
+from quip_vllm.quantizer.tuning.block import Block, TokenRows
 from quip_vllm.quantizer.tuning.blocks import tune_block
 from quip_vllm.quantizer.tuning.full import tune_together
 
@@ -138,9 +138,9 @@ class Run:
         load_tokenizer(self.source.folder, settings.trust_remote_code)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]
         plan = self.plan
-        outer = {EMBEDDING: plan.embedding is not None, TUNED: settings.tune == FULL, HEAD: plan.head is not None}
-        embedding, tuned, head = ([unit] if wanted else [] for unit, wanted in outer.items())
-        self.units = [*embedding, *self.layers, *tuned, *head]
+        outer = {EMBEDDING: plan.embedding is not None, HEAD: plan.head is not None, TUNED: settings.tune == FULL}
+        embedding, head, tuned = ([unit] if wanted else [] for unit, wanted in outer.items())
+        self.units = [*embedding, *self.layers, *head, *tuned]
         replaced = {f"{name}.weight" for name in self.plan.specs}
         if self.plan.head:
             replaced |= self.source.head_weights
@@ -214,10 +214,10 @@ class Run:
         if not self.record.has(TUNED):
             for index in tqdm(range(len(self.layers)), desc=self.settings.described, unit="layer"):
                 self._layer(index, calls[index])
-        if self.settings.tune == FULL:
-            self._tune(tokens, batch)
-        if self.plan.head and not self.record.has(HEAD):
-            self._head(self.plan.head, tokens)
+            if self.plan.head and not self.record.has(HEAD):
+                self._head(self.plan.head, tokens)
+            if self.settings.tune == FULL:
+                self._tune(tokens.split(batch))
 
     def finish(self) -> dict[str, Any]:
         """Writes the checkpoint's shards, its other files and the report, and removes the record."""
@@ -280,26 +280,26 @@ class Run:
             for i, x in enumerate(tqdm(self.hidden, desc=f"{unit}: outputs", leave=False)):
                 self.hidden[i] = run_layer(layer, x, calls)
 
-    def _tune(self, tokens: Tensor, batch: int) -> None:
-        """Trains all layers together, unless that is done, and moves `hidden` behind them where the head is next."""
-        if not self.record.has(TUNED):
-            batches, folder = tokens.split(batch), self.record.folder / TUNED
+    def _tune(self, batches: Sequence[Tensor]) -> None:
+        """Trains all layers together, with head and embedding where they are quantized."""
+        folder = self.record.folder / TUNED
 
-            def read(index: int) -> dict[str, Tensor]:
-                return shards.read_shard(self.record.shard(self.layers[index]))
+        def read(index: int) -> dict[str, Tensor]:
+            return shards.read_shard(self.record.shard(self.layers[index]))
 
-            tensors, told = tune_together(
-                self.source, self.plan.specs, read, batches, self.originals, folder, self.settings.seed
-            )
-            self.record.write(TUNED, tensors, [], "", [{"name": self.source.prefix, **told}])
-            shutil.rmtree(folder)
-        if self.plan.head:
-            tuned = shards.read_shard(self.record.shard(TUNED))
-            for name, parameter in self.source.outer_vectors().items():
-                parameter.data.copy_(tuned[name])
-            self.hidden, calls = self.source.first_hidden_states(tokens, batch)
-            for index in range(len(self.layers)):
-                self._outputs(index, calls[index])
+        def rows(unit: str, name: str | None) -> TokenRows | None:
+            if name is None:
+                return None
+            tensors = shards.read_shard(self.record.shard(unit))
+            return TokenRows(name, self.plan.specs[name], tensors, self.source.compute_dtype)
+
+        head = rows(HEAD, self.plan.head)
+        embedding = head if self.source.tied else rows(EMBEDDING, self.plan.embedding)
+        tensors, told = tune_together(
+            self.source, self.plan.specs, read, batches, self.originals, folder, self.settings.seed, head, embedding
+        )
+        self.record.write(TUNED, tensors, [], "", [{"name": self.source.prefix, **told}])
+        shutil.rmtree(folder)
 
     def _curvature(
         self, index: int, names: list[str], calls: Calls, done: bool, known: Mapping[str, Sensitivity]
@@ -367,9 +367,6 @@ class Run:
     def _stored(self, unit: str) -> dict[str, Tensor]:
         """A layer's tensors as they are stored, the quantized weights dequantized."""
         tensors = shards.read_shard(self.record.shard(unit))
-        if self.record.has(TUNED):
-            tuned = shards.read_shard(self.record.shard(TUNED))
-            tensors |= {name: tensor for name, tensor in tuned.items() if name in tensors}
         for name in [name for name in self.plan.specs if f"{name}.{SU.name}" in tensors]:
             spec = self.plan.specs[name]
             own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}

@@ -72,16 +72,16 @@ MOMENTS = {
     "before config.json": lambda: kill_at(run, "write_json", 2),
     "before the record is removed": lambda: kill_at(run.shutil, "rmtree", 1),
 }
-# Files of the record: 1 is the calibration, 2 to 4 the layers, 5 what all of them trained together.
+# Files of the record: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 what all of them trained together.
 TRAINED = {
     "in the middle of training a layer": lambda: kill_at(run, "tune_block", 2),
     "a trained layer there, its entries not": lambda: kill_at(record, "write_shard", 3, after=True),
+    "the head there": lambda: kill_at(run, "tune_together", 1),
     "in the first epoch": lambda: kill_at(full.Model, "step", 1, after=True),
     "the state of the first epoch there": lambda: kill_at(full, "write_shard", 4, after=True),
     "in the second epoch": lambda: kill_at(full.Model, "step", 9),
-    "all trained, the entries not": lambda: kill_at(record, "write_shard", 5, after=True),
+    "all trained, the entries not": lambda: kill_at(record, "write_shard", 6, after=True),
     "all trained": lambda: kill_at(run.shutil, "rmtree", 1),
-    "head there": lambda: kill_at(run.Run, "finish", 1),
 }
 
 

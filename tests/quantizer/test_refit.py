@@ -17,7 +17,7 @@ from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.settings import NONE, REFIT, Settings
 from quip_vllm.quantizer.tuning import refit as module
-from quip_vllm.quantizer.tuning.refit import Fit, lost, refit
+from quip_vllm.quantizer.tuning.refit import Fit, lost, refit, refit_rows
 
 K = 24
 
@@ -168,3 +168,34 @@ def test_vectors_that_do_not_fit_their_dtype_are_left(monkeypatch):
         assert kept.pop("group_seconds") >= 0 and entry.pop("group_seconds") >= 0
         assert entry == kept
         assert all(torch.equal(plain[name].tensors[key], fitted[name].tensors[key]) for key in plain[name].tensors)
+
+
+def test_rows_that_are_not_mixed():
+    """Each has its best sv, but where it is zero, or all of its values are."""
+    n = 12
+    hessian, wanted = group()[0], draw(n, K, seed=20)
+    values = wanted + 0.3 * draw(n, K, seed=21)
+    values[3] = 0
+    sv = 1 + draw(n, seed=22).abs()
+    sv[5] = 0
+    before, found = sv.clone(), refit_rows(hessian, wanted, values, sv, torch.float32)
+    assert sv[3] == before[3] and sv[5] == 0 and torch.equal(found[5], values[5])
+    for i in sorted({*range(n)} - {3, 5}):
+        root = torch.linalg.cholesky(hessian.double())
+        best = torch.linalg.lstsq((values[i].double() @ root)[:, None], (wanted[i].double() @ root)[:, None]).solution
+        assert float(sv[i] / before[i]) == pytest.approx(float(best), rel=1e-5)
+        assert numerics.relative(found[i] * before[i], values[i] * sv[i]) < 1e-6
+
+
+def test_the_rows_of_a_head():
+    spec, found = LinearSpec("e8p", 2, 64, (40,), None, rotate_output=False), {}
+    hessian, weight = coloured().regularised(0.01)[0], draw(40, 64, seed=23)
+    for tune in (NONE, REFIT):
+        group = replace(coloured(), names=["head"])
+        settings = Settings("m", "e8p", 2, tune=tune)
+        found[tune] = quantize_group(group, {"head": weight}, {"head": spec}, settings)["head"]
+        error = dequantize(spec, found[tune].tensors) - weight
+        served = float((error @ hessian * error).sum() / (weight @ hessian * weight).sum())
+        assert found[tune].entry["proxy_loss"] == pytest.approx(served, rel=numerics.LOSS_IN_TWO_SPACES)
+    assert found[REFIT].entry["proxy_loss"] < 0.999 * found[NONE].entry["proxy_loss"]
+    assert torch.equal(found[NONE].tensors["codes"], found[REFIT].tensors["codes"])

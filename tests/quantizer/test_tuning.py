@@ -2,20 +2,27 @@
 """Training of vectors: gradients, one block, all blocks together; codes stay; a state that is no better is dropped."""
 
 import contextlib
+import dataclasses
 
 import numerics
 import pytest
 import torch
+from tiny_models import VOCABULARY
 
+from quip_vllm.evaluation.loading import load_model
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import tensor_specs
 from quip_vllm.ops import dequantize
 from quip_vllm.quantizer import run
+from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.layer import quantize_group
 from quip_vllm.quantizer.run import quantize
 from quip_vllm.quantizer.settings import BLOCKS, FULL, REFIT, Settings
+from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
 from quip_vllm.quantizer.tuning import blocks, full
-from quip_vllm.quantizer.tuning.block import Block, Scaled
+from quip_vllm.quantizer.tuning.block import Block, Scaled, TokenRows
 from quip_vllm.quantizer.tuning.full import Model, divergence, tune_model, tune_together
 
 TOKENS = torch.randint(0, 256, (8, 40), generator=torch.Generator().manual_seed(0))
@@ -189,6 +196,40 @@ def test_gradients_of_a_step_are_those_of_autograd(units, tmp_path, architecture
             assert numerics.relative(ours, vector.grad) < numerics.FLOAT32_GRADIENTS, name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_head_and_embedding(units, tmp_path, architecture, tied):
+    """Against differences of the loss, of which Gemma's embedding is scaled and its logits are capped."""
+    folder, specs, tensors = units(architecture)
+    source = LayeredModel(folder)
+    weight = source.reader.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    rows = []
+    for name in ("head",) if tied else ("head", "embedding"):
+        spec = LinearSpec("e8p", 2, weight.shape[1], (len(weight),), None, rotate_output=False)
+        group = Inputs([name], torch.eye(weight.shape[1], dtype=torch.float64))
+        found = quantize_group(group, {name: weight}, {name: spec}, Settings("", "e8p", 2, tune="none"))[name].tensors
+        found = {f"{name}.{key}": tensor.float() if tensor.dim() == 1 else tensor for key, tensor in found.items()}
+        spec = dataclasses.replace(spec, vector_dtype=torch.float32)
+        rows.append(TokenRows(name, spec, found, torch.float32))
+    made = [Block(source, index, specs, one) for index, one in enumerate(tensors)]
+    targets = originals(source, 2)
+    model = Model(source, made, TOKENS.split(3), targets, tmp_path / "inputs", rows[0], rows[-1])
+    assert model.step(1) == pytest.approx(model.loss([1]), rel=1e-5)
+    for one in rows:
+        for name, vector in one.vectors.items():
+            assert any(vector is other for other in model.vectors())
+            start, gradient = vector.detach().clone(), vector.grad
+            step = 1e-2 * start.square().mean().sqrt() * gradient / gradient.square().mean().sqrt()
+            losses = []
+            for sign in (1, -1):
+                vector.data = start + sign * step
+                model.place()
+                losses.append(model.loss([1]))
+            vector.data = start
+            assert (losses[0] - losses[1]) / 2 == pytest.approx(float(step @ gradient), rel=0.03), name
+
+
 class Stopped(Exception):
     pass
 
@@ -261,6 +302,21 @@ def test_a_run(tiny_model, tiny_text, tmp_path, tune, head):
     ]
     assert all(one["after"] < one["before"] for one in told) and reports[REFIT]["tuning"] == []
     assert not (tmp_path / tune / ".quantize").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {}])
+def test_head_and_embedding_are_trained(tiny_model, tiny_text, tmp_path, changes):
+    """With all layers: the loss that the report tells is that of the finished checkpoint."""
+    folder = tiny_model("Llama", dtype="float32", **changes)
+    settings = Settings(
+        str(folder), "e8p", 2, calibration=str(tiny_text), sequences=8, sequence_length=64, lm_head=2, embedding=2
+    )
+    told = quantize(settings, tmp_path / "out")["tuning"][-1]
+    assert told["after"] < 0.95 * told["before"]
+    tokens = calibration_tokens(settings, folder, VOCABULARY)
+    wanted, logits = (load_model(str(one))(tokens).logits for one in (folder, tmp_path / "out"))
+    assert divergence(logits, wanted)[0] / tokens.numel() == pytest.approx(told["after"], rel=1e-3)
 
 
 def test_a_head_with_a_bias_is_not_trained(tiny_model, tiny_text, tmp_path):

@@ -38,7 +38,12 @@ class Forward:
         batch: sequences at a time.
         folder: for the files, which `backward` removes.
         layers: what runs in place of the source's own layers.
+
+    Attributes:
+        gradients: by batch, before the layer that `backward` has come to.
     """
+
+    gradients: list[Tensor]
 
     def __init__(
         self, source: LayeredModel, tokens: Tensor, batch: int, folder: Path, layers: Layers | None = None
@@ -62,7 +67,7 @@ class Forward:
         Args:
             score: the loss's gradient at the logits.
         """
-        gradients = list(self._at_outputs(score))
+        self.gradients = gradients = list(self._at_outputs(score))
         self.outputs = []
         for index in reversed(range(len(self.source.layers))):
             inputs = read_shard(self._file(index))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantized decoder layer as it is trained: su, sv, norms and biases, over the dense weights of its codes."""
+"""What is trained: su, sv, norms and biases of a decoder layer, or su and sv of token rows, over dense weights."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +16,42 @@ from quip_vllm.ops import dequantize
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
-class Block:
+class Vectors:
+    """Vectors that are trained in float32, and compute as they will be stored.
+
+    Attributes:
+        vectors: full name -> float32, a leaf that wants a gradient.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype):
+        self._compute_dtype = compute_dtype
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.vectors: dict[str, Tensor] = {}
+
+    def stored(self) -> dict[str, Tensor]:
+        """The vectors by full name, as they are stored."""
+        return {name: vector.detach().to(self._dtypes[name]) for name, vector in self.vectors.items()}
+
+    def _train(self, name: str, stored: Tensor) -> None:
+        self.vectors[name] = stored.float().clone().requires_grad_()
+        self._dtypes[name] = stored.dtype
+
+    def _stored(self, name: str) -> Tensor:
+        return self.vectors[name].to(self._dtypes[name]).to(self._compute_dtype)
+
+    def _dense(self, name: str, spec: LinearSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes a quantized layer out of `tensors`: U_n What U_k^T, su and sv."""
+        own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}
+        su, sv = own[SU.name], own[SV.name]
+        dense = dequantize(spec, own | {SU.name: torch.ones_like(su), SV.name: torch.ones_like(sv)})
+        return dense.to(self._compute_dtype), su, sv
+
+
+class Block(Vectors):
     """The trained vectors of one quantized decoder layer, and the layer that computes with them.
 
     Neither a code is decoded nor a rotation done while it runs: y = sv * A(su * x) with A = U_n What U_k^T, made once.
+    Linear layers that share su have one vector for all.
 
     Args:
         source: the model.
@@ -28,7 +60,6 @@ class Block:
         tensors: the layer's tensors as they are stored, by full name.
 
     Attributes:
-        vectors: full name -> float32, a leaf that wants a gradient. Linear layers that share su have one for all.
         weights: a function that gives the layer's other tensors, with A in `compute_dtype` as the ``weight`` of a
             quantized layer. It may be replaced by one that reads them from where they take no memory.
     """
@@ -38,20 +69,17 @@ class Block:
     def __init__(
         self, source: LayeredModel, index: int, specs: Mapping[str, LinearSpec], tensors: Mapping[str, Tensor]
     ):
+        super().__init__(source.compute_dtype)
         self._source, self._index = source, index
         self._linears = {name: module for name, module in source.linears(index).items() if name in specs}
         self._inside = source.vectors(index)
-        self._dtypes: dict[str, torch.dtype] = {}
-        self.vectors: dict[str, Tensor] = {}
         weights = dict(tensors)
         for name in self._inside:
             self._train(name, weights[name])
         shared: list[tuple[Tensor, str]] = []
         for name in self._linears:
-            own = {one.name: weights.pop(f"{name}.{one.name}") for one in tensor_specs(specs[name])}
-            su, sv = own[SU.name], own[SV.name]
-            dense = dequantize(specs[name], own | {SU.name: torch.ones_like(su), SV.name: torch.ones_like(sv)})
-            weights[f"{name}.weight"] = dense.to(source.compute_dtype)
+            dense, su, sv = self._dense(name, specs[name], weights)
+            weights[f"{name}.weight"] = dense
             first = next((first for one, first in shared if torch.equal(one, su)), None)
             if first is None:
                 shared.append((su, first := f"{name}.{SU.name}"))
@@ -72,23 +100,39 @@ class Block:
                 for module in self._linears.values():
                     del module.forward
 
-    def stored(self) -> dict[str, Tensor]:
-        """The vectors by full name, as they are stored."""
-        return {name: vector.detach().to(self._dtypes[name]) for name, vector in self.vectors.items()}
-
-    def _train(self, name: str, stored: Tensor) -> None:
-        self.vectors[name] = stored.float().clone().requires_grad_()
-        self._dtypes[name] = stored.dtype
-
-    def _stored(self, name: str) -> Tensor:
-        return self.vectors[name].to(self._dtypes[name]).to(self._source.compute_dtype)
-
     def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             weight = Scaled.apply(module.weight, self._stored(f"{name}.{SU.name}"), self._stored(f"{name}.{SV.name}"))
             return linear(x, weight, module.bias)
 
         return forward
+
+
+class TokenRows(Vectors):
+    """The trained vectors of a quantized output head, input embedding, or of both in one.
+
+    Args:
+        name: full module name.
+        spec: its format.
+        tensors: its tensors as they are stored, by full name.
+        compute_dtype: of the dense matrix of its codes, [vocabulary, k], which stays in memory.
+    """
+
+    def __init__(self, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype):
+        super().__init__(compute_dtype)
+        self._matrix, su, sv = self._dense(name, spec, dict(tensors))
+        self._su, self._sv = f"{name}.{SU.name}", f"{name}.{SV.name}"
+        self._train(self._su, su)
+        self._train(self._sv, sv)
+
+    def weight(self) -> Tensor:
+        """[vocabulary, k], with autograd where it is enabled."""
+        return Scaled.apply(self._matrix, self._stored(self._su), self._stored(self._sv))
+
+    def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Those of x [..., k], float32 [..., vocabulary]."""
+        y = linear(x * self._stored(self._su), self._matrix).float() * self._stored(self._sv).float()
+        return y if bias is None else y + bias.float()
 
 
 class Scaled(torch.autograd.Function):

@@ -20,7 +20,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.source.backward import Forward, Head, spans
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
-from quip_vllm.quantizer.tuning.block import Block
+from quip_vllm.quantizer.tuning.block import Block, TokenRows, Vectors
 from quip_vllm.quantizer.tuning.blocks import split
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
@@ -52,11 +52,14 @@ class Model:
     """A quantized model whose vectors are trained, and the outputs of the original's last layer for a text.
 
     Args:
-        source: the model; those of its vectors that it reads behind its layers are trained as well.
+        source: the model, whose embedding and head are this one's from now on; those of its vectors that it reads
+            behind its layers are trained as well.
         blocks: of every decoder layer, their weights where they take no memory.
         tokens: the text by batches, int64 [sequences, length].
         targets: outputs of the original's last layer for each batch, [sequences, length, hidden].
         folder: for what a step keeps on the disk.
+        head: the output head; None where it keeps its weight.
+        embedding: the input embedding, the head itself where they are tied; None where it keeps its weight.
     """
 
     def __init__(
@@ -66,8 +69,13 @@ class Model:
         tokens: Sequence[Tensor],
         targets: Sequence[Tensor],
         folder: Path,
+        head: TokenRows | None = None,
+        embedding: TokenRows | None = None,
     ):
         self._source, self._blocks, self._folder = source, blocks, folder
+        self._head, self._embedding = head, embedding
+        rows = [one for one in (head, embedding) if one is not None]
+        self._parts: list[Vectors] = [*blocks, *dict.fromkeys(rows)]
         self._tokens, self._targets = tokens, targets
         source.read_others()
         self._outer = {name: parameter.requires_grad_() for name, parameter in source.outer_vectors().items()}
@@ -75,27 +83,45 @@ class Model:
         self.outer = {
             name: parameter.detach().float().clone().requires_grad_() for name, parameter in self._outer.items()
         }
+        self._original_head = source.head.forward
+        self._of_original = False
+        if head is not None:
+            source.head.forward = self._logits
+        self.place()
 
     def vectors(self) -> list[Tensor]:
         """All that is trained."""
-        return [*(vector for block in self._blocks for vector in block.vectors.values()), *self.outer.values()]
+        return [*(vector for part in self._parts for vector in part.vectors.values()), *self.outer.values()]
 
     def stored(self) -> dict[str, Tensor]:
         """All of it by name, as it is stored."""
         dtypes = self._source.reader.dtypes
         outer = {name: vector.detach().to(dtypes[name]) for name, vector in self.outer.items()}
-        return outer | {name: vector for block in self._blocks for name, vector in block.stored().items()}
+        return outer | {name: vector for part in self._parts for name, vector in part.stored().items()}
 
-    def place(self, vectors: Mapping[str, Tensor] | None = None) -> None:
-        """Puts the vectors behind the layers, or others, in the place of the model's own."""
-        for name, vector in (vectors or self.outer).items():
+    def place(self) -> None:
+        """Puts the embedding and the vectors behind the layers in the place of the model's own."""
+        self._put(self.outer)
+        if self._embedding is not None:
+            self._source.set_embedding(self._embedding.weight())
+
+    def _put(self, vectors: Mapping[str, Tensor]) -> None:
+        for name, vector in vectors.items():
             self._outer[name].data.copy_(vector)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Of the quantized head, or of the original one."""
+        if self._head is None or self._of_original:
+            return self._original_head(x)
+        return self._head.logits(x, self._source.head.bias)
 
     def _wanted(self, head: Head, index: int, span: slice) -> Tensor:
         """The original's logits, float32."""
-        self.place(self._originals)
+        self._put(self._originals)
+        self._of_original = True
         logits = head(self._targets[index][:, span]).float()
-        self.place()
+        self._of_original = False
+        self._put(self.outer)
         return logits
 
     def step(self, index: int) -> float:
@@ -112,10 +138,21 @@ class Model:
         forward = Forward(self._source, tokens, len(tokens), self._folder, self._layer)
         for _ in forward.backward(score):
             pass
+        if self._embedding is not None:
+            self._backward(self._embedding, tokens, forward.gradients[0])
         for name, parameter in self._outer.items():
             if parameter.grad is not None:
                 self.outer[name].grad, parameter.grad = parameter.grad.float(), None
         return total
+
+    def _backward(self, embedding: TokenRows, tokens: Tensor, gradient: Tensor) -> None:
+        """Adds up the gradients of the embedding's vectors from the one before the first layer."""
+        parameter = self._source.model.get_input_embeddings().weight.requires_grad_()
+        with torch.enable_grad():
+            hidden, _ = self._source.first_hidden_states(tokens, len(tokens))
+            hidden[0].backward(gradient)
+            embedding.weight().backward(parameter.grad)
+        parameter.grad = None
 
     def loss(self, batches: Sequence[int]) -> float:
         """The mean divergence a token of some batches."""
@@ -144,6 +181,8 @@ def tune_together(
     targets: Sequence[Tensor],
     folder: Path,
     seed: int,
+    head: TokenRows | None = None,
+    embedding: TokenRows | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trains the vectors of all layers.
 
@@ -155,6 +194,8 @@ def tune_together(
         targets: see Model.
         folder: for the dense weights of the layers and the state of the training; a killed run finds both there.
         seed: of the order of the batches.
+        head: see Model.
+        embedding: see Model.
 
     Returns:
         (the trained tensors by name, as they are to be stored; for the report, what `tune_model` tells).
@@ -166,7 +207,7 @@ def tune_together(
         write_shard(file, block.weights())
         block.weights = partial(_OnDisk, file)
         blocks.append(block)
-    model = Model(source, blocks, tokens, targets, folder / "inputs")
+    model = Model(source, blocks, tokens, targets, folder / "inputs", head, embedding)
     told = tune_model(model, len(tokens), seed, folder / "state.safetensors")
     return model.stored(), told
 

@@ -66,6 +66,28 @@ def refit(hessian: Tensor, layers: Sequence[Fit], su: Tensor, dtype: torch.dtype
     return su
 
 
+def refit_rows(hessian: Tensor, wanted: Tensor, values: Tensor, sv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Fits sv of rows that are not mixed to their codes, each by itself.
+
+    Args:
+        hessian: float32 [k, k] of the inputs, rotated.
+        wanted: float32 [n, k], the rows in units of the code.
+        values: float32 [n, k], what their codes stand for.
+        sv: float32 [n], the rows' scales as they are stored; changed, but where it is 0 or all values are.
+        dtype: in which it is stored.
+
+    Returns:
+        The values in the old units, float32 [n, k].
+    """
+    weighed = values @ hessian
+    share = (weighed * wanted).sum(1) / (weighed * values).sum(1)
+    fitted = _rounded(sv * share, dtype)
+    share = fitted / sv
+    kept = share.isfinite()
+    sv.copy_(torch.where(kept, fitted, sv))
+    return values * torch.where(kept, share, 1.0)[:, None]
+
+
 def lost(hessian: Tensor, layer: Fit, su: Tensor) -> float:
     """What the layer loses: tr(D E H E^T), E the difference of what is wanted and what is served."""
     error = layer.wanted - layer.sv[:, None] * layer.turned * su
