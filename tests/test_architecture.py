@@ -17,7 +17,7 @@ ALLOWED = {
     "doctor": {"ops", "formats"},
     "nn": {"ops", "formats"},
     "vllm_plugin": {"ops", "checkpoint", "transforms", "formats"},
-    "hf_plugin": {"ops", "checkpoint", "formats"},
+    "hf_plugin": {"nn", "ops", "checkpoint", "formats"},
     "quantizer": {"nn", "ops", "checkpoint", "transforms", "formats"},
     "evaluation": {"nn", "ops", "checkpoint", "formats"},
     "checkpoint": {"formats", "transforms"},

@@ -31,6 +31,18 @@ ARCHITECTURES = {
     "Phi3": {},
     "Olmo2": {},
 }
+_FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
+_LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+_DEEPSEEK = {**_FEW, **_LATENT, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_DEEPSEEK |= {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1}
+EXPERTS = {  # mixtures of experts
+    "Qwen3Moe": {**_FEW, "head_dim": 16},
+    "Qwen2Moe": {**_FEW, "shared_expert_intermediate_size": 64},
+    "Olmoe": {**_FEW, "intermediate_size": 32},
+    "Mixtral": {**_FEW, "num_local_experts": 4},
+    "DeepseekV2": {**_DEEPSEEK, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": _DEEPSEEK,
+}
 
 
 def save_model(folder, architecture="Llama", dtype="bfloat16", seed=0, **changes):
@@ -39,7 +51,7 @@ def save_model(folder, architecture="Llama", dtype="bfloat16", seed=0, **changes
 
     config_class = getattr(transformers, architecture + "Config")
     name = architecture.removesuffix("Text") + "ForCausalLM"
-    config = config_class(**{**COMMON, **ARCHITECTURES.get(architecture, {}), **changes})
+    config = config_class(**{**COMMON, **(ARCHITECTURES | EXPERTS).get(architecture, {}), **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config)
     for key, parameter in model.named_parameters():  # biases and norms start as constants: make them matter

@@ -4,7 +4,7 @@
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,30 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     with explained(f"the tokenizer in {folder}", "; put the model's own tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def rules_of_transformers(model: Any) -> Callable[[str], tuple[str, Sequence[str], str | None]]:
+    """How transformers maps the names of tensors while it loads them into a model.
+
+    Returns:
+        A function: a name in the files -> (the name in the model, then of a tensor that is rearranged, too, the
+        patterns of all names that are made into one tensor, in order, and the one that this name matches, else None).
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4 has no such rules for causal LMs
+        return lambda stored: (stored, (), None)
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings: Any = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    sources = {pattern: rule.source_patterns for rule in converters for pattern in rule.source_patterns}
+
+    def renamed(stored: str) -> tuple[str, Sequence[str], str | None]:
+        name, pattern = rename_source_key(stored, renamings, converters)
+        return name, () if pattern is None else sources[pattern], pattern
+
+    return renamed
 
 
 @contextlib.contextmanager

@@ -14,10 +14,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip_vllm.checkpoint import exl3
-from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, read_config, stored_names
+from quip_vllm.checkpoint.hub import rules_of_transformers
+from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, stored_names
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.formats.spec import LinearSpec, methods
+from quip_vllm.formats.tensors import SU
 from quip_vllm.hf_plugin.modules import Embedding, Linear, Sliced, StoredLayer, TiedHead
+from quip_vllm.nn.experts import LEAVES, SHORT_LEAVES, Experts, is_stack
 
 
 class StoredConfig(QuantizationConfigMixin):
@@ -57,11 +60,17 @@ class Quantizer(HfQuantizer):
         if not checkpoint_files:
             raise ValueError("a quantized checkpoint is read from its files: give from_pretrained a folder or hub name")
         stored = Files(Path(checkpoint_files[0]).parent)
+        renamed = rules_of_transformers(model)
+        paths = {name: renamed(f"{name}.{SU.name}")[0].removesuffix(f".{SU.name}") for name in stored.specs}
+        for path, module in list(model.named_modules()):
+            leaves = (leaves for leaves in (LEAVES, SHORT_LEAVES) if f"{path}.0.{leaves[0]}" in paths.values())
+            if is_stack(module) and (of_files := next(leaves, None)):
+                model.set_submodule(path, Experts(module, of_files))
         modules = dict(model.named_modules())
         slices = exl3.slices(stored.specs)
-        for name in stored.specs:
+        for name, path in paths.items():
             if not exl3.is_slice(name):
-                model.set_submodule(name, stored.module(name, modules.get(name), model.dtype))
+                model.set_submodule(path, stored.module(name, modules.get(path), model.dtype))
         for layer, names in slices.items():
             cut = [stored.linear(name, None) for name in names]
             model.set_submodule(layer, Sliced(cut, exl3.cuts_inputs(layer)))
@@ -74,9 +83,14 @@ class Quantizer(HfQuantizer):
         left = dict(model.named_parameters(remove_duplicate=False))
         tied = model.all_tied_weights_keys
         model.all_tied_weights_keys = {one: other for one, other in tied.items() if one in left and other in left}
+        mapped = {renamed(name)[0] for name in stored.others() if renamed(name)[0] != name}
+        self._dtypes = {name: left[name].dtype for name in mapped & left.keys()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, dtype in self._dtypes.items():  # transformers keeps the files' dtype where it maps a name
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
         for module in model.modules():
             if isinstance(module, StoredLayer):
                 module.prepare()
@@ -108,6 +122,10 @@ class Files:
             kind = "no such module" if original is None else f"a {type(original).__name__}"
             raise ValueError(f"{self._folder} holds {name}, for which transformers' model has {kind}: {DAMAGED}")
         return Embedding(*self._stored(name), dtype=dtype, scale=scale)
+
+    def others(self) -> list[str]:
+        """Names of the tensors that belong to no quantized layer."""
+        return others_of(self._reader, self.config, self.specs)
 
     def linear(self, name: str, bias: nn.Parameter | None) -> Linear:
         """The linear layer `name`."""

@@ -64,7 +64,7 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
 
     Their hidden states stay in memory, twice where drift is corrected, the embedding is quantized, layers are trained,
     or the model runs backwards. A model that writes its own text is there whole, with the next tokens' probabilities,
-    and one that is rounded by DISCQUANT with what is trained.
+    and one that is rounded by DISCQUANT with what is trained. The Hessians of all experts of a layer are there at once.
     """
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     tokens, itemsize = count * settings.sequence_length, source.compute_dtype.itemsize
@@ -83,12 +83,30 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
                 f"{amount(wanted)} of memory, and {amount(free)} are free: give another --rounding, or a "
                 "smaller model"
             )
+    hessians = max(_of_experts(settings, source, index) for index in range(len(source.layers)))
+    if hessians and wanted + hessians > free:
+        raise ValueError(
+            f"the Hessians of all experts of a decoder layer take about {amount(hessians)} of memory, beside the "
+            f"{amount(wanted)} of the hidden states, and {amount(free)} are free: give --no-two-sided, "
+            "--drift-correction 0, or --ignore '\\.experts\\.'"
+        )
     if wanted > free:
         raise ValueError(
             f"{count} sequences of {settings.sequence_length} tokens need about {amount(wanted)} of memory, and "
             f"{amount(free)} are free: {'give a text (--calibration), ' if SELF in settings.sources else ''}"
             "fewer --sequences or a smaller --sequence-length"
         )
+
+
+def _of_experts(settings: Settings, source: LayeredModel, index: int) -> int:
+    """Bytes of what is summed for the experts of decoder layer `index` that are quantized, all at the same time."""
+    inputs = outputs = 0
+    for names in (names for mixture in source.mixtures(index) for readers in mixture.readers for names in readers):
+        n, k = source.reader.shapes[f"{names[0]}.weight"]
+        if settings.layer_format(names[0]) is not None:
+            inputs += 8 * k * k * (2 if settings.drift_correction else 1)  # in float64
+            outputs += 8 * n * n * len(names) if settings.two_sided else 0  # two halves in float32
+    return max(inputs, outputs)
 
 
 def check_disk(out: Path, kept: int, quantized: int, work: int = 0) -> None:

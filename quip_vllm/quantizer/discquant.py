@@ -22,6 +22,7 @@ from tqdm import tqdm
 from quip_vllm.checkpoint.shards import read_shard, write_shard
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.curvature.collector import Collector
+from quip_vllm.quantizer.curvature.inputs import fill_up
 from quip_vllm.quantizer.layer import generator_of, in_units, input_signs
 from quip_vllm.quantizer.rounding.encoders import GridEncoder, make_encoder
 from quip_vllm.quantizer.settings import Settings
@@ -110,8 +111,8 @@ class _Linear:
         return unrotate_weight(self._encoder.values(self._lower + self.x.detach()), self._su, self._sv, self._block)
 
     def see(self, gradient: Tensor | None) -> None:
-        """Turns the gradient at the weight into that at x."""
-        assert gradient is not None
+        """Turns the gradient at the weight, None of an expert that no token reached, into that at x."""
+        gradient = torch.zeros_like(self.x) if gradient is None else gradient
         self.x.grad = 2 * rotate_weight(gradient.float(), self._su, self._sv, self._block)
 
     @property
@@ -146,7 +147,7 @@ class _Model:
                 modules = {name: one for name, one in source.linears(index).items() if name in specs}
                 collector = Collector(modules)
                 hidden[:1] = [run_layer(layer, hidden[0], calls[index])]
-                groups = [group.names for group in collector.close()]
+                groups = [group.names for group in fill_up(collector.close(), source.mixtures(index))]
                 hidden[1:] = [run_layer(layer, x, calls[index]) for x in hidden[1:]]
             su = {
                 name: input_signs(group, specs[name].in_features, settings.seed) for group in groups for name in group

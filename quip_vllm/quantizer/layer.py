@@ -157,6 +157,8 @@ def quantize_group(
             "expected_divergence": known[name].energy * own.lost / own.trace / 2 if name in known else None,
             "damping_added": rounding.damping_added,
             "dead_columns": int(dead.sum()),
+            "tokens": group.tokens,
+            "borrowed_tokens": group.borrowed,
             "group_seconds": round(time.monotonic() - began, 3),
         }
         results[name] = Quantized(tensors, entry)

@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
@@ -11,6 +11,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
 from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.source.mixture import Mixture
 from quip_vllm.quantizer.source.model import LayeredModel
 
 LINEAR_LATENT = ("minicpm3",)
@@ -81,6 +82,10 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
             )
         else:
             specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
+    for index in range(len(source.layers)):
+        kept += source.routers(index)
+        for mixture in source.mixtures(index):
+            kept = _experts_in_one(mixture, specs, kept)
     of_tokens = {
         name: _spec(name, source.reader.shapes[f"{name}.weight"], stored, settings.hadamard_block, rotate_output=False)
         for name, stored in token_rows.items()
@@ -137,6 +142,22 @@ def _check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) 
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(f"{option} {pattern} matches no linear layer: their names are like {names[0]}")
+
+
+def _experts_in_one(mixture: Mixture, specs: Mapping[str, LinearSpec], kept: Sequence[str]) -> list[str]:
+    """`kept` with the name of the mixture for all of its linear layers, where these keep their weights.
+
+    Raises:
+        ValueError: its experts are stored in different ways.
+    """
+    own = mixture.linears
+    formats = {(spec.code, spec.bits) if (spec := specs.get(name)) else None for name in own}
+    if len(formats) > 1:
+        raise ValueError(
+            f"the linear layers below {mixture.name} differ in code and bits, or some of them keep their weights: all "
+            "experts of a decoder layer are served as one; give an --override or --ignore that matches all, or none"
+        )
+    return [*kept] if formats != {None} else [*(name for name in kept if name not in set(own)), mixture.name]
 
 
 def _spec(

@@ -79,6 +79,11 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     require_cpu_library()
     source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
     checks.check_window(settings, source)
+    if any(source.mixtures(index) for index in range(len(source.layers))):
+        raise ValueError(
+            f"{settings.model} has mixtures of experts, among which no plan can choose yet: give whole --bits, and "
+            "--override for the layers that are to differ"
+        )
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)
     count = min(len(tokens), max(2, TOKENS // tokens.shape[1]))

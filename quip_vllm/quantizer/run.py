@@ -27,7 +27,7 @@ from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
-from quip_vllm.quantizer.curvature.inputs import Inputs
+from quip_vllm.quantizer.curvature.inputs import Inputs, fill_up
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.discquant import Levels
 from quip_vllm.quantizer.layer import quantize_group
@@ -199,6 +199,8 @@ class Run:
             folder = Path(self.settings.hessians or self.record.folder / "sensitivities")
             inside = set(self.plan.specs) - {self.plan.head, self.plan.embedding}
             two_sided, seed = self.settings.two_sided, self.settings.seed
+            if self.settings.token_weights and any(self.source.mixtures(index) for index in range(len(self.layers))):
+                _LOG.warning("the tokens of experts count the same: --token-weights holds for all other layers")
             heard = tokens if self.settings.token_weights else some_of(tokens)
             self.sensitivities = Sensitivities(folder, self.source, weights, heard, batch, inside, two_sided, seed)
         if self.settings.rounding == DISCQUANT and unfinished:
@@ -224,7 +226,7 @@ class Run:
         others = [name for name in self.source.outside if name in self.kept_bytes]
         self.record.merge(self.units, others, self.source.reader)
         tokens = self.record.tokens(self._make_tokens)
-        report = {
+        report: dict[str, Any] = {
             "quip_vllm": __version__,
             "settings": self.settings.to_dict(),
             "compute_dtype": str(self.source.compute_dtype),
@@ -233,6 +235,7 @@ class Run:
             "layers": [entry for unit in self.units for entry in self.record.entries(unit)],
             "tuning": [told for unit in self.units for told in self.record.tuning(unit)],
         }
+        self._tell_of_experts(report["layers"])
         folder = self.source.folder
         code = ["*.py"] if self.settings.trust_remote_code else []
         copy_files(folder, self.out, [*SIDE_FILES, *code], ("config.json", REPORT, PLAN))
@@ -246,6 +249,19 @@ class Run:
         write_json(self.out / "config.json", config)
         self.record.remove()
         return report
+
+    def _tell_of_experts(self, entries: list[dict[str, Any]]) -> None:
+        """Warns once of all experts that saw too few tokens."""
+        few = {entry["name"].rpartition(".")[0] for entry in entries if entry["borrowed_tokens"]}
+        if few:
+            mixtures = [one for index in range(len(self.layers)) for one in self.source.mixtures(index)]
+            _LOG.warning(
+                "%d of %d experts saw fewer tokens than they have inputs: the mean over the experts of a layer stands "
+                "for the others (borrowed_tokens in %s); give more --sequences",
+                len(few),
+                sum(len(mixture.module) for mixture in mixtures),
+                REPORT,
+            )
 
     def _layer(self, index: int, calls: Calls) -> None:
         """Quantizes one decoder layer, or takes it from the record, and moves `hidden` and `originals` behind it."""
@@ -309,8 +325,11 @@ class Run:
             return []
         linears = self.source.linears(index)
         with self.source.layer(index) as layer:
-            weights = {name: one.weights for name, one in known.items()} if self.settings.token_weights else None
-            collector = Collector({name: linears[name] for name in names}, weights)
+            counted = known if self.settings.token_weights else {}
+            weights = {name: one.weights for name, one in counted.items() if len(one.weights)}
+            mixtures = self.source.mixtures(index)
+            experts = {name: mixture.module for mixture in mixtures for name in mixture.linears}
+            collector = Collector({name: linears[name] for name in names}, weights, experts)
             for i, x in enumerate(tqdm(self.hidden, desc=f"{self.layers[index]}: Hessians", leave=False)):
                 if self.originals and index == 0 and not self.plan.embedding:  # both are still the same
                     self.originals[i] = run_layer(layer, x, calls)
@@ -321,7 +340,7 @@ class Run:
                 if not done:
                     with collector.inputs():
                         run_layer(layer, x, calls)
-            return collector.close()
+            return fill_up(collector.close(), mixtures)
 
     def _embedding(self, name: str) -> None:
         """Quantizes an embedding that is not tied to the head, unless it is done, and has the model look up its rows.

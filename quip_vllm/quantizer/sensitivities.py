@@ -108,8 +108,12 @@ class Sensitivities:
                 pass
             found = collector.close()
             tensors: dict[str, Tensor] = {}
+            experts = {name for mixture in source.mixtures(index) for name in mixture.linears}
             for name, sensitivity in found.items():
-                if len(sensitivity.weights) == self._tokens.numel():
+                if name in experts:
+                    share = len(sensitivity.weights) / self._tokens.numel()
+                    tensors |= Sensitivity(torch.ones(0), sensitivity.energy * share, sensitivity.outputs).tensors(name)
+                elif len(sensitivity.weights) == self._tokens.numel():
                     tensors |= sensitivity.tensors(name)
                 else:
                     _LOG.warning("%s does not read one vector per token: its tokens count the same", name)

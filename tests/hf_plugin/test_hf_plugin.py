@@ -46,6 +46,8 @@ def checkpoint(quantized, tiny_model, tmp_path):
             "lattice": lambda: quantized(),
             "head and scaled embedding": lambda: quantized("Gemma3Text", code="1mad", lm_head=4),
             "untied embedding": lambda: quantized("Mistral", embedding=3, lm_head=4),
+            "experts": lambda: quantized("Qwen2Moe", code="1mad", ignore=("layers.0.mlp.experts",)),
+            "experts under other names": lambda: quantized("Mixtral"),
             "mixed": lambda: quantized("Qwen2", code="hyb", overrides=(("down_proj", 4),), ignore=("[qkv]_proj",)),
         }[kind]()
 
@@ -54,7 +56,16 @@ def checkpoint(quantized, tiny_model, tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["lattice", "head and scaled embedding", "untied embedding", "mixed", "padded, with biases", "slices"],
+    [
+        "lattice",
+        "head and scaled embedding",
+        "untied embedding",
+        "experts",
+        "experts under other names",
+        "mixed",
+        "padded, with biases",
+        "slices",
+    ],
 )
 def test_logits_are_those_of_the_dequantized_model_and_files_survive(checkpoint, kind, tmp_path):
     folder = checkpoint(kind)
@@ -67,7 +78,9 @@ def test_logits_are_those_of_the_dequantized_model_and_files_survive(checkpoint,
     assert torch.equal(model.generate(IDS, **how), dense.generate(IDS, **how))
     model.save_pretrained(tmp_path / "saved")
     one, other = read_shard(folder / "model.safetensors"), read_shard(tmp_path / "saved" / "model.safetensors")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, StoredLayer)}
+    ours, theirs = (".mlp.", ".block_sparse_moe.") if "names" in kind else ("", "")
+    modules = {name.replace(ours, theirs): module for name, module in model.named_modules()}
+    layers = {name: layer for name, layer in modules.items() if isinstance(layer, StoredLayer)}
     quantized = {f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.state_dict()}
     assert one.keys() == other.keys() and quantized <= one.keys()
     assert all(torch.equal(one[name], other[name]) for name in quantized if not name.endswith("bias"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numerics
 import pytest
+import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from quip_vllm.quantizer.source.replay import run_layer
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ["Mistral", "Gemma2", "GPTNeoX"])
+@pytest.mark.parametrize("architecture", ["Mistral", "Gemma2", "GPTNeoX", *tiny_models.EXPERTS])
 def test_layer_by_layer_is_the_whole_model(tiny_model, architecture):
     """Up to what the head reads; also where the last batch is smaller, and where layers have masks of their own."""
     from transformers import AutoModelForCausalLM
@@ -61,7 +62,8 @@ def test_unusable_config(tiny_model, tmp_path, changes):
 
 
 def test_stacked_experts(tmp_path):
-    save_model(tmp_path, "Mixtral", num_local_experts=2, num_experts_per_tok=1)
+    """Transposed, with biases."""
+    save_model(tmp_path, "GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=16)
     with pytest.raises(ValueError, match="gate_up_proj is a stack of experts of 3 dimensions: only models whose deco"):
         LayeredModel(tmp_path)
 
@@ -71,7 +73,7 @@ def test_experts_that_are_matrices():
     layer = torch.nn.ModuleDict({"attention": torch.nn.Linear(4, 4), "router": torch.nn.Linear(4, 2)})
     layer["experts"] = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer])})
-    with pytest.raises(ValueError, match=r"^blocks.0.experts.0.weight belongs to a mixture of experts, "):
+    with pytest.raises(ValueError, match=r"^blocks.0.experts.0.weight belongs to a mixture of experts, of which only"):
         decoder_layers(Path("folder"), model)
     with torch.device("meta"):
         dbrx = transformers.DbrxForCausalLM(transformers.DbrxConfig(attn_config={"rope_theta": 1e4}, n_layers=2))

@@ -103,6 +103,7 @@ def test_files_and_report(quantized, tiny_model, make_settings):
     assert report["settings"] == make_settings(model).to_dict()
     assert report["calibration_tokens"] == 8 * 48
     keys = {"name", "shape", "code", "bits", "proxy_loss", "damping_added", "dead_columns", "group_seconds"}
+    keys |= {"tokens", "borrowed_tokens"}
     assert all(set(layer) == keys | {"expected_divergence"} for layer in report["layers"])
     assert all(layer["expected_divergence"] is None for layer in report["layers"])
     assert [layer["name"] for layer in report["layers"]][:8] == [

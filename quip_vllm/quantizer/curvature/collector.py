@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from quip_vllm.nn.experts import Experts
 from quip_vllm.quantizer.curvature.inputs import Inputs
 
 
@@ -24,10 +25,18 @@ class Collector:
         linears: full module name -> linear layer.
         weights: full module name -> weights of the tokens, float32 [tokens of all batches], equal for the readers of
             one activation. A layer that has none counts each token once.
+        experts: full module name of an expert's linear layer -> what runs the expert, and says which tokens it reads.
+            A token that one of the two passes gives another expert has no drift there.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], weights: Mapping[str, Tensor] | None = None):
-        self._weights = weights or {}
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Linear],
+        weights: Mapping[str, Tensor] | None = None,
+        experts: Mapping[str, Experts] | None = None,
+    ):
+        self._weights, self._experts = weights or {}, experts or {}
+        self._rows: dict[str, Tensor] = {}  # of x0, which tokens an expert's are
         self._group_of: dict[str, Inputs] = {}
         self._latest: dict[str, Tensor] = {}  # first name of a group -> its activation in this pass
         self._originals: dict[str, Tensor] = {}
@@ -43,7 +52,7 @@ class Collector:
         self._handles += [
             module.register_forward_hook(lambda module, _, out, name=name: self._keep(name, module, out))
             for name, module in linears.items()
-            if module.out_features < module.in_features
+            if module.out_features < module.in_features and name not in self._experts
         ]
 
     @contextmanager
@@ -77,10 +86,15 @@ class Collector:
 
     def _record(self, name: str, x: Tensor) -> None:
         self._calls.append(name)
+        experts = self._experts.get(name)
         if self._in_original:
             self._originals[name] = x
+            if experts is not None:
+                self._rows[name] = experts.rows
             return
         original = self._originals.pop(name, None)
+        if original is not None and experts is not None:
+            original = _of_same_tokens(original, self._rows[name], x, experts.rows)
         if name not in self._group_of:
             first = next((first for first, latest in self._latest.items() if latest is x), name)
             self._group_of[name] = self._group_of[first] if first != name else Inputs.of(name, x.shape[-1])
@@ -100,3 +114,10 @@ class Collector:
                 group.drift.add(original.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), products, weights)
         if self._may_end and len(set(self._calls)) == self._count:
             raise _AllRead
+
+
+def _of_same_tokens(original: Tensor, its: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """x with the rows of `original` for tokens that both have; `its` and `rows` say which these are, in order."""
+    found = x.clone()
+    found[torch.isin(rows, its)] = original[torch.isin(its, rows)]
+    return found

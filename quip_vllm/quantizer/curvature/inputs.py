@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessians E[x x^T]: one per activation, shared by the linear layers that read it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from quip_vllm.quantizer.curvature.drift import Drift
+from quip_vllm.quantizer.source.mixture import Mixture
 
 
 @dataclass
@@ -18,12 +20,14 @@ class Inputs:
         hessian: float64 [k, k], sum of x x^T, x as the layers quantized so far make it, times the token's weight.
         tokens: number of x in the sum.
         drift: how x differs from the same activation in the original model; empty if that was not recorded.
+        borrowed: for how many tokens more the mean over all experts of the layer is in the sum; see `fill_up`.
     """
 
     names: list[str]
     hessian: Tensor
     tokens: int = 0
     drift: Drift = field(default_factory=Drift)
+    borrowed: int = 0
 
     @classmethod
     def of(cls, name: str, k: int) -> "Inputs":
@@ -77,3 +81,28 @@ def gram(x: Tensor, block: int = 256) -> Tensor:
         torch.mm(x[:, begin:end].T, x[:, :end], out=product[begin:end, :end])
         product[:begin, begin:end] = product[begin:end, :begin].T
     return product
+
+
+def fill_up(groups: list[Inputs], mixtures: Iterable[Mixture]) -> list[Inputs]:
+    """Gives each expert that saw fewer tokens than it has inputs, so many more of the mean over all experts.
+
+    Its own Hessian would be singular.
+
+    Args:
+        groups: of a decoder layer.
+        mixtures: of the same layer.
+
+    Returns:
+        The groups, and behind them those of the experts that saw no token at all.
+    """
+    known = {group.names[0]: group for group in groups}
+    for readers in (readers for mixture in mixtures for readers in mixture.readers):
+        seen = [known[names[0]] for names in readers if names[0] in known]
+        if seen:  # else the experts keep their weights
+            mean = sum((group.hessian for group in seen[1:]), seen[0].hessian) / sum(group.tokens for group in seen)
+            missing = [Inputs([*names], torch.zeros_like(mean)) for names in readers if names[0] not in known]
+            for group in (*seen, *missing):
+                group.borrowed = max(0, len(mean) - group.tokens)
+                group.hessian += group.borrowed * mean
+            groups = groups + missing
+    return groups

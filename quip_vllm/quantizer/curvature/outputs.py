@@ -25,7 +25,7 @@ class Sensitivity:
     """How the loss depends on one linear layer.
 
     Attributes:
-        weights: float32 [tokens], how much each token counts, 1 in the mean.
+        weights: float32 [tokens], how much each token counts, 1 in the mean; empty where all of them count the same.
         energy: mean of |g|^2 |x|^2 per token, the trace of the loss's Hessian over the weight.
         outputs: float32 [n, n], E[|x|^2 g g^T] of mean diagonal 1, as `shrunk` makes it; None where it was not asked
             for, or where nothing sets it apart from the identity.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quip_vllm.checkpoint.hub import explained
+from quip_vllm.nn.experts import Experts, unstack
 
 
 def check_kind(folder: Path, config: Any) -> None:
@@ -28,7 +29,11 @@ _ONLY = "only causal language models, which write text token by token, are quant
 
 
 def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model of a config in eval mode, parameters on the meta device. Raises ValueError where there is none."""
+    """The model of a config in eval mode, parameters on the meta device, its experts with linear layers of their own.
+
+    Raises:
+        ValueError: there is none.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -36,7 +41,7 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code
     try:
         with init_empty_weights(include_buffers=False), explained(path):
             make = AutoModelForCausalLM.from_config
-            return make(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+            model = make(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -45,6 +50,8 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code
         raise ValueError(
             f"{path} has model_type {config.model_type}, which is no causal LM to transformers: {_ONLY}{around}"
         ) from None
+    unstack(model)
+    return model
 
 
 def check_token(folder: Path, token: int, vocabulary: int) -> None:
@@ -71,7 +78,8 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
             f"{folder} has no list of decoder layers that hold nn.Linear: this architecture is not supported"
         )
     path, layers = max((of_text or lists).items(), key=lambda item: len(item[1]))
-    matrices = [one for one in layers.named_parameters() if one[1].dim() > 1]
+    ours = tuple(f"{name}." for name, module in layers.named_modules() if isinstance(module, Experts))
+    matrices = [one for one in layers.named_parameters() if one[1].dim() > 1 and not one[0].startswith(ours)]
     for name, parameter in sorted(matrices, key=lambda one: one[1].dim() < 3):
         owner = layers.get_submodule(name.rpartition(".")[0])
         experts = "expert" in name + type(owner).__name__.lower()
@@ -80,12 +88,12 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
             what = "a stack of experts" if experts else what
             raise ValueError(
                 f"{path}.{name} is {what} of {parameter.dim()} dimensions: only models whose decoder layers hold plain "
-                "nn.Linear can be quantized"
+                "nn.Linear, and experts stacked as Qwen3-MoE stacks them, can be quantized"
             )
-        if experts:
+        if experts and "shared" not in name:
             raise ValueError(
-                f"{path}.{name} belongs to a mixture of experts, of which vLLM serves none that is quantized: give a "
-                "dense model"
+                f"{path}.{name} belongs to a mixture of experts, of which only those that transformers stacks as it "
+                "does Qwen3-MoE's can be quantized: give another model"
             )
     return path, layers
 

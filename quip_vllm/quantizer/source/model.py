@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quip_vllm.checkpoint.hub import load_config
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.quantizer.source.architecture import check_kind, decoder_layers, empty_model
+from quip_vllm.quantizer.source.mixture import Mixture, mixtures, routers
 from quip_vllm.quantizer.source.names import modules_beyond, names_in_files
 from quip_vllm.quantizer.source.replay import Calls, Returned, Stub, same
 
@@ -90,9 +91,19 @@ class LayeredModel:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Module name -> linear layer of decoder layer ``index``."""
+        """Module name -> linear layer of decoder layer ``index``, without `routers`."""
         modules = self.layers[index].named_modules(prefix=f"{self._path}.{index}")
-        return {self._module_name(name): module for name, module in modules if isinstance(module, nn.Linear)}
+        linears = {self._module_name(name): module for name, module in modules if isinstance(module, nn.Linear)}
+        kept = set(self.routers(index))
+        return {name: module for name, module in linears.items() if name not in kept}
+
+    def routers(self, index: int) -> list[str]:
+        """Names of the matrices of decoder layer ``index`` that choose experts or weigh them."""
+        return [self._module_name(f"{self._path}.{index}.{path}") for path in routers(self.layers[index])]
+
+    def mixtures(self, index: int) -> list[Mixture]:
+        """The mixtures of experts of decoder layer ``index``."""
+        return mixtures(self.layers[index], lambda path: self._module_name(f"{self._path}.{index}.{path}"))
 
     def layer_names(self, index: int) -> list[str]:
         """Names of the tensors of decoder layer ``index``, those included that the model does not read."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensor of the files is which tensor of the transformers model."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from quip_vllm.checkpoint.hub import rules_of_transformers
 from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.nn.experts import LEAVES, Experts
 
 
 def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
@@ -23,7 +26,7 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
         ValueError: a parameter is not in the files, has another shape there, or is made out of several tensors.
     """
     state, prefix = model.state_dict(), model.base_model_prefix
-    renamed = _rules_of_transformers(model)
+    renamed = _renamer(model)
     found: dict[str, str] = {}
     lacking: dict[str, str] = {}
     for stored in reader.names():
@@ -42,6 +45,7 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     _join_tied(tied, found, reader)
     optional = set(tied) | {name for name, _ in model.named_buffers()}
+    _check_experts(model, found, reader)
     for name, tensor in state.items():
         if name not in found and name not in optional:
             raise ValueError(
@@ -53,6 +57,17 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
                 "fetch the model again"
             )
     return found
+
+
+def _check_experts(model: Any, found: Mapping[str, str], reader: CheckpointReader) -> None:
+    """Raises ValueError for files that have the experts of a layer in one tensor."""
+    for path, module in model.named_modules():
+        if isinstance(module, Experts) and f"{path}.0.{LEAVES[2]}.weight" not in found:
+            what = next((name for name in reader.names() if len(reader.shapes[name]) == 3), f"no {path}.0.{LEAVES[2]}")
+            raise ValueError(
+                f"{reader.folder} holds {what}: only models whose files have a matrix for each expert, under names "
+                "that transformers knows, can be quantized"
+            )
 
 
 def _join_tied(tied: Mapping[str, str], found: dict[str, str], reader: CheckpointReader) -> None:
@@ -99,19 +114,19 @@ def modules_beyond(
     return sorted({begin + name.split(".")[begin.count(".")] if name.startswith(begin) else name for name in found})
 
 
-def _rules_of_transformers(model: Any) -> Any:
+def _renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
     """A function: a name in the files -> (the model's name, whether the tensor is more than renamed)."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ImportError:  # transformers 4 has no such rules for causal LMs
-        return lambda stored: (stored, False)
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings: Any = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    rules = rules_of_transformers(model)
+    experts = {path for path, module in model.named_modules() if isinstance(module, Experts)}
+    experts |= {path.removeprefix(f"{model.base_model_prefix}.") for path in experts}
 
     def renamed(stored: str) -> tuple[str, bool]:
-        name, pattern = rename_source_key(stored, renamings, converters)
+        name, sources, pattern = rules(stored)
+        path, _, stack = name.rpartition(".")
+        number = re.search(r"\.experts\.(\d+)\.", stored)
+        if pattern is not None and number and path in experts:  # transformers would put it into a stack
+            leaf = LEAVES[sources.index(pattern)] if stack == "gate_up_proj" else stack
+            return f"{path}.{number[1]}.{leaf}.weight", False
         return name, pattern is not None
 
     return renamed
