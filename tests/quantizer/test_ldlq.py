@@ -84,9 +84,14 @@ def strictly_lower(size, block, seed):
     return exact(size, size, seed=seed, largest=8).masked_fill(blocks[:, None] <= blocks[None, :], 0.0)
 
 
-@pytest.mark.parametrize("tile", [(1, 8), (4, 4), (2, 1)])
-def test_two_sides_are_their_definition(tile):
-    """Tile by tile from the bottom right corner, in another order than by diagonals."""
+@pytest.mark.parametrize(
+    ("tile", "block"), [((1, 8), (64, 128)), ((1, 8), (5, 16)), ((1, 1), (4, 8)), ((4, 4), (4, 8)), ((2, 1), (64, 128))]
+)
+def test_two_sides_are_their_definition(tile, block, monkeypatch):
+    """Tile by tile from the bottom right corner, in another order than by diagonals; blocks of rows and columns."""
+    monkeypatch.setattr(ldlq, "LARGE", 0)
+    monkeypatch.setattr(ldlq, "BLOCK_ROWS", block[0])
+    monkeypatch.setattr(ldlq, "BUFFER", block[1])
     (r, g), (n, k) = tile, (12, 24)
     weight, inputs, outputs = 3 * exact(n, k, seed=0), strictly_lower(k, g, 1), strictly_lower(n, r, 2)
     expected = torch.zeros_like(weight)

@@ -6,15 +6,21 @@ With a Hessian of the outputs the error feeds back along both sides (YAQA, arXiv
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quip_vllm.quantizer.rounding.encoders import Encoder
 from quip_vllm.quantizer.rounding.ldl import feedback
 from quip_vllm.quantizer.settings import GREEDY, LDLQ, NEAREST
 
 BUFFER = 128  # columns whose feedback from the right is computed in one product
+BLOCK_ROWS = 64
+"""Rows, and BUFFER columns, of a block of tiles in which errors feed along both sides."""
+LARGE = 1 << 21
+"""Numbers, from which on blocks are made: a diagonal without them reads as many, and they do not stay in a cache."""
 PASSES = 10
 """Greedy passes at most."""
 
@@ -122,7 +128,9 @@ def two_sided_ldlq(weight: Tensor, inputs: Tensor, outputs: Tensor, encoder: Enc
 
     With E = W - What over the tiles that are finished, a tile's target is that of W + O^T E I + O^T E + E I: the sum of
     E I, over finished tiles of the same rows, and of O^T F, F = E (1 + I), of the same columns. Tiles on one diagonal
-    do not see each other, so they are one batch for the search, from the bottom right corner on.
+    do not see each other, so they are one batch for the search, from the bottom right corner on. In a large
+    matrix, the same goes for blocks of tiles: what comes from outside of a block is two products then. A search of
+    whole tiles of rows takes so much longer that it does without.
 
     Args:
         weight: float32 [n, k], in units of the code, n a multiple of ``encoder.rows``.
@@ -131,34 +139,91 @@ def two_sided_ldlq(weight: Tensor, inputs: Tensor, outputs: Tensor, encoder: Enc
         encoder: the search.
     """
     (n, k), r, g = weight.shape, encoder.rows, encoder.columns
-    rows, columns = n // r, k // g
-    # Columns are stored last to first: so a diagonal's tiles, in both orders, are a slice.
-    right = inputs.view(k, columns, g).permute(1, 0, 2).flip(0).contiguous()  # [columns, k, g]
-    below = outputs.T.contiguous().view(rows, r, n)
-    error = weight.new_zeros(rows, r, k)
-    fed = weight.new_zeros(columns, n, g)  # F
-    targets = weight.view(rows, r, columns, g).permute(0, 2, 1, 3).flip(1).contiguous()  # [rows, columns, r, g]
-    values = torch.empty_like(targets)
+    blocks = r == 1 and k * (n + k) >= LARGE
+    high, wide = (min(BLOCK_ROWS, n), min(BUFFER // g * g, k)) if blocks else (n, k)
+    down, over = -n % high, -k % wide  # rows and columns of zeros, whose errors feed nothing
+    rows, columns = (n + down) // high, (k + over) // wide
+    # Columns are stored last to first: so a diagonal, of blocks and of tiles, is a view.
+    weight = pad(_mirrored(weight, g), (0, over, 0, down))
+    right = pad(_mirrored(_mirrored(inputs, g).T, g).T, (0, over, 0, over))
+    below = pad(outputs.T, (0, down, 0, down))
+    values, error, fed = (torch.zeros_like(weight) for _ in range(3))
     codes: dict[str, Tensor] = {}
-    for diagonal in range(rows + columns - 2, -1, -1):
-        begin, end = max(0, diagonal - columns + 1), min(rows, diagonal + 1)
-        row = torch.arange(begin, end)
-        mirrored = row + columns - 1 - diagonal  # of the columns, counted from the last
-        span = slice(begin + columns - 1 - diagonal, end + columns - 1 - diagonal)
-        first = (diagonal - end + 1) * g  # no finished error lies further left,
-        top = begin * r  # or higher
-        along = torch.bmm(error[begin:end, :, first:], right[span, first:])
-        up = torch.bmm(below[begin:end, :, top:], fed[span, top:])
-        tiles = targets[row, mirrored]
-        found, pieces = encoder.encode((tiles + (along + up)).flatten(0, 1))
-        found = found.view(tiles.shape)
-        missed = tiles - found
-        values[row, mirrored] = found
-        error.view(rows, r, columns, g)[row, :, diagonal - row] = missed
-        fed.view(columns, rows, r, g)[mirrored, row] = missed + along
+    for offset in range(1 - rows, columns):
+        places = [
+            (slice(i * high, (i + 1) * high), slice((i + offset) * wide, (i + offset + 1) * wide))
+            for i in range(max(0, -offset), min(rows, columns - offset))
+        ]
+        wanted = torch.stack([weight[place] for place in places])
+        along = torch.stack([error[y, : x.start] @ right[: x.start, x] for y, x in places])
+        up = torch.stack([below[y, y.stop :] @ fed[y.stop :, x] for y, x in places])
+        inside = torch.stack([right[x, x] for _, x in places]), torch.stack([below[y, y] for y, _ in places])
+        found = _round_blocks(wanted, along, up, *inside, encoder)
+        for i, (y, x) in enumerate(places):
+            values[y, x], fed[y, x] = found.values[i], found.fed[i]
+            error[y, x] = weight[y, x] - values[y, x]
+            for name, piece in found.codes.items():
+                if name not in codes:
+                    codes[name] = piece.new_empty(rows * high // r, columns * wide // g, piece.shape[-1])
+                codes[name][y.start // r : y.stop // r, x.start // g : x.stop // g] = piece[i]
+    codes = {name: piece[: n // r, : k // g].flip(1).flatten(1) for name, piece in codes.items()}
+    return Rounded(_mirrored(values[:n, :k], g), codes)
+
+
+class _Blocks(NamedTuple):
+    """values and fed: float32 [blocks, n, k]; codes: [blocks, rows of tiles, columns of tiles, a tile's]."""
+
+    values: Tensor
+    fed: Tensor
+    codes: dict[str, Tensor]
+
+
+def _round_blocks(weight: Tensor, along: Tensor, up: Tensor, right: Tensor, below: Tensor, encoder: Encoder) -> _Blocks:
+    """Rounds blocks that do not see each other, columns from the last to the first.
+
+    Args:
+        weight: float32 [blocks, n, k].
+        along: E I of what lies to the right, likewise.
+        up: O^T F of what lies below, likewise.
+        right: I inside each block, [blocks, k, k], strictly upper, as the columns are.
+        below: O^T inside each block, [blocks, n, n].
+        encoder: the search.
+    """
+    (count, n, k), r, g = weight.shape, encoder.rows, encoder.columns
+    rows, columns = n // r, k // g
+    right = right.unflatten(2, (columns, g)).transpose(1, 2).contiguous()  # [blocks, columns, k, g]
+    below = below.unflatten(1, (rows, r))
+    error = weight.new_zeros(count, rows, r, k)
+    fed = weight.new_zeros(count, columns, n, g)  # F
+    values = torch.empty_like(weight)
+    codes: dict[str, Tensor] = {}
+    for offset in range(1 - rows, columns):
+        begin, end = max(0, -offset), min(rows, columns - offset)
+
+        def tiles(matrix: Tensor, offset: int = offset) -> Tensor:
+            """The diagonal's of a matrix [blocks, n, k], or [blocks, rows, columns, ...]: [blocks, tiles, ...]."""
+            if matrix.dim() == 3:
+                matrix = matrix.view(count, rows, r, columns, g).transpose(2, 3)
+            return matrix.diagonal(offset, 1, 2).movedim(-1, 1)
+
+        span = slice(begin + offset, end + offset)
+        finished, lowest = (end - 1 + offset) * g, (begin + 1) * r  # no finished error lies beyond
+        here = tiles(along) + error[:, begin:end, :, :finished] @ right[:, span, :finished]
+        above = tiles(up) + below[:, begin:end, :, lowest:] @ fed[:, span, lowest:]
+        wanted = tiles(weight)
+        found, pieces = encoder.encode((wanted + (here + above)).flatten(0, 2))
+        found = found.view(wanted.shape)
+        tiles(values).copy_(found)
+        missed = wanted - found
+        tiles(error.view(count, n, k)).copy_(missed)
+        tiles(fed.view(count, columns, rows, r, g).transpose(1, 2)).copy_(missed + here)
         for name, piece in pieces.items():
             if name not in codes:
-                codes[name] = piece.new_empty(rows, columns, piece.shape[1])
-            codes[name][row, diagonal - row] = piece
-    values = values.flip(1).permute(0, 2, 1, 3).reshape(n, k)
-    return Rounded(values, {name: piece.flatten(1) for name, piece in codes.items()})
+                codes[name] = piece.new_empty(count, rows, columns, piece.shape[1])
+            tiles(codes[name]).copy_(piece.view(count, end - begin, -1))
+    return _Blocks(values, fed.transpose(1, 2).flatten(2), codes)
+
+
+def _mirrored(matrix: Tensor, g: int) -> Tensor:
+    """Its blocks of g columns from the last to the first."""
+    return matrix.unflatten(1, (-1, g)).flip(1).flatten(1)
