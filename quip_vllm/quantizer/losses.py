@@ -132,11 +132,12 @@ def _linear_losses(
 ) -> dict[LayerFormat, float]:
     hessian, dead = inputs.regularised(settings.damping)
     su = signs(len(hessian), settings.seed, "su:" + name)
-    turned = rotate_hessian(hessian, su, settings.hadamard_block)
+    n, k = weight.shape
+    specs = {stored: settings.spec(name, stored, n, k) for stored in formats}
+    turned = rotate_hessian(hessian, su, settings.hadamard_block, next(iter(specs.values())).input_chunks)
     rounding, cost = Ldlq(turned, settings.rounding), Curvature(turned)
     found = {}
-    for stored in formats:
-        spec = stored.spec(weight.shape[1], (len(weight),), settings.hadamard_block)
+    for stored, spec in specs.items():
         encoder = make_encoder(stored.code, stored.bits)
         rows = in_units(name, weight.float().masked_fill(dead, 0.0), su, spec, settings.seed, encoder)
         lost = _lost(rows.units[:ROWS], encoder, rounding, cost, settings.damping)
@@ -231,7 +232,7 @@ class _TokenRows:
             drawn = torch.multinomial(counts, TOKEN_ROWS, replacement=True, generator=generator)
             part = weight[drawn].float().masked_fill(dead, 0.0)
             for stored in formats:
-                spec = stored.spec(k, (n,), settings.hadamard_block, rotate_output=False)
+                spec = settings.spec(name, stored, n, k, rotate_output=False)
                 encoder = make_encoder(stored.code, stored.bits)
                 rows = in_units(name, part, su, spec, settings.seed, encoder)
                 lost = _lost(rows.units, encoder, rounding, Curvature(cost), damping)

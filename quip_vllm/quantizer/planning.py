@@ -165,7 +165,7 @@ class _Planner:
         if stored is None:
             return self.source.reader.bytes_of[f"{name}.weight"] + HEADER_BYTES
         n, k = self.source.reader.shapes[f"{name}.weight"]
-        spec = stored.spec(k, (n,), self.settings.hadamard_block, rotate_output=name in self.weights)
+        spec = self.settings.spec(name, stored, n, k, rotate_output=name in self.weights)
         return bytes_of(spec) + HEADER_BYTES * len(layout(spec))
 
     def _size(self, name: str, stored: Choice) -> int:
