@@ -78,10 +78,13 @@ def measure(
             if watch is not None:
                 watch.remove()
             for name, (inputs, together) in sums.close().items():
-                weight = linears[name].weight
+                weight, share = linears[name].weight, together / tokens.numel()
                 alone = _linear_losses(name, weight, inputs, formats[name], settings)
-                losses[name] = {stored: together * loss for stored, loss in alone.items()}
-                of_noise[name] = together * 0.5 * len(weight) * float(inputs.hessian.trace()) / inputs.tokens
+                losses[name] = {stored: share * loss for stored, loss in alone.items()}
+                of_noise[name] = share * 0.5 * len(weight) * float(inputs.hessian.trace())
+            for name in (name for mixture in source.mixtures(index) for name in mixture.linears):
+                if name in formats:  # no token reached the expert
+                    losses.setdefault(name, dict.fromkeys(formats[name], 0.0))
     missing = {name for name in formats if name not in losses and name not in rows.names}
     if missing:
         raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
@@ -130,6 +133,7 @@ class _Sums:
 def _linear_losses(
     name: str, weight: Tensor, inputs: Inputs, formats: Sequence[LayerFormat], settings: Settings
 ) -> dict[LayerFormat, float]:
+    """What a linear layer adds in each format, summed over all tokens."""
     hessian, dead = inputs.regularised(settings.damping)
     su = signs(len(hessian), settings.seed, "su:" + name)
     n, k = weight.shape
@@ -142,7 +146,7 @@ def _linear_losses(
         rows = in_units(name, weight.float().masked_fill(dead, 0.0), su, spec, settings.seed, encoder)
         lost = _lost(rows.units[:ROWS], encoder, rounding, cost, settings.damping)
         mean = float(lost.mean() * rows.scale.double().square())
-        found[stored] = 0.5 * len(weight) * mean * float(inputs.unit()) / inputs.tokens
+        found[stored] = 0.5 * len(weight) * mean * float(inputs.unit())
     return found
 
 

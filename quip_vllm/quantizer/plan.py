@@ -153,14 +153,16 @@ def _experts_in_one(mixture: Mixture, specs: Mapping[str, LinearSpec], kept: Seq
     Raises:
         ValueError: its experts are stored in different ways.
     """
-    own = mixture.linears
-    formats = {(spec.code, spec.bits) if (spec := specs.get(name)) else None for name in own}
-    if len(formats) > 1:
+    own = set(mixture.linears)
+    if own.isdisjoint(specs):
+        return [*(name for name in kept if name not in own), mixture.name]
+    if not own <= specs.keys() or any(len({specs[name] for name in names}) > 1 for names in mixture.alike):
         raise ValueError(
-            f"the linear layers below {mixture.name} differ in code and bits, or some of them keep their weights: all "
-            "experts of a decoder layer are served as one; give an --override or --ignore that matches all, or none"
+            f"{mixture.name} has experts that differ in code and bits, or in what keeps its weight: vLLM serves "
+            "all experts of a decoder layer together; give an --override that matches the same of each expert, and an "
+            "--ignore that matches all of them or none"
         )
-    return [*kept] if formats != {None} else [*(name for name in kept if name not in set(own)), mixture.name]
+    return [*kept]
 
 
 def _spec(

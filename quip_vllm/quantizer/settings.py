@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
@@ -186,10 +187,14 @@ class Settings:
         """Whether the original model runs backwards once."""
         return self.token_weights or self.two_sided
 
+    @cached_property
+    def _planned(self) -> dict[str, LayerFormat | None]:
+        return dict(self.plan)
+
     def layer_format(self, name: str) -> LayerFormat | None:
         """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""
         if self.plan:
-            return dict(self.plan)[name]
+            return self._planned[name]
         if any(re.search(pattern, name) for pattern in self.ignore):
             return None
         bits = [bits for pattern, bits in self.overrides if re.search(pattern, name)]
