@@ -105,13 +105,13 @@ def assert_close(found, expected):
     assert torch.linalg.norm(found - expected) <= FLOAT32_LINEAR * torch.linalg.norm(expected)
 
 
-def served_difference(folder, scratch):
+def served_difference(folder, scratch, eager=True):
     """The largest difference of log probabilities between vLLM, in a process of its own, and the dequantized model."""
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": path}
     environment.pop("QUIP_VLLM_BACKEND", None)
-    command = [sys.executable, "scripts/bench/check_serving.py", str(folder), "--eager"]
+    command = [sys.executable, "scripts/bench/check_serving.py", str(folder), *["--eager"][:eager]]
     command += ["--text", "these bytes are scored by both", "--json", str(scratch / "figures.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

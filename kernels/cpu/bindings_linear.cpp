@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of a quantized layer: checks, threads, and the calls of the kernels.
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -15,6 +16,7 @@ namespace {
 
 // ---- What is around the weight of a layer ----
 
+// A layer, or `count` layers of equal sizes and rotations: su and sv of one stand behind those of the other.
 struct Linear {
   const float *su, *sv;
   std::vector<Rotation> rotations;  // of the input, then of each part
@@ -22,14 +24,14 @@ struct Linear {
   int64_t n = 0, k = 0, scratch = 0;
 
   Linear(const Tensor& su_, const Tensor& sv_, const std::vector<Tensor>& bases, const std::vector<int64_t>& widths,
-         std::vector<int64_t> sizes)
-      : output_sizes(std::move(sizes)), k(su_.numel()) {
+         std::vector<int64_t> sizes, int64_t count = 1)
+      : output_sizes(std::move(sizes)), k(su_.numel() / count) {
     for (int64_t size : output_sizes) {
       STD_TORCH_CHECK(size > 0 && size <= sv_.numel(), "a part has ", size, " outputs and sv ", sv_.numel(),
                       ": sv has one for each output of each part");
       n += size;
     }
-    su = floats(su_, k, "su"), sv = floats(sv_, n, "sv");
+    su = floats(su_, count * k, "su"), sv = floats(sv_, count * n, "sv");
     STD_TORCH_CHECK(n > 0 && bases.size() == output_sizes.size() + 1 && widths.size() == bases.size(),
                     "bases and widths have ", bases.size(), " and ", widths.size(),
                     " entries: give one for the input and one for each of the ", output_sizes.size(), " parts");
@@ -145,6 +147,20 @@ void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& int
   }
 }
 
+// The weights of the parts of `count` layers, layer after layer.
+std::vector<Weight> all_weights(const Tensor& packed, const std::optional<Tensor>& table,
+                                const std::optional<Tensor>& integers, const std::optional<Tensor>& units,
+                                const Linear& layer, const std::string& code, int64_t bits, bool grid, int64_t count) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < count; ++i) sizes.insert(sizes.end(), layer.output_sizes.begin(), layer.output_sizes.end());
+  for (int64_t size : layer.output_sizes)
+    STD_TORCH_CHECK(code == "e8p" || size % kTile == 0, "a trellis weight has ", size,
+                    " rows: they must be a multiple of 16");
+  std::vector<Weight> weights = weights_of(packed, table, code, sizes, layer.k, bits);
+  add_integers(weights, integers, units, grid);
+  return weights;
+}
+
 // ---- The product ----
 
 struct Panel {
@@ -160,16 +176,33 @@ std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
   return panels;
 }
 
-Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights) {
+// Which rows one of several layers multiplies: row order[i] of y is a product of row order[i] / repeats of x.
+struct Rows {
+  int64_t layer;
+  std::vector<int64_t> order;
+};
+
+constexpr int64_t kRowsAtOnce = 4096;  // of several layers, so that memory does not grow with all rows of a long prompt
+
+// The first of the layers behind `begin` whose rows are not computed together with those of `begin`.
+size_t batch_end(const std::vector<Rows>& layers, size_t begin) {
+  size_t end = begin, rows = 0;
+  do rows += layers[end++].order.size();
+  while (end < layers.size() && int64_t(rows + layers[end].order.size()) <= kRowsAtOnce);
+  return end;
+}
+
+// The weights of the parts of all layers are in `weights`, layer after layer.
+Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights,
+           const std::vector<Rows>& layers, int64_t repeats = 1) {
   STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ",
                   activations, ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
   const int64_t item = type == Type::kFloat ? 4 : 2;
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
                   x.numel(), " elements: the op wants a contiguous [m, ", layer.k, "]");
-  const int64_t m = x.size(0), k = layer.k, n = layer.n;
-  Tensor y = torch::stable::new_empty(x, {m, n});
-  if (m == 0) return y;
+  const int64_t k = layer.k, n = layer.n, parts = int64_t(layer.output_sizes.size());
+  Tensor y = torch::stable::new_empty(x, {x.size(0) * repeats, n});
   const Kernels& ops = kernels();
   std::vector<int64_t> starts{0};
   for (int64_t size : layer.output_sizes) starts.push_back(starts.back() + size);
@@ -177,49 +210,106 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   STD_TORCH_CHECK(takes || activations != "int8", "int8 activations are not there for this format at tier ", ops.name,
                   ": use exact ones");
   const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
-  const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), m * k, item, "x"));
+  const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), x.numel(), item, "x"));
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
-  Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
-  Memory arranged(x, int8 ? ops.int8_bytes(weights[0], m) / 4 : 0);
-  int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
-  int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
-
-  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    Memory scratch(x, layer.scratch + stride);
-    for (int64_t r = begin; r < end; ++r) {
-      float* row = int8 ? scratch.floats + layer.scratch : rotated.floats + r * stride;
-      std::fill(row + k, row + stride, 0.0f);
-      ops.rotate_in(in + r * k * item, type, layer.su, k, layer.rotations[0], row, scratch.floats);
-      if (int8) ops.int8_quantize(weights[0], row, r, m, x8, scales.floats + r, totals + r * chunks);
-    }
-  });
-
   const std::vector<Panel> panels = panels_of(layer, int8 ? 2 * kTile : kTile);
-  torch::stable::parallel_for(0, int64_t(panels.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      const auto [part, row0] = panels[j];
-      float* to = product.floats + starts[part];
-      if (int8)
-        ops.int8_panel(weights[part], row0, x8, scales.floats, totals, m, to, n);
-      else
-        ops.panel(weights[part], row0, rotated.floats, stride, m, to, n);
-    }
-  });
 
-  const int64_t parts = int64_t(layer.output_sizes.size());
-  torch::stable::parallel_for(0, m * parts, 1, [&](int64_t begin, int64_t end) {
-    Memory scratch(x, layer.scratch);
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t r = j / parts, i = j % parts, first = r * n + starts[i];
-      ops.rotate_out(product.floats + first, layer.output_sizes[i], layer.rotations[i + 1], layer.sv + starts[i], type,
-                     out + first * item, scratch.floats);
+  for (size_t begin = 0, end; begin < layers.size(); begin = end) {
+    end = batch_end(layers, begin);
+    const int64_t count = int64_t(end - begin);
+    std::vector<int64_t> first{0}, first8{0};  // of each layer, its first row and byte among those of the batch
+    std::vector<int64_t> owner;                // of each row
+    for (size_t l = begin; l < end; ++l) {
+      const int64_t m = int64_t(layers[l].order.size());
+      first.push_back(first.back() + m);
+      first8.push_back(first8.back() + (int8 ? (ops.int8_bytes(weights[0], m) + 63) / 64 * 64 : 0));
+      owner.insert(owner.end(), m, int64_t(l - begin));
     }
-  });
+    const int64_t m = first.back();
+    Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
+    Memory arranged(x, first8.back() / 4);
+    int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
+    int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
+
+    torch::stable::parallel_for(0, m, 1, [&](int64_t from, int64_t to) {
+      Memory scratch(x, layer.scratch + stride);
+      for (int64_t r = from; r < to; ++r) {
+        const int64_t l = owner[r], own = r - first[l];
+        const Rows& rows = layers[begin + l];
+        float* row = int8 ? scratch.floats + layer.scratch : rotated.floats + r * stride;
+        std::fill(row + k, row + stride, 0.0f);
+        ops.rotate_in(in + rows.order[own] / repeats * k * item, type, layer.su + rows.layer * k, k, layer.rotations[0],
+                      row, scratch.floats);
+        if (int8)
+          ops.int8_quantize(weights[rows.layer * parts], row, own, first[l + 1] - first[l], x8 + first8[l],
+                            scales.floats + r, totals + r * chunks);
+      }
+    });
+
+    // Every thread has about as many panels of each layer, and computes those of one layer in a row.
+    torch::stable::parallel_for(0, int64_t(panels.size()) * count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t l = 0; l < count; ++l)
+        for (int64_t j = std::max<int64_t>(from - l + count - 1, 0) / count; j * count + l < to; ++j) {
+          const auto [part, row0] = panels[j];
+          const Weight& weight = weights[layers[begin + l].layer * parts + part];
+          float* into = product.floats + first[l] * n + starts[part];
+          if (int8)
+            ops.int8_panel(weight, row0, x8 + first8[l], scales.floats + first[l], totals + first[l] * chunks,
+                           first[l + 1] - first[l], into, n);
+          else
+            ops.panel(weight, row0, rotated.floats + first[l] * stride, stride, first[l + 1] - first[l], into, n);
+        }
+    });
+
+    torch::stable::parallel_for(0, m * parts, 1, [&](int64_t from, int64_t to) {
+      Memory scratch(x, layer.scratch);
+      for (int64_t j = from; j < to; ++j) {
+        const int64_t r = j / parts, i = j % parts, l = owner[r];
+        const Rows& rows = layers[begin + l];
+        ops.rotate_out(product.floats + r * n + starts[i], layer.output_sizes[i], layer.rotations[i + 1],
+                       layer.sv + rows.layer * n + starts[i], type,
+                       out + (rows.order[r - first[l]] * n + starts[i]) * item, scratch.floats);
+      }
+    });
+  }
   return y;
 }
 
+// For each layer that a row of `ids` names, which rows those are.
+std::vector<Rows> rows_of(const Tensor& ids, int64_t m, int64_t count) {
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == m, "ids has ", ids.dim(), " dimensions and ", ids.numel(),
+                  " elements: the op wants the layers of each of the ", m, " rows of x");
+  const int64_t total = ids.numel();
+  const int64_t* id = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, total, sizeof(int64_t), "ids"));
+  std::vector<Rows> all(count), found;
+  for (int64_t i = 0; i < total; ++i) {
+    STD_TORCH_CHECK(id[i] >= 0 && id[i] < count, "id ", id[i], " is not among the ", count, " layers: give 0 to ",
+                    count - 1);
+    all[id[i]].order.push_back(i);
+  }
+  for (int64_t l = 0; l < count; ++l)
+    if (!all[l].order.empty()) found.push_back({l, std::move(all[l].order)});
+  return found;
+}
+
 // ---- The ops ----
+
+// Several layers of equal sizes, one tensor behind the other: row i of ids [m, t] names those that multiply row i of x.
+// Returns [m * t, n].
+Tensor cpu_experts(const Tensor& x, const Tensor& ids, const Tensor& packed, std::optional<Tensor> table,
+                   std::optional<Tensor> table_integers, std::optional<Tensor> table_units, const Tensor& su,
+                   const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
+                   std::vector<int64_t> output_sizes, std::string code, int64_t bits, std::string activations,
+                   bool grid) {
+  STD_TORCH_CHECK(su.dim() == 2 && su.size(0) > 0, "su has ", su.dim(),
+                  " dimensions: the op wants a row for each layer");
+  const int64_t count = su.size(0);
+  const Linear layer(su, sv, bases, widths, output_sizes, count);
+  return run(x, layer, activations,
+             all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, count),
+             rows_of(ids, x.size(0), count), ids.size(1));
+}
 
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table,
                   std::optional<Tensor> table_integers, std::optional<Tensor> table_units, const Tensor& su,
@@ -227,12 +317,11 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> t
                   std::vector<int64_t> output_sizes, std::string code, int64_t bits, std::string activations,
                   bool grid) {
   const Linear layer(su, sv, bases, widths, output_sizes);
-  for (int64_t size : output_sizes)
-    STD_TORCH_CHECK(code == "e8p" || size % kTile == 0, "a trellis weight has ", size,
-                    " rows: they must be a multiple of 16");
-  std::vector<Weight> weights = weights_of(packed, table, code, output_sizes, layer.k, bits);
-  add_integers(weights, table_integers, table_units, grid);
-  return run(x, layer, activations, weights);
+  const std::vector<Weight> weights =
+      all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, 1);
+  std::vector<int64_t> order(x.dim() > 0 ? x.size(0) : 0);
+  std::iota(order.begin(), order.end(), 0);
+  return run(x, layer, activations, weights, order.empty() ? std::vector<Rows>{} : std::vector<Rows>{{0, order}});
 }
 
 // Rows of a weight by number. sv has one element for each row that may be asked for.
@@ -324,6 +413,7 @@ bool cpu_takes_int8(std::string code, int64_t bits) {
 
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&quip::cpu_linear));
+  m.impl("cpu_experts", TORCH_BOX(&quip::cpu_experts));
   m.impl("cpu_embedding", TORCH_BOX(&quip::cpu_embedding));
   m.impl("cpu_lattice_blocks", TORCH_BOX(&quip::cpu_lattice_blocks));
 }

@@ -104,8 +104,8 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     owned = leaves_of(headers)
     leaves = {name: own - {"bias"} for name, own in owned.items() if own & {TRELLIS, SUH, SVH}}
     for name in leaves:
-        if re.search(r"\.experts\.\d+\.", name):
-            raise ValueError(f"{name} belongs to a mixture of experts: EXL3's are not read yet; take a dense model")
+        if is_slice(name) and re.search(r"\.experts\.\d+\.", name):
+            raise ValueError(f"{name} is a slice of an expert, which is not read: take a checkpoint with whole experts")
     if not leaves:
         raise ValueError(f"no tensor is named trellis, but quant_method is {METHOD}: {DAMAGED}")
     specs = {name: _spec(name, leaves[name], headers, sizes) for name in sorted(leaves, key=natural)}

@@ -5,11 +5,20 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats.spec import LinearSpec
-from quip_vllm.ops.dispatch import Backend, prepare, select_backend
+from quip_vllm.ops.dispatch import Backend, prepare, prepare_experts, select_backend
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.ops.reference import dequantize
 
-__all__ = ["Backend", "LinearSpec", "dequantize", "encode_lattice", "encode_trellis", "prepare", "select_backend"]
+__all__ = [
+    "Backend",
+    "LinearSpec",
+    "dequantize",
+    "encode_lattice",
+    "encode_trellis",
+    "prepare",
+    "prepare_experts",
+    "select_backend",
+]
 
 
 def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: one call of the compiled op per linear layer (sources in kernels/cpu)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,19 @@ class CpuLayer(PreparedLayer):
     grid: bool
 
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-        y = torch.ops.quip_vllm.cpu_linear(
-            x,
+        y = torch.ops.quip_vllm.cpu_linear(x, *self._weight(tensors))
+        return y if bias is None else y[:, : self.spec.out_features] + bias
+
+    def _rows_of_experts(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor], own: frozenset[str]) -> Tensor:
+        return torch.ops.quip_vllm.cpu_experts(x, ids, *self._weight(tensors))
+
+    def for_all(self, layers: Sequence[PreparedLayer]) -> "CpuLayer":
+        """See PreparedLayer."""
+        return replace(self, tensors={}, grid=all(isinstance(one, CpuLayer) and one.grid for one in layers))
+
+    def _weight(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """What the ops want of the layer."""
+        return (
             tensors["packed"],
             *(tensors.get(name) for name in TABLES),
             tensors["su"],
@@ -103,7 +115,6 @@ class CpuLayer(PreparedLayer):
             self.activations,
             self.grid,
         )
-        return y if bias is None else y[:, : self.spec.out_features] + bias
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         # Without the unused outputs of the last row of tiles: an id of theirs is an error.

@@ -2,7 +2,7 @@
 """Which backend runs a quantized linear layer: one protocol, one ordered table a device."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quip_vllm import envs
 from quip_vllm.formats.spec import LinearSpec
-from quip_vllm.ops.prepared import PreparedLayer
+from quip_vllm.formats.tensors import SU
+from quip_vllm.ops.prepared import PreparedExperts, PreparedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,17 @@ def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
         ValueError: no backend takes it, or a tensor is not what the spec asks for.
     """
     return select_backend(spec, next(iter(tensors.values())).device).prepare(spec, tensors)
+
+
+def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> PreparedExperts:
+    """Layers of one spec, laid out as `prepare` lays out each, as one. Raises what that raises."""
+    layers = [prepare(spec, one) for one in experts]
+    tensors, own = dict(layers[0].tensors), set()
+    for name, first in tensors.items():
+        if any(one.tensors[name] is not first for one in layers[1:]) or name == SU.name:
+            tensors[name] = torch.stack([one.tensors[name] for one in layers])
+            own.add(name)
+    return PreparedExperts(layers[0].for_all(layers), tensors, frozenset(own))
 
 
 @cache

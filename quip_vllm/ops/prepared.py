@@ -2,8 +2,8 @@
 """A layer that is ready to run: what `Backend.prepare` returns."""
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,9 +39,7 @@ class PreparedLayer(abc.ABC):
         Returns:
             [..., n] in x's dtype.
         """
-        rows = x.reshape(-1, self.spec.in_features)
-        unused = self.spec.stored_in - self.spec.in_features
-        rows = pad(rows, (0, unused)) if unused else rows.contiguous()
+        rows = self._stored(x.reshape(-1, self.spec.in_features))
         y = self._rows(rows, bias, self.tensors if tensors is None else tensors)
         return y[:, : self.spec.out_features].reshape(*x.shape[:-1], self.spec.out_features)
 
@@ -60,6 +58,26 @@ class PreparedLayer(abc.ABC):
         found = self._looked_up(ids.reshape(-1).contiguous(), dtype, self.tensors if tensors is None else tensors)
         return found.reshape(*ids.shape, self.spec.in_features)
 
+    def _stored(self, rows: Tensor) -> Tensor:
+        """Rows [m, k], contiguous and filled up to [m, stored k]."""
+        unused = self.spec.stored_in - self.spec.in_features
+        return pad(rows, (0, unused)) if unused else rows.contiguous()
+
+    def for_all(self, layers: "Sequence[PreparedLayer]") -> "PreparedLayer":
+        """The choices that hold for several layers of this spec, of which this is one; without tensors."""
+        return replace(self, tensors={})
+
+    def _rows_of_experts(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor], own: frozenset[str]) -> Tensor:
+        """`PreparedExperts.linear` of contiguous rows [m, stored k] -> [m * t, n or more]: a call an expert."""
+        count = len(tensors[min(own)])
+        sorted_ids, order = ids.flatten().sort(stable=True)
+        y: list[Tensor] = []
+        for i, rows in enumerate(order.split(sorted_ids.bincount(minlength=count).tolist())):
+            if len(rows):
+                tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
+                y.append(self._rows(x[rows // ids.shape[1]], None, tensors_of))
+        return torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
+
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         """`linear` of contiguous rows [m, stored k] -> [m, n or more]: what is too much is cut."""
@@ -67,3 +85,36 @@ class PreparedLayer(abc.ABC):
     @abc.abstractmethod
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         """`embedding` of contiguous ids [m] -> [m, k]."""
+
+
+@dataclass(frozen=True)
+class PreparedExperts:
+    """Layers of one spec, of which every row of x has some of its own: those of a mixture's experts.
+
+    Attributes:
+        layer: what was chosen for all of them, without tensors.
+        tensors: by the names of a layer's tensors; those in `own` have a first dimension of experts.
+        own: names of the tensors that each expert has; all share the others.
+    """
+
+    layer: PreparedLayer
+    tensors: Mapping[str, Tensor]
+    own: frozenset[str]
+
+    def linear(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`PreparedLayer.linear` of the experts that each row names.
+
+        Args:
+            x: [m, k], float16, bfloat16 or float32.
+            ids: int64 [m, t], numbers of experts.
+            tensors: in place of its own, the same names, shapes and dtypes.
+
+        Returns:
+            [m, t, n] in x's dtype.
+
+        Raises:
+            RuntimeError: there is no expert of some number.
+        """
+        tensors, spec = self.tensors if tensors is None else tensors, self.layer.spec
+        y = self.layer._rows_of_experts(self.layer._stored(x), ids.contiguous(), tensors, self.own)
+        return y[:, : spec.out_features].reshape(*ids.shape, spec.out_features)

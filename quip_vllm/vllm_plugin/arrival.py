@@ -102,7 +102,8 @@ class Arrival(Parameter):
 
     def run(self, part: int) -> Tensor:
         """The numbers of a part's rows: a view."""
-        return self.data.split([one.outputs for one in self.share.parts])[part]
+        parts = self.share.parts
+        return self.data.narrow(0, sum(one.outputs for one in parts[:part]), parts[part].outputs)
 
 
 def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object = None) -> None:
@@ -128,8 +129,7 @@ def note_arrival(param: Arrival, loaded_weight: Tensor, loaded_shard_id: object 
                 "remove one of the two or requantize"
             )
         param.run(i).copy_(piece)
-    layers = sorted(_SENT.values(), key=lambda layer: layer.first)
-    found = {i: _sources(layers, piece) for i, piece in zip(covered, pieces, strict=True)}
+    found = {i: _sources(piece) for i, piece in zip(covered, pieces, strict=True)}
     if param.is_meta:
         param.announced = {**param.announced, **found}
         return
@@ -171,9 +171,13 @@ def _rows(share: Share, covered: tuple[int, ...], loaded: Tensor) -> Tensor:
     return loaded[:, 0].contiguous()
 
 
-def _sources(layers: list[DiskLayer], rows: Tensor) -> tuple[DiskLayer, ...]:
+def _sources(rows: Tensor) -> tuple[DiskLayer, ...]:
     """The layers that some rows are of."""
     numbers = rows.cpu()
+    whole = _SENT.get(int(numbers[0]))  # the usual case, at once: a model may have very many experts
+    if whole is not None and torch.equal(numbers, whole.numbers()[:, 0]):
+        return (whole,)
+    layers = sorted(_SENT.values(), key=lambda layer: layer.first)
     return tuple(one for one in layers if ((numbers >= one.first) & (numbers < one.end)).any())
 
 

@@ -80,7 +80,7 @@ def prepare_calls(layer: Any) -> None:
     layer.register_parameter(
         "quip_order", None if order is None else Parameter(order.to(params[SU.name].device), False)
     )
-    calls: list[Call | Ordinary] = [_install(layer, i, *call) for i, call in enumerate(_fused(params))]
+    calls: list[Call | Ordinary] = [_install(layer, i, *call) for i, call in enumerate(fused(params))]
     for of, weight in weights.items():
         layer.register_parameter(f"quip_weight{of}", Parameter(weight, requires_grad=False))
         calls.append(Ordinary(f"quip_weight{of}", len(weight), of))
@@ -89,7 +89,7 @@ def prepare_calls(layer: Any) -> None:
     layer.quip_calls = tuple(sorted(calls, key=lambda call: call.of))
 
 
-def _fused(params: dict[str, QuipParameter]) -> list[tuple[Part, LinearSpec, dict[str, Tensor]]]:
+def fused(params: dict[str, QuipParameter]) -> list[tuple[Part, LinearSpec, dict[str, Tensor]]]:
     """First part, spec and tensors of each call: consecutive parts of equal format and equal ``su`` make one."""
     share = params[SU.name].share
     runs: list[tuple[Part, LinearSpec, list[dict[str, Tensor]]]] = []

@@ -114,26 +114,24 @@ class QuipConfig(QuantizationConfig):
             prefix: its name in the vLLM model.
 
         Returns:
-            Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for the output head and
-            the embedding that the checkpoint names; None for every other layer, so that embeddings and head otherwise
-            keep their ordinary weight.
+            Ours for a quantized linear layer, vLLM's own for an unquantized one; ours for quantized experts, and for
+            the output head and the embedding that the checkpoint names; None for every other layer, so that experts,
+            embeddings and head otherwise keep their ordinary weight.
 
         Raises:
-            ValueError: the layer is a quantized mixture of experts, or vLLM does not multiply with it as with a linear
-                layer.
+            ValueError: vLLM does not multiply with the layer as with a linear layer, or its experts cannot be served.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
+        from quip_vllm.vllm_plugin.moe_method import QuipExpertsMethod, expert_formats, names_of
 
         self._carry_tensors()
-        if isinstance(layer, RoutedExperts) and self.checkpoint.layer_format(prefix) is not None:
-            raise ValueError(
-                f"{prefix} is a mixture of experts: {self.get_name()} serves linear layers only; requantize with "
-                "the experts in modules_to_not_convert"
-            )
+        if isinstance(layer, RoutedExperts):
+            formats = expert_formats(layer, prefix, self._stored, names_of(layer))
+            return None if formats is None else QuipExpertsMethod(self.checkpoint, layer, prefix, formats)
         if isinstance(layer, VocabParallelEmbedding):
             return self._head_method(layer, prefix)
         if not isinstance(layer, LinearBase):

@@ -137,7 +137,7 @@ def load_arrived(layer: Any) -> tuple[Tensor | None, dict[int, Tensor]]:
         for i in range(len(disk.slices)):
             own = [j for j, part in enumerate(params[SV.name].share.parts) if part.of in covered and part.slice == i]
             if own:  # not of another rank
-                _load_slice(params, disk, i, tuple(own))
+                load_slice(params, disk, i, tuple(own))
         if moved is not None:
             order = torch.arange(starts[-1]) if order is None else order
             order[starts[covered[0]] : starts[covered[-1] + 1]] = starts[covered[0]] + moved
@@ -145,7 +145,7 @@ def load_arrived(layer: Any) -> tuple[Tensor | None, dict[int, Tensor]]:
     return order, {i: weight.to(layer.params_dtype) for i, weight in weights.items()}
 
 
-def _load_slice(params: dict[str, QuipParameter], disk: DiskLayer, index: int, covered: tuple[int, ...]) -> None:
+def load_slice(params: dict[str, QuipParameter], disk: DiskLayer, index: int, covered: tuple[int, ...]) -> None:
     """Fills parameters with the tensors of one slice of a layer on disk, or of the whole, which covers some parts."""
     for name, tensor in disk.read(index):
         if name not in params:
@@ -175,11 +175,14 @@ def allocate(layer: Module, share: Share, quantized: Share | None = None) -> Non
         quantized: the same of those that are quantized, in the slices that the checkpoint has; None if that is `share`.
     """
     layer.register_parameter(WEIGHT, Arrival(share))
-    quantized = share if quantized is None else quantized
-    for part in range(len(quantized.parts)):
-        for one in tensor_specs(quantized.spec((part,))):
-            if one.name not in layer._parameters:
-                layer.register_parameter(one.name, QuipParameter(one.name, quantized))
+    for name, param in parameters_of(share if quantized is None else quantized).items():
+        layer.register_parameter(name, param)
+
+
+def parameters_of(share: Share) -> dict[str, QuipParameter]:
+    """A parameter for each tensor that some part has, by its name."""
+    names = (one.name for i in range(len(share.parts)) for one in tensor_specs(share.spec((i,))))
+    return {name: QuipParameter(name, share) for name in dict.fromkeys(names)}
 
 
 def loaded_parameters(layer: Module) -> dict[str, QuipParameter]:

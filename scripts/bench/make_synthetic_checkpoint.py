@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a checkpoint of random weights: any Llama shape, bf16, GPTQ-int4, or a format of ours. To measure speed with.
+"""Writes a checkpoint of random weights to measure speed: Llama or Qwen3-MoE, bf16, GPTQ-int4, or a format of ours.
 
 Usage: python scripts/bench/make_synthetic_checkpoint.py OUT --format bf16|gptq-int4|quip_sharp|qtip|quip [--bits B]
            [--code C] [--hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 49152] [--lm-head BITS]
+           [--experts N --top-k 4]
 
-The default shape has 1.07e9 weights; embeddings are tied to the output head. Weights are so scaled that every logit
-stays finite. There is no tokenizer: give the engine token ids. One decoder layer is in memory at a time.
+The default shape has 1.07e9 weights; embeddings are tied to the output head. With --experts, each decoder layer has N
+of --mlp width, of which a token gets --top-k. Weights are so scaled that every logit stays finite. There is no
+tokenizer: give the engine token ids. One decoder layer is in memory at a time.
 """
 
 import argparse
@@ -61,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--experts", type=int, default=0, help="of each decoder layer (default none)")
+    parser.add_argument("--top-k", type=int, default=4, help="experts that a token has (default 4)")
     parser.add_argument("--lm-head", type=int, metavar="BITS", help="quantize the tied embedding too")
     parser.add_argument("--hadamard-block", default="full", metavar="N|full", help="rotation (default full)")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +81,11 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--hidden {args.hidden}, --heads {args.heads}, --kv-heads {args.kv_heads}: each must divide the one before"
         )
+    if args.experts and (args.format == "gptq-int4" or not 0 < args.top_k <= args.experts):
+        raise ValueError(
+            f"--experts is {args.experts}, --top-k {args.top_k}, --format {args.format}: give at least --top-k "
+            "experts, and not gptq-int4"
+        )
     generator = torch.Generator().manual_seed(args.seed)
     described, linear = _format(args, generator)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +96,7 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         tensors = _decoder_layer(args, index, linear, generator)
         write_shard(args.out / shard_name(index, args.layers + 1), tensors)
     write_index(args.out, args.layers + 1)
-    write_json(args.out / "config.json", _llama_config(args) | described)
+    write_json(args.out / "config.json", _model_config(args) | described)
 
 
 def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[str, Any], Linear]:
@@ -105,7 +114,8 @@ def _format(args: argparse.Namespace, generator: torch.Generator) -> tuple[dict[
         return {"quantization_config": described | {"lm_head": False}}, lambda shape, su: _int4(shape, group, generator)
     code, block = _own_format(args)
     head = None if args.lm_head is None else Head(EMBEDDING, LayerFormat(code, args.lm_head), tied=True)
-    config = CheckpointConfig(LayerFormat(code, args.bits), block, modules_to_not_convert=("lm_head",), head=head)
+    kept = ("lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(args.layers) if args.experts))
+    config = CheckpointConfig(LayerFormat(code, args.bits), block, modules_to_not_convert=kept, head=head)
 
     def ours(shape: Shape, su: Tensor) -> dict[str, Tensor]:
         return random_layer(LinearSpec(code, args.bits, shape[1], shape[:1], block), su, generator)
@@ -119,13 +129,19 @@ def _decoder_layer(
     hidden, mlp, kv = args.hidden, args.mlp, args.hidden // args.heads * args.kv_heads
     attention = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
     shapes = {f"self_attn.{name}": shape for name, shape in attention.items()}
-    shapes |= {"mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}
+    for parent in [f"mlp.experts.{i}" for i in range(args.experts)] or ["mlp"]:
+        shapes |= {f"{parent}.gate_proj": (mlp, hidden), f"{parent}.up_proj": (mlp, hidden)}
+        shapes[f"{parent}.down_proj"] = (hidden, mlp)
     signs = {k: random_signs(k, generator) for k in (hidden, mlp)}
     prefix = f"model.layers.{index}"
     tensors = {
         f"{prefix}.{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16)
         for norm in ("input_layernorm", "post_attention_layernorm")
     }
+    if args.experts:
+        tensors[f"{prefix}.mlp.gate.weight"] = _dense((args.experts, hidden), generator)
+        for norm in ("q_norm", "k_norm"):
+            tensors[f"{prefix}.self_attn.{norm}.weight"] = torch.ones(hidden // args.heads, dtype=torch.bfloat16)
     for name, shape in shapes.items():
         for key, tensor in linear(shape, signs[shape[1]]).items():
             tensors[f"{prefix}.{name}.{key}"] = tensor
@@ -170,22 +186,25 @@ def _int4(shape: Shape, group: int, generator: torch.Generator) -> dict[str, Ten
     }
 
 
-def _llama_config(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers import LlamaConfig
+def _model_config(args: argparse.Namespace) -> dict[str, Any]:
+    from transformers import LlamaConfig, Qwen3MoeConfig
 
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    return config.to_dict()
+    shape = {
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.mlp,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    if not args.experts:
+        return LlamaConfig(architectures=["LlamaForCausalLM"], **shape).to_dict()
+    experts = {"num_experts": args.experts, "num_experts_per_tok": args.top_k, "moe_intermediate_size": args.mlp}
+    head = {"head_dim": args.hidden // args.heads}
+    return Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], **shape, **experts, **head).to_dict()
 
 
 if __name__ == "__main__":

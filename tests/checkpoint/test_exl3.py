@@ -177,8 +177,8 @@ Q = "model.layers.1.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"].repeat(2, 1, 1)}), "has suh .*128.* in place of"),
         (lambda t: t.update({f"{Q}.svh": t[f"{Q}.svh"].float()}), "has svh torch.float32"),
         (
-            lambda t: t.update({"model.layers.0.mlp.experts.3.up_proj.trellis": t[f"{Q}.trellis"].clone()}),
-            "mixture of experts",
+            lambda t: t.update({"model.layers.0.mlp.experts.3.up_proj.slice.0.trellis": t[f"{Q}.trellis"].clone()}),
+            "experts.3.up_proj.slice.0 is a slice of an expert",
         ),
     ],
 )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from served_layers import quant_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
@@ -53,13 +52,6 @@ def test_embeddings_and_head_keep_their_weight():
     config = quant_config()
     for kind in (VocabParallelEmbedding, ParallelLMHead, torch.nn.Identity):
         assert config.get_quant_method(blank(kind), "lm_head") is None
-
-
-def test_mixture_of_experts_is_refused_unless_skipped():
-    with pytest.raises(ValueError, match="layers.0.mlp.experts is a mixture of experts.*modules_to_not_convert"):
-        quant_config().get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts")
-    config = quant_config(modules_to_not_convert=("layers.0.mlp.experts",))
-    assert config.get_quant_method(blank(RoutedExperts), "layers.0.mlp.experts") is None
 
 
 def test_bits_of_each_fused_projection():

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized mixture of experts in vLLM: each expert's matrices are layers of the checkpoint like any other."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import gelu, silu
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.tensors import SU, stack
+from quip_vllm.ops import prepare_experts, select_backend
+from quip_vllm.ops.prepared import PreparedExperts
+from quip_vllm.vllm_plugin.arrival import UNSUPPORTED, Arrival, DiskLayer, note_arrival, sources_of
+from quip_vllm.vllm_plugin.calls import fused
+from quip_vllm.vllm_plugin.linear_method import check_sizes
+from quip_vllm.vllm_plugin.loading import load_slice, parameters_of
+from quip_vllm.vllm_plugin.share import Part, Share
+
+GATE, UP, DOWN = "w1", "w3", "w2"
+"""What vLLM calls the matrices of an expert."""
+SIDES = {"w13_weight": (GATE, UP), "w2_weight": (DOWN,)}
+"""The parameters that vLLM's code fills, and the matrices that each has of every expert."""
+
+Experts = list[tuple[LinearSpec, dict[str, Tensor]]]
+"""One of the matrices, of every expert."""
+
+
+class ExpertsArrival(Arrival):
+    """Stands for the weights of all experts, see `Arrival`: its parts are the matrices of an expert, expert by expert.
+
+    Attributes:
+        matrices: names of the matrices of an expert.
+    """
+
+    def __new__(cls, share: Share, matrices: Sequence[str]) -> "ExpertsArrival":
+        """No row has arrived."""
+        return super().__new__(cls, share)  # type: ignore[return-value]
+
+    def __init__(self, share: Share, matrices: Sequence[str]) -> None:
+        super().__init__(share)
+        self.matrices = tuple(matrices)
+        self.weight_loader = note_expert  # type: ignore[assignment]
+
+
+def note_expert(
+    param: ExpertsArrival,
+    loaded_weight: Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """The ``weight_loader`` of an `ExpertsArrival`; see `note_arrival`, and vLLM's RoutedExperts.weight_loader."""
+    note_arrival(param, loaded_weight, expert_id * len(param.matrices) + param.matrices.index(shard_id))
+    return True if return_success else None
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What one call of a backend computes of every expert: its matrices, or one of them.
+
+    Attributes:
+        prepared: without tensors, which the vLLM layer holds as parameters.
+        attributes: for each tensor of ``prepared``, its name and the parameter's.
+    """
+
+    prepared: PreparedExperts
+    attributes: tuple[tuple[str, str], ...]
+
+    def linear(self, layer: torch.nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+        """See `PreparedExperts.linear`."""
+        return self.prepared.linear(x, ids, {name: getattr(layer, attribute) for name, attribute in self.attributes})
+
+
+class QuipExpertsMethod(FusedMoEMethodBase):
+    """Serves the routed experts of one decoder layer.
+
+    Args:
+        checkpoint: the checkpoint's config.
+        layer: vLLM's RoutedExperts, under construction.
+        prefix: its name in vLLM.
+        formats: code and bits of each matrix.
+    """
+
+    def __init__(
+        self, checkpoint: CheckpointConfig, layer: Any, prefix: str, formats: Mapping[str, LayerFormat]
+    ) -> None:
+        super().__init__(layer.moe_config)
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.names = names_of(layer)
+        self.formats = formats
+        self.activation = _activation(layer, prefix)
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Says what is to arrive of every expert. See FusedMoEMethodBase.create_weights.
+
+        Raises:
+            ValueError: the experts run in a way that is not served, their sizes have no such format, or a rotation
+                cannot be split over the ranks.
+        """
+        _check_served(layer, self.prefix)
+        ranks, size = layer.moe_config.tp_size, intermediate_size_per_partition
+        start, outer = (
+            layer.moe_config.tp_rank * size,
+            {"inputs": hidden_size, "in_start": 0, "in_features": hidden_size},
+        )
+        inner = {"inputs": size * ranks, "in_start": start, "in_features": size}
+        for weight, shards in SIDES.items():
+            parts = []
+            for e in range(num_experts):
+                for i, shard in enumerate(shards):
+                    name, stored = f"{self.prefix}.{e}.{self.names[shard]}", self.formats[shard]
+                    if shard == DOWN:
+                        parts.append(Part(name, stored, hidden_size, 0, hidden_size, hidden_size, of=i, **inner))
+                    else:
+                        parts.append(Part(name, stored, size * ranks, start, size, size, of=i, **outer))
+            share = Share(self.prefix, tuple(parts), self.checkpoint.hadamard_block)
+            first = replace(share, parts=share.parts[: len(shards)])
+            check_sizes(first, ranks)
+            for i in range(len(shards)):
+                _check_backend(first.spec((i,)), self.prefix)
+            layer.register_parameter(weight, ExpertsArrival(share, shards))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Loads the experts' tensors, lays them out for the backend, and sets ``layer.quip_calls``.
+
+        Does nothing the second time.
+
+        Raises:
+            ValueError: a tensor was not in the checkpoint, or no backend runs the experts.
+        """
+        for weight in SIDES:
+            arrival = layer._parameters.pop(weight, None)
+            if not isinstance(arrival, ExpertsArrival):
+                return
+            calls = [
+                _install(layer, f"quip_{weight.removesuffix('_weight')}_{i}", spec, tensors)
+                for i, (spec, tensors) in enumerate(_joined(_load(arrival), self.prefix))
+            ]
+            setattr(layer, f"quip_{weight}", tuple(calls))
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+        """None: vLLM's kernels do not run these experts."""
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """The routed experts' outputs, weighted and summed: x [m, k] -> [m, k] in x's dtype.
+
+        On several ranks a rank's share of the sum. Shared experts are vLLM's to add.
+        """
+        m, t = topk_ids.shape
+        ids, weights = topk_ids.long(), topk_weights.float()[..., None]
+        if layer.apply_router_weight_on_input:  # of one expert a token
+            x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
+        outer = torch.cat([call.linear(layer, x, ids) for call in layer.quip_w13_weight], dim=-1)
+        gate, up = outer.view(m * t, -1).chunk(2, dim=-1)
+        inner = self.activation(gate) * up
+        y = torch.cat([call.linear(layer, inner, ids.view(-1, 1)) for call in layer.quip_w2_weight], dim=-1)
+        return (y.view(m, t, -1).float() * weights).sum(1).to(x.dtype)
+
+
+def names_of(layer: Any) -> dict[str, str]:
+    """The names on disk of the matrices of an expert, by vLLM's names."""
+    return {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
+
+
+def expert_formats(
+    layer: Any, prefix: str, stored: Callable[[str], LayerFormat | None], names: Mapping[str, str]
+) -> dict[str, LayerFormat] | None:
+    """Code and bits of each matrix of the experts of a layer; None if all keep an ordinary weight.
+
+    Args:
+        layer: vLLM's RoutedExperts.
+        prefix: its name.
+        stored: name of a layer -> how it is stored.
+        names: see `names_of`.
+
+    Raises:
+        ValueError: experts differ, or some matrices alone are quantized.
+    """
+    found = {
+        shard: {stored(f"{prefix}.{e}.{name}") for e in range(layer.moe_config.num_experts)}
+        for shard, name in names.items()
+    }
+    if all(formats == {None} for formats in found.values()):
+        return None
+    formats = {shard: next(iter(own)) for shard, own in found.items()}
+    for shard, name in names.items():
+        if len(found[shard]) > 1 or formats[shard] is None:
+            said = sorted(f"{one.code} at {one.bits} bits" if one else "an ordinary weight" for one in found[shard])
+            raise ValueError(
+                f"{prefix} has experts whose {name} have {', '.join(said)}: the experts of a layer need one code and "
+                "rate; requantize with one for all of them, or with all of them among --ignore"
+            )
+    return {shard: one for shard, one in formats.items() if one is not None}
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+}
+"""Of the gate's outputs, which multiply those of up: by vLLM's names."""
+
+
+def _activation(layer: Any, prefix: str) -> Callable[[Tensor], Tensor]:
+    """The activation of experts. Raises ValueError for one that is not served."""
+    name, limit = layer.activation.value, layer.moe_config.swiglu_limit
+    if name not in ACTIVATIONS or limit is not None:
+        raise ValueError(
+            f"{prefix} has experts with the activation {name}{'' if limit is None else ' and a limit'}, which are not "
+            "served: requantize with the experts among --ignore"
+        )
+    return ACTIVATIONS[name]
+
+
+def _check_served(layer: Any, prefix: str) -> None:
+    """Raises ValueError for experts that are run in a way that is not served."""
+    moe = layer.moe_config
+    sizes = (moe.hidden_dim, moe.intermediate_size_per_partition * moe.tp_size)
+    problems = {
+        "expert parallelism: serve without --enable-expert-parallel": moe.moe_parallel_config.use_ep
+        or moe.num_local_experts != moe.num_experts
+        or moe.num_experts != moe.num_logical_experts,
+        "LoRA: serve without --enable-lora": moe.is_lora_enabled,
+        "biases: requantize with the experts among --ignore": moe.has_bias,
+        f"sizes padded to {sizes}: serve with fewer ranks": sizes != (moe.hidden_dim_unpadded, moe.intermediate_size),
+    }
+    for clause, present in problems.items():
+        if present:
+            raise ValueError(f"{prefix}: quantized experts are not served with {clause}")
+
+
+def _check_backend(spec: LinearSpec, prefix: str) -> None:
+    """Raises ValueError if experts of this spec run one by one where vLLM compiles or captures what it runs."""
+    config = get_current_vllm_config_or_none()
+    device = torch.device("cpu" if config is None else config.device_config.device_type)
+    name = select_backend(spec, device).name
+    if name != "cpu" and config is not None and not config.model_config.enforce_eager:
+        raise ValueError(
+            f"{prefix}: quantized experts run on the {name} backend one by one: serve with --enforce-eager"
+        )
+
+
+def _load(arrival: ExpertsArrival) -> list[Experts]:
+    """Each of the matrices, of every expert: this rank's share of its tensors.
+
+    Raises:
+        ValueError: a tensor was not in the checkpoint, or is not what it has to be.
+    """
+    disks: dict[int, DiskLayer] = {}
+    for disk, parts, order in sources_of(arrival):
+        if order is not None or len(parts) > 1 or len(disk.slices) > 1:
+            raise ValueError(f"{arrival.share.prefix}: {disk.name} is no matrix of one expert; {UNSUPPORTED}")
+        disks[parts[0]] = disk
+    found: list[Experts] = [[] for _ in arrival.matrices]
+    for i, part in enumerate(arrival.share.parts):
+        params = parameters_of(replace(arrival.share, parts=(replace(part, of=0),)))
+        if i in disks:
+            load_slice(params, disks[i], 0, (0,))
+        ((_, spec, tensors),) = fused(params)
+        found[i % len(arrival.matrices)].append((spec, tensors))
+    return found
+
+
+def _joined(matrices: list[Experts], prefix: str) -> list[tuple[LinearSpec, list[dict[str, Tensor]]]]:
+    """Spec and tensors of the experts for each call: of gate and up together where they share `su` and a format."""
+    for experts in matrices:
+        if any(spec != experts[0][0] for spec, _ in experts):
+            raise ValueError(f"{prefix} has experts with vectors of different dtypes: requantize")
+    specs = [experts[0][0] for experts in matrices]
+    together = replace(specs[0], output_sizes=tuple(spec.out_features for spec in specs))
+    of_expert = [[tensors for _, tensors in one] for one in zip(*matrices, strict=True)]
+    if (
+        all(replace(spec, output_sizes=together.output_sizes) == together for spec in specs)
+        and together.beyond_kernels() is None
+        and all(torch.equal(first[SU.name], one[SU.name]) for first, *others in of_expert for one in others)
+    ):
+        return [(together, [stack(together, parts) for parts in of_expert])]
+    return [(spec, [tensors for _, tensors in experts]) for spec, experts in zip(specs, matrices, strict=True)]
+
+
+def _install(layer: torch.nn.Module, name: str, spec: LinearSpec, experts: list[dict[str, Tensor]]) -> ExpertsCall:
+    """Prepares one call's tensors for the backend that runs ``spec`` and registers them as parameters of the layer."""
+    prepared = prepare_experts(spec, experts)
+    attributes = tuple((one, f"{name}_{one}") for one in prepared.tensors)
+    for one, attribute in attributes:
+        layer.register_parameter(attribute, Parameter(prepared.tensors[one], requires_grad=False))
+    return ExpertsCall(replace(prepared, tensors={}), attributes)

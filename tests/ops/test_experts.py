@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts that rows choose: each row's products are those of the experts' own layers, on every backend."""
+
+import pytest
+import torch
+from numerics import FLOAT32_LINEAR, ROUNDED_ONCE, relative
+from random_layers import EVERY_RATE, random_layer
+
+from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.ops import prepare, prepare_experts
+from quip_vllm.ops.cpu import CpuBackend
+
+OPS = torch.ops.quip_vllm
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request, monkeypatch):
+    if request.param == "cpu" and CpuBackend().refusal(LinearSpec("1mad", 2, 64, (32,))) is not None:
+        pytest.skip("the compiled CPU library is not built: make build")
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", request.param)
+
+
+def chosen(count, rows, each, seed=0):
+    """int64 [rows, each], different experts in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(count, generator=generator)[:each] for _ in range(rows)])
+
+
+def compare(spec, count, x, ids):
+    tensors = [random_layer(spec, seed) for seed in range(count)]
+    found = prepare_experts(spec, tensors).linear(x, ids)
+    layers = [prepare(spec, one) for one in tensors]
+    assert found.dtype == x.dtype and found.shape == (*ids.shape, spec.out_features)
+    for row, experts, own in zip(x, ids.tolist(), found, strict=True):
+        wanted = torch.cat([layers[expert].linear(row[None]) for expert in experts])
+        if layers[0].backend == "cpu":
+            assert torch.equal(own, wanted)
+        else:  # torch sums in another order for another number of rows
+            assert relative(own, wanted) < FLOAT32_LINEAR + ROUNDED_ONCE[str(x.dtype)]
+
+
+@pytest.mark.parametrize(("code", "bits"), EVERY_RATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_format(backend, code, bits, dtype):
+    """Two parts; one expert is chosen by no row."""
+    ids = chosen(4, 9, 2)
+    compare(LinearSpec(code, bits, 96, (48, 32)), 5, torch.randn(9, 96).to(dtype), ids)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(1, 1), (1, 5), (70, 1), (33, 3), (0, 2)])
+def test_rows_and_experts_of_a_row(backend, rows, each):
+    ids = chosen(6, rows, each) if rows else torch.zeros(0, each, dtype=torch.int64)
+    compare(LinearSpec("1mad", 2, 64, (32,), 16), 6, torch.randn(rows, 64), ids)
+
+
+def test_a_row_may_name_an_expert_twice(backend):
+    compare(LinearSpec("hyb", 2, 64, (32,)), 3, torch.randn(4, 64), torch.tensor([[2, 2], [0, 1], [1, 1], [2, 0]]))
+
+
+def test_padded_sizes(backend):
+    spec = LinearSpec("mul1", 3, 100, (72,), 128, padded_to=128)
+    compare(spec, 3, torch.randn(5, 100), chosen(3, 5, 2))
+
+
+def test_more_rows_than_are_computed_at_once(backend):
+    compare(LinearSpec("1mad", 2, 16, (16,)), 3, torch.randn(3000, 16), chosen(3, 3000, 2))
+
+
+def test_an_outputs_digits_do_not_depend_on_the_other_rows_or_threads(monkeypatch):
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    spec = LinearSpec("e8p", 2, 128, (64, 64))
+    experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(8)])
+    x, ids = torch.randn(40, 128).bfloat16(), chosen(8, 40, 3)
+    whole = experts.linear(x, ids)
+    for i in (0, 17, 39):
+        assert torch.equal(experts.linear(x[i : i + 1], ids[i : i + 1])[0], whole[i])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(experts.linear(x, ids), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_table_that_is_no_grid_among_grids(monkeypatch):
+    """The kernels' shortcut for grids is taken only where all experts have one."""
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    spec = LinearSpec("hyb", 2, 64, (32,))
+    grid = spec.format.table(2).half()
+    first = random_layer(spec, 0) | {"table": grid}
+    assert prepare_experts(spec, [first, first]).layer.grid
+    second = random_layer(spec, 1)
+    experts = prepare_experts(spec, [first, second])
+    assert not experts.layer.grid
+    x = torch.randn(2, 64).bfloat16()
+    found = experts.linear(x, torch.tensor([[0], [1]]))[:, 0]
+    assert torch.equal(found, torch.cat([prepare(spec, one).linear(x[[i]]) for i, one in enumerate((first, second))]))
+
+
+def arguments():
+    spec = LinearSpec("hyb", 2, 64, (32, 16))
+    experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])
+    return [torch.randn(2, 64), chosen(3, 2, 2), *experts.layer._weight(experts.tensors)]
+
+
+def test_opcheck_and_one_graph(monkeypatch):
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    torch.library.opcheck(OPS.cpu_experts.default, arguments())
+    spec = LinearSpec("1mad", 2, 64, (32, 16))
+    experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])
+    compiled = torch.compile(lambda x, ids: experts.linear(x * 2, ids) + 1, fullgraph=True, backend="aot_eager")
+    x, ids = torch.randn(5, 64), chosen(3, 5, 2)
+    assert torch.equal(compiled(x, ids), experts.linear(x * 2, ids) + 1)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (1, torch.tensor([[0, 3], [0, 1]]), "id 3 is not among the 3 layers"),
+        (1, torch.tensor([[0, -1], [0, 1]]), "id -1"),
+        (1, torch.tensor([[0, 1]]), "ids"),
+        (1, torch.zeros(2, 2, dtype=torch.int32), "ids"),
+        (2, torch.zeros(7, dtype=torch.int16), "packed"),
+        (6, torch.zeros(64), "su has 1 dimensions"),
+        (7, torch.zeros(3, 40), "sv"),
+    ],
+)
+def test_bad_arguments_are_refused_and_named(monkeypatch, position, value, words):
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
+    own = arguments()
+    own[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.cpu_experts(*own)
