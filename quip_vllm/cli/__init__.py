@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--check", action="store_true", help="only say whether every tensor is there, in one sentence")
+    inspect.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="only say on which numbers of ranks, up to N, it can be served",
+    )
     add_trust(inspect)
     inspect.set_defaults(run=_inspect)
     verify = commands.add_parser(
@@ -174,6 +180,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from quip_vllm.checkpoint.inspection import format_inspection, inspect
 
+    if args.tensor_parallel is not None:
+        from quip_vllm.vllm_plugin.ranks import format_verdict, verdict
+
+        found = verdict(args.checkpoint, args.tensor_parallel, args.trust_remote_code)
+        print(json.dumps(found, indent=2) if args.json else format_verdict(args.checkpoint, found))
+        return 1 if found["refused"] else 0
     result = inspect(args.checkpoint)
     if args.check:
         from quip_vllm.evaluation.loading import check_complete

@@ -91,6 +91,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="rotate whole rows (full, default) or blocks of at most N (a power of two), as tensor parallelism needs",
     )
     parser.add_argument(
+        "--split",
+        type=int,
+        default=Settings.split,
+        metavar="R",
+        help="rotate each of R equal chunks of the side that tensor parallelism cuts by itself, so that vLLM can serve "
+        "on R ranks or a divisor of R (default %(default)s)",
+    )
+    parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
         default=Settings.rounding,
@@ -225,6 +233,7 @@ def _settings(args: argparse.Namespace, code: str, bits: int, planned: Planned =
         sequence_length=args.sequence_length,
         seed=args.seed,
         hadamard_block=_block(args.hadamard_block),
+        split=args.split,
         ignore=tuple(args.ignore),
         overrides=tuple(_override(item) for item in args.override),
         rounding=args.rounding,

@@ -129,6 +129,11 @@ class LinearSpec:
         return sum(self.output_sizes)
 
     @property
+    def chunks(self) -> tuple[int, int]:
+        """Those of the outputs and of the inputs."""
+        return self.output_chunks, self.input_chunks
+
+    @property
     def stored_in(self) -> int:
         """k as stored, padding included."""
         return self.in_features + -self.in_features % self.padded_to

@@ -21,28 +21,24 @@ def dequantize(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     check(spec, tensors)
     parts = split(spec, tensors)
     # Rows of U_n What U_k^T; the output side is turned as columns of the transpose.
-    turned = [_turn(weight, spec, spec.input_chunks, transpose=False) for weight in decode_parts(spec, tensors)]
+    turned = [hadamard(weight, spec.hadamard_block, chunks=spec.input_chunks) for weight in decode_parts(spec, tensors)]
     columns = _outputs(spec, [weight.T for weight in turned], parts)
     return (columns[: spec.in_features] * tensors[SU.name].float()[: spec.in_features, None]).T.contiguous()
 
 
 def _linear(spec: LinearSpec, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """float32 x [..., stored k] -> [..., n]: sv * U_n(What(U_k^T(su * x))) of each part, padding cut."""
-    rotated = _turn(x * tensors[SU.name].float(), spec, spec.input_chunks, transpose=True)
+    signed = x * tensors[SU.name].float()
+    rotated = hadamard(signed, spec.hadamard_block, transpose=True, chunks=spec.input_chunks)
     return _outputs(spec, [rotated @ weight.T for weight in decode_parts(spec, tensors)], split(spec, tensors))
 
 
 def _outputs(spec: LinearSpec, products: list[Tensor], parts: list[dict[str, Tensor]]) -> Tensor:
     """sv * U_n(product) of each part, padding cut: [..., stored n] -> [..., n of all parts]."""
     if spec.rotate_output:
-        products = [_turn(y, spec, spec.output_chunks, transpose=False) for y in products]
+        products = [hadamard(y, spec.hadamard_block, chunks=spec.output_chunks) for y in products]
     scaled = [y * part[SV.name].float() for y, part in zip(products, parts, strict=True)]
     return torch.cat([y[..., :n] for y, n in zip(scaled, spec.output_sizes, strict=True)], dim=-1)
-
-
-def _turn(x: Tensor, spec: LinearSpec, chunks: int, transpose: bool) -> Tensor:
-    """The rotation along the last dimension, in equal chunks."""
-    return hadamard(x.unflatten(-1, (chunks, -1)), spec.hadamard_block, transpose).flatten(-2)
 
 
 @dataclass(frozen=True)

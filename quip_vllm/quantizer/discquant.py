@@ -93,7 +93,7 @@ class _Linear:
     """
 
     def __init__(self, name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int):
-        self._encoder, self._block = _encoder(spec), spec.hadamard_block
+        self._encoder, self._spec = _encoder(spec), spec
         rows = in_units(name, weight.float(), su, spec, seed, self._encoder)
         self._su, self._sv = su, rows.sv
         at = (rows.units + self._encoder.last) / 2
@@ -108,12 +108,14 @@ class _Linear:
 
     def dense(self) -> Tensor:
         """The weight, float32 [n, k]."""
-        return unrotate_weight(self._encoder.values(self._lower + self.x.detach()), self._su, self._sv, self._block)
+        values, spec = self._encoder.values(self._lower + self.x.detach()), self._spec
+        return unrotate_weight(values, self._su, self._sv, spec.hadamard_block, chunks=spec.chunks)
 
     def see(self, gradient: Tensor | None) -> None:
         """Turns the gradient at the weight, None of an expert that no token reached, into that at x."""
         gradient = torch.zeros_like(self.x) if gradient is None else gradient
-        self.x.grad = 2 * rotate_weight(gradient.float(), self._su, self._sv, self._block)
+        block, chunks = self._spec.hadamard_block, self._spec.chunks
+        self.x.grad = 2 * rotate_weight(gradient.float(), self._su, self._sv, block, chunks=chunks)
 
     @property
     def gradient(self) -> Tensor:

@@ -99,7 +99,9 @@ def quantize_group(
     hessian, dead = group.regularised(settings.damping)
     correction = group.drift.correction(group.hessian, group.unit(), hessian) if group.drift else None
     su = input_signs(list(weights), len(hessian), settings.seed)
-    inputs = rotate_hessian(hessian, su, settings.hadamard_block)
+    (block, chunks), *others = {(specs[name].hadamard_block, specs[name].input_chunks) for name in weights}
+    assert not others  # vLLM cuts the inputs of all layers that read one activation, or of none
+    inputs = rotate_hessian(hessian, su, block, chunks)
     rounding = Ldlq(inputs, NEAREST if levels else settings.rounding)
     known = sensitivities or {}
     two_sided = [name for name in known if settings.two_sided and known[name].outputs is not None]
@@ -167,10 +169,11 @@ def quantize_group(
 
 def _fit(rows: Rows, values: Tensor, su: Tensor, outputs: Tensor | None, spec: LinearSpec) -> Fit:
     """A layer's codes, what they stand for and the Hessian of its outputs, turned back."""
-    block, signs = spec.hadamard_block, rows.sv.sign()
-    wanted = unrotate_weight(rows.units, su, rows.sv, block)
-    turned = unrotate_weight(values, torch.ones_like(su), torch.ones_like(signs), block)
-    return Fit(turned, wanted, rows.sv, None if outputs is None else unrotate_weight(outputs, signs, signs, block))
+    block, signs, n = spec.hadamard_block, rows.sv.sign(), spec.output_chunks
+    wanted = unrotate_weight(rows.units, su, rows.sv, block, chunks=spec.chunks)
+    turned = unrotate_weight(values, torch.ones_like(su), torch.ones_like(signs), block, chunks=spec.chunks)
+    back = None if outputs is None else unrotate_weight(outputs, signs, signs, block, chunks=(n, n))
+    return Fit(turned, wanted, rows.sv, back)
 
 
 def _refit(hessian: Tensor, fits: Mapping[str, Fit], su: Tensor, sums: Mapping[str, _Sums]) -> Tensor:
@@ -227,7 +230,7 @@ def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int,
     """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored."""
     mixed = spec.rotate_output
     sv = signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))
-    turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed)
+    turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed, spec.chunks)
     scale = scale_of(name, turned, spec, encoder)
     column = scale.view(-1, 1)
     # A row of a head that is too small for fp16 decodes to zeros.
@@ -238,7 +241,7 @@ def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: Rows, spec:
     """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
     assert sensitivity.outputs is not None
     hessian = sensitivity.outputs + damping * torch.eye(len(sensitivity.outputs))
-    return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block)
+    return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block, spec.output_chunks)
 
 
 def scale_of(name: str, weight: Tensor, spec: LinearSpec, encoder: Encoder) -> Tensor:

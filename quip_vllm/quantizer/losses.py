@@ -78,10 +78,13 @@ def measure(
             if watch is not None:
                 watch.remove()
             for name, (inputs, together) in sums.close().items():
-                weight = linears[name].weight
+                weight, share = linears[name].weight, together / tokens.numel()
                 alone = _linear_losses(name, weight, inputs, formats[name], settings)
-                losses[name] = {stored: together * loss for stored, loss in alone.items()}
-                of_noise[name] = together * 0.5 * len(weight) * float(inputs.hessian.trace()) / inputs.tokens
+                losses[name] = {stored: share * loss for stored, loss in alone.items()}
+                of_noise[name] = share * 0.5 * len(weight) * float(inputs.hessian.trace())
+            for name in (name for mixture in source.mixtures(index) for name in mixture.linears):
+                if name in formats:  # no token reached the expert
+                    losses.setdefault(name, dict.fromkeys(formats[name], 0.0))
     missing = {name for name in formats if name not in losses and name not in rows.names}
     if missing:
         raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
@@ -130,18 +133,20 @@ class _Sums:
 def _linear_losses(
     name: str, weight: Tensor, inputs: Inputs, formats: Sequence[LayerFormat], settings: Settings
 ) -> dict[LayerFormat, float]:
+    """What a linear layer adds in each format, summed over all tokens."""
     hessian, dead = inputs.regularised(settings.damping)
     su = signs(len(hessian), settings.seed, "su:" + name)
-    turned = rotate_hessian(hessian, su, settings.hadamard_block)
+    n, k = weight.shape
+    specs = {stored: settings.spec(name, stored, n, k) for stored in formats}
+    turned = rotate_hessian(hessian, su, settings.hadamard_block, next(iter(specs.values())).input_chunks)
     rounding, cost = Ldlq(turned, settings.rounding), Curvature(turned)
     found = {}
-    for stored in formats:
-        spec = stored.spec(weight.shape[1], (len(weight),), settings.hadamard_block)
+    for stored, spec in specs.items():
         encoder = make_encoder(stored.code, stored.bits)
         rows = in_units(name, weight.float().masked_fill(dead, 0.0), su, spec, settings.seed, encoder)
         lost = _lost(rows.units[:ROWS], encoder, rounding, cost, settings.damping)
         mean = float(lost.mean() * rows.scale.double().square())
-        found[stored] = 0.5 * len(weight) * mean * float(inputs.unit()) / inputs.tokens
+        found[stored] = 0.5 * len(weight) * mean * float(inputs.unit())
     return found
 
 
@@ -231,7 +236,7 @@ class _TokenRows:
             drawn = torch.multinomial(counts, TOKEN_ROWS, replacement=True, generator=generator)
             part = weight[drawn].float().masked_fill(dead, 0.0)
             for stored in formats:
-                spec = stored.spec(k, (n,), settings.hadamard_block, rotate_output=False)
+                spec = settings.spec(name, stored, n, k, rotate_output=False)
                 encoder = make_encoder(stored.code, stored.bits)
                 rows = in_units(name, part, su, spec, settings.seed, encoder)
                 lost = _lost(rows.units, encoder, rounding, Curvature(cost), damping)

@@ -37,10 +37,13 @@ class Plan:
 
     def config(self, settings: Settings, tied: bool) -> CheckpointConfig:
         """The description of the finished checkpoint; `tied` says whether the head is the input embedding as well."""
-        formats = {name: LayerFormat(spec.code, spec.bits) for name, spec in self.specs.items()}
+        formats = {
+            name: LayerFormat(spec.code, spec.bits, input_chunks=spec.input_chunks, output_chunks=spec.output_chunks)
+            for name, spec in self.specs.items()
+        }
         head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
         embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
-        default = LayerFormat(settings.code, settings.bits)
+        default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split)
         others = {name: stored for name, stored in formats.items() if stored != default}
         return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding)
 
@@ -81,13 +84,13 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
                 "kv_b_proj, or in a plan bits null"
             )
         else:
-            specs[name] = _spec(name, module.weight.shape, stored, settings.hadamard_block)
+            specs[name] = _spec(settings, name, module.weight.shape, stored)
     for index in range(len(source.layers)):
         kept += source.routers(index)
         for mixture in source.mixtures(index):
             kept = _experts_in_one(mixture, specs, kept)
     of_tokens = {
-        name: _spec(name, source.reader.shapes[f"{name}.weight"], stored, settings.hadamard_block, rotate_output=False)
+        name: _spec(settings, name, source.reader.shapes[f"{name}.weight"], stored, rotate_output=False)
         for name, stored in token_rows.items()
     }
     if not specs and not of_tokens:
@@ -150,21 +153,23 @@ def _experts_in_one(mixture: Mixture, specs: Mapping[str, LinearSpec], kept: Seq
     Raises:
         ValueError: its experts are stored in different ways.
     """
-    own = mixture.linears
-    formats = {(spec.code, spec.bits) if (spec := specs.get(name)) else None for name in own}
-    if len(formats) > 1:
+    own = set(mixture.linears)
+    if own.isdisjoint(specs):
+        return [*(name for name in kept if name not in own), mixture.name]
+    if not own <= specs.keys() or any(len({specs[name] for name in names}) > 1 for names in mixture.alike):
         raise ValueError(
-            f"the linear layers below {mixture.name} differ in code and bits, or some of them keep their weights: all "
-            "experts of a decoder layer are served as one; give an --override or --ignore that matches all, or none"
+            f"{mixture.name} has experts that differ in code and bits, or in what keeps its weight: vLLM serves "
+            "all experts of a decoder layer together; give an --override that matches the same of each expert, and an "
+            "--ignore that matches all of them or none"
         )
-    return [*kept] if formats != {None} else [*(name for name in kept if name not in set(own)), mixture.name]
+    return [*kept]
 
 
 def _spec(
-    name: str, shape: tuple[int, ...], stored: LayerFormat, block: int | None, rotate_output: bool = True
+    settings: Settings, name: str, shape: tuple[int, ...], stored: LayerFormat, rotate_output: bool = True
 ) -> LinearSpec:
     n, k = shape
-    spec = LinearSpec(stored.code, stored.bits, k, (n,), block, rotate_output)
+    spec = settings.spec(name, stored, n, k, rotate_output)
     problem = sizes_problem(spec)
     if problem is not None:
         raise ValueError(f"{name} cannot be quantized: {problem}")

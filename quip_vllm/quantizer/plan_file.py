@@ -52,7 +52,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     for name, one in plan["layers"].items():
         path = name.split(".")
         at = next((i for i, word in enumerate(path) if word.isdecimal()), None)
-        row, column = (path[at], path[-1]) if at is not None else (name, "")
+        column = ".".join(path[-2:]) if any("shared_expert" in one for one in path) else path[-1]
+        row, column = (path[at], column) if at is not None else (name, "")
         rows.setdefault(row, {})[column] = "-" if one["bits"] is None else str(one["bits"])
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     width = max(map(len, rows))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ HEADER_BYTES = 128
 """What a tensor takes in the header of its file, about."""
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,17 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     require_cpu_library()
     source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
     checks.check_window(settings, source)
-    if any(source.mixtures(index) for index in range(len(source.layers))):
-        raise ValueError(
-            f"{settings.model} has mixtures of experts, among which no plan can choose yet: give whole --bits, and "
-            "--override for the layers that are to differ"
-        )
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)
     count = min(len(tokens), max(2, TOKENS // tokens.shape[1]))
     chosen = tokens[torch.arange(count) * len(tokens) // count]
     held = torch.arange(count) % 5 == 4 if count > 4 else torch.arange(count) == count - 1
     checks.check_memory(replace(settings, drift_correction=1.0), source, count)
-    losses, of_noise = measure(source, planner.formats, chosen[~held], settings.batch, settings, folder)
-    of_choice = {
-        name: {one: losses[name][one] if one else 0.0 for one in of} for name, of in planner.with_kept().items()
+    formats = planner.by_layer(planner.formats)
+    losses, of_noise = measure(source, formats, chosen[~held], settings.batch, settings, folder)
+    of_choice: dict[str, dict[Choice, float]] = {
+        name: {one: sum(losses[layer][one] for layer in planner.layers(name)) if one else 0.0 for one in of}
+        for name, of in planner.with_kept().items()
     }
     best = allocate(of_choice, planner.sizes, planner.budget)
     even = planner.even(best)
@@ -101,8 +99,8 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
         variances = [
             {
                 name: losses[name][stored] / of_noise[name]
-                for name, stored in each.items()
-                if name in of_noise and stored
+                for name, stored in planner.by_layer(each).items()
+                if of_noise.get(name) and stored
             }
             for each in (best, even)
         ]
@@ -118,6 +116,8 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
 class _Planner:
     """The formats between which to choose, their sizes, and the budget.
 
+    The first expert of a mixture stands for all of them: the gates of all get one format, and so do the ups and downs.
+
     Attributes:
         formats: layer -> its formats; the linear layers in the order of the model, then embedding and head. Those that
             keep their weight in any case are left out.
@@ -130,14 +130,20 @@ class _Planner:
 
     def __init__(self, settings: Settings, target: Target, source: LayeredModel):
         self.settings, self.target, self.source = settings, target, source
-        self.linears = [[*source.linears(index)] for index in range(len(source.layers))]
-        said = make_plan(settings, source).specs  # what can be quantized, and what the user wants of single layers
+        mixtures = [mixture for index in range(len(source.layers)) for mixture in source.mixtures(index)]
+        self._alike = {names[0]: names for mixture in mixtures for names in mixture.alike}
+        others = {name for names in self._alike.values() for name in names[1:]}
+        self.linears = [[one for one in source.linears(i) if one not in others] for i in range(len(source.layers))]
+        specs = make_plan(settings, source).specs  # what can be quantized, and what the user wants of single layers
+        said = {name: spec for name, spec in specs.items() if name not in others}
         inside = [name for of_layer in self.linears for name in of_layer if name in said]
         rows = {name for name in (source.embedding_name, source.head_name) if name is not None}
         self.choosable = sorted(rows - set(said)) if target.size is not None else []
         rows &= {*said, *self.choosable}
-        self.weights = {name: math.prod(source.reader.shapes[f"{name}.weight"]) for name in inside}
-        replaced = {f"{name}.weight" for name in [*inside, *rows]} | (source.head_weights if source.tied else set())
+        shapes = source.reader.shapes
+        self.weights = {name: len(self.layers(name)) * math.prod(shapes[f"{name}.weight"]) for name in inside}
+        replaced = {f"{one}.weight" for name in [*inside, *rows] for one in self.layers(name)}
+        replaced |= source.head_weights if source.tied else set()
         kept = [size for name, size in source.reader.bytes_of.items() if name not in replaced]
         self.other_bytes = sum(kept) + HEADER_BYTES * len(kept)
         method = FORMATS[settings.code].method
@@ -156,6 +162,14 @@ class _Planner:
         if least > self.budget or about > ladder[-1].bits or not near:
             raise ValueError(self._out_of_reach(least, ladder))
 
+    def layers(self, name: str) -> list[str]:
+        """The layers for which `name` stands."""
+        return self._alike.get(name, [name])
+
+    def by_layer(self, chosen: Mapping[str, T]) -> dict[str, T]:
+        """What is chosen, of every layer."""
+        return {layer: what for name, what in chosen.items() for layer in self.layers(name)}
+
     def with_kept(self) -> dict[str, list[Choice]]:
         """Layer -> what it may become."""
         return {name: [*of, *[None][: name in self.choosable]] for name, of in self.formats.items()}
@@ -165,8 +179,8 @@ class _Planner:
         if stored is None:
             return self.source.reader.bytes_of[f"{name}.weight"] + HEADER_BYTES
         n, k = self.source.reader.shapes[f"{name}.weight"]
-        spec = stored.spec(k, (n,), self.settings.hadamard_block, rotate_output=name in self.weights)
-        return bytes_of(spec) + HEADER_BYTES * len(layout(spec))
+        spec = self.settings.spec(name, stored, n, k, rotate_output=name in self.weights)
+        return len(self.layers(name)) * (bytes_of(spec) + HEADER_BYTES * len(layout(spec)))
 
     def _size(self, name: str, stored: Choice) -> int:
         """Bytes where the target is a size; else bits, of which rows of tokens have none."""
@@ -203,8 +217,9 @@ class _Planner:
         self, chosen: Mapping[str, Choice], losses: Mapping[str, Mapping[LayerFormat, float]]
     ) -> dict[str, Any]:
         """The plan as JSON."""
-        layers: dict[str, Any] = {name: {"code": None, "bits": None} for of_layer in self.linears for name in of_layer}
-        for name, stored in chosen.items():
+        inside = [name for index in range(len(self.linears)) for name in self.source.linears(index)]
+        layers: dict[str, Any] = {name: {"code": None, "bits": None} for name in inside}
+        for name, stored in self.by_layer(chosen).items():
             table = [
                 {"code": of.code, "bits": of.bits, "loss": float(f"{loss:.6g}")} for of, loss in losses[name].items()
             ]
@@ -216,6 +231,6 @@ class _Planner:
             "settings": self.settings.to_dict(),
             "bits": coded / max(1, sum(self.weights.values())),
             "bytes": self.other_bytes + sum(self.bytes(*one) for one in chosen.items()),
-            "loss": sum(losses[name][stored] for name, stored in chosen.items() if stored is not None),
+            "loss": sum(losses[name][stored] for name, stored in self.by_layer(chosen).items() if stored is not None),
             "layers": layers,
         }

@@ -5,10 +5,12 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quip_vllm.checkpoint.config import LayerFormat
-from quip_vllm.formats.spec import FORMATS, methods
+from quip_vllm.checkpoint.cuts import chunked
+from quip_vllm.formats.spec import FORMATS, LinearSpec, methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
 
 BUNDLE, SELF = "bundle", "self"
@@ -44,6 +46,8 @@ class Settings:
         sequence_length: tokens per sequence. None takes that of `calibration`'s first source.
         seed: of the signs, the choice of sequences and the self-written text.
         hadamard_block: None for full-width rotations, else their largest block.
+        split: over how many tensor-parallel ranks the layers can be cut: full-width rotations act on that many equal
+            chunks of the side that is cut (`checkpoint.cuts`), one by one.
         ignore: regular expressions, searched in module names; a layer that one matches keeps its weight.
         overrides: (regular expression, bits) pairs; the last that matches a module name counts.
         damping: what is added to a Hessian's diagonal, relative to its mean.
@@ -74,6 +78,7 @@ class Settings:
     sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0
     hadamard_block: int | None = None
+    split: int = 1
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
@@ -117,6 +122,10 @@ class Settings:
         if self.plan and (self.ignore or self.overrides or self.lm_head is not None or self.embedding is not None):
             raise ValueError(
                 "a plan says the bits of every layer: leave --ignore, --override, --lm-head and --embedding away"
+            )
+        if self.split < 1 or (self.split > 1 and self.hadamard_block is not None):
+            raise ValueError(
+                f"split is {self.split}: give a number of ranks, and no --hadamard-block, whose blocks can be split"
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
@@ -178,14 +187,28 @@ class Settings:
         """Whether the original model runs backwards once."""
         return self.token_weights or self.two_sided
 
+    @cached_property
+    def _planned(self) -> dict[str, LayerFormat | None]:
+        return dict(self.plan)
+
     def layer_format(self, name: str) -> LayerFormat | None:
         """Code and bits of the linear layer `name` inside the decoder layers; None where it keeps its weight."""
         if self.plan:
-            return dict(self.plan)[name]
+            return self._planned[name]
         if any(re.search(pattern, name) for pattern in self.ignore):
             return None
         bits = [bits for pattern, bits in self.overrides if re.search(pattern, name)]
         return LayerFormat(self.code, bits[-1] if bits else self.bits)
+
+    def spec(self, name: str, stored: LayerFormat, n: int, k: int, rotate_output: bool = True) -> LinearSpec:
+        """The layer `name` of n outputs and k inputs, with rotations that can be cut as the settings ask.
+
+        Raises:
+            ValueError: it is not known how vLLM cuts the layer, or its sizes cannot be cut.
+        """
+        if self.split > 1 and rotate_output:
+            stored = chunked(name, stored, n, k, self.split)
+        return stored.spec(k, (n,), self.hadamard_block, rotate_output)
 
     def with_plan(self, planned: Planned) -> "Settings":
         """The same with a plan, which replaces what was said of single layers. Raises ValueError where it keeps all."""

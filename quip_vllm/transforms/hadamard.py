@@ -78,7 +78,7 @@ def block_size(n: int, block: int | None) -> int:
     return size
 
 
-def hadamard(x: torch.Tensor, block: int | None = None, transpose: bool = False) -> torch.Tensor:
+def hadamard(x: torch.Tensor, block: int | None = None, transpose: bool = False, chunks: int = 1) -> torch.Tensor:
     """Applies U (or U^T) along the last dimension.
 
     Equivalent to `x @ U.T` (`x @ U` if transpose) with U the dense orthonormal matrix of the module docstring, in
@@ -88,6 +88,7 @@ def hadamard(x: torch.Tensor, block: int | None = None, transpose: bool = False)
         x: float32 or float64 [..., n].
         block: None for the full width, or the largest block, a power of two (see `block_size`).
         transpose: apply U^T, the inverse of U. Makes no difference where U is symmetric, as it is blockwise.
+        chunks: how many equal runs of the dimension are transformed one by one; they divide n.
 
     Returns:
         [..., n] in x's dtype.
@@ -98,9 +99,9 @@ def hadamard(x: torch.Tensor, block: int | None = None, transpose: bool = False)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"hadamard of {x.dtype}: the input has to be float32 or float64; convert it with .float()")
     n = x.shape[-1]
-    size = block_size(n, block)
+    size = block_size(n // chunks, block)
     q, p = factor(size)
-    y = _butterfly(x.reshape(x.numel() // n, n // size * q, p))
+    y = _butterfly(x.reshape(x.numel() // size, q, p))
     if q > 1:
         matrix = _matrix(q, x.dtype, x.device)
         y = torch.matmul(matrix.T if transpose else matrix, y)

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding
 from quip_vllm.vllm_plugin.calls import prepare_calls
 from quip_vllm.vllm_plugin.loading import allocate
-from quip_vllm.vllm_plugin.share import Part, Share
+from quip_vllm.vllm_plugin.share import token_share
 
 
 class QuipEmbeddingMethod(QuantizeMethodBase):
@@ -45,20 +45,16 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         Raises:
             ValueError: the size has no such format, or a tile would cross the edge of a rank's share.
         """
-        name, stored = self.rows.module, self.rows.stored
-        rows, run = sum(output_partition_sizes), layer.shard_indices
-        together = stored.format.outputs_per_row
-        if layer.tp_size > 1 and rows % together:
-            raise ValueError(
-                f"{name}: {output_size} rows (padded) in tensor-parallel shares of {rows}: code "
-                f"{stored.code} needs multiples of {together}; serve with fewer ranks, or requantize without "
-                f"{self.rows.OPTION}"
-            )
-        start, end = run.org_vocab_start_index, run.org_vocab_end_index
-        inputs = {"inputs": input_size, "in_start": 0, "in_features": input_size}
-        part = Part(name, stored, layer.org_vocab_size, start=start, held=end - start, size=rows, **inputs)
-        share = Share(name, (part,), self.checkpoint.hadamard_block, self.rotate_output)
-        share.spec((0,)).check_sizes()
+        run = range(layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index)
+        share = token_share(
+            self.rows,
+            self.checkpoint.hadamard_block,
+            self.rotate_output,
+            layer.org_vocab_size,
+            run,
+            sum(output_partition_sizes),
+            input_size,
+        )
         allocate(layer, share)
         layer.quip_dtype = params_dtype
 

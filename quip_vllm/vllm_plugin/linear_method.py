@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized linear layer in vLLM: allocate this rank's share, prepare it once for the backend, multiply."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +8,10 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.vllm_plugin.calls import prepare_calls
 from quip_vllm.vllm_plugin.loading import allocate
-from quip_vllm.vllm_plugin.share import Part, Share, check_split
+from quip_vllm.vllm_plugin.share import Share, linear_part, quantized
 
 
 class QuipLinearMethod(LinearMethodBase):
@@ -51,17 +49,15 @@ class QuipLinearMethod(LinearMethodBase):
         """
         ranks = output_size // sum(output_partition_sizes)
         replicas = getattr(layer, "num_kv_head_replicas", 1)  # how many ranks in a row hold the same keys and values
-        in_start = layer.tp_rank * input_size_per_partition if input_size_per_partition < input_size else 0
-        inputs = {"inputs": input_size, "in_start": in_start, "in_features": input_size_per_partition}
-        parts: list[Part] = []
-        for i, (name, stored, size) in enumerate(self._named(output_partition_sizes)):
-            same = replicas if parts else 1
-            start, outputs = layer.tp_rank // same * size if ranks > 1 else 0, size * ranks // same
-            parts.append(Part(name, stored, outputs, start=start, held=size, size=size, of=i, **inputs))
-        share = Share(self.prefix, tuple(parts), self.checkpoint.hadamard_block)
-        quantized = replace(share, parts=tuple(piece for part in parts for piece in self._pieces(part)))
-        check_sizes(quantized, max(ranks, input_size // input_size_per_partition))
-        allocate(layer, share, quantized)
+        inputs = (input_size, input_size_per_partition)
+        parts = tuple(
+            replace(linear_part(name, stored, size, inputs, layer.tp_rank, ranks, replicas if i else 1), of=i)
+            for i, (name, stored, size) in enumerate(self._named(output_partition_sizes))
+        )
+        share = Share(self.prefix, parts, self.checkpoint.hadamard_block)
+        held = quantized(share, self.checkpoint)
+        held.check_sizes(max(ranks, input_size // input_size_per_partition))
+        allocate(layer, share, held)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """See `prepare_calls`."""
@@ -86,16 +82,6 @@ class QuipLinearMethod(LinearMethodBase):
         outputs = [call.linear(layer, x, own) for call, own in zip(layer.quip_calls, biases, strict=True)]
         return torch.cat(outputs, dim=-1)
 
-    def _pieces(self, part: Part) -> Iterable[Part]:
-        """The part itself, its slices if it is stored in some, nothing if it keeps an ordinary weight."""
-        if part.stored is None:
-            return ()
-        layers, shapes = self.checkpoint.layers, self.checkpoint.shapes
-        names = exl3.slices(layers).get(part.name)
-        if names is None:
-            return (part,)
-        return part.cut([(one, layers[one], shapes.get(one, (0, 0))) for one in names], exl3.cuts_inputs(part.name))
-
     def _named(self, sizes: list[int]) -> list[tuple[str, LayerFormat | None, int]]:
         """Name on disk, code and bits, and size on this rank, of each part."""
         count = len(sizes)
@@ -111,18 +97,3 @@ class QuipLinearMethod(LinearMethodBase):
                 "one to one, they need one format; requantize with one code and rate for them"
             )
         return [(label, self.formats[0], size) for size in sizes]
-
-
-def check_sizes(share: Share, ranks: int) -> None:
-    """Raises ValueError unless this rank's share consists of whole tiles and whole Hadamard blocks."""
-    for i, part in enumerate(share.parts):
-        try:
-            share.spec((i,)).check_sizes()
-        except ValueError as error:
-            raise ValueError(f"{share.prefix}, on each of {ranks} tensor-parallel ranks: {error}") from error
-        if share.hadamard_block is None:
-            # The blockwise case is checked when a tensor arrives and shows which parts it covers.
-            share.check_split((i,))
-        if part.in_features < part.inputs and part.stored is not None:
-            full, chunks = [share.stored(part.inputs)], part.stored.input_chunks
-            check_split(share.prefix, "input", [part.in_features], full, share.hadamard_block, chunks)

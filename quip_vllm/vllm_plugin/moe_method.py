@@ -20,9 +20,8 @@ from quip_vllm.ops import prepare_experts, select_backend
 from quip_vllm.ops.prepared import PreparedExperts
 from quip_vllm.vllm_plugin.arrival import UNSUPPORTED, Arrival, DiskLayer, note_arrival, sources_of
 from quip_vllm.vllm_plugin.calls import fused
-from quip_vllm.vllm_plugin.linear_method import check_sizes
 from quip_vllm.vllm_plugin.loading import load_slice, parameters_of
-from quip_vllm.vllm_plugin.share import Part, Share
+from quip_vllm.vllm_plugin.share import Part, Share, linear_part
 
 GATE, UP, DOWN = "w1", "w3", "w2"
 """What vLLM calls the matrices of an expert."""
@@ -116,32 +115,27 @@ class QuipExpertsMethod(FusedMoEMethodBase):
                 cannot be split over the ranks.
         """
         _check_served(layer, self.prefix)
-        ranks, size = layer.moe_config.tp_size, intermediate_size_per_partition
-        start, outer = (
-            layer.moe_config.tp_rank * size,
-            {"inputs": hidden_size, "in_start": 0, "in_features": hidden_size},
-        )
-        inner = {"inputs": size * ranks, "in_start": start, "in_features": size}
+        rank, ranks, size = layer.moe_config.tp_rank, layer.moe_config.tp_size, intermediate_size_per_partition
+
+        def part(expert: int, shard: str) -> Part:
+            name, stored = f"{self.prefix}.{expert}.{self.names[shard]}", self.formats[shard]
+            if shard == DOWN:
+                return linear_part(name, stored, hidden_size, (size * ranks, size), rank, 1)
+            return linear_part(name, stored, size, (hidden_size, hidden_size), rank, ranks)
+
         for weight, shards in SIDES.items():
-            parts = []
-            for e in range(num_experts):
-                for i, shard in enumerate(shards):
-                    name, stored = f"{self.prefix}.{e}.{self.names[shard]}", self.formats[shard]
-                    if shard == DOWN:
-                        parts.append(Part(name, stored, hidden_size, 0, hidden_size, hidden_size, of=i, **inner))
-                    else:
-                        parts.append(Part(name, stored, size * ranks, start, size, size, of=i, **outer))
-            share = Share(self.prefix, tuple(parts), self.checkpoint.hadamard_block)
-            first = replace(share, parts=share.parts[: len(shards)])
-            check_sizes(first, ranks)
+            parts = tuple(part(expert, shard) for expert in range(num_experts) for shard in shards)
+            share = Share(self.prefix, parts, self.checkpoint.hadamard_block)
+            first = replace(share, parts=parts[: len(shards)])
+            first.check_sizes(ranks)
             for i in range(len(shards)):
                 _check_backend(first.spec((i,)), self.prefix)
             layer.register_parameter(weight, ExpertsArrival(share, shards))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Loads the experts' tensors, lays them out for the backend, and sets ``layer.quip_calls``.
+        """Loads the experts' tensors and lays them out for the backend.
 
-        Does nothing the second time.
+        ``layer.quip_w13_weight`` and ``quip_w2_weight`` are then the calls of each side. Does nothing the second time.
 
         Raises:
             ValueError: a tensor was not in the checkpoint, or no backend runs the experts.
@@ -279,7 +273,7 @@ def _load(arrival: ExpertsArrival) -> list[Experts]:
         disks[parts[0]] = disk
     found: list[Experts] = [[] for _ in arrival.matrices]
     for i, part in enumerate(arrival.share.parts):
-        params = parameters_of(replace(arrival.share, parts=(replace(part, of=0),)))
+        params = parameters_of(replace(arrival.share, parts=(part,)))
         if i in disks:
             load_slice(params, disks[i], 0, (0,))
         ((_, spec, tensors),) = fused(params)

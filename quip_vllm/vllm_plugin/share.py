@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.checkpoint import exl3
+from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import Follows, TensorSpec, tensor_specs
 from quip_vllm.transforms.hadamard import block_size
@@ -160,6 +161,20 @@ class Share:
             loaded = loaded.narrow(-1, int(part.in_start * columns), int(self.stored(part.in_features) * columns))
         return loaded
 
+    def check_sizes(self, ranks: int) -> None:
+        """Raises ValueError unless a share over `ranks` of a linear layer is whole tiles and whole Hadamard blocks."""
+        for i, part in enumerate(self.parts):
+            try:
+                self.spec((i,)).check_sizes()
+            except ValueError as error:
+                raise ValueError(f"{self.prefix}, on each of {ranks} tensor-parallel ranks: {error}") from error
+            if self.hadamard_block is None:
+                # The blockwise case is checked when a tensor arrives and shows which parts it covers.
+                self.check_split((i,))
+            if part.in_features < part.inputs and part.stored is not None:
+                full, chunks = [self.stored(part.inputs)], part.stored.input_chunks
+                check_split(self.prefix, "input", [part.in_features], full, self.hadamard_block, chunks)
+
     def check_split(self, covered: tuple[int, ...]) -> None:
         """Raises ValueError if a tensor that covers some parts cannot be split over the ranks: see `check_split`."""
         local = [self.stored(self.parts[i].size) for i in covered]
@@ -169,6 +184,76 @@ class Share:
             check_split(
                 self.label(covered), "output", local, full, self.hadamard_block, stored.output_chunks if stored else 1
             )
+
+
+def linear_part(
+    name: str, stored: LayerFormat | None, size: int, inputs: tuple[int, int], rank: int, ranks: int, replicas: int = 1
+) -> Part:
+    """What a rank holds of one part of a linear layer.
+
+    Args:
+        name: on disk.
+        stored: code and bits; None for an ordinary weight.
+        size: its outputs on each rank.
+        inputs: its inputs over all ranks, and on each.
+        rank: this one.
+        ranks: over how many the outputs are cut: 1 where it is the inputs.
+        replicas: how many ranks in a row hold the same outputs: keys and values of fewer heads than ranks.
+    """
+    start, outputs = (rank // replicas * size, size * ranks // replicas) if ranks > 1 else (0, size)
+    full, held = inputs
+    own = {"inputs": full, "in_start": rank * held if held < full else 0, "in_features": held}
+    return Part(name, stored, outputs, start=start, held=size, size=size, **own)
+
+
+def quantized(share: Share, checkpoint: CheckpointConfig) -> Share:
+    """The same of the parts that are quantized, in the slices that the checkpoint has.
+
+    Raises:
+        ValueError: slices do not make up their part; or as `Share`.
+    """
+    return replace(share, parts=tuple(piece for part in share.parts for piece in _pieces(part, checkpoint)))
+
+
+def _pieces(part: Part, checkpoint: CheckpointConfig) -> Iterable[Part]:
+    """The part itself, its slices if it is stored in some, nothing if it keeps an ordinary weight."""
+    if part.stored is None:
+        return ()
+    layers, shapes = checkpoint.layers, checkpoint.shapes
+    names = exl3.slices(layers).get(part.name)
+    if names is None:
+        return (part,)
+    return part.cut([(one, layers[one], shapes.get(one, (0, 0))) for one in names], exl3.cuts_inputs(part.name))
+
+
+def token_share(
+    rows: Embedding, block: int | None, rotated: bool, outputs: int, run: range, size: int, inputs: int
+) -> Share:
+    """What a rank holds of a head or an embedding.
+
+    Args:
+        rows: what the checkpoint says of it.
+        block: the checkpoint's hadamard_block.
+        rotated: whether it is stored like a linear layer.
+        outputs: the vocabulary, without padding.
+        run: the tokens of this rank.
+        size: the rows of this rank, padding included.
+        inputs: of the layer.
+
+    Raises:
+        ValueError: the size has no such format, or a tile would cross the edge of a rank's share.
+    """
+    together = rows.stored.format.outputs_per_row
+    if len(run) < outputs and size % together:
+        raise ValueError(
+            f"{rows.module}: {outputs} rows in tensor-parallel shares of {size}: code {rows.stored.code} needs "
+            f"multiples of {together}; serve with fewer ranks, or requantize without {rows.OPTION}"
+        )
+    own = {"inputs": inputs, "in_start": 0, "in_features": inputs}
+    part = Part(rows.module, rows.stored, outputs, start=run.start, held=len(run), size=size, **own)
+    share = Share(rows.module, (part,), block, rotated)
+    share.spec((0,)).check_sizes()
+    return share
 
 
 def _kept(chunks: int, local: int, full: int) -> int:
@@ -198,6 +283,6 @@ def check_split(
         kind = "rotated as a whole" if block is None and chunks == 1 else f"rotated in blocks of {size}"
         raise ValueError(
             f"{name}: {side} of size {sum(full)} is {kind}, which cannot be split into tensor-parallel shares of "
-            f"{' + '.join(map(str, local))}: requantize with --hadamard-block {fits}, or serve with "
-            "--tensor-parallel-size 1"
+            f"{' + '.join(map(str, local))}: requantize with --split and the number of ranks, or "
+            f"with --hadamard-block {fits}, or serve with --tensor-parallel-size 1"
         )

@@ -2,6 +2,7 @@
 """Mixtures of experts: each expert with the Hessian of the tokens that are routed to it, and all of a run with them."""
 
 import logging
+from itertools import product
 from types import SimpleNamespace
 
 import numerics
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from quip_vllm.checkpoint.config import CheckpointConfig
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.layers import read_layers
-from quip_vllm.checkpoint.store import read_json
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import check_complete, load_model
 from quip_vllm.nn.experts import LEAVES, SHORT_LEAVES, Experts, unstack
 from quip_vllm.ops import dequantize
@@ -23,6 +24,7 @@ from quip_vllm.quantizer import checks, run
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs, fill_up
 from quip_vllm.quantizer.plan import make_plan
+from quip_vllm.quantizer.plan_file import format_plan, read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.run import quantize
 from quip_vllm.quantizer.source.mixture import Mixture
@@ -197,7 +199,9 @@ def test_a_run(tiny_model, make_settings, architecture, tmp_path):
         assert entry["proxy_loss"] < 0.15
 
 
-def test_experts_without_tokens_are_told(tiny_model, make_settings, tmp_path, caplog):
+@pytest.fixture
+def idle(tmp_path):
+    """A model whose first layer never chooses its last expert."""
     folder = tmp_path / "model"
     folder.mkdir()
     tiny_models.save_model(folder, "Qwen3Moe", num_experts=5)
@@ -205,8 +209,12 @@ def test_experts_without_tokens_are_told(tiny_model, make_settings, tmp_path, ca
     gate = tensors["model.layers.0.mlp.gate.weight"].zero_()
     gate[:, 0] = torch.tensor([1.0, 2.0, -1.0, -2.0, 0.0])  # two of the others are always above the last
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_experts_without_tokens_are_told(idle, make_settings, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        report = quantize(make_settings(folder, sequences=2, tune="refit", two_sided=True), tmp_path / "out")
+        report = quantize(make_settings(idle, sequences=2, tune="refit", two_sided=True), tmp_path / "out")
     tokens = {entry["name"]: (entry["tokens"], entry["borrowed_tokens"]) for entry in report["layers"]}
     begin = "model.layers.0.mlp.experts.4"
     assert [tokens[f"{begin}.{leaf}_proj"] for leaf in ("gate", "up", "down")] == [(0, 64), (0, 64), (0, 32)]
@@ -260,22 +268,49 @@ def test_too_little_memory_is_said_before(tiny_model, monkeypatch, make_settings
         checks.check_memory(make_settings(source.folder, sequences=1, **changes), source, 1)
 
 
-def test_plans_are_refused(tiny_model, make_settings, tmp_path):
-    with pytest.raises(ValueError, match="has mixtures of experts, among which no plan can choose yet: give whole"):
-        make_plan_file(make_settings(tiny_model("Qwen3Moe")), Target(2.5), tmp_path)
+def test_a_plan(idle, make_settings, tmp_path):
+    settings = make_settings(idle, sequences=16)
+    made = make_plan_file(settings, Target(2.5), tmp_path / "hidden")
+    assert 2.4 < made["bits"] <= 2.5 and len(made["layers"]) == 2 * (4 + 5 * 3)
+    begin = "model.layers.{}.mlp.experts.{}.{}_proj"
+    for layer, leaf in product(range(2), ("gate", "up", "down")):
+        alike = [made["layers"][begin.format(layer, expert, leaf)] for expert in range(5)]
+        assert len({one["bits"] for one in alike}) == 1
+        assert [all(row["loss"] > 0 for row in one["losses"]) for one in alike] == [True] * 4 + [layer == 1]
+    chosen = [row["loss"] for one in made["layers"].values() for row in one["losses"] if row["bits"] == one["bits"]]
+    assert sum(chosen) == pytest.approx(made["loss"], rel=1e-4) and made["loss"] < made["even"]["loss"]
+    assert (
+        0.5 < made["loss"] / made["kl_with_noise"] < 2
+    )  # two ways to the same, of which one sees other experts chosen
+    write_json(tmp_path / "plan.json", made)
+    quantize(settings.with_plan(read_plan(tmp_path / "plan.json")), tmp_path / "out")
+    found = {layer["name"]: layer["bits"] for layer in inspect(tmp_path / "out")["layers"]}
+    assert found == {name: one["bits"] for name, one in made["layers"].items()}
+    assert len(format_plan(made).splitlines()[0].split()) == 7
+
+
+def test_a_size(tiny_model, make_settings, tmp_path):
+    settings = make_settings(tiny_model("Qwen2Moe"))
+    made = make_plan_file(settings, Target(None, 125_000), tmp_path / "hidden")
+    write_json(tmp_path / "plan.json", made)
+    quantize(settings.with_plan(read_plan(tmp_path / "plan.json")), tmp_path / "out")
+    found = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0.9 * 125_000 < found <= 125_000 and found == pytest.approx(made["bytes"], rel=0.05)
 
 
 def test_experts_of_a_layer_are_stored_alike(tiny_model, make_settings):
     source = LayeredModel(tiny_model("Qwen2Moe"))
     for changes in (
         {"ignore": (r"experts\.2\.",)},
-        {"overrides": ((r"experts.*down_proj", 4),)},
+        {"overrides": ((r"experts\.[01]\.down_proj", 4),)},
         {"ignore": ("down_proj",)},
     ):
-        with pytest.raises(ValueError, match=r"below model.layers.0.mlp.experts differ in code and bits, or some"):
+        with pytest.raises(ValueError, match=r"^model.layers.0.mlp.experts has experts that differ in code and"):
             make_plan(make_settings(source.folder, **changes), source)
     plan = make_plan(make_settings(source.folder, overrides=((r"layers.1.mlp.experts\.", 4),)), source)
     assert {plan.specs[name].bits for name in source.mixtures(1)[0].linears} == {4}
+    plan = make_plan(make_settings(source.folder, overrides=(("down_proj", 4),)), source)
+    assert {plan.specs[name].bits for name in source.mixtures(1)[0].linears} == {2, 4}
     plan = make_plan(make_settings(source.folder, ignore=(r"layers.0.*experts\.",)), source)
     begin = "model.layers.0.mlp"
     assert set(plan.kept) == {

@@ -35,11 +35,20 @@ def coloured():
     return Inputs(["a"], x.T @ x, 2000)
 
 
-def quantize(group, weights, code, bits, block=None, head=False, **settings):
+def quantize(group, weights, code, bits, block=None, head=False, chunks=(1, 1), **settings):
     """Quantizes weights, of bits each, and returns name -> (entry, tensors, restored weight)."""
     bits = {name: bits for name in weights} if isinstance(bits, int) else bits
     specs = {
-        name: LinearSpec(code, bits[name], weight.shape[1], (len(weight),), block, not head)
+        name: LinearSpec(
+            code,
+            bits[name],
+            weight.shape[1],
+            (len(weight),),
+            block,
+            not head,
+            output_chunks=chunks[0],
+            input_chunks=chunks[1],
+        )
         for name, weight in weights.items()
     }
     chosen = Settings("m", code, 2, hadamard_block=block, **{"damping": 1e-6, "tune": "none", **settings})
@@ -78,6 +87,19 @@ def test_feedback_beats_plain_rounding(code, block, head, monkeypatch):
     monkeypatch.setattr(ldlq, "feedback", lambda hessian, block: (torch.zeros_like(hessian), 0.0))
     plain, *_ = quantize(coloured(), {"a": weight}, code, 2, block, head)["a"]
     assert entry["proxy_loss"] < 0.8 * plain["proxy_loss"]
+
+
+@pytest.mark.parametrize("chunks", [(1, 4), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("code", "tune"), [("e8p", "refit"), ("hyb", "none")])
+def test_rotations_in_chunks_of_either_side(code, tune, chunks):
+    """The same error as reported: with the refit of the vectors, too, which turns codes back."""
+    weight = draw(N, K)
+    entry, tensors, restored = quantize(coloured(), {"a": weight}, code, 2, chunks=chunks, tune=tune)["a"]
+    assert entry["proxy_loss"] == loss(weight, restored, coloured())
+    _, whole, _ = quantize(coloured(), {"a": weight}, code, 2, tune=tune)["a"]
+    assert torch.equal(tensors["su"], whole["su"]) == (chunks == (1, 1) or tune == "none")
+    key = "codes" if code == "e8p" else "packed"
+    assert torch.equal(tensors[key], whole[key]) == (chunks == (1, 1))
 
 
 @pytest.mark.parametrize("code", ["grid", "e8p", "hyb"])

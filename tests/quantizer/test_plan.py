@@ -3,7 +3,7 @@
 
 import pytest
 
-from quip_vllm.checkpoint.config import Head, LayerFormat
+from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.source.model import LayeredModel
 
@@ -42,6 +42,46 @@ def test_a_part_of_what_vllm_fuses_keeps_its_weight(plan):
     found, settings, source = plan(ignore=("0.self_attn.k", "1.mlp.gate"))
     assert len(found.specs) == 14 - 2 and not found.specs.keys() & set(kept)
     assert found.config(settings, source.tied).modules_to_not_convert == ("lm_head", *kept)
+
+
+def test_rotations_that_can_be_split(plan):
+    """Outputs of what is column-parallel, inputs of the others; a head is looked up by rows."""
+    found, settings, source = plan(split=2, overrides=(("v_proj", 3),), lm_head=3)
+    chunks = {name.rpartition(".")[2]: spec.chunks for name, spec in found.specs.items()}
+    across = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), (2, 1))
+    assert chunks == {**across, "o_proj": (1, 2), "down_proj": (1, 2), "embed_tokens": (1, 1)}
+    config = found.config(settings, source.tied)
+    assert CheckpointConfig.from_dict(config.to_dict()) == config and config.hadamard_block is None
+    assert all(
+        config.layer_format(name).spec(64, (64,), None).chunks == spec.chunks for name, spec in found.specs.items()
+    )
+    assert {name.rpartition(".")[2] for name in config.layers} == {"v_proj", "o_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "changes", "message"),
+    [
+        (
+            "Llama",
+            {},
+            {"split": 3},
+            "q_proj cannot be split for 3 ranks: its outputs of size 64 have no 3 equal chunks",
+        ),
+        ("Llama", {}, {"split": 16}, "o_proj cannot be split for 16 ranks: .*multiples of 8"),
+        ("Llama", {"intermediate_size": 368}, {"split": 8}, "gate_proj cannot be split .*size 46 has no full-width"),
+        (
+            "Phi3",
+            {},
+            {"split": 2},
+            "qkv_proj cannot be split .*outputs of several layers as vLLM does; give --hadamard-",
+        ),
+        ("GPTNeoX", {}, {"split": 2}, "query_key_value cannot be split for 2 ranks: .* rearranged outputs"),
+        ("Llama", {}, {"split": 4, "code": "hyb"}, "k_proj cannot be split for 4 ranks: .*multiples of 16 and 16"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(plan, architecture, config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan(architecture, config, **changes)
 
 
 def test_a_head_has_its_name_in_the_files(plan):

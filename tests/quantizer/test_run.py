@@ -17,6 +17,7 @@ from quip_vllm.evaluation.report import evaluate
 from quip_vllm.quantizer import run, sensitivities
 from quip_vllm.quantizer.run import quantize
 from quip_vllm.quantizer.source.calibration import calibration_tokens
+from quip_vllm.vllm_plugin.ranks import verdict
 
 HEADS = {  # architecture -> its config, the name of its head
     "Mistral": ({"vocab_size": 301}, "lm_head"),
@@ -63,6 +64,14 @@ def test_architectures(architecture, tiny_model, make_settings, tiny_text, tmp_p
     assert tied == (architecture != "Mistral")
     (figures,) = evaluate([str(tmp_path)], [str(tiny_text)], str(model), 64, 4)["results"]
     assert 0.0 < figures["kl_divergence"] < 0.3
+
+
+def test_a_split_model_is_tuned_and_can_be_cut(tiny_model, make_settings, tiny_text, tmp_path):
+    model = tiny_model("Qwen3")
+    quantize(make_settings(model, split=2, two_sided=True, tune="full", lm_head=4), tmp_path)
+    (figures,) = evaluate([str(tmp_path)], [str(tiny_text)], str(model), 64, 4)["results"]
+    assert 0.0 < figures["kl_divergence"] < 0.3
+    assert verdict(tmp_path, 4)["allowed"] == [1, 2]
 
 
 def test_files_and_report(quantized, tiny_model, make_settings):

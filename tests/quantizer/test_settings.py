@@ -72,6 +72,8 @@ def test_to_dict_is_json():
         ({"sequence_length": -4}, "sequence_length is -4: it must be at least 1"),
         ({"seed": -3}, "seed is -3: give a number from 0 to 9223372036854775807"),
         ({"seed": 10**23}, "seed is 100000000000000000000000: give a number from 0 to 9223372036854775807"),
+        ({"split": 0}, "split is 0: give a number of ranks"),
+        ({"split": 2, "hadamard_block": 64}, "split is 2: .* no --hadamard-block"),
         ({"rounding": "best"}, "rounding is 'best': it must be one of ldlq, nearest, greedy, discquant"),
         ({"rounding": "greedy"}, "rounding is greedy, .* code 1mad has no level of its own: give --method quip"),
         ({"rounding": "discquant", "code": "e8p"}, "rounding is discquant, .* code e8p has no level of its own"),

@@ -20,20 +20,28 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
 
 
-def dense(n, block):
-    """U: its columns are the images of the unit vectors."""
-    return hadamard(torch.eye(n, dtype=torch.float64), block).T
+def dense(n, block, chunks=1):
+    """U: its columns are the images of the unit vectors, and of each chunk it has one of these."""
+    one = hadamard(torch.eye(n // chunks, dtype=torch.float64), block).T
+    return torch.block_diag(*[one] * chunks)
 
 
-@pytest.mark.parametrize(("n", "k", "block"), CASES)
-def test_rotations_equal_dense_products(n, k, block):
+@pytest.mark.parametrize(
+    ("n", "k", "block", "chunks"), [*((*case, (1, 1)) for case in CASES), (40, 48, None, (2, 4)), (36, 40, 8, (3, 1))]
+)
+def test_rotations_equal_dense_products(n, k, block, chunks):
     w, su, sv = random(n, k), random_signs(k, generator(1)), random_signs(n, generator(2))
     h = random(k, k)
-    u_out, u_in = dense(n, block), dense(k, block)
+    u_out, u_in = dense(n, block, chunks[0]), dense(k, block, chunks[1])
     d_out, d_in = torch.diag(sv.double()), torch.diag(su.double())
-    assert relative(rotate_weight(w, su, sv, block), u_out.T @ d_out @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
-    assert relative(unrotate_weight(w, su, sv, block), d_out @ u_out @ w @ u_in.T @ d_in) < FLOAT64_TRANSFORM
-    assert relative(rotate_hessian(h, su, block), u_in.T @ d_in @ h @ d_in @ u_in) < FLOAT64_TRANSFORM
+    assert (
+        relative(rotate_weight(w, su, sv, block, chunks=chunks), u_out.T @ d_out @ w @ d_in @ u_in) < FLOAT64_TRANSFORM
+    )
+    assert (
+        relative(unrotate_weight(w, su, sv, block, chunks=chunks), d_out @ u_out @ w @ u_in.T @ d_in)
+        < FLOAT64_TRANSFORM
+    )
+    assert relative(rotate_hessian(h, su, block, chunks[1]), u_in.T @ d_in @ h @ d_in @ u_in) < FLOAT64_TRANSFORM
 
 
 @pytest.mark.parametrize(("n", "k", "block"), [(13, 48, None), (1, 64, 16)])

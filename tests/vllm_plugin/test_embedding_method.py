@@ -73,9 +73,7 @@ def test_ranks_make_the_whole(set_rank, code, rows):
 
 def test_tiles_cannot_be_split(set_rank):
     set_rank(0, 8)
-    with pytest.raises(
-        ValueError, match="64 rows .padded. in tensor-parallel shares of 8: code 1mad needs multiples of 16"
-    ):
+    with pytest.raises(ValueError, match="64 rows in tensor-parallel shares of 8: code 1mad needs multiples of 16"):
         build(VocabParallelEmbedding, config_of("1mad", 2), 64)
     build(VocabParallelEmbedding, config_of("e8p", 2), 64)
 

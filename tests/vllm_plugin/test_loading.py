@@ -22,7 +22,7 @@ def build_qkv(config, *heads, **kwargs):
 
 def test_full_width_rotation_cannot_be_split(set_rank):
     set_rank(0, 2)
-    remedy = "requantize with --hadamard-block {}, or serve with --tensor-parallel-size 1"
+    remedy = "requantize with --split and the number of ranks, or with --hadamard-block {}, or serve"
     with pytest.raises(ValueError, match="m.layer: output of size 128 is rotated as a whole.*" + remedy.format(64)):
         build(ColumnParallelLinear, quant_config(), K, N)
     with pytest.raises(ValueError, match="m.layer: input of size 64 is rotated as a whole.*" + remedy.format(32)):

@@ -24,6 +24,11 @@ class Mixture:
     readers: tuple[list[list[str]], list[list[str]]]
 
     @property
+    def alike(self) -> list[list[str]]:
+        """The gates of all experts, the ups, and the downs."""
+        return [list(names) for readers in self.readers for names in zip(*readers, strict=True)]
+
+    @property
     def linears(self) -> list[str]:
         """All linear layers, expert by expert."""
         return [name for one, other in zip(*self.readers, strict=True) for name in (*one, *other)]
