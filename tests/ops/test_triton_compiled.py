@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel
-from quip_vllm.ops.triton.launch import gemm_options, numbers
+from quip_vllm.ops.triton.launch import code_and_order, gemm_options, numbers
 from quip_vllm.ops.triton.shapes import WARPS, candidates
 
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -23,7 +23,7 @@ SHARED_BYTES = 99 * 1024
 """What a thread block of the smallest of these GPUs may have."""
 
 USUAL = [("hyb", 2, 8, target) for target in TARGETS] + [("e8p", 4, 64, 80), ("1mad", 2, 64, 90), ("lut", 8, 8, 80)]
-USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80)]
+USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80), ("hyb_by_rows", 3, 8, 80)]
 EVERY = [(code, bits, rows, target) for code, bits in RATES for rows in (8, 64) for target in (80, 90)]
 
 
@@ -33,7 +33,7 @@ def compiled(code, bits, rows, target):
     table = "*fp16" if code == "lut" else "*u32"
     signature = {"packed": "*u32", "table": table, "x": "*fp16", "partial": "*fp32"}
     signature |= dict.fromkeys(("m", "tiles", "chunks", "split_chunks"), "i32")
-    constants = {"CODE": code, "BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": ()}
+    constants = code_and_order(code) | {"BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": ()}
     constants |= {"WARPS": shape.warps, "BM": shape.rows, "UNROLL": shape.unroll}
     names = decode_gemm_kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quip_vllm.formats.spec import FORMATS, TileOrder
 from quip_vllm.ops import LinearSpec, dequantize, select_backend
 from quip_vllm.ops.dispatch import backends
+from quip_vllm.ops.rotations import kernels_problem
 from quip_vllm.ops.triton import backend as module
 from quip_vllm.ops.triton import shapes
 from quip_vllm.ops.triton.backend import TritonBackend
@@ -128,6 +129,21 @@ def test_layers_of_exl3(code, bits, guarded):
     tensors, x = random_layer(spec), rows(2, k)
     y = run(spec, tensors, x, guarded)
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("code", "bits"), [("1mad", 5), ("3inst", 2), ("hyb", 1)])
+def test_row_major_tiles(code, bits, guarded):
+    """Of QTIP's other codes, in two parts; and of a head, whose rows are looked up."""
+    spec = LinearSpec(code, bits, 80, (48, 16), tile_order=TileOrder.ROW_MAJOR)
+    tensors, x = random_layer(spec), rows(2, 80)
+    assert not kernels_problem(spec, (TileOrder.ROW_MAJOR,))
+    y = run(spec, tensors, x, guarded)
+    assert relative(y, x.double() @ dequantize(spec, tensors).double().T) < HALF_ACTIVATIONS
+    head = LinearSpec(code, bits, 80, (48,), None, rotate_output=False, tile_order=TileOrder.ROW_MAJOR)
+    tensors, ids = random_layer(head), torch.tensor([0, 47, 9, 24])
+    found = TritonBackend().prepare(head, tensors).embedding(ids, torch.float32)
+    assert relative(found, dequantize(head, tensors)[ids]) < FLOAT32_LINEAR
 
 
 @ONLY_INTERPRETED

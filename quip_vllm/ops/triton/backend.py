@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm import envs
-from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.extension import gpu_problem
@@ -74,7 +74,7 @@ class TritonBackend:
         """See Backend."""
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: run `pip install triton`"
-        problem = gpu_problem() or kernels_problem(spec)
+        problem = gpu_problem() or kernels_problem(spec, (TileOrder.ROW_MAJOR,))
         if problem is not None:
             return problem
         if envs.activations() == "int8":

@@ -144,11 +144,11 @@ def grid(state, bits: tl.constexpr):
 def state_value(state, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
     if CODE == "1mad":
         return one_mad(state, table)
-    elif CODE == "3inst" or CODE == "3inst_swapped":
+    elif CODE == "3inst":
         return two_halves((state & 0xFFFF) * 89226354 + 64248484, zero)
-    elif CODE == "mcg" or CODE == "mcg_swapped":
+    elif CODE == "mcg":
         return two_halves((state & 0xFFFF) * 0xCBAC1FED, zero)
-    elif CODE == "mul1" or CODE == "mul1_swapped":
+    elif CODE == "mul1":
         return mul1(state)
     elif CODE == "grid":
         return grid(state, bits)
@@ -163,7 +163,7 @@ def state_value(state, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
 def trellis_eight(
     words, following, table, zero, half: tl.constexpr, first: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr
 ):
-    """Eight weights of a run from position `first`: fp16 [tiles, 32, c, R, C], in the letters of formats/tile.py."""
+    """Eight weights of a run from position `first`: fp16 [tiles, 32, bit 0 of the position, bit 1, bit 2]."""
     start: tl.constexpr = first * bits
     if CODE == "hyb":
         w0 = hyb(window(words, following, half, start + 2 * bits, bits), table)
@@ -186,19 +186,27 @@ def trellis_eight(
 
 
 @triton.jit
-def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
-    """[tiles, 32] words to fp16 [16 tiles, 64]; columns are in the order of rotation.place."""
+def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, ORDER: tl.constexpr, bits: tl.constexpr):
+    """[tiles, 32] words to fp16 [16 tiles, 64]; columns are in the order of rotation.place.
+
+    Lane 4 g + t has run 2 g + t % 2 of 16 positions, of tile t / 2 of each half. So the letters of formats/tile.py are
+    here: g is rrr, and the axes behind t are c, R, C, the lower c of cc, and the half.
+    """
     e0 = trellis_eight(words, following, table, zero, 0, 0, CODE, bits)
     e1 = trellis_eight(words, following, table, zero, 0, 8, CODE, bits)
     e2 = trellis_eight(words, following, table, zero, 1, 0, CODE, bits)
     e3 = trellis_eight(words, following, table, zero, 1, 8, CODE, bits)
     v = join4(e0, e1, e2, e3)
     TILES: tl.constexpr = v.shape[0]
-    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))  # tile, g, t, c, R, C, half of the run, half
-    if CODE == "3inst_swapped" or CODE == "mcg_swapped" or CODE == "mul1_swapped":  # R and C change places
-        v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
+    if ORDER == "by_rows":  # a run is row 2 g + t % 2; bits 1, 2 and 3 of a column are the axes of R, C and cc
+        v = tl.reshape(v, (TILES, 8, 2, 2, 2, 2, 2, 2, 2))
+        v = tl.permute(v, (0, 1, 3, 8, 5, 7, 2, 6, 4))
     else:
-        v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
+        v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
+        if ORDER == "swapped":  # R and C change places
+            v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
+        else:
+            v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
     return tl.reshape(v, (TILES * 16, 64))
 
 

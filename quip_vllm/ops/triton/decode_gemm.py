@@ -82,12 +82,12 @@ def load_following(at, lane, CODE: tl.constexpr, bits: tl.constexpr):
 
 
 @triton.jit
-def decode(words, following, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
+def decode(words, following, table, zero, CODE: tl.constexpr, ORDER: tl.constexpr, bits: tl.constexpr):
     """A chunk's first stage: fp16 [16 tiles, 64]."""
     if CODE == "e8p":
         return codes.e8p_chunk(words[0], words[1], table, zero)
     else:
-        return codes.trellis_chunk(words, following, table, zero, CODE, bits)
+        return codes.trellis_chunk(words, following, table, zero, CODE, ORDER, bits)
 
 
 @triton.jit
@@ -110,6 +110,7 @@ def decode_gemm_kernel(
     chunks,
     split_chunks,
     CODE: tl.constexpr,
+    ORDER: tl.constexpr,
     BITS: tl.constexpr,
     SECOND: tl.constexpr,
     PROJECTIONS: tl.constexpr,
@@ -147,7 +148,7 @@ def decode_gemm_kernel(
         next_words = load_words(at + ahead * (32 * BITS), lane, BITS)
         next_following = load_following(at + ahead * (32 * BITS), lane, CODE, BITS)
         next_columns = tl.load(x_at + ahead * 64)
-        total = tl.dot(decode(words, following, table, zero, CODE, BITS), columns, total)
+        total = tl.dot(decode(words, following, table, zero, CODE, ORDER, BITS), columns, total)
         if SECOND != 0:
             fine = tl.dot(decode_second(words, table, zero, BITS), columns, fine)
         words, following, columns = next_words, next_following, next_columns
@@ -169,6 +170,7 @@ def decode_rows_kernel(
     unit,
     offset,
     CODE: tl.constexpr,
+    ORDER: tl.constexpr,
     BITS: tl.constexpr,
     SECOND: tl.constexpr,
 ):
@@ -178,7 +180,7 @@ def decode_rows_kernel(
     lane = tl.arange(0, 32)[None, :]
     at = packed + (tile.to(tl.int64) * chunks + chunk)[:, None] * (32 * BITS)
     words = load_words(at, lane, BITS)
-    weights = decode(words, load_following(at, lane, CODE, BITS), table, 0, CODE, BITS).to(tl.float32)
+    weights = decode(words, load_following(at, lane, CODE, BITS), table, 0, CODE, ORDER, BITS).to(tl.float32)
     if SECOND != 0:
         weights += SECOND * decode_second(words, table, 0, BITS).to(tl.float32)
     chosen = (tl.arange(0, 16) == (number & 15).to(tl.int32))[:, None]

@@ -154,15 +154,20 @@ def embedding(
         unit, offset, second = numbers(code, bits)
         decode_rows_kernel[m, chunks](
             ids, *_unsigned(packed, table, code), rows, tiles, chunks, unit, offset,
-            CODE=code, BITS=bits, SECOND=second, num_warps=1, **OPTIONS,
+            **code_and_order(code), BITS=bits, SECOND=second, num_warps=1, **OPTIONS,
         )  # fmt: skip
         _rotate_out(rows, y, su, [base], [width], [k], scales, scales[:, None], 1.0, 0.0)
     return y
 
 
+def own_code(code: str) -> str:
+    """A code's name without the order of its tiles (`kernels_code`)."""
+    return code.partition("_")[0]
+
+
 def numbers(code: str, bits: int) -> tuple[float, float, float]:
     """Of what a code's decoder gives: its unit, what to subtract from it before, and the second stage's scale."""
-    if code == "1mad":
+    if own_code(code) == "1mad":
         return 1 / 147.800537109375, 1024.0 + 510.0, 0.0
     if code == "grid":
         return 1.0, 3.0 * (1 << bits) - 1, 0.0
@@ -172,10 +177,16 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
     return 1.0, 36.0 + (36.25 if bits == 3 else 36.0) * second, second
 
 
+def code_and_order(code: str) -> dict[str, str]:
+    """The kernels' constants of a code's name."""
+    own, _, order = code.partition("_")
+    return {"CODE": own, "ORDER": order}
+
+
 def gemm_options(code: str, shape: shapes.Shape) -> dict[str, Any]:
     """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups hold."""
     registers = 240 if shape.rows >= 32 else 168
-    many = code == "lut" or code == "hyb" and shape.rows >= 32
+    many = code == "lut" or own_code(code) == "hyb" and shape.rows >= 32
     return {"num_warps": shape.warps, **OPTIONS, **({"maxnreg": registers} if many else {})}
 
 
@@ -226,11 +237,11 @@ def multiply(
     m, tiles, chunks = x.shape[0], packed.shape[0], x.shape[1] // CHUNK
     splits = triton.cdiv(chunks, split_chunks)
     partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
-    parts = tuple(size // TILE for size in output_sizes) if code == "hyb" and len(output_sizes) > 1 else ()
+    parts = tuple(size // TILE for size in output_sizes) if own_code(code) == "hyb" and len(output_sizes) > 1 else ()
     programs = sum(triton.cdiv(count, shape.warps) for count in parts or (tiles,))
     decode_gemm_kernel[programs, splits, triton.cdiv(m, shape.rows)](
         *_unsigned(packed, table, code), x, partial, m, tiles, chunks, split_chunks,
-        CODE=code, BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=parts,
+        **code_and_order(code), BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=parts,
         WARPS=shape.warps, BM=shape.rows, UNROLL=shape.unroll, **gemm_options(code, shape),
     )  # fmt: skip
     return partial
