@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../torch_checks.h"
-#include "tiers.h"
+#include "fastest.h"
 
 namespace quip {
 namespace {
@@ -220,10 +220,12 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
     const int64_t count = int64_t(end - begin);
     std::vector<int64_t> first{0}, first8{0};  // of each layer, its first row and byte among those of the batch
     std::vector<int64_t> owner;                // of each row
+    std::vector<const Kernels*> products;      // of each layer
     for (size_t l = begin; l < end; ++l) {
       const int64_t m = int64_t(layers[l].order.size());
       first.push_back(first.back() + m);
-      first8.push_back(first8.back() + (int8 ? (ops.int8_bytes(weights[0], m) + 63) / 64 * 64 : 0));
+      products.push_back(int8 ? &fastest(weights[0], m) : &ops);
+      first8.push_back(first8.back() + (int8 ? (products.back()->int8_bytes(weights[0], m) + 63) / 64 * 64 : 0));
       owner.insert(owner.end(), m, int64_t(l - begin));
     }
     const int64_t m = first.back();
@@ -242,8 +244,8 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
         ops.rotate_in(in + rows.order[own] / repeats * k * item, type, layer.su + rows.layer * k, k, layer.rotations[0],
                       row, scratch.floats);
         if (int8)
-          ops.int8_quantize(weights[rows.layer * parts], row, own, first[l + 1] - first[l], x8 + first8[l],
-                            scales.floats + r, totals + r * chunks);
+          products[l]->int8_quantize(weights[rows.layer * parts], row, own, first[l + 1] - first[l], x8 + first8[l],
+                                     scales.floats + r, totals + r * chunks);
       }
     });
 
@@ -255,8 +257,8 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
           const Weight& weight = weights[layers[begin + l].layer * parts + part];
           float* into = product.floats + first[l] * n + starts[part];
           if (int8)
-            ops.int8_panel(weight, row0, x8 + first8[l], scales.floats + first[l], totals + first[l] * chunks,
-                           first[l + 1] - first[l], into, n);
+            products[l]->int8_panel(weight, row0, x8 + first8[l], scales.floats + first[l], totals + first[l] * chunks,
+                                    first[l + 1] - first[l], into, n);
           else
             ops.panel(weight, row0, rotated.floats + first[l] * stride, stride, first[l + 1] - first[l], into, n);
         }
@@ -322,6 +324,17 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> t
   std::vector<int64_t> order(x.dim() > 0 ? x.size(0) : 0);
   std::iota(order.begin(), order.end(), 0);
   return run(x, layer, activations, weights, order.empty() ? std::vector<Rows>{} : std::vector<Rows>{{0, order}});
+}
+
+// The tiers that multiply 1, 16 and many rows with int8 activations, by name and in this order.
+std::string cpu_fastest(const Tensor& packed, std::optional<Tensor> table, std::optional<Tensor> table_integers,
+                        std::optional<Tensor> table_units, std::vector<int64_t> output_sizes, int64_t k,
+                        std::string code, int64_t bits, bool grid) {
+  std::vector<Weight> weights = weights_of(packed, table, code, output_sizes, k, bits);
+  add_integers(weights, table_integers, table_units, grid);
+  std::string names;
+  for (int64_t m : kRowsMeasured) names += (names.empty() ? "" : ", ") + std::string(fastest(weights[0], m).name);
+  return names;
 }
 
 // Rows of a weight by number. sv has one element for each row that may be asked for.
@@ -414,6 +427,7 @@ bool cpu_takes_int8(std::string code, int64_t bits) {
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&quip::cpu_linear));
   m.impl("cpu_experts", TORCH_BOX(&quip::cpu_experts));
+  m.impl("cpu_fastest", TORCH_BOX(&quip::cpu_fastest));
   m.impl("cpu_embedding", TORCH_BOX(&quip::cpu_embedding));
   m.impl("cpu_lattice_blocks", TORCH_BOX(&quip::cpu_lattice_blocks));
 }

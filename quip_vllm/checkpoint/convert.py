@@ -52,7 +52,7 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
     if not isinstance(config, Published):
         raise ValueError(f"{source} is a checkpoint of quip_vllm already: there is nothing to convert")
     if any(spec.tile_order is TileOrder.ROW_MAJOR for spec in config.specs.values()):
-        _LOG.warning("tiles in row-major order run on CPUs with activations in floats, and on GPUs with the Triton kernels alone")
+        _LOG.warning("tiles in row-major order run on CPUs, with activations in floats, and on GPUs with Triton alone")
     tokens = tokenizer_of(source) if tokenizer is None else tokenizer_folder(tokenizer)
     _open(out, _identity(source, reader, config), resume)
     specs = layer_specs(reader, config)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: one call of the compiled op per linear layer (sources in kernels/cpu)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +18,8 @@ from quip_vllm.formats.trellis_codes import LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
+
+logger = logging.getLogger(__name__)
 
 LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
@@ -167,7 +170,28 @@ class CpuBackend:
         prepared |= {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
         widths = [width for _, width in rotations(spec)]
         grid = spec.code == "hyb" and _is_grid(prepared["table_integers"])
-        return CpuLayer(spec, prepared, widths, sizes, envs.activations() or "", grid)
+        layer = CpuLayer(spec, prepared, widths, sizes, envs.activations() or "", grid)
+        if isinstance(spec.format, TrellisCode) and int8_activations(spec, torch.bfloat16):
+            _log_tiers(kernels_code(spec), spec.bits, fastest_tiers(layer))
+        return layer
+
+
+def fastest_tiers(layer: CpuLayer) -> str:
+    """The tiers that multiply 1, 16 and many rows with int8 activations, for instance "avx512, avx512_vnni, amx".
+
+    The first layer of a code and bit rate is measured for some milliseconds (kernels/cpu/fastest.h). The sums of all
+    tiers are the same integers, so the choice moves no result.
+    """
+    tables = (layer.tensors.get(name) for name in TABLES)
+    code = kernels_code(layer.spec)
+    return torch.ops.quip_vllm.cpu_fastest(
+        layer.tensors["packed"], *tables, layer.output_sizes, layer.spec.stored_in, code, layer.spec.bits, layer.grid
+    )
+
+
+@cache
+def _log_tiers(code: str, bits: int, tiers: str) -> None:
+    logger.info("quip_vllm: code %s at %d bits: the tiers for 1, 16 and many rows are %s", code, bits, tiers)
 
 
 def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,8 @@ _SCHEMAS = (
     "cpu_experts(Tensor x, Tensor ids, Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, "
     "Tensor su, Tensor sv, Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations, "
     "bool grid) -> Tensor",
+    "cpu_fastest(Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, int[] output_sizes, int k, "
+    "str code, int bits, bool grid) -> str",
     "cpu_lattice_blocks(Tensor codes, Tensor? residual_codes, int[] output_sizes, int bits) -> Tensor",
     "cpu_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",

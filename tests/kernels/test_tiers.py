@@ -13,8 +13,8 @@ from tiers import TIERS, runs_here
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(tier, *arguments):
-    environment = {**os.environ, "QUIP_VLLM_CPU_TIER": tier}
+def run(tier, *arguments, **more):
+    environment = {**os.environ, "QUIP_VLLM_CPU_TIER": tier, **more}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -39,6 +39,28 @@ def test_the_searches_of_all_tiers_are_as_good():
     results = {tier: eval(run(tier, "-c", program).stdout) for tier in tiers}
     for tier in tiers:
         assert results[tier] == pytest.approx(results["portable"], rel=SEARCH_DISTORTION), results
+
+
+def test_integer_products_of_all_tiers_are_the_same_bits():
+    """A layer of mixed tiers (kernels/cpu/fastest.h) is then the layer of any: no choice moves a result.
+
+    The rotation is in blocks of 16, whose sums every tier adds in one order, so whole layers agree.
+    """
+    program = (
+        "import torch; from random_layers import random_layer; from quip_vllm.ops import LinearSpec, cpu_tier; "
+        "from quip_vllm.ops.cpu import CpuBackend, fastest_tiers; import hashlib\n"
+        "for code, bits in (('hyb', 2), ('1mad', 2), ('3inst', 3), ('mul1', 4), ('lut', 2), ('grid', 5)):\n"
+        "    spec = LinearSpec(code, bits, 272, (48, 16), 16)\n"
+        "    layer = CpuBackend().prepare(spec, random_layer(spec))\n"
+        "    for rows in (1, 3, 20, 130):\n"
+        "        x = torch.randn(rows, 272, generator=torch.Generator().manual_seed(rows)).bfloat16()\n"
+        "        print(code, rows, hashlib.sha256(layer.linear(x).view(torch.int16).numpy().tobytes()).hexdigest())\n"
+        "    names = fastest_tiers(layer).split(', '); print('tiers', names, file=__import__('sys').stderr)\n"
+        "    assert len(names) == 3\n"
+    )
+    tiers = [tier for tier in TIERS if runs_here(tier) and tier != "portable"]
+    results = {tier: run(tier, "-c", program, PYTHONPATH="tests").stdout for tier in (*tiers, "")}
+    assert results[""].count("\n") == 24 and set(results.values()) == {results[""]}
 
 
 def test_an_unknown_tier_is_refused():

@@ -201,12 +201,12 @@ def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, ORDER: tl.c
     if ORDER == "by_rows":  # a run is row 2 g + t % 2; bits 1, 2 and 3 of a column are the axes of R, C and cc
         v = tl.reshape(v, (TILES, 8, 2, 2, 2, 2, 2, 2, 2))
         v = tl.permute(v, (0, 1, 3, 8, 5, 7, 2, 6, 4))
+    elif ORDER == "swapped":  # R and C change places
+        v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
+        v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
     else:
         v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
-        if ORDER == "swapped":  # R and C change places
-            v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
-        else:
-            v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
+        v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
     return tl.reshape(v, (TILES * 16, 64))
 
 
