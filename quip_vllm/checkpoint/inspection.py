@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in a quantized checkpoint: every quantized layer, every ordinary weight matrix, and totals."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,23 @@ def _kind(row: dict[str, Any]) -> str:
     return str(row.get("code") or row["dtype"])
 
 
+def _folded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for what the experts of a decoder layer have in common, with the bytes of all and the mean loss."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", row["name"])
+        alike.setdefault((name, _kind(row), row["bits"], *row["shape"]), []).append(row)
+    folded = []
+    for (name, *_), of in alike.items():
+        losses = [row["proxy_loss"] for row in of if row.get("proxy_loss") is not None]
+        loss = sum(losses) / len(of) if len(losses) == len(of) else None
+        folded.append({**of[0], "name": name, "bytes": sum(row["bytes"] for row in of), "proxy_loss": loss})
+    return folded
+
+
 def format_inspection(found: dict[str, Any]) -> str:
     """A table for a person."""
-    rows = [*found["layers"], *found["ordinary"]]
+    rows = _folded([*found["layers"], *found["ordinary"]])
     width, kinds = (max(map(len, of), default=5) for of in ([row["name"] for row in rows], map(_kind, rows)))
     lines = [f"{'layer':{width}}  {'code':{kinds}}  bits  {'shape':>14}  {'bytes':>12}  proxy loss"]
     for row in rows:

@@ -45,6 +45,7 @@ SMALL = {
     "moe_num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
     "q_lora_rank": 64,
@@ -69,6 +70,7 @@ SMALL = {
     "laurel_rank": 16,
 }
 """Set where an architecture's config, or one inside it, has the key."""
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
 OWN = {
     "falcon": {
         "num_kv_heads": 2,
@@ -82,8 +84,7 @@ OWN = {
     "gpt_bigcode": {"num_key_value_heads": 1},
     "mpt": {"no_bias": True},
     "phi": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
-    "deepseek_v32": {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64},
+    **{kind: LATENT for kind in ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
     "glm_moe_dsa": {"num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -94,7 +95,7 @@ OWN = {
     "zamba2": {"num_hidden_layers": 54},
 }
 """What an architecture needs besides."""
-IGNORE = {"deepseek_v3": ("kv_b_proj",), "deepseek_v32": ("kv_b_proj",)}
+IGNORE = {kind: ("kv_b_proj",) for kind in OWN if OWN[kind] is LATENT}
 """Layers that keep their weight, because vLLM does not multiply with them as with a linear layer."""
 
 
@@ -313,8 +314,9 @@ def write_table(record, file):
         "* *not in vLLM*: vLLM has no code of its own for it. *no tiny model*, *no reference*: transformers could not",
         "  make one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
-        "Mixtures of experts, state-space models and others with convolutions are refused, and the sentence names the",
-        "first tensor that is none of a linear layer. DeepSeek V3 and V3.2 were quantized with `--ignore kv_b_proj`.",
+        "State-space models and others with convolutions are refused, and so are experts that transformers does not",
+        "stack as it does Qwen3-MoE's, or that the files stack; the sentence names the tensor. Models with latent",
+        "attention were quantized with `--ignore kv_b_proj`.",
         "",
         f"Machine: {machine()}.",
         "",

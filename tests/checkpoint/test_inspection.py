@@ -54,6 +54,17 @@ def test_inspect(checkpoint):
     assert table[4] == f"2 layers, 4,096 weights, 11.750 bits per weight; 6,016 of {total:,} bytes"
 
 
+def test_experts_are_one_row(checkpoint):
+    found = inspect(checkpoint)
+    row = found["layers"][0]
+    experts = [{**row, "name": f"mlp.experts.{i}.up", "proxy_loss": 0.01 * (i + 1)} for i in range(3)]
+    other = {**row, "name": "mlp.experts.3.up", "bits": 2, "proxy_loss": None}
+    table = format_inspection({**found, "layers": [*experts, other, row]}).splitlines()
+    assert table[1].split() == ["mlp.experts.*.up", "hyb", "4", "32x64", "9,792", "0.02000"]
+    assert table[2].split() == ["mlp.experts.*.up", "hyb", "2", "32x64", "3,264", "-"]
+    assert [line.split()[0] for line in table[3:5]] == ["layers.2.up", "embed"] and len(table) == 6
+
+
 @pytest.mark.parametrize("report", [{}, {"layers": [1]}, {"layers": [{"name": "x"}]}, {"layers": 3}])
 def test_damaged_report(checkpoint, report):
     write_json(checkpoint / "quantization_report.json", report)
