@@ -5,8 +5,9 @@ From then on ``AutoModelForCausalLM.from_pretrained(OUT)`` keeps the weights qua
 does not know the method and would fill the layers at random, with a warning.
 """
 
+from quip_vllm.hf_plugin.modules import train_vectors
 from quip_vllm.hf_plugin.quantizer import register
 
-__all__ = ["register"]
+__all__ = ["register", "train_vectors"]
 
 register()

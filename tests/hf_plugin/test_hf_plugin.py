@@ -8,7 +8,7 @@ import pytest
 import relaxml_files
 import torch
 from numerics import FLOAT32_LAYERS, FLOAT32_LINEAR, relative
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
 from quip_vllm import hf_plugin
 from quip_vllm.checkpoint.convert import convert
@@ -97,6 +97,84 @@ def test_gradients_pass_through_a_layer(quantized):
     layer(x).backward(gradient)
     expected = gradient @ dequantize(layer.spec, layer.tensors())
     assert relative(x.grad, expected) < FLOAT32_LINEAR
+
+
+def losses(model, parameters, steps=6):
+    """Of training on one text."""
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    found = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_an_adapter_is_trained_saved_and_loaded(quantized, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = quantized("Mistral", lm_head=4)
+    model = peft.get_peft_model(load(folder), peft.LoraConfig(r=4, target_modules="all-linear"))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(learning) == 2 * 7 * 2  # of two decoder layers
+    found = losses(model, learning)
+    assert found[-1] < 0.9 * found[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+        expected = load(folder)(IDS).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(model(IDS).logits, expected)
+
+
+def test_vectors_and_norms_are_trained_saved_and_served(quantized, tmp_path):
+    model = load(quantized("Qwen2", code="hyb", lm_head=4))
+    before = model(IDS).logits
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    vectors = hf_plugin.train_vectors(model)
+    assert len(vectors) == 2 * 7 * 2 and hf_plugin.train_vectors(model)[0] is vectors[0]
+    torch.testing.assert_close(model(IDS).logits, before, rtol=FLOAT32_LAYERS, atol=FLOAT32_LAYERS)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    started = [one.detach().clone() for one in (*vectors, *norms)]
+    found = losses(model, [*vectors, *norms])
+    assert found[-1] < 0.9 * found[0]
+    assert not any(torch.equal(one, was) for one, was in zip((*vectors, *norms), started, strict=True))
+    model.save_pretrained(tmp_path / "out")
+    for again in (load(tmp_path / "out"), load_model(str(tmp_path / "out"))):
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=FLOAT32_LAYERS, atol=FLOAT32_LAYERS)
+
+
+def test_the_gradient_of_vectors_is_that_of_the_dequantized_layer(quantized):
+    layer = load(quantized()).model.layers[0].mlp.down_proj
+    weight = dequantize(layer.spec, layer.tensors())
+    su, sv = layer.train_vectors()
+    x, gradient = torch.randn(3, layer.in_features), torch.randn(3, layer.out_features)
+    layer(x).backward(gradient)
+    plain = weight / sv.detach()[:, None] / su.detach()
+    own_su, own_sv = (one.detach().clone().requires_grad_() for one in (su, sv))
+    ((x * own_su) @ plain.T * own_sv).backward(gradient)
+    assert relative(su.grad, own_su.grad) < FLOAT32_LINEAR and relative(sv.grad, own_sv.grad) < FLOAT32_LINEAR
+
+
+def test_models_without_vectors_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="no quantized linear layer: load a checkpoint"):
+        hf_plugin.train_vectors(load(tiny_model()))
+    exl3_files.write(tiny_model("Llama", hidden_size=128), tmp_path / "exl3", "mul1")
+    with pytest.raises(ValueError, match="no vectors that can be trained: convert the checkpoint"):
+        hf_plugin.train_vectors(load(tmp_path / "exl3"))
+
+
+def test_pipeline_and_device_map(quantized):
+    folder = quantized("Mistral", embedding=3, lm_head=4)
+    said = pipeline("text-generation", model=str(folder), model_kwargs={"device_map": "cpu"}, dtype=torch.float32)
+    text = said("hello", max_new_tokens=4, do_sample=False, return_full_text=False)[0]["generated_text"]
+    dense = load_model(str(folder))
+    ids = said.tokenizer("hello", return_tensors="pt")
+    answer = dense.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert text == said.tokenizer.decode(answer, skip_special_tokens=True)
 
 
 def test_a_model_is_cast_moved_and_compiled(quantized):
