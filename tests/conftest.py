@@ -105,16 +105,19 @@ def make_settings(tiny_text):
 
 @pytest.fixture(scope="session")
 def quantized(tiny_model, make_settings, tmp_path_factory):
-    """quantized(architecture, ...settings): the folder of a tiny quantized checkpoint; never write in it."""
+    """quantized(architecture, model, ...settings): the folder of a tiny quantized checkpoint; never write in it.
+
+    `model` is what `tiny_model` takes besides the architecture.
+    """
     from quip_vllm.quantizer.run import quantize
 
     made = {}
 
-    def quantized(architecture="Llama", **changes):
-        key = architecture + repr(sorted(changes.items(), key=str))
+    def quantized(architecture="Llama", model=(), **changes):
+        key = repr((architecture, model, sorted(changes.items(), key=str)))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantized")
-            quantize(make_settings(tiny_model(architecture), **changes), made[key])
+            quantize(make_settings(tiny_model(architecture, **dict(model)), **changes), made[key])
         return made[key]
 
     return quantized

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import get_current_vllm_config_or_none
 
 from quip_vllm.checkpoint import exl3
@@ -230,12 +231,34 @@ def carry_tensors(model_class: Any) -> None:
         else:
             weights = _fetched(weights)
         sent: list[DiskLayer] = []  # holds the tensors until the model's code has put the numbers where they belong
-        result = load(self, _numbered(noted(weights, headers), sent, copied), *args, **kwargs)
+        with OnlyArrivals():
+            result = load(self, _numbered(noted(weights, headers), sent, copied), *args, **kwargs)
         self.quip_loaded = Loaded(source_now(), headers)  # type: ignore[assignment]  # an attribute of any type
         return result
 
     load_weights.quip_carries = True  # type: ignore[attr-defined]
     model_class.load_weights = load_weights
+
+
+class OnlyArrivals(TorchDispatchMode):
+    """Under it, numbers that stand for a quantized layer cannot be copied into an ordinary weight.
+
+    Raises:
+        ValueError: vLLM's code of the model has built a layer without asking how it is stored.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See TorchDispatchMode."""
+        if func is torch.ops.aten.copy_.default and args[0].is_floating_point() and args[1].dtype == torch.int32:
+            known = args[1].numel() > 0 and not args[1].is_meta
+            number = args[1][(0,) * args[1].dim()].item() if known else -1
+            for layer in _SENT.values():
+                if layer.first <= number < layer.end:
+                    raise ValueError(
+                        f"{layer.name} is quantized, but vLLM's code of this model loads it as an ordinary weight; "
+                        f"{UNSUPPORTED}"
+                    )
+        return func(*args, **(kwargs or {}))
 
 
 def send(

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 MIN_CAPABILITY = 80
 """Compute capability of the oldest GPU the kernels support (Ampere)."""
 
+DRAFT = "draft_model."
+"""What vLLM puts in front of the names of all layers of a draft model."""
+
+PREPARED = ("sharded_state", "runai_streamer_sharded", "ipc_cache", "tensorizer")
+"""Load formats that fill layers with what they held in another process, past the model's code."""
+
 LATENT = "kv_b_proj"
 """The layer from whose weight vLLM computes the matrices of multi-head latent attention."""
 
@@ -33,10 +39,18 @@ class QuipConfig(QuantizationConfig):
     Attributes:
         checkpoint: the checked config, module names as in vLLM once `apply_vllm_mapper` has run.
         on_disk: the same, names as in the files.
+
+    Raises:
+        ValueError: there is no ``quantization_config``.
     """
 
-    def __init__(self, checkpoint: CheckpointConfig) -> None:
+    def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
         super().__init__()
+        if checkpoint is None:  # what vLLM asks of a method that it knows from --quantization only
+            raise ValueError(
+                "--quantization names a method of quip_vllm, but the model's config.json has no quantization_config: "
+                "quantize it first (quip-vllm quantize MODEL OUT), or leave --quantization out"
+            )
         self.checkpoint = self.on_disk = checkpoint
         self._described = checkpoint.to_dict()
         self._served: set[str] = set()  # keys of config.json's embedding and head
@@ -128,6 +142,7 @@ class QuipConfig(QuantizationConfig):
         from quip_vllm.vllm_plugin.linear_method import QuipLinearMethod
         from quip_vllm.vllm_plugin.moe_method import QuipExpertsMethod, expert_formats, names_of
 
+        prefix = prefix.removeprefix(DRAFT)
         self._carry_tensors()
         if isinstance(layer, RoutedExperts):
             formats = expert_formats(layer, prefix, self._stored, names_of(layer))
@@ -149,7 +164,11 @@ class QuipConfig(QuantizationConfig):
         return QuipLinearMethod(self.checkpoint, prefix, names, stored)
 
     def _carry_tensors(self) -> None:
-        """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`."""
+        """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`.
+
+        Raises:
+            ValueError: the load format leaves the model's code out.
+        """
         from vllm.model_executor.model_loader.utils import get_model_cls
 
         from quip_vllm.vllm_plugin.arrival import carry_tensors
@@ -157,6 +176,11 @@ class QuipConfig(QuantizationConfig):
         config = get_current_vllm_config_or_none()
         if self._carries or config is None:
             return
+        if config.load_config.load_format in PREPARED:
+            raise ValueError(
+                f"--load-format {config.load_config.load_format} is not served for {self.get_name()}: it holds layers "
+                "as they are prepared for one backend; serve the checkpoint that quip-vllm has written, without it"
+            )
         self._carries = True
         for described in (config.model_config, getattr(config.speculative_config, "draft_model_config", None)):
             if described is not None:
@@ -184,12 +208,20 @@ class QuipConfig(QuantizationConfig):
         """vLLM asks for it between building the model and loading its weights: the last chance for a clear message.
 
         Raises:
-            ValueError: vLLM's model has built its head or embedding without asking for our method.
+            ValueError: vLLM's model has built its head or embedding without asking for our method, or needs the dense
+                rows of its head.
         """
         from vllm.distributed import get_pp_group
 
         from quip_vllm.vllm_plugin.embedding_method import unserved
 
+        config = get_current_vllm_config_or_none()
+        head = self.checkpoint.head
+        if config is not None and head is not None and hasattr(config.model_config.hf_config, "classifier_from_token"):
+            raise ValueError(
+                f"{head.module} is quantized, but vLLM makes this reranker's scores from dense rows of the head: "
+                f"requantize without {head.OPTION}"
+            )
         for rows in self.checkpoint.token_rows:
             is_output = rows is self.checkpoint.head and not self.checkpoint.head.tied
             if rows.KEY not in self._served:

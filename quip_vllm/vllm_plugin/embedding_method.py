@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantized output head and input embedding in vLLM, tied or not: rows by number, and logits."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding
 from quip_vllm.vllm_plugin.calls import prepare_calls
-from quip_vllm.vllm_plugin.loading import allocate
+from quip_vllm.vllm_plugin.loading import WEIGHT, allocate, loaded_parameters
 from quip_vllm.vllm_plugin.share import token_share
 
 
@@ -58,27 +59,38 @@ class QuipEmbeddingMethod(QuantizeMethodBase):
         allocate(layer, share)
         layer.quip_dtype = params_dtype
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """See `prepare_calls`."""
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """See `prepare_calls`. ``weight`` stands for the weight where vLLM reads its device, dtype and last dimension.
+
+        LoRA and EAGLE's drafts do. The latter also compare two heads or embeddings: NaN equals nothing.
+        """
         prepare_calls(layer)
+        own = next(_holder(layer).parameters(), None)
+        if own is not None:  # a pooling model leaves its head out
+            one = own.new_full((1, layer.embedding_dim), math.nan, dtype=layer.quip_dtype)
+            layer.register_buffer(WEIGHT, one, persistent=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of this rank's rows: x [..., k] -> [..., rows] in x's dtype, zero where a row has no token."""
-        return layer.quip_calls[0].linear(layer, x, bias)
+        holder = _holder(layer)
+        return holder.quip_calls[0].linear(holder, x, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Embeddings of tokens: int64 [...], numbers of this rank's rows -> [..., k] in the model's dtype."""
         return layer.quip_calls[0].embedding(layer, input_, layer.quip_dtype)
 
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """The output head of a tied model is its embedding: one set of tensors, loaded and prepared once.
+    def tie_weights(self, layer: Any, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """The output head of a tied model takes its embedding's tensors, loaded and prepared once; a bias is its own.
 
         Raises:
             ValueError: the embedding is not quantized.
         """
         if not isinstance(getattr(embed_tokens, "quant_method", None), QuipEmbeddingMethod):
             raise ValueError(unserved(self.rows))
-        return embed_tokens
+        for name in [*loaded_parameters(layer), WEIGHT]:
+            delattr(layer, name)
+        layer.quip_tied = (embed_tokens,)  # in a tuple: it is no submodule
+        return layer
 
 
 class RotatedHeadMethod(QuipEmbeddingMethod):
@@ -89,6 +101,11 @@ class RotatedHeadMethod(QuipEmbeddingMethod):
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """The head has tensors of its own."""
         return layer
+
+
+def _holder(layer: Any) -> Any:
+    """The layer that holds the tensors: the embedding, if the layer is a head that is tied to it."""
+    return getattr(layer, "quip_tied", (layer,))[0]
 
 
 def unserved(rows: Embedding) -> str:

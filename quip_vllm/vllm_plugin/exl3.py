@@ -10,7 +10,7 @@ from quip_vllm.checkpoint.exl3 import METHOD, Exl3Config, read, stored_format
 from quip_vllm.checkpoint.hub import at_hand
 from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import DTYPES, CheckpointReader, Header
-from quip_vllm.vllm_plugin.config import QuipConfig, renaming
+from quip_vllm.vllm_plugin.config import DRAFT, QuipConfig, renaming
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -62,7 +62,7 @@ class Exl3QuipConfig(QuipConfig):
             for model in (config.model_config.hf_config, config.model_config.hf_text_config):
                 model.tie_word_embeddings = False
         if isinstance(layer, LinearBase):
-            for name in self._names_on_disk(prefix):
+            for name in self._names_on_disk(prefix.removeprefix(DRAFT)):
                 if name not in self.checkpoint.dense and self._stored(name) is None:
                     raise ValueError(
                         f"{name} is not in the checkpoint, quantized or not: vLLM's model fuses what EXL3 stores "

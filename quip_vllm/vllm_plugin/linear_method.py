@@ -60,8 +60,10 @@ class QuipLinearMethod(LinearMethodBase):
         allocate(layer, share, held)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """See `prepare_calls`."""
+        """See `prepare_calls`. LoRA asks ``weight_packed`` for the layer's device, and nothing else."""
         prepare_calls(layer)
+        device = next(layer.parameters()).device
+        layer.register_buffer("weight_packed", torch.empty(0, device=device), persistent=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y = W x + bias: x [..., k] -> y [..., n] in x's dtype, n over all parts of this rank."""

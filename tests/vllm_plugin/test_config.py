@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinea
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.checkpoint.config import Head, LayerFormat
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.vllm_plugin import config as config_module
 from quip_vllm.vllm_plugin.config import QuipConfig
@@ -128,6 +128,32 @@ def test_whole_files_and_none_at_all_are_accepted(quantized, tmp_path):
     EngineArgs(model=str(folder)).create_engine_config()
     (folder / "model.safetensors").unlink()
     EngineArgs(model=str(folder), load_format="dummy").create_engine_config()
+
+
+def test_the_method_given_by_hand(quantized, tiny_model):
+    made = EngineArgs(model=str(quantized()), quantization="quip_sharp").create_engine_config()
+    assert made.quant_config.get_name() == "quip_sharp"
+    with pytest.raises(ValueError, match=r"\(quip_sharp\) does not match .*\(qtip\)"):
+        EngineArgs(model=str(quantized()), quantization="qtip").create_engine_config()
+    for method in ("quip", "exl3"):
+        with pytest.raises(ValueError, match="config.json has no quantization_config: quantize it first"):
+            EngineArgs(model=str(tiny_model()), quantization=method).create_engine_config()
+
+
+def test_a_reranker_that_needs_dense_rows_of_the_head_is_refused(monkeypatch):
+    model = SimpleNamespace(classifier_from_token=["no", "yes"])
+    engine = SimpleNamespace(model_config=SimpleNamespace(hf_config=model))
+    monkeypatch.setattr(config_module, "get_current_vllm_config_or_none", lambda: engine)
+    made = quant_config(head=Head("model.embed_tokens", LayerFormat("e8p", 4), tied=True))
+    with pytest.raises(ValueError, match="embed_tokens is quantized, but vLLM makes this .*without --lm-head"):
+        made.get_checkpoint_weight_mapper()
+    quant_config().get_checkpoint_weight_mapper()
+
+
+def test_the_names_of_a_draft_are_those_of_its_files():
+    config = quant_config(modules_to_not_convert=("model.a",), layers={"model.b": ("e8p", 4)})
+    assert isinstance(config.get_quant_method(blank(ReplicatedLinear), "draft_model.model.a"), UnquantizedLinearMethod)
+    assert config.get_quant_method(blank(ReplicatedLinear), "draft_model.model.b").formats == (LayerFormat("e8p", 4),)
 
 
 def test_the_headers_of_a_hub_name_are_checked_in_its_cache(quantized, tmp_path, monkeypatch):

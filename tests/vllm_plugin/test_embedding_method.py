@@ -86,11 +86,19 @@ def test_embeddings_have_the_dtype_of_the_model(set_rank, dtype):
     assert torch.equal(finish(layer)(torch.arange(64)), weight.to(dtype))
 
 
-def test_a_tied_head_is_the_embedding(set_rank):
+def test_a_tied_head_takes_the_tensors_of_the_embedding(set_rank):
     config = config_of("e8p", 4)
+    tensors, weight = stored("e8p", 4, 64)
     embedding = build(VocabParallelEmbedding, config, 64, prefix="")
+    head = ParallelLMHead(64, K, bias=True, params_dtype=torch.float32, quant_config=config, prefix="lm_head")
+    assert head.tie_weights(embedding) is head
+    assert [name for name, _ in head.named_parameters()] == ["bias"] and not list(head.children())
+    load(embedding, tensors)
+    head.bias.data.fill_(0.5)
+    x = torch.randn(3, K)
+    finish(embedding)
+    assert_close(apply(finish(head), x, head.bias), x @ weight.T + 0.5)
     head = build(ParallelLMHead, config, 64, prefix="lm_head")
-    assert head.tie_weights(embedding) is embedding
     plain = build(VocabParallelEmbedding, None, 64)
     with pytest.raises(ValueError, match=r"model.embed_tokens is quantized, but vLLM.*requantize without --lm-head"):
         head.tie_weights(plain)
@@ -178,6 +186,18 @@ def test_missing_and_damaged_tensors_are_named(set_rank, name):
     put(layer, {other: tensor for other, tensor in tensors.items() if other != name})
     with pytest.raises(ValueError, match=f"{NAME}: tensor {name} of {NAME} is not in the checkpoint"):
         finish(layer)
+
+
+def test_what_stands_for_the_weight_equals_no_other(set_rank):
+    """vLLM takes an EAGLE draft's head or embedding for the target's where their weights are equal."""
+    layers = []
+    for kind, name in ((VocabParallelEmbedding, NAME), (ParallelLMHead, "lm_head")):
+        layer = build(kind, config_of("e8p", 4), 64, prefix=name, dtype=torch.bfloat16)
+        load(layer, stored("e8p", 4, 64)[0])
+        layers.append(finish(layer))
+    assert all(one.weight.dtype == torch.bfloat16 and one.weight.shape[-1] == K for one in layers)
+    assert not torch.equal(layers[0].weight, layers[1].weight)
+    assert not any("weight" in {**one.state_dict(), **dict(one.named_parameters())} for one in layers)
 
 
 def test_dummy_weights_need_no_checkpoint(set_rank):

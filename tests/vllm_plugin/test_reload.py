@@ -40,7 +40,16 @@ class Model(nn.Module):
         return self.layer(x * self.norm)[0]
 
 
-arrival.carry_tensors(Model)
+class Unasked(Model):
+    """Has built the layer without the checkpoint's config."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Linear(K, N, bias=False)
+
+
+for kind in (Model, Unasked):
+    arrival.carry_tensors(kind)
 
 
 def files(seed, **changes):
@@ -139,6 +148,13 @@ def test_a_file_that_cannot_be_read_is_refused(model):
         raise OSError("a shard\nis cut")
 
     refused(model, broken(), r"they cannot be read \(a shard is cut\)")
+
+
+def test_numbers_do_not_become_a_weight():
+    made = Unasked(quant_config("1mad", 2))
+    own = {name.replace("layer", "gate"): tensor for name, tensor in files(0) if "layer" in name}
+    with pytest.raises(ValueError, match="gate is quantized, but vLLM's code of this model loads it as an ordinary"):
+        made.load_weights(iter([*files(0), *own.items()]))
 
 
 def test_a_model_without_weights_takes_any(model):
