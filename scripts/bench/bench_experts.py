@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experts of a decoder layer on a CPU, quantized and in vLLM's own bf16 kernel: time of a call by rows.
 
-Usage: python scripts/bench/bench_experts.py [--csv docs/benchmarks/cpu_experts.csv] [--formats quip_sharp-2 ...]
+Usage: python scripts/bench/bench_experts.py [--csv docs/benchmarks/experts.csv] [--formats quip_sharp-2 ...]
            [--hidden 1024 --inner 512 --experts 32 --top-k 4] [--layers 4] [--rows 1 16 400]
 
 One thread, bf16 activations. A call has everything behind the router: gate and up, the activation, down, and the
 weighted sum. Rows choose their experts at random. --layers layers are called in turn, so that weights come from memory.
-Times are those that the thread was running, and the layers of all formats take turns: so another program moves all
-of them alike. Needs vllm.
+Times are those that the thread was running, and the formats take turns in random order: so another program on the
+machine moves all of them alike. Needs vllm.
 """
 
 import argparse
 import itertools
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 400])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each format and number of rows")
-    parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/cpu_experts.csv"))
+    parser.add_argument("--csv", type=Path, default=Path("docs/benchmarks/experts.csv"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,7 @@ def measure(
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in itertools.count():
         ids = torch.rand(m, args.experts, generator=generator).topk(args.top_k).indices
-        for name, layers in kinds.items():
+        for name, layers in random.sample(list(kinds.items()), len(kinds)):
             begin = time.thread_time()
             layers[turn % len(layers)](x, weights, ids)
             found[name].append(time.thread_time() - begin)

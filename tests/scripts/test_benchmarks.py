@@ -5,6 +5,7 @@ import importlib.util
 import sys
 
 import bench_encode
+import bench_experts
 import bench_kernels
 import bench_serving
 import make_synthetic_checkpoint
@@ -15,6 +16,7 @@ from benchmarking import FORMATS, origin, read_rows, write_rows
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 
 HEAD = ["--lm-head", "4"]
+EXPERTS = ["--experts", "4", "--top-k", "2"]
 TINY = ["--hidden", "64", "--mlp", "128", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "96"]
 
 
@@ -30,7 +32,15 @@ def run(script, monkeypatch, *arguments):
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("bf16", []), ("quip_sharp-3", []), ("quip_sharp-2", HEAD), ("qtip-1mad-2", HEAD), ("qtip-hyb-4", [])],
+    [
+        ("bf16", []),
+        ("bf16", EXPERTS),
+        ("quip_sharp-3", []),
+        ("quip_sharp-2", HEAD),
+        ("quip_sharp-2", EXPERTS),
+        ("qtip-1mad-2", HEAD),
+        ("qtip-hyb-4", []),
+    ],
 )
 def test_a_synthetic_checkpoint_loads_and_its_logits_are_finite(name, head, tmp_path):
     pytest.importorskip("transformers")
@@ -72,6 +82,8 @@ def test_a_gptq_checkpoint_has_the_shapes_of_gptq(tmp_path):
         (["--format", "quip_sharp", "--heads", "5"], "--heads 5"),
         (["--format", "bf16", "--lm-head", "4"], "--lm-head is 4"),
         (["--format", "gptq-int4", "--mlp", "24"], "--mlp is 24"),
+        (["--format", "gptq-int4", "--experts", "4"], "--experts is 4, --top-k 4, --format gptq-int4"),
+        (["--format", "bf16", "--experts", "4", "--top-k", "5"], "--top-k 5"),
         (["--format", "quip_sharp", "--hadamard-block", "no"], "--hadamard-block is no"),
     ],
 )
@@ -94,6 +106,16 @@ def test_ratios_are_of_medians_and_an_error_is_a_row():
     assert (ours["lowest"], ours["highest"], ours["samples"], ours["batch"]) == (10.0, 90.0, 3, 1)
     assert "over_int4" not in by_place["bf16", "prefill"]
     assert by_place["ours", None] == {"name": "ours", "error": "it broke"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
+def test_experts_are_timed_beside_those_of_vllm(tmp_path, monkeypatch):
+    shape = ["--hidden", "64", "--inner", "32", "--experts", "4", "--top-k", "2", "--layers", "1"]
+    more = ["--rows", "1", "5", "--formats", "quip_sharp-2", "--seconds", "0", "--csv", str(tmp_path / "experts.csv")]
+    assert run(bench_experts, monkeypatch, *shape, *more) == 0
+    rows = read_rows(tmp_path / "experts.csv")
+    assert [(row["format"], row["rows"]) for row in rows] == [(n, m) for m in "15" for n in ("bf16", "quip_sharp-2")]
+    assert all(float(row["microseconds"]) > 0 for row in rows) and float(rows[0]["over_bf16"]) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")

@@ -304,5 +304,5 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(tmp_path, a
 def test_served_exl3_experts(tmp_path):
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
     source = moe_files.save("Qwen3Moe", tmp_path / "source", **sizes)
-    exl3_files.write(source, tmp_path / "out", "mcg", head=False)
+    exl3_files.write(source, tmp_path / "out", "mcg")
     assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY

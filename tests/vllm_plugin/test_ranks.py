@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import exl3_files
+import moe_files
 import pytest
 
 from quip_vllm.quantizer.run import quantize
@@ -32,6 +33,9 @@ def checkpoint(make_settings, tiny_model, tmp_path):
     """checkpoint(kind): a folder of each kind."""
 
     def checkpoint(kind):
+        if kind == "experts":
+            sizes = {"num_key_value_heads": 2, "moe_intermediate_size": 64}
+            return moe_files.write(tmp_path / "experts", "Qwen3Moe", "1mad", 2, block=16, **sizes)
         if kind == "exl3":
             source = tiny_model("Llama", hidden_size=256, intermediate_size=512, num_key_value_heads=4)
             exl3_files.write(source, tmp_path / "exl3", "mul1", head=False)  # of 272 tokens, no multiple of 128
@@ -44,7 +48,7 @@ def checkpoint(make_settings, tiny_model, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["hyb", "exl3"])
+@pytest.mark.parametrize("kind", ["hyb", "exl3", "experts"])
 def test_served_tokens_of_two_ranks_are_those_of_one(checkpoint, tmp_path, kind):
     folder = checkpoint(kind)
     expected = generated(folder, 1, tmp_path / "one.json")
