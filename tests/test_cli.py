@@ -133,13 +133,14 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         (["--rounding", "nearest", "--two-sided"], "rounding is nearest, which feeds nothing back along outputs"),
         (["--rounding-steps", "9"], "rounding_steps is 9 with rounding ldlq: give at least 1, with discquant"),
         (["--resume"], "holds no unfinished run: leave --resume away"),
+        (["--device", "abacus"], "--device is abacus, which torch cannot use here"),
     ],
 )
 def test_refused_flags(quantize, refusal, flags, sentence):
     assert sentence in refusal(quantize(*flags))
 
 
-@pytest.mark.parametrize("flags", [["--method", "gptq"], ["--code", "5mad"], ["--device", "cpu"]])
+@pytest.mark.parametrize("flags", [["--method", "gptq"], ["--code", "5mad"], ["--machine", "cpu"]])
 def test_flags_that_argparse_refuses(quantize, flags):
     with pytest.raises(SystemExit) as caught:
         quantize(*flags)

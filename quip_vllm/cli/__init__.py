@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quip_vllm import __version__
-from quip_vllm.cli.options import add_trust, check_writable
+from quip_vllm.cli.options import add_device, add_trust, check_writable
 from quip_vllm.cli.quantizing import add_plan, add_quantize
 
 
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how lines begin with which documents begin: standard errors are then by document, not by window",
     )
     evaluate.add_argument("--json", type=Path, help="write the figures there as well")
+    add_device(evaluate)
     add_trust(evaluate)
     evaluate.set_defaults(run=_evaluate)
     inspect = commands.add_parser("inspect", help="every layer of a quantized checkpoint, and its totals")
@@ -170,6 +171,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.document_start,
         args.noise_floor,
         args.trust_remote_code,
+        args.device,
     )
     print(format_report(result["results"]))
     if args.json:

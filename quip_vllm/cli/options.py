@@ -11,6 +11,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu (default), cuda")
+
+
 def check_writable(file: Path, option: str) -> None:
     """Raises ValueError where a file cannot be made; leaves nothing."""
     if file.is_dir() or not file.parent.is_dir():

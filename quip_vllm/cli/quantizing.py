@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip_vllm.cli.options import add_trust, check_writable
+from quip_vllm.cli.options import add_device, add_trust, check_writable
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.quantizer.plan_file import Planned, most_common
 from quip_vllm.quantizer.settings import (
@@ -140,6 +140,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, type=int, metavar="BITS", help=f"quantize the {layer} too; where head and embedding are tied, both"
         )
+    add_device(parser)
     add_trust(parser)
 
 
@@ -245,6 +246,7 @@ def _settings(args: argparse.Namespace, code: str, bits: int, planned: Planned =
         tune=args.tune,
         lm_head=args.lm_head,
         embedding=args.embedding,
+        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
 

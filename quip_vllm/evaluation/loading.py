@@ -16,6 +16,7 @@ from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.ops import dequantize
+from quip_vllm.ops.extension import usable_device
 
 
 def is_quantized(folder: Path) -> bool:
@@ -30,20 +31,24 @@ def is_quantized(folder: Path) -> bool:
     return method in methods() or method == exl3.METHOD or "quip_params" in model
 
 
-def load_model(model: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    model: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
     """A causal LM in eval mode, from a folder or a hub name; a quantized checkpoint of ours is dequantized.
 
     Args:
         model: folder or hub name.
         trust_remote_code: whether Python code among the model's files may run.
         dtype: of its weights and its arithmetic.
+        device: torch's name of where it runs.
 
     Raises:
-        ValueError: the folder holds no model, or not every weight of the model that its config.json describes.
+        ValueError: torch cannot use the device, or the folder holds no model, or not every weight of the one that its
+            config.json describes.
     """
-    folder = local_folder(model, trust_remote_code)
+    there, folder = usable_device(device), local_folder(model, trust_remote_code)
     state = dense_state(folder) if is_quantized(folder) else None
-    return _loaded(folder, state, trust_remote_code, dtype=dtype).eval()
+    return _loaded(folder, state, trust_remote_code, dtype=dtype).eval().to(there)
 
 
 def check_complete(folder: Path, trust_remote_code: bool = False) -> None:

@@ -29,6 +29,7 @@ def evaluate(
     document_start: str | None = None,
     noise_floor: bool = False,
     trust_remote_code: bool = False,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measures models on texts: what the keys mean is in docs/evaluation.md.
 
@@ -42,6 +43,7 @@ def evaluate(
         document_start: see `documents_of`; None for texts without documents.
         noise_floor: whether the reference in bf16 is measured like one more model.
         trust_remote_code: whether Python code among the models' files may run.
+        device: torch's name of where they run.
 
     Returns:
         ``results``, for each text and model ``model``, ``text``, ``dtype``, ``windows``; FIGURES, None where there is
@@ -71,8 +73,8 @@ def evaluate(
     measured = [(name, torch.float32) for name in models]
     if reference is not None and noise_floor:
         measured.append((reference, torch.bfloat16))
-    loaded = [load_model(str(folders[name]), trust_remote_code, dtype) for name, dtype in measured]
-    other = load_model(str(folders[reference]), trust_remote_code) if reference else None
+    loaded = [load_model(str(folders[name]), trust_remote_code, dtype, device) for name, dtype in measured]
+    other = load_model(str(folders[reference]), trust_remote_code, device=device) if reference else None
     first = loaded[0] if other is None else other
     for (name, _), model in zip(measured, loaded, strict=True):
         if model.config.vocab_size != first.config.vocab_size:

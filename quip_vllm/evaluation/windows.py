@@ -104,7 +104,7 @@ def score(
     """
     nll, divergence, agreement = (defaultdict[int, list[Tensor]](list) for _ in range(3))
     reference_nll: list[Tensor] = []
-    for window in tqdm(windows, desc="windows", unit="window"):
+    for window in tqdm(windows.to(models[0].device), desc="windows", unit="window"):
         hidden = [_hidden(model, window) for model in models]
         other = _hidden(reference, window) if reference is not None else None
         for start in range(0, len(window) - 1, CHUNK):
@@ -130,7 +130,7 @@ def score(
         if reference is not None:
             row["reference_perplexity"] = math.exp(_mean(reference_nll, clusters)[0])
             row["kl_divergence"], row["kl_error"] = _mean(divergence[i], clusters)
-            values = numpy.percentile(torch.cat(divergence[i]).numpy(), list(PERCENTILES.values()))
+            values = numpy.percentile(torch.cat(divergence[i]).cpu().numpy(), list(PERCENTILES.values()))
             row |= dict(zip(PERCENTILES, values.tolist(), strict=True))
             row["top1_agreement"] = _mean(agreement[i], clusters)[0]
         figures.append(row)
@@ -143,7 +143,7 @@ def _mean(parts: list[Tensor], clusters: Tensor) -> tuple[float, float | None]:
     Raises:
         ValueError: a value is not finite.
     """
-    values = torch.cat(parts).double()
+    values = torch.cat(parts).double().cpu()
     mean = values.mean()
     if not torch.isfinite(mean):
         raise ValueError("a model's logits hold a NaN or an infinity on this text: its weights are damaged")
@@ -162,6 +162,7 @@ def _log_probabilities(model: Any, hidden: Any, span: slice) -> Tensor:
     part = type(hidden)(last_hidden_state=hidden.last_hidden_state[:, span])
     with mock.patch.object(model.base_model, "forward", lambda *_, **__: part):
         logits = model(
-            input_ids=torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.int64), use_cache=False
+            input_ids=torch.zeros(part.last_hidden_state.shape[:2], dtype=torch.int64, device=model.device),
+            use_cache=False,
         ).logits
     return logits[0].float().log_softmax(-1)

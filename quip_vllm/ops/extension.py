@@ -37,6 +37,17 @@ def _load(path: Path, compiler: str) -> str | None:
     return None
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of a name, as cpu or cuda:1. Raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"--device is {name}, which torch cannot use here ({said}): give cpu, or a device it has"
+        ) from None
+
+
 def gpu_problem() -> str | None:
     """Returns None where a kernel for GPUs may run, or torch sees no GPU, else one sentence with the remedy."""
     if torch.version.hip is not None:

@@ -115,7 +115,7 @@ class _Linear:
         """Turns the gradient at the weight, None of an expert that no token reached, into that at x."""
         gradient = torch.zeros_like(self.x) if gradient is None else gradient
         block, chunks = self._spec.hadamard_block, self._spec.chunks
-        self.x.grad = 2 * rotate_weight(gradient.float(), self._su, self._sv, block, chunks=chunks)
+        self.x.grad = 2 * rotate_weight(gradient.cpu().float(), self._su, self._sv, block, chunks=chunks)
 
     @property
     def gradient(self) -> Tensor:

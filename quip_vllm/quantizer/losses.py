@@ -78,7 +78,7 @@ def measure(
             if watch is not None:
                 watch.remove()
             for name, (inputs, together) in sums.close().items():
-                weight, share = linears[name].weight, together / tokens.numel()
+                weight, share = linears[name].weight.cpu(), together / tokens.numel()
                 alone = _linear_losses(name, weight, inputs, formats[name], settings)
                 losses[name] = {stored: share * loss for stored, loss in alone.items()}
                 of_noise[name] = share * 0.5 * len(weight) * float(inputs.hessian.trace())
@@ -102,7 +102,9 @@ class _Sums:
 
     def __init__(self, linears: Mapping[str, nn.Linear]):
         self._squares = dict.fromkeys(linears, 0.0)
-        self._inputs = {name: Inputs.of(name, module.in_features) for name, module in linears.items()}
+        self._inputs = {
+            name: Inputs.of(name, module.in_features, module.weight.device) for name, module in linears.items()
+        }
         self._outputs = {name: module.out_features for name, module in linears.items()}
         self._handles = [
             module.register_forward_hook(lambda _, args, out, name=name: self._see(name, args[0], out))
@@ -126,7 +128,7 @@ class _Sums:
         for name, inputs in self._inputs.items():
             alone = self._outputs[name] * float(inputs.hessian.trace())
             if inputs.tokens:
-                found[name] = inputs, self._squares[name] / alone if alone > 0 else 1.0
+                found[name] = inputs.on_cpu(), self._squares[name] / alone if alone > 0 else 1.0
         return found
 
 
@@ -188,7 +190,7 @@ class _TokenRows:
             handle.remove()
 
     def _see_head_input(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._inputs = self._inputs or Inputs.of(str(self.source.head_name), args[0].shape[-1])
+        self._inputs = self._inputs or Inputs.of(str(self.source.head_name), args[0].shape[-1], args[0].device)
         self._inputs.add(args[0].detach())
 
     def score(self, seed: int) -> Score:
@@ -197,7 +199,7 @@ class _TokenRows:
 
         def score(logits: Tensor, index: int, span: slice, head: Head) -> Tensor:
             p = logits.softmax(-1).flatten(0, -2)
-            self._head += (p * (1 - p)).sum(0, dtype=torch.float64)
+            self._head += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()
             return sampled(logits, index, span, head)
 
         return score
@@ -208,7 +210,7 @@ class _TokenRows:
         self._at += 1
 
         def add(gradient: Tensor) -> None:
-            for ids, of_sequence in zip(batch, gradient.float(), strict=True):  # equal tokens act together
+            for ids, of_sequence in zip(batch, gradient.float().cpu(), strict=True):  # equal tokens act together
                 tokens, which = ids.unique(return_inverse=True)
                 sums = torch.zeros(len(tokens), of_sequence.shape[-1]).index_add_(0, which, of_sequence)
                 self._embedding.index_add_(0, tokens, sums.double().square().sum(-1))
@@ -220,7 +222,7 @@ class _TokenRows:
         weight = self.source.reader.read([f"{name}.weight"])[f"{name}.weight"]
         n, k = weight.shape
         identity = Inputs([name], torch.eye(k, dtype=torch.float64), 1)
-        inputs = self._inputs if name == self.source.head_name and self._inputs is not None else identity
+        inputs = self._inputs.on_cpu() if name == self.source.head_name and self._inputs is not None else identity
         hessian, dead = inputs.regularised(settings.damping)
         su = signs(k, settings.seed, "su:" + name)
         turned = rotate_hessian(hessian, su, settings.hadamard_block)

@@ -40,6 +40,7 @@ def noisy_divergences(
                 for name, variance in of_layer.items():
                     if name in linears:
                         noise = torch.randn(originals[name].shape, generator=generator_of(seed, "noise:" + name))
+                        noise = noise.to(source.device)
                         linears[name].weight.copy_(originals[name].float() + variance**0.5 * noise)
                 hidden[:] = [run_layer(layer, x, calls[index]) for x in hidden]
     return _divergences(source, states[0], states[1:]) if variances else []

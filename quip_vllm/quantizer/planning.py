@@ -78,7 +78,8 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
         ValueError: the target cannot be reached, or the model cannot be quantized.
     """
     require_cpu_library()
-    source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
+    trust = settings.trust_remote_code
+    source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
     checks.check_window(settings, source)
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)

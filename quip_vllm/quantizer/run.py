@@ -129,7 +129,8 @@ class Run:
     def __init__(self, settings: Settings, out: Path):
         require_cpu_library()
         self.settings, self.out = settings, out
-        self.source = LayeredModel(local_folder(settings.model, settings.trust_remote_code), settings.trust_remote_code)
+        trust = settings.trust_remote_code
+        self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
         self.plan = make_plan(settings, self.source)
         if self.source.beyond:
             named = ", ".join(self.source.beyond[:4]) + (", ..." if len(self.source.beyond) > 4 else "")
@@ -307,7 +308,7 @@ class Run:
             if name is None:
                 return None
             tensors = shards.read_shard(self.record.shard(unit))
-            return TokenRows(name, self.plan.specs[name], tensors, self.source.compute_dtype)
+            return TokenRows(name, self.plan.specs[name], tensors, self.source)
 
         head = rows(HEAD, self.plan.head)
         embedding = head if self.source.tied else rows(EMBEDDING, self.plan.embedding)
@@ -359,10 +360,10 @@ class Run:
         group: Inputs | None = None
         batches = self.source.head_inputs(tokens, self.hidden)
         for x in tqdm(batches, total=len(self.hidden), desc="output head: Hessian", leave=False):
-            group = group or Inputs.of(name, x.shape[-1])
+            group = group or Inputs.of(name, x.shape[-1], x.device)
             group.add(x)
         assert group is not None
-        self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group], {}))
+        self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group.on_cpu()], {}))
 
     def _quantized(
         self,

@@ -64,6 +64,7 @@ class Settings:
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         plan: (name, code and bits or None) of every linear layer, and of head and embedding where it names them; the
             default, none at all, goes by the rest. Then `code` and `bits` are those of most layers.
+        device: torch's name of where the model runs, and is trained. Rounding runs on the CPU.
         trust_remote_code: whether Python code among the model's files may run.
 
     Raises:
@@ -92,6 +93,7 @@ class Settings:
     lm_head: int | None = None
     embedding: int | None = None
     plan: Planned = ()
+    device: str = "cpu"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -211,7 +211,7 @@ def test_gradients_of_head_and_embedding(units, tmp_path, architecture, tied):
         found = quantize_group(group, {name: weight}, {name: spec}, Settings("", "e8p", 2, tune="none"))[name].tensors
         found = {f"{name}.{key}": tensor.float() if tensor.dim() == 1 else tensor for key, tensor in found.items()}
         spec = dataclasses.replace(spec, vector_dtype=torch.float32)
-        rows.append(TokenRows(name, spec, found, torch.float32))
+        rows.append(TokenRows(name, spec, found, source))
     made = [Block(source, index, specs, one) for index, one in enumerate(tensors)]
     targets = originals(source, 2)
     model = Model(source, made, TOKENS.split(3), targets, tmp_path / "inputs", rows[0], rows[-1])

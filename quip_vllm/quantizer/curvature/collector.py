@@ -77,7 +77,7 @@ class Collector:
         """Removes the hooks and returns one object per group, in the order in which the layers ran."""
         for handle in self._handles:
             handle.remove()
-        return [group for name, group in self._group_of.items() if group.names[0] == name]
+        return [group.on_cpu() for name, group in self._group_of.items() if group.names[0] == name]
 
     def _keep(self, name: str, module: nn.Linear, out: Tensor) -> None:
         # Its difference from W x is a few percent of it: half precision would not leave enough of that.
@@ -97,14 +97,14 @@ class Collector:
             original = _of_same_tokens(original, self._rows[name], x, experts.rows)
         if name not in self._group_of:
             first = next((first for first, latest in self._latest.items() if latest is x), name)
-            self._group_of[name] = self._group_of[first] if first != name else Inputs.of(name, x.shape[-1])
+            self._group_of[name] = self._group_of[first] if first != name else Inputs.of(name, x.shape[-1], x.device)
             if first != name:
                 self._group_of[first].names.append(name)
         group = self._group_of[name]
         if group.names[0] == name:  # one product for all readers
             weights = self._weights.get(name)
             if weights is not None:
-                weights = weights[group.tokens : group.tokens + x.shape[:-1].numel()]
+                weights = weights[group.tokens : group.tokens + x.shape[:-1].numel()].to(x.device)
             group.add(x, weights)
             self._latest[name] = x
             if original is not None:

@@ -86,14 +86,14 @@ class OutputCollector:
                 "the activations or their gradients hold a NaN or an infinity: check the model's weights and the "
                 "calibration text, or give --no-two-sided and --no-token-weights"
             )
-        own = {name: token_weights(torch.cat(sums.squares)) for name, sums in self._sums.items()}
+        own = {name: token_weights(torch.cat(sums.squares).cpu()) for name, sums in self._sums.items()}
         results = {}
         for name, sums in self._sums.items():
             alike = [own[other] for other, one in self._sums.items() if one.reader == sums.reader]
             tokens = len(own[name])
             outputs = None
             if sums.sequences > 1 and self._two_sided:
-                outputs = shrunk(sums.halves[0], sums.halves[1], sums.sequences)
+                outputs = shrunk(sums.halves[0].cpu(), sums.halves[1].cpu(), sums.sequences)
             results[name] = Sensitivity(torch.stack(alike).mean(0), sums.energy / tokens, outputs)
         return results
 
@@ -116,7 +116,7 @@ class OutputCollector:
             return
         felt = gradient * x.norm(dim=-1, keepdim=True)
         if not sums.halves:
-            sums.halves = [torch.zeros(felt.shape[-1], felt.shape[-1]) for _ in range(2)]
+            sums.halves = [felt.new_zeros(felt.shape[-1], felt.shape[-1]) for _ in range(2)]
         for half, total in enumerate(sums.halves):
             total += gram(felt[(half + sums.sequences) % 2 :: 2].reshape(-1, felt.shape[-1]))
         sums.sequences += len(felt)

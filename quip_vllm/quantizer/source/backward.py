@@ -53,7 +53,7 @@ class Forward:
         hidden, self.calls = source.first_hidden_states(tokens, batch)
         folder.mkdir(parents=True, exist_ok=True)
         for index in tqdm(range(len(source.layers)), desc="forward", unit="layer", leave=False):
-            write_shard(self._file(index), {f"{i:06d}": x for i, x in enumerate(hidden)})
+            write_shard(self._file(index), {f"{i:06d}": x.cpu() for i, x in enumerate(hidden)})
             with self.layers(index) as layer:
                 hidden = [run_layer(layer, x, self.calls[index]) for x in hidden]
         self.outputs = hidden
@@ -72,7 +72,8 @@ class Forward:
         for index in reversed(range(len(self.source.layers))):
             inputs = read_shard(self._file(index))
             with self.layers(index) as layer:
-                steps = self._steps(layer, [inputs[name] for name in sorted(inputs)], gradients, self.calls[index])
+                read = [inputs[name].to(self.source.device) for name in sorted(inputs)]
+                steps = self._steps(layer, read, gradients, self.calls[index])
                 yield index, layer, steps
                 for _ in steps:  # what the caller left
                     pass
@@ -125,8 +126,8 @@ def sampled_score(seed: int) -> Score:
     def score(logits: Tensor, _: int, __: slice, ___: Head) -> Tensor:
         probabilities = logits.softmax(-1)
         sums = probabilities.cumsum(-1)
-        drawn = torch.rand(*logits.shape[:-1], 1, generator=generator) * sums[..., -1:]
+        drawn = torch.rand(*logits.shape[:-1], 1, generator=generator).to(sums.device) * sums[..., -1:]
         labels = torch.searchsorted(sums, drawn, right=True).clamp_(max=logits.shape[-1] - 1)
-        return probabilities.scatter_add_(-1, labels, torch.full(labels.shape, -1.0))
+        return probabilities.scatter_add_(-1, labels, sums.new_full(labels.shape, -1.0))
 
     return score

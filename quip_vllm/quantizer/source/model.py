@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quip_vllm.checkpoint.hub import load_config
 from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.ops.extension import usable_device
 from quip_vllm.quantizer.source.architecture import check_kind, decoder_layers, empty_model
 from quip_vllm.quantizer.source.mixture import Mixture, mixtures, routers
 from quip_vllm.quantizer.source.names import modules_beyond, names_in_files
@@ -20,9 +21,9 @@ class _HeadReached(Exception):
     """Ends a forward pass at the output head."""
 
 
-def fast_dtype(stored: torch.dtype | None) -> torch.dtype:
-    """What a model stored as `stored` runs in: bfloat16 where both it and the CPU's instructions are, else float32."""
-    bf16 = stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+def fast_dtype(stored: torch.dtype | None, device: str = "cpu") -> torch.dtype:
+    """What a model stored as `stored` runs in: bfloat16 where it is, unless the CPU has no such instructions."""
+    bf16 = stored == torch.bfloat16 and (device != "cpu" or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -34,6 +35,7 @@ class LayeredModel:
     Args:
         folder: config.json and safetensors files.
         trust_remote_code: whether Python code among the files may run.
+        device: torch's name of where it runs.
 
     Attributes:
         layers: the decoder layers (the longest module list whose members hold nn.Linear).
@@ -53,14 +55,19 @@ class LayeredModel:
         ValueError: the folder holds no model whose decoder layers can be quantized, or not all of its tensors.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False):
+    def __init__(self, folder: Path, trust_remote_code: bool = False, device: str = "cpu"):
+        self.device = usable_device(device)
         self.folder = folder
         self.config = load_config(folder, trust_remote_code)
         check_kind(folder, self.config)
         self.reader = CheckpointReader(folder)
         self.reader.check_floats()
-        self.compute_dtype = fast_dtype(self.config.dtype)
+        self.compute_dtype = fast_dtype(self.config.dtype, self.device.type)
         self.model = empty_model(folder, self.config, self.compute_dtype, trust_remote_code)
+        for module in self.model.modules():
+            module._buffers.update(
+                {name: one.to(self.device) for name, one in module._buffers.items() if one is not None}
+            )
         self._path, self.layers = decoder_layers(folder, self.model)
         self._names = names_in_files(self.model, self.reader)
         first = next(name for name in self._names if name.startswith(f"{self._path}.0."))
@@ -144,7 +151,7 @@ class LayeredModel:
         layer = self.layers[index]
         for name, inside in self._tensors(index):
             tensor = self.reader.read([name])[name] if tensors is None else tensors[name]
-            _set_tensor(layer, inside, tensor, self.compute_dtype)
+            _set_tensor(layer, inside, tensor.to(self.device), self.compute_dtype)
         try:
             yield layer
         finally:
@@ -164,7 +171,7 @@ class LayeredModel:
                     stubs[real].hidden = out[0] if isinstance(out, tuple) else out
 
                 hooks.callback(self.layers[real].register_forward_hook(keep).remove)
-            self.model.base_model(input_ids=tokens, use_cache=False)
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
         return stubs
 
     def first_hidden_states(self, tokens: Tensor, batch: int) -> tuple[list[Tensor], list[Calls]]:
@@ -192,7 +199,7 @@ class LayeredModel:
 
     def set_embedding(self, weight: Tensor) -> None:
         """Gives the input embedding another weight, [vocabulary, width], for the hidden states before layer 0."""
-        _set_tensor(self.model, f"{self._embedding_path}.weight", weight, self.compute_dtype)
+        _set_tensor(self.model, f"{self._embedding_path}.weight", weight.to(self.device), self.compute_dtype)
 
     def quantizable_head(self) -> str:
         """Name of the output head. Raises ValueError if it cannot be quantized."""
@@ -225,7 +232,7 @@ class LayeredModel:
                 for chunk, states in zip(tokens.split([x.shape[0] for x in hidden]), hidden, strict=True):
                     stubs[0].output = states
                     with contextlib.suppress(_HeadReached):
-                        self.model(input_ids=chunk, use_cache=False)
+                        self.model(input_ids=chunk.to(self.device), use_cache=False)
                     if not seen or seen[-1].shape[:-1] != states.shape[:-1]:
                         raise ValueError(
                             f"{self.head_name} is not called with one vector a token: the output head of this "
@@ -246,13 +253,13 @@ class LayeredModel:
         for name, _ in self.head.named_parameters():
             weight = self.head_weights if name == "weight" else {self._names[f"{self._head_path}.{name}"]}
             stored = next(one for one in sorted(weight) if one in self.reader)
-            _set_tensor(self.head, name, self.reader.read([stored])[stored], self.compute_dtype)
+            _set_tensor(self.head, name, self.reader.read([stored])[stored].to(self.device), self.compute_dtype)
         try:
             with self._stubs() as stubs:
 
                 def logits(states: Tensor) -> Tensor:
                     stubs[0].output = states
-                    zeros = torch.zeros(states.shape[:2], dtype=torch.int64)
+                    zeros = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
                     out: Tensor = self.model(input_ids=zeros, use_cache=False).logits
                     return out
 
@@ -270,7 +277,7 @@ class LayeredModel:
                 and not name.startswith(f"{self._head_path}.")
             ):
                 stored = self._names[name]
-                _set_tensor(self.model, name, self.reader.read([stored])[stored], self.compute_dtype)
+                _set_tensor(self.model, name, self.reader.read([stored])[stored].to(self.device), self.compute_dtype)
 
     @contextlib.contextmanager
     def _stubs(self, real: int | None = None) -> Iterator[list[Stub]]:

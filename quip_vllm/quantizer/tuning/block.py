@@ -23,28 +23,28 @@ class Vectors:
         vectors: full name -> float32, a leaf that wants a gradient.
     """
 
-    def __init__(self, compute_dtype: torch.dtype):
-        self._compute_dtype = compute_dtype
+    def __init__(self, source: LayeredModel):
+        self._source = source
         self._dtypes: dict[str, torch.dtype] = {}
         self.vectors: dict[str, Tensor] = {}
 
     def stored(self) -> dict[str, Tensor]:
         """The vectors by full name, as they are stored."""
-        return {name: vector.detach().to(self._dtypes[name]) for name, vector in self.vectors.items()}
+        return {name: vector.detach().to(self._dtypes[name]).cpu() for name, vector in self.vectors.items()}
 
     def _train(self, name: str, stored: Tensor) -> None:
-        self.vectors[name] = stored.float().clone().requires_grad_()
+        self.vectors[name] = stored.float().clone().to(self._source.device).requires_grad_()
         self._dtypes[name] = stored.dtype
 
     def _stored(self, name: str) -> Tensor:
-        return self.vectors[name].to(self._dtypes[name]).to(self._compute_dtype)
+        return self.vectors[name].to(self._dtypes[name]).to(self._source.compute_dtype)
 
     def _dense(self, name: str, spec: LinearSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Takes a quantized layer out of `tensors`: U_n What U_k^T, su and sv."""
         own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}
         su, sv = own[SU.name], own[SV.name]
         dense = dequantize(spec, own | {SU.name: torch.ones_like(su), SV.name: torch.ones_like(sv)})
-        return dense.to(self._compute_dtype), su, sv
+        return dense.to(self._source.compute_dtype), su, sv
 
 
 class Block(Vectors):
@@ -69,8 +69,8 @@ class Block(Vectors):
     def __init__(
         self, source: LayeredModel, index: int, specs: Mapping[str, LinearSpec], tensors: Mapping[str, Tensor]
     ):
-        super().__init__(source.compute_dtype)
-        self._source, self._index = source, index
+        super().__init__(source)
+        self._index = index
         self._linears = {name: module for name, module in source.linears(index).items() if name in specs}
         self._inside = source.vectors(index)
         weights = dict(tensors)
@@ -115,12 +115,13 @@ class TokenRows(Vectors):
         name: full module name.
         spec: its format.
         tensors: its tensors as they are stored, by full name.
-        compute_dtype: of the dense matrix of its codes, [vocabulary, k], which stays in memory.
+        source: the model. The dense matrix of the codes, [vocabulary, k] in its dtype, stays in memory.
     """
 
-    def __init__(self, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype):
-        super().__init__(compute_dtype)
-        self._matrix, su, sv = self._dense(name, spec, dict(tensors))
+    def __init__(self, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], source: LayeredModel):
+        super().__init__(source)
+        dense, su, sv = self._dense(name, spec, dict(tensors))
+        self._matrix = dense.to(source.device)
         self._su, self._sv = f"{name}.{SU.name}", f"{name}.{SV.name}"
         self._train(self._su, su)
         self._train(self._sv, sv)

@@ -96,7 +96,7 @@ class Model:
     def stored(self) -> dict[str, Tensor]:
         """All of it by name, as it is stored."""
         dtypes = self._source.reader.dtypes
-        outer = {name: vector.detach().to(dtypes[name]) for name, vector in self.outer.items()}
+        outer = {name: vector.detach().to(dtypes[name]).cpu() for name, vector in self.outer.items()}
         return outer | {name: vector for part in self._parts for name, vector in part.stored().items()}
 
     def place(self) -> None:

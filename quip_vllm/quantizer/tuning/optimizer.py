@@ -49,8 +49,8 @@ class Optimizer:
         """All that `load` needs to go on as if nothing had happened."""
         found = {STEP: torch.tensor(self._step), RATES: torch.tensor(self._rates, dtype=torch.float64)}
         for i, (vector, best) in enumerate(zip(self.vectors, self._best, strict=True)):
-            found |= {f"{i}.vector": vector.detach(), f"{i}.{BEST}": best}
-            found |= {f"{i}.adam.{key}": value for key, value in self._adam.state[vector].items()}
+            found |= {f"{i}.vector": vector.detach().cpu(), f"{i}.{BEST}": best.cpu()}
+            found |= {f"{i}.adam.{key}": value.cpu() for key, value in self._adam.state[vector].items()}
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -58,8 +58,10 @@ class Optimizer:
         self._step, self._rates = int(state[STEP]), state[RATES].tolist()
         for i, vector in enumerate(self.vectors):
             vector.data.copy_(state[f"{i}.vector"])
-            self._best[i] = state[f"{i}.{BEST}"]
+            self._best[i].copy_(state[f"{i}.{BEST}"])
             begin = f"{i}.adam."
             own = {name.removeprefix(begin): value for name, value in state.items() if name.startswith(begin)}
-            if own:
-                self._adam.state[vector] = own
+            if own:  # the number of steps stays on the CPU
+                self._adam.state[vector] = {
+                    key: one.to(vector.device) if one.dim() else one for key, one in own.items()
+                }

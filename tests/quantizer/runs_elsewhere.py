@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--device: a device that is not there, and whose tensors do not mix with the CPU's, gives what the CPU gives.
+
+`test_device.py` runs these tests in a process of their own, as torch takes the device for the machine's accelerator.
+Sums are in another order on it: torch has a fused attention for the CPU alone.
+"""
+
+import pytest
+from elsewhere import DEVICE, Elsewhere
+
+from quip_vllm.evaluation.report import evaluate
+from quip_vllm.quantizer.planning import Target, make_plan_file
+from quip_vllm.quantizer.run import quantize
+
+THERE = str(DEVICE)
+PRODUCTS = {"mm", "bmm", "linear"}
+
+
+def both(what):
+    """what("cpu") and what(THERE), which has to compute there."""
+    here = what("cpu")
+    with Elsewhere() as mode:
+        there = what(THERE)
+    assert mode.seen & PRODUCTS
+    return here, there
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Mistral", {"two_sided": True, "token_weights": True, "tune": "full", "lm_head": 3, "embedding": 3}),
+        ("Mixtral", {"two_sided": True, "tune": "blocks"}),
+        ("Llama", {"code": "grid", "bits": 4, "rounding": "discquant", "rounding_steps": 3}),
+    ],
+)
+def test_a_run(tiny_model, make_settings, tmp_path, architecture, changes):
+    model = tiny_model(architecture, dtype="float32")
+
+    def run(device):
+        return quantize(make_settings(model, device=device, **changes), tmp_path / device)
+
+    here, there = both(run)
+    for one, other in zip(here["layers"], there["layers"], strict=True):
+        assert one["name"] == other["name"] and one["proxy_loss"] == pytest.approx(other["proxy_loss"], rel=0.02)
+    for one, other in zip(here["tuning"], there["tuning"], strict=True):
+        for key in ("before", "after"):
+            assert one[key] == pytest.approx(other[key], rel=0.05)
+
+
+def test_evaluation(tiny_model, quantized, tiny_text):
+    def measured(device):
+        models = str(quantized("Gemma2")), [str(tiny_text)], str(tiny_model("Gemma2"))
+        return evaluate([models[0]], *models[1:], 64, 2, device=device)["results"][0]
+
+    here, there = both(measured)
+    for key in ("perplexity", "kl_divergence", "kl_p90", "top1_agreement"):
+        assert here[key] == pytest.approx(there[key], rel=1e-3)
+
+
+def test_a_plan(tiny_model, make_settings, tmp_path):
+    def plan(device):
+        settings = make_settings(tiny_model("Mistral", dtype="float32"), device=device)
+        return make_plan_file(settings, Target(None, size=250_000), tmp_path / device)
+
+    here, there = both(plan)
+    bits = ({name: one["bits"] for name, one in made["layers"].items()} for made in (here, there))
+    assert next(bits) == next(bits) and here["loss"] == pytest.approx(there["loss"], rel=1e-2)
