@@ -306,3 +306,15 @@ def test_served_exl3_experts(tmp_path):
     source = moe_files.save("Qwen3Moe", tmp_path / "source", **sizes)
     exl3_files.write(source, tmp_path / "out", "mcg")
     assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.parametrize(("architecture", "down"), [("Mixtral", "w2"), ("Qwen2Moe", "experts.*down_proj")])
+def test_what_the_quantizer_writes_is_served(make_settings, tmp_path, architecture, down):
+    from quip_vllm.quantizer.run import quantize
+
+    source = moe_files.save(architecture, tmp_path / "source")
+    changes = {"overrides": ((down, 4),), "ignore": ("layers.0.*[.]experts[.]",), "tune": "refit"}
+    quantize(make_settings(source, code="1mad", **changes), tmp_path / "out")
+    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
