@@ -23,6 +23,9 @@ DAMAGED = "the files are damaged, or config.json belongs to another checkpoint; 
 # Models whose layers have the sizes of sizes_of; those of others are what their files say.
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
 
+_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+"""The same but for the MLPs, of which experts have other sizes than dense layers."""
+
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LINEAR = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _IN_LAYER = re.compile(r"(.*\blayers)\.(\d+)\.")
@@ -119,7 +122,7 @@ def text_of(model: Mapping[str, Any]) -> Mapping[str, Any]:
 def sizes_of(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of the layers of a model that is known here, by the last part of their names."""
     text = text_of(model)
-    if text.get("model_type") not in _KNOWN:
+    if text.get("model_type") not in (*_KNOWN, *_MIXTURES):
         return {}
 
     def number(key: str, default: int | None = None) -> int:
@@ -129,16 +132,17 @@ def sizes_of(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         return value
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    middle, vocabulary = number("intermediate_size"), number("vocab_size")
+    vocabulary = number("vocab_size")
     width = number("head_dim", _HEAD_WIDTHS.get(text["model_type"], hidden // heads))
     queries, keys = heads * width, number("num_key_value_heads", heads) * width
-    return {
+    sizes = {
         "q_proj": (hidden, queries),
         "k_proj": (hidden, keys),
         "v_proj": (hidden, keys),
         "o_proj": (queries, hidden),
-        "gate_proj": (hidden, middle),
-        "up_proj": (hidden, middle),
-        "down_proj": (middle, hidden),
         HEAD: (hidden, vocabulary),
     }
+    if text["model_type"] in _MIXTURES:
+        return sizes
+    middle = number("intermediate_size")
+    return sizes | {"gate_proj": (hidden, middle), "up_proj": (hidden, middle), "down_proj": (middle, hidden)}

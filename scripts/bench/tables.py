@@ -263,6 +263,22 @@ def measured_layers() -> str:
     return table(["width", "Mweights", "calibration tokens", "CPU seconds per layer", "GB of the process"], lines)
 
 
+def experts() -> str:
+    """A layer of experts: time of a call and how many times the speed of vLLM's bf16 kernel, by rows."""
+    rows = {(row["format"], row["rows"]): row for row in read_rows(FOLDER / "experts.csv")}
+    counts = list(dict.fromkeys(m for _, m in rows))
+    lines = []
+    for name in by_bits(name for name, _ in rows):
+        found = [rows[name, m] for m in counts]
+        lines.append(
+            [
+                label(name),
+                *(f"{fixed(float(row['microseconds']) / 1000, 2)} ({fixed(row['over_bf16'])}x)" for row in found),
+            ]
+        )
+    return table(["weights", *(f"{m} row{'s' if m != '1' else ''}: ms" for m in counts)], lines)
+
+
 def runs(*files: str) -> str:
     """Where the figures of some CSV files come from: one row per machine and commit."""
     lines = []
@@ -297,7 +313,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda": lambda: cuda(14336, 4096),
     "cuda_sizes": cuda_sizes,
     "runs_cpu": lambda: runs(*(f"cpu_{what}{end}" for what in ("serving", "kernels", "encode") for end in CPUS)),
-    "runs_other": lambda: runs("activations", "quantization"),
+    "experts": experts,
+    "runs_other": lambda: runs("activations", "quantization", "experts"),
     "runs_cuda": lambda: runs("cuda_kernels"),
 }
 PAGES: list[Path] = [ROOT / "README.md", *(FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda"))]
