@@ -24,6 +24,7 @@ from quip_vllm.quantizer.source.replay import run_layer
 from quip_vllm.quantizer.tuning import blocks, full
 from quip_vllm.quantizer.tuning.block import Block, Scaled, TokenRows
 from quip_vllm.quantizer.tuning.full import Model, divergence, tune_model, tune_together
+from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
 TOKENS = torch.randint(0, 256, (8, 40), generator=torch.Generator().manual_seed(0))
 ARCHITECTURES = ["Llama", "Qwen2", "Gemma2"]  # plain; with biases; with norms around 0 and capped logits
@@ -228,6 +229,23 @@ def test_gradients_of_head_and_embedding(units, tmp_path, architecture, tied):
                 losses.append(model.loss([1]))
             vector.data = start
             assert (losses[0] - losses[1]) / 2 == pytest.approx(float(step @ gradient), rel=0.03), name
+
+
+def test_what_the_text_hardly_meets_hardly_moves():
+    """Of a vector that is said to be rare; in another one Adam moves all elements alike."""
+    gradient = torch.tensor([1.0, -1.0, 1e-4, 0.0])
+    usual, rare = (torch.ones(4, requires_grad=True) for _ in range(2))
+    optimizer = Optimizer([usual, rare], 0.1, 4, rare=[rare])
+    for step in range(3):
+        if step == 1:  # it goes on from a state
+            state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+            optimizer = Optimizer([usual, rare], 0.1, 4, rare=[rare])
+            optimizer.load(state)
+        usual.grad, rare.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+    moved, less = (vector.detach() - 1 for vector in (usual, rare))
+    assert moved[2] / moved[0] > 0.99 and moved[3] == less[3] == 0
+    assert 0 < less[2] / less[0] < 3e-4 and 0.3 < less[0] / moved[0] < 0.7
 
 
 class Stopped(Exception):

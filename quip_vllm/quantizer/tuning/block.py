@@ -126,6 +126,11 @@ class TokenRows(Vectors):
         self._train(self._su, su)
         self._train(self._sv, sv)
 
+    @property
+    def scales(self) -> Tensor:
+        """sv, an element a token."""
+        return self.vectors[self._sv]
+
     def weight(self) -> Tensor:
         """[vocabulary, k], with autograd where it is enabled."""
         return Scaled.apply(self._matrix, self._stored(self._su), self._stored(self._sv))

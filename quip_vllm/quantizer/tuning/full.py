@@ -93,6 +93,10 @@ class Model:
         """All that is trained."""
         return [*(vector for part in self._parts for vector in part.vectors.values()), *self.outer.values()]
 
+    def scales(self) -> list[Tensor]:
+        """Those of which each element is that of a token, which the text may not have."""
+        return [part.scales for part in self._parts if isinstance(part, TokenRows)]
+
     def stored(self) -> dict[str, Tensor]:
         """All of it by name, as it is stored."""
         dtypes = self._source.reader.dtypes
@@ -232,7 +236,7 @@ def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, 
         For the report: validation loss before and after, in nats a token, and how many epochs were trained.
     """
     train, validation = split(batches)
-    optimizer = Optimizer(model.vectors(), RATE, EPOCHS * len(train))
+    optimizer = Optimizer(model.vectors(), RATE, EPOCHS * len(train), model.scales())
     losses: list[float] = []
     if state.exists():
         found = read_shard(state)

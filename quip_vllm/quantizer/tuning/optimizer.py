@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adam over the vectors of one block or of all, and its whole state as tensors that a file can hold."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-BEST, RATES, STEP = "best", "rates", "step"
+BEST, RATES, STEP, TINY = "best", "rates", "step", "tiny"
 
 
 class Optimizer:
@@ -16,22 +16,27 @@ class Optimizer:
         vectors: float32 leaves; one that is given twice counts once.
         rate: the learning rate at the start, in units of each vector's root mean square.
         steps: after which the rate is 0.
+        rare: those of the vectors of which the text meets some elements hardly ever. There, an element whose gradient
+            is below the root mean square of the vector's at the first step moves by so much less; else all move alike.
     """
 
-    def __init__(self, vectors: Iterable[Tensor], rate: float, steps: int):
+    def __init__(self, vectors: Iterable[Tensor], rate: float, steps: int, rare: Sequence[Tensor] = ()):
         self.vectors = list({id(vector): vector for vector in vectors}.values())
         self._steps = steps
         sizes = [float(vector.detach().square().mean().sqrt()) or 1.0 for vector in self.vectors]
         self._rates = [rate * size for size in sizes]
         self._adam = torch.optim.Adam([{"params": [v]} for v in self.vectors], betas=(0.9, 0.95), eps=1e-12)
+        self._rare = [any(vector is one for one in rare) for vector in self.vectors]
         self._step = 0
         self.keep()
 
     def step(self) -> None:
         """One step along the vectors' gradients, which it removes; a vector without one stays."""
         left = max(0.0, 1 - self._step / self._steps)
-        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = rate * left
+        for i, (group, vector) in enumerate(zip(self._adam.param_groups, self.vectors, strict=True)):
+            group["lr"] = self._rates[i] * left
+            if self._rare[i] and not self._step and vector.grad is not None:
+                group["eps"] = float(vector.grad.square().mean().sqrt()) or group["eps"]
         self._adam.step()
         self._adam.zero_grad()
         self._step += 1
@@ -48,6 +53,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """All that `load` needs to go on as if nothing had happened."""
         found = {STEP: torch.tensor(self._step), RATES: torch.tensor(self._rates, dtype=torch.float64)}
+        found[TINY] = torch.tensor([group["eps"] for group in self._adam.param_groups], dtype=torch.float64)
         for i, (vector, best) in enumerate(zip(self.vectors, self._best, strict=True)):
             found |= {f"{i}.vector": vector.detach().cpu(), f"{i}.{BEST}": best.cpu()}
             found |= {f"{i}.adam.{key}": value.cpu() for key, value in self._adam.state[vector].items()}
@@ -56,6 +62,8 @@ class Optimizer:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up a `state`."""
         self._step, self._rates = int(state[STEP]), state[RATES].tolist()
+        for group, tiny in zip(self._adam.param_groups, state[TINY].tolist(), strict=True):
+            group["eps"] = tiny
         for i, vector in enumerate(self.vectors):
             vector.data.copy_(state[f"{i}.vector"])
             self._best[i].copy_(state[f"{i}.{BEST}"])
