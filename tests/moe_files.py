@@ -13,14 +13,12 @@ from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 
 WIDTHS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 """Of the attention, as vLLM has it on a CPU."""
-LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-"""The same of latent attention, of which vLLM's CPU backend has this size alone."""
 LINEAR = re.compile(r"(_proj|_proj_with_mqa|\.experts\.\d+\.w[123])$")
 
 
 def save(architecture, folder, **changes):
     """Writes the dense model; returns its folder."""
-    return save_model(folder, architecture, **{**WIDTHS, **(LATENT if "Deepseek" in architecture else {}), **changes})
+    return save_model(folder, architecture, **{**WIDTHS, **changes})
 
 
 def write(out, architecture="Qwen3Moe", code="1mad", bits=2, block=None, seed=0, ignored=("kv_b_proj",), **changes):

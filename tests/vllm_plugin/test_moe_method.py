@@ -286,7 +286,6 @@ SERVED = [
             ("Mixtral", "hyb", 2, True),
             ("Olmoe", "grid", 3, True),
             ("Qwen2Moe", "1mad", 4, True),
-            ("DeepseekV2", "hyb", 3, True),
         ]
     ),
 ]
