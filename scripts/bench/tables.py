@@ -25,9 +25,9 @@ TEXTS = {"WikiText": WIKITEXT, "prose": "policy.txt", "code": "numpy_ma_core.py"
 """The texts of the tables of quality, by the column's name."""
 
 
-def quality_rows(text: str = WIKITEXT) -> dict[str, dict[str, str]]:
-    """The rows of quality.csv for one text, by name."""
-    return {row["name"]: row for row in read_rows(FOLDER / "quality.csv") if row["text"] == text}
+def quality_rows(text: str = WIKITEXT, csv: str = "quality") -> dict[str, dict[str, str]]:
+    """The rows of quality.csv, or of one like it, for one text, by name."""
+    return {row["name"]: row for row in read_rows(FOLDER / f"{csv}.csv") if row["text"] == text}
 
 
 def label(name: str) -> str:
@@ -148,17 +148,35 @@ def default_calibration() -> str:
     return _qualities(lambda name: _kind(name).startswith(tuple(AMOUNTS)))
 
 
+def tuned() -> str:
+    """What tuning gives on the calibration text's own kind, where both were measured."""
+    rows = quality_rows()
+    return _qualities(lambda name: f"{name}full" in rows or name.removesuffix("full") in rows and _kind(name) == "full")
+
+
 def _kind(name: str) -> str:
     """qs2full -> full, what a row's name says beyond format and bits."""
     return re.sub(r"^[a-z]+[0-9.]+", "", name)
 
 
-def _qualities(chosen: Callable[[str], bool], commit: bool = True) -> str:
-    """The chosen rows of quality.csv, more bits first, with the KL divergence on every text."""
-    by_text = {name: quality_rows(text) for name, text in TEXTS.items()}
+def gemma() -> str:
+    """Gemma 3 270M by the command line's default calibration."""
+    return _qualities(lambda name: True, csv="quality_gemma", dense=536.2)
+
+
+def _qualities(chosen: Callable[[str], bool], commit: bool = True, csv: str = "quality", dense: float = 269.1) -> str:
+    """The chosen rows, more bits first, with the KL divergence on every text.
+
+    Args:
+        chosen: whether a row of this name is wanted.
+        commit: whether minutes, memory and commit are columns.
+        csv: the file.
+        dense: megabytes of the model in bf16.
+    """
+    by_text = {name: quality_rows(text, csv) for name, text in TEXTS.items()}
     rows = [row for name, row in by_text["WikiText"].items() if chosen(name)]
     plain = fixed(rows[0]["reference_perplexity"], 2) if rows else ""
-    lines = [["bf16", "16", plain, *["0"] * len(TEXTS), "100 %", "269.1", *([""] * 3 if commit else [])]]
+    lines = [["bf16", "16", plain, *["0"] * len(TEXTS), "100 %", f"{dense}", *([""] * 3 if commit else [])]]
     for row in sorted(rows, key=lambda row: (-int(float(row["bits_per_weight"])), float(row["perplexity"]))):
         name = row["name"]
         found = [fixed(rows[name]["kl_divergence"], 3) if name in rows else "" for rows in by_text.values()]
@@ -298,6 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality_commits": lambda: quality(commit=True),
     "default_calibration": default_calibration,
+    "tuned": tuned,
+    "gemma": gemma,
     "sides": sides,
     "drift": drift,
     "rotations": rotations,
