@@ -151,7 +151,7 @@ def default_calibration() -> str:
 def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
     rows = quality_rows()
-    return _qualities(lambda name: f"{name}full" in rows or name.removesuffix("full") in rows and _kind(name) == "full")
+    return _qualities(lambda name: _kind(name) in ("", "full") and f"{name.removesuffix('full')}full" in rows)
 
 
 def _kind(name: str) -> str:
