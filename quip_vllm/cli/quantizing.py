@@ -115,9 +115,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--token-weights",
-        action=argparse.BooleanOptionalAction,
+        type=float,
         default=Settings.token_weights,
-        help="let a token count as much as the loss feels it, which takes a backward pass (default %(default)s)",
+        metavar="SHARE",
+        help="how far a token counts as the loss feels it, 0 to 1, which takes a backward pass (default %(default)s)",
     )
     parser.add_argument(
         "--two-sided",

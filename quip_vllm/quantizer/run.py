@@ -326,8 +326,9 @@ class Run:
             return []
         linears = self.source.linears(index)
         with self.source.layer(index) as layer:
-            counted = known if self.settings.token_weights else {}
-            weights = {name: one.weights for name, one in counted.items() if len(one.weights)}
+            share = self.settings.token_weights
+            own = {name: one.weights for name, one in known.items() if share and len(one.weights)}
+            weights = {name: torch.lerp(torch.ones_like(one), one, share) for name, one in own.items()}
             mixtures = self.source.mixtures(index)
             experts = {name: mixture.module for mixture in mixtures for name in mixture.linears}
             collector = Collector({name: linears[name] for name in names}, weights, experts)

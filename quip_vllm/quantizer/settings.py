@@ -55,7 +55,8 @@ class Settings:
         rounding_steps: how many steps DISCQUANT takes; None for the others.
         drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
             (docs/benchmarks/quality.md). None is 0 with DISCQUANT, which knows all errors, and 0.35 with the others.
-        token_weights: whether a token counts in the Hessians as much as the loss feels the layer's output there.
+        token_weights: share of what a token counts in the Hessians that is as much as the loss feels the layer's output
+            there; for the rest all tokens count the same.
         two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs. None is whether
             `rounding` is LDLQ.
         hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
@@ -86,7 +87,7 @@ class Settings:
     rounding: str = LDLQ
     rounding_steps: int | None = None
     drift_correction: float = None  # type: ignore[assignment]
-    token_weights: bool = False
+    token_weights: float = 0.0
     two_sided: bool = None  # type: ignore[assignment]
     hessians: str | None = None
     tune: str = FULL
@@ -131,8 +132,9 @@ class Settings:
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}: give a number from 0 to {(1 << 63) - 1}")
-        if not 0 <= self.drift_correction <= 1:
-            raise ValueError(f"drift_correction is {self.drift_correction}: give a share from 0 to 1")
+        for name in ("drift_correction", "token_weights"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
         if self.tune not in TUNINGS:
             raise ValueError(f"tune is {self.tune!r}: it must be one of {', '.join(TUNINGS)}")
 
@@ -187,7 +189,7 @@ class Settings:
     @property
     def backward(self) -> bool:
         """Whether the original model runs backwards once."""
-        return self.token_weights or self.two_sided
+        return self.token_weights > 0 or self.two_sided
 
     @cached_property
     def _planned(self) -> dict[str, LayerFormat | None]:

@@ -96,7 +96,7 @@ def start(settings, out, resume, prepare):
 
 def main(model, text, folder, tune):
     amount = {"calibration": text, "sequences": 8, "sequence_length": 48}
-    settings = Settings(model, "e8p", 3, **amount, token_weights=True, two_sided=True, lm_head=4, tune=tune)
+    settings = Settings(model, "e8p", 3, **amount, token_weights=1.0, two_sided=True, lm_head=4, tune=tune)
     shards.SHARD_BYTES = 24_000  # a layer and a half
     if tune == FULL:
         quantizer_settings.BATCH_TOKENS = 48  # eight batches

@@ -28,7 +28,7 @@ def both(what):
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
-        ("Mistral", {"two_sided": True, "token_weights": True, "tune": "full", "lm_head": 3, "embedding": 3}),
+        ("Mistral", {"two_sided": True, "token_weights": 1.0, "tune": "full", "lm_head": 3, "embedding": 3}),
         ("Mixtral", {"two_sided": True, "tune": "blocks"}),
         ("Llama", {"code": "grid", "bits": 4, "rounding": "discquant", "rounding_steps": 3}),
     ],

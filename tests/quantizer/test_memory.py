@@ -75,7 +75,7 @@ def large_model(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "more",
-    [["--no-two-sided", "--tune", "none"], ["--token-weights", "--tune", "none"], ["--token-weights"]],
+    [["--no-two-sided", "--tune", "none"], ["--token-weights", "1", "--tune", "none"], ["--token-weights", "1"]],
     ids=["forwards", "backwards", "trained"],
 )
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

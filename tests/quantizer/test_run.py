@@ -124,7 +124,7 @@ def test_files_and_report(quantized, tiny_model, make_settings):
 
 def test_bit_rates_and_codes_share_hessians(tiny_model, make_settings, tmp_path, monkeypatch):
     model, hessians = tiny_model("Gemma2"), tmp_path / "hessians"
-    usual = {"token_weights": True, "two_sided": True, "hessians": str(hessians), "lm_head": 4}
+    usual = {"token_weights": 1.0, "two_sided": True, "hessians": str(hessians), "lm_head": 4}
     quantize(make_settings(model, **usual), tmp_path / "two")
     monkeypatch.setattr(sensitivities, "Forward", None)  # nobody runs it again
     for name, changes in (
@@ -142,6 +142,25 @@ def test_bit_rates_and_codes_share_hessians(tiny_model, make_settings, tmp_path,
     assert files["two"] == files["again"] != files["one"]
     with pytest.raises(ValueError, match="hessians holds Hessians of other calibration: give the model, calibration"):
         quantize(make_settings(model, **usual, sequences=7), tmp_path / "seven")
+
+
+def test_a_share_of_the_token_weights(tiny_model, make_settings, tmp_path, monkeypatch):
+    """The Hessians before the first quantized layer are a mixture of those without and with them."""
+    found = {}
+    for share in (0.0, 0.25, 1.0):
+        seen = found.setdefault(share, [])
+        original = run.quantize_group
+
+        def seeing(group, *args, seen=seen, original=original):
+            seen.append(group.hessian.clone())
+            return original(group, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "quantize_group", seeing)
+            quantize(make_settings(tiny_model(), token_weights=share), tmp_path / str(share))
+    for plain, mixed, weighted in zip(*(hessians[:4] for hessians in found.values()), strict=True):
+        assert numerics.relative(plain, weighted) > 0.02
+        assert numerics.relative(mixed, 0.75 * plain + 0.25 * weighted) < numerics.FLOAT32_HESSIAN
 
 
 def test_shared_su(quantized):

@@ -64,6 +64,7 @@ def test_to_dict_is_json():
         ({"code": "e8p", "lm_head": 7}, "bits is 7: quip_sharp with code e8p has 2, 3, 4"),
         ({"overrides": (("a", 0),)}, "bits is 0: "),
         ({"overrides": (("(", 4),)}, r"'\(' is not a regular expression"),
+        ({"token_weights": 1.5}, "token_weights is 1.5: give a share from 0 to 1"),
         ({"ignore": ("[",)}, r"'\[' is not a regular expression"),
         ({"sequences": 0}, "sequences is 0: it must be at least 1"),
         ({"calibration": "bundle,,self"}, "calibration is 'bundle,,self': give sources with one comma between two"),

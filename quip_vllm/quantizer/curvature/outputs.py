@@ -84,7 +84,7 @@ class OutputCollector:
         if not all(math.isfinite(sums.energy) for sums in self._sums.values()):
             raise ValueError(
                 "the activations or their gradients hold a NaN or an infinity: check the model's weights and the "
-                "calibration text, or give --no-two-sided and --no-token-weights"
+                "calibration text, or give --no-two-sided and no --token-weights"
             )
         own = {name: token_weights(torch.cat(sums.squares).cpu()) for name, sums in self._sums.items()}
         results = {}
