@@ -48,13 +48,21 @@ def refusal(capsys):
     return refusal
 
 
+@pytest.mark.parametrize("split", [[], ["--split", "2"]])
+def test_who_can_serve_on_several_ranks_is_said(quantize, tmp_path, capsys, split):
+    assert quantize(*split) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == (3 if split else 4) and ("--split R makes a model for R" in said[-1]) == (not split)
+    assert main(["inspect", str(tmp_path / "out"), "--tensor-parallel", "2"]) == (0 if split else 1)
+
+
 def test_quantize_inspect_evaluate(quantize, tiny_model, tiny_text, tmp_path, capsys):
     out = tmp_path / "out"
     choices = ["--override", "down_proj=4", "--ignore", "o_proj", "--lm-head", "4", "--embedding", "4"]
     assert quantize(*choices, "--hadamard-block", "32", "--seed", "3") == 0
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"wrote {out}: 13 layers, mean proxy loss 0\.0\d+", said[0])
-    assert said[1] == f"serve it with: vllm serve {out} --gpu-memory-utilization 0.5"
+    assert said[1] == f"serve it with: vllm serve {out} --gpu-memory-utilization 0.5" and len(said) == 3
     settings = read_json(out / "quantization_report.json")["settings"]
     assert settings["overrides"] == [["down_proj", 4]] and settings["ignore"] == ["o_proj"]
     assert (settings["hadamard_block"], settings["seed"], settings["sequences"], settings["lm_head"]) == (32, 3, 4, 4)

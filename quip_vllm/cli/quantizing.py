@@ -165,6 +165,8 @@ def _quantize(args: argparse.Namespace) -> int:
     print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
     print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
     print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
+    if settings.split == 1 and settings.hadamard_block is None:
+        print("(on one tensor-parallel rank, since rotations cover whole rows: --split R makes a model for R)")
     return 0
 
 
