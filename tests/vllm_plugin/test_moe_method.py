@@ -310,7 +310,7 @@ def test_served_exl3_experts(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "down"), [("Mixtral", "w2"), ("Qwen2Moe", "experts.*down_proj")])
-def test_what_the_quantizer_writes_is_served(make_settings, tmp_path, architecture, down):
+def test_served_log_probabilities_of_what_the_quantizer_writes(make_settings, tmp_path, architecture, down):
     from quip_vllm.quantizer.run import quantize
 
     source = moe_files.save(architecture, tmp_path / "source")
