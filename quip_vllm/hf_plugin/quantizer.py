@@ -83,7 +83,7 @@ class Quantizer(HfQuantizer):
         left = dict(model.named_parameters(remove_duplicate=False))
         tied = model.all_tied_weights_keys
         model.all_tied_weights_keys = {one: other for one, other in tied.items() if one in left and other in left}
-        mapped = {renamed(name)[0] for name in stored.others() if renamed(name)[0] != name}
+        mapped = {inside for name in stored.others() if (inside := renamed(name)[0]) != name}
         self._dtypes = {name: left[name].dtype for name in mapped & left.keys()}
         return model
 

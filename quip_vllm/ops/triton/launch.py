@@ -162,7 +162,7 @@ def embedding(
 
 def own_code(code: str) -> str:
     """A code's name without the order of its tiles (`kernels_code`)."""
-    return code.partition("_")[0]
+    return code_and_order(code)["CODE"]
 
 
 def numbers(code: str, bits: int) -> tuple[float, float, float]:
