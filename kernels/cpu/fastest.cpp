@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <vector>
 
@@ -49,9 +49,9 @@ const Kernels* measure(const Weight& w, int64_t m) {
 }  // namespace
 
 const Kernels& fastest(const Weight& w, int64_t m) {
-  static const char* named = std::getenv("QUIP_VLLM_CPU_TIER");
-  if (w.code == Code::kE8p || (named && *named)) return kernels();
-  static std::atomic<const Kernels*> chosen[int(Code::kE8p)][9][2][kRowClasses];
+  static const bool named = named_tier();
+  if (w.code == Code::kE8p || named) return kernels();
+  static std::atomic<const Kernels*> chosen[int(Code::kE8p)][9][2][std::size(kRowsMeasured)];
   const int rows = m <= kRowsUpTo[0] ? 0 : m <= kRowsUpTo[1] ? 1 : 2;
   std::atomic<const Kernels*>& slot = chosen[int(w.code)][w.bits][w.grid || w.order == TileOrder::kSwapped][rows];
   const Kernels* known = slot.load(std::memory_order_acquire);

@@ -9,7 +9,6 @@ namespace quip {
 
 // The classes of numbers of rows, by the largest of each but the last; and the number at which a class is measured.
 constexpr int64_t kRowsUpTo[] = {2, 32}, kRowsMeasured[] = {1, 16, 128};
-constexpr int kRowClasses = 3;
 
 // The tier that multiplies m rows with w the fastest. The first call of a class measures panels of w for some
 // milliseconds. That of kernels(), if the user named a tier, if a lattice's blocks were laid out for it, or if no other

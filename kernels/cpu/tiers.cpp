@@ -52,11 +52,11 @@ std::vector<Tier> tiers_here() { return {{portable_kernels(), {}}}; }
 #endif
 
 const Kernels& choose() {
-  const char* wanted = std::getenv("QUIP_VLLM_CPU_TIER");
+  const char* wanted = named_tier();
   std::string runnable;
   for (const Tier& tier : tiers()) {
     if (!tier.runs()) continue;
-    if (!wanted || !*wanted || std::string(tier.kernels->name) == wanted) return *tier.kernels;
+    if (!wanted || std::string(tier.kernels->name) == wanted) return *tier.kernels;
     runnable += std::string(runnable.empty() ? "" : ", ") + tier.kernels->name;
   }
   throw std::runtime_error("QUIP_VLLM_CPU_TIER is " + std::string(wanted) + ": this CPU runs " + runnable +
@@ -68,6 +68,11 @@ const Kernels& choose() {
 const std::vector<Tier>& tiers() {
   static const std::vector<Tier> all = tiers_here();
   return all;
+}
+
+const char* named_tier() {
+  const char* name = std::getenv("QUIP_VLLM_CPU_TIER");
+  return name && *name ? name : nullptr;
 }
 
 const Kernels& kernels() {

@@ -27,6 +27,9 @@ struct Tier {
 // the user names them.
 const std::vector<Tier>& tiers();
 
+// The tier that QUIP_VLLM_CPU_TIER names, or null.
+const char* named_tier();
+
 // The kernels in use: those of the tier that QUIP_VLLM_CPU_TIER names, else of the first that runs. Throws
 // std::runtime_error if the CPU does not run the named tier.
 const Kernels& kernels();
