@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of a quantized layer: checks, threads, and the calls of the kernels.
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <optional>
@@ -213,7 +214,8 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), x.numel(), item, "x"));
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
-  const std::vector<Panel> panels = panels_of(layer, int8 ? 2 * kTile : kTile);
+  const int64_t rows_of_panel = int8 ? 2 * kTile : kTile;
+  const std::vector<Panel> panels = panels_of(layer, rows_of_panel);
 
   for (size_t begin = 0, end; begin < layers.size(); begin = end) {
     end = batch_end(layers, begin);
@@ -249,28 +251,37 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
       }
     });
 
-    // Every thread has about as many panels of each layer, and computes those of one layer in a row.
+    // Every thread has about as many panels of each layer, and computes those of one layer in a row. The products of a
+    // panel lie together, [panel][row of x][row of the weight]: rows of y would be pages apart.
     torch::stable::parallel_for(0, int64_t(panels.size()) * count, 1, [&](int64_t from, int64_t to) {
       for (int64_t l = 0; l < count; ++l)
         for (int64_t j = std::max<int64_t>(from - l + count - 1, 0) / count; j * count + l < to; ++j) {
           const auto [part, row0] = panels[j];
           const Weight& weight = weights[layers[begin + l].layer * parts + part];
-          float* into = product.floats + first[l] * n + starts[part];
+          const int64_t own = first[l + 1] - first[l], width = std::min(rows_of_panel, layer.output_sizes[part] - row0);
+          float* into = product.floats + first[l] * n + (starts[part] + row0) * own - row0;
           if (int8)
             products[l]->int8_panel(weight, row0, x8 + first8[l], scales.floats + first[l], totals + first[l] * chunks,
-                                    first[l + 1] - first[l], into, n);
+                                    own, into, width);
           else
-            ops.panel(weight, row0, rotated.floats + first[l] * stride, stride, first[l + 1] - first[l], into, n);
+            ops.panel(weight, row0, rotated.floats + first[l] * stride, stride, own, into, width);
         }
     });
 
     torch::stable::parallel_for(0, m * parts, 1, [&](int64_t from, int64_t to) {
-      Memory scratch(x, layer.scratch);
+      Memory scratch(x, layer.scratch + n);
+      float* row = scratch.floats + layer.scratch;
       for (int64_t j = from; j < to; ++j) {
-        const int64_t r = j / parts, i = j % parts, l = owner[r];
+        const int64_t r = j / parts, i = j % parts, l = owner[r], own = first[l + 1] - first[l];
+        const int64_t size = layer.output_sizes[i];
         const Rows& rows = layers[begin + l];
-        ops.rotate_out(product.floats + r * n + starts[i], layer.output_sizes[i], layer.rotations[i + 1],
-                       layer.sv + rows.layer * n + starts[i], type,
+        for (int64_t row0 = 0; row0 < size; row0 += rows_of_panel) {
+          const int64_t width = std::min(rows_of_panel, size - row0);
+          const float* piece = product.floats + first[l] * n + (starts[i] + row0) * own + (r - first[l]) * width;
+          std::copy(piece, piece + width, row + row0);
+          for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(piece + width + c);  // of the next row
+        }
+        ops.rotate_out(row, size, layer.rotations[i + 1], layer.sv + rows.layer * n + starts[i], type,
                        out + (rows.order[r - first[l]] * n + starts[i]) * item, scratch.floats);
       }
     });

@@ -38,6 +38,8 @@ inline void tile_multiply(int c, int a, int b) {
       std::memcpy(emulated_tiles[c][m] + 4 * n, &sum, 4);
     }
 }
+inline void tile_zero(int t) { std::memset(emulated_tiles[t], 0, sizeof emulated_tiles[t]); }
+#define QUIP_TILE_ZERO(t) tile_zero(t)
 #define QUIP_TILE_LOAD(t, from, stride) tile_load(t, from, stride)
 #define QUIP_TILE_STORE(t, to, stride) tile_store(t, to, stride)
 #define QUIP_TILE_MULTIPLY(c, a, b) tile_multiply(c, a, b)
@@ -62,49 +64,50 @@ struct TileUnit {
   ~TileUnit() { _tile_release(); }
 };
 
+#define QUIP_TILE_ZERO(t) _tile_zero(t)
 #define QUIP_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
 #define QUIP_TILE_STORE(t, to, stride) _tile_stored(t, to, stride)
 #define QUIP_TILE_MULTIPLY(c, a, b) _tile_dpbsud(c, a, b)
 
 #endif
 
-// sums[r][b] += panel[b] times row r of x, for `rows` rows and two blocks of 16 rows of the weight. Rows up to the next
-// multiple of 16 are read and written, and `quads` is a multiple of 16. Tiles 0..3 are sums, 4 and 5 rows of x, 6 and 7
-// blocks.
-inline void multiply_tiles(const __m512i* panel, int64_t depth, int64_t quads, const int32_t* x, int64_t x_stride,
-                           int64_t rows, __m512i (*sums)[2]) {
-  constexpr int64_t kSums = 2 * kTileBytes;
-  const int64_t stride = 4 * x_stride;
-  finish_stores(panel);
-  finish_stores(sums);
-  for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
-    const bool two = rows - r > kTileRows;
-    const int32_t *upper = x + r * x_stride, *lower = upper + kTileRows * x_stride;
-    QUIP_TILE_LOAD(0, &sums[r][0], kSums);
-    QUIP_TILE_LOAD(1, &sums[r][1], kSums);
-    if (two) {
-      QUIP_TILE_LOAD(2, &sums[r + kTileRows][0], kSums);
-      QUIP_TILE_LOAD(3, &sums[r + kTileRows][1], kSums);
-    }
-    for (int64_t q = 0; q < quads; q += kTileRows) {
-      QUIP_TILE_LOAD(6, panel + q, kTileBytes);
-      QUIP_TILE_LOAD(7, panel + depth + q, kTileBytes);
-      QUIP_TILE_LOAD(4, upper + q, stride);
-      QUIP_TILE_MULTIPLY(0, 4, 6);
-      QUIP_TILE_MULTIPLY(1, 4, 7);
-      if (two) {
-        QUIP_TILE_LOAD(5, lower + q, stride);
-        QUIP_TILE_MULTIPLY(2, 5, 6);
-        QUIP_TILE_MULTIPLY(3, 5, 7);
-      }
-    }
-    QUIP_TILE_STORE(0, &sums[r][0], kSums);
-    QUIP_TILE_STORE(1, &sums[r][1], kSums);
-    if (two) {
-      QUIP_TILE_STORE(2, &sums[r + kTileRows][0], kSums);
-      QUIP_TILE_STORE(3, &sums[r + kTileRows][1], kSums);
-    }
-  }
+// Tiles 0..3 are the sums of 32 rows of x and two vectors of a panel, 4 and 5 are rows of x, 6 and 7 are the panel.
+// Without `two` there are 16 rows of x.
+inline void clear_sums(bool two) {
+  QUIP_TILE_ZERO(0);
+  QUIP_TILE_ZERO(1);
+  if (!two) return;
+  QUIP_TILE_ZERO(2);
+  QUIP_TILE_ZERO(3);
+}
+
+inline void load_sums(const __m512i (*sums)[2], bool two) {
+  QUIP_TILE_LOAD(0, &sums[0][0], sizeof *sums);
+  QUIP_TILE_LOAD(1, &sums[0][1], sizeof *sums);
+  if (!two) return;
+  QUIP_TILE_LOAD(2, &sums[kTileRows][0], sizeof *sums);
+  QUIP_TILE_LOAD(3, &sums[kTileRows][1], sizeof *sums);
+}
+
+inline void store_sums(__m512i (*sums)[2], bool two) {
+  QUIP_TILE_STORE(0, &sums[0][0], sizeof *sums);
+  QUIP_TILE_STORE(1, &sums[0][1], sizeof *sums);
+  if (!two) return;
+  QUIP_TILE_STORE(2, &sums[kTileRows][0], sizeof *sums);
+  QUIP_TILE_STORE(3, &sums[kTileRows][1], sizeof *sums);
+}
+
+// Adds 16 quads of the panel, whose vectors are `depth` quads apart, times a tile of x and another.
+inline void multiply_tiles(const __m512i* panel, int64_t depth, const int32_t* upper, const int32_t* lower, bool two) {
+  QUIP_TILE_LOAD(6, panel, kTileBytes);
+  QUIP_TILE_LOAD(7, panel + depth, kTileBytes);
+  QUIP_TILE_LOAD(4, upper, kTileBytes);
+  QUIP_TILE_MULTIPLY(0, 4, 6);
+  QUIP_TILE_MULTIPLY(1, 4, 7);
+  if (!two) return;
+  QUIP_TILE_LOAD(5, lower, kTileBytes);
+  QUIP_TILE_MULTIPLY(2, 5, 6);
+  QUIP_TILE_MULTIPLY(3, 5, 7);
 }
 
 }  // namespace

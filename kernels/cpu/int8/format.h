@@ -6,6 +6,7 @@
 //
 //   bytes   four columns, value + kOffset          repeated   one column, whose parts are summed, kRepeat of them
 //   wide    two columns as int16                   signed     magnitudes and signs of two quads (TwoQuads)
+//   two bytes   four columns twice, their low bytes and then their high ones
 //
 // A quad of the activation has the same columns, and it is the same for all lanes.
 #pragma once
@@ -26,6 +27,8 @@ struct FormatDefaults {
   static constexpr bool kOnlyFew = false;    // whether another format multiplies many rows
   static constexpr bool kTabulated = false;  // whether products are looked up in tables of each row of x
   static constexpr bool kWhole = false;      // whether one call of decode gives all rows of a unit
+  static constexpr int kFewTiled = 4;        // kFew where tiles multiply more rows, if that is less
+  static constexpr bool kTwoBytes = false;   // whether a number takes two bytes, each in a vector of its own
 };
 
 // QuIP's grid: the numbers k of four columns are a quad, and a level is 2 k - (2^bits - 1).

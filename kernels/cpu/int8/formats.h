@@ -3,6 +3,7 @@
 #pragma once
 #if defined(__AVX2__)
 #define QUIP_INT8
+#include <algorithm>
 #include <type_traits>
 
 #if defined(__AVX512VNNI__)
@@ -10,6 +11,7 @@
 #include "trellis_avx512.h"
 #if defined(__AMX_INT8__) || defined(QUIP_AMX_EMULATED)
 #define QUIP_AMX
+#include "trellis_tiles_avx512.h"
 #endif
 #else
 #include "lattice_avx2.h"
@@ -33,19 +35,55 @@ inline void with_bits(int bits, F f) {
   }
 }
 
+// Whether tiles of AMX multiply many rows.
+template <class Format>
+constexpr bool is_tiled() {
+#if defined(QUIP_AMX)
+  return !is_wide<Format>() && Format::kRepeat == 1;
+#else
+  return false;
+#endif
+}
+
+// Up to how many rows are multiplied while decoding.
+template <class Format>
+constexpr int few() {
+  return is_tiled<Format>() ? std::min(Format::kFew, Format::kFewTiled) : Format::kFew;
+}
+
+// The format of many rows.
+#if defined(QUIP_AMX)
+template <int bits, bool swapped, class Bytes>
+using BytesMany = Split8<bits, SumPairs<Bytes>>;
+template <int bits, bool swapped, uint32_t factor, uint32_t term>
+using HalvesMany = Split8<bits, ValuePairs<HalvesValue<factor, term>>>;
+template <int bits>
+using LutMany = Split8<bits, ValuePairs<LutValue>>;
+#else
+template <int bits, bool swapped, class Bytes>
+using BytesMany = Bytes16<bits, swapped, Bytes>;
+template <int bits, bool swapped, uint32_t factor, uint32_t term>
+using HalvesMany = Halves16<bits, swapped, factor, term>;
+template <int bits>
+using LutMany = Lut16<bits>;
+#endif
+
 // Calls f(null pointer to Few) if it multiplies m rows, else f(null pointer to Many).
 template <class Few, class Many, class F>
 inline void with_either(int64_t m, F f) {
-  m <= Few::kFew ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
+  m <= few<Few>() ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
 }
 
 // Calls f(null pointer to the format that multiplies m rows) for the codes that have tiles of either order.
 template <int bits, bool swapped, class F>
 inline void with_order(Code code, int64_t m, F f) {
   switch (code) {
-    case Code::kMul1: return with_either<Bytes8<bits, swapped, Mul1Bytes>, Bytes16<bits, swapped, Mul1Bytes>>(m, f);
-    case Code::kMcg: return f(static_cast<Halves16<bits, swapped, kMcgFactor, 0>*>(nullptr));
-    default: return f(static_cast<Halves16<bits, swapped, kThreeInstFactor, kThreeInstTerm>*>(nullptr));
+    case Code::kMul1: return with_either<Bytes8<bits, swapped, Mul1Bytes>, BytesMany<bits, swapped, Mul1Bytes>>(m, f);
+    case Code::kMcg:
+      return with_either<Halves16<bits, swapped, kMcgFactor, 0>, HalvesMany<bits, swapped, kMcgFactor, 0>>(m, f);
+    default:
+      return with_either<Halves16<bits, swapped, kThreeInstFactor, kThreeInstTerm>,
+                         HalvesMany<bits, swapped, kThreeInstFactor, kThreeInstTerm>>(m, f);
   }
 }
 
@@ -61,14 +99,14 @@ inline void with_format(const Weight& w, int64_t m, F f) {
           if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
           return;
         case Code::kOneMad:
-          return with_either<Bytes8<bits, false, OneMadBytes>, Bytes16<bits, false, OneMadBytes>>(m, f);
+          return with_either<Bytes8<bits, false, OneMadBytes>, BytesMany<bits, false, OneMadBytes>>(m, f);
         case Code::kThreeInst:
         case Code::kMcg:
         case Code::kMul1:
           return w.order == TileOrder::kSwapped ? with_order<bits, true>(w.code, m, f)
                                                 : with_order<bits, false>(w.code, m, f);
         case Code::kGrid: return;
-        case Code::kLut: return f(static_cast<Lut16<bits>*>(nullptr));
+        case Code::kLut: return with_either<Lut16<bits>, LutMany<bits>>(m, f);
         case Code::kHyb:
           return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
                         : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
@@ -84,33 +122,18 @@ inline bool int8_takes(Code code, int bits) {
   return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kE8p);
 }
 
-// Up to how many rows are multiplied while decoding.
 inline int few_of(const Weight& w) {
-  int few = 0;
-  with_format(w, 1, [&](auto* format) { few = std::remove_pointer_t<decltype(format)>::kFew; });
-  return few;
+  int rows = 0;
+  with_format(w, 1, [&](auto* format) { rows = few<std::remove_pointer_t<decltype(format)>>(); });
+  return rows;
 }
 
-// Whether tiles of AMX multiply many rows.
-template <class Format>
-constexpr bool is_tiled() {
-#if defined(QUIP_AMX)
-  return !is_wide<Format>() && Format::kRepeat == 1;
-#else
-  return false;
-#endif
-}
-
-// Rows of x whose quads lie side by side, x[group][quad][row].
+// Rows of x whose quads lie side by side, x[group][quad][row], where no tiles multiply them.
 inline int64_t group_rows(const Weight& w, int64_t m) {
-  const bool few = m <= few_of(w);
   bool alone = false;
-  with_format(w, m, [&](auto* format) {
-    using Format = std::remove_pointer_t<decltype(format)>;
-    alone = Format::kTabulated || (is_tiled<Format>() && !few);
-  });
+  with_format(w, m, [&](auto* format) { alone = std::remove_pointer_t<decltype(format)>::kTabulated; });
   if (alone) return 1;
-  if (few) return m;
+  if (m <= few_of(w)) return m;
   const int64_t groups = (m + kGroup - 1) / kGroup;
   return (m + groups - 1) / groups;
 }

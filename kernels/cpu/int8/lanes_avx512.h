@@ -34,7 +34,7 @@ template <class Format>
 inline void add_sums(Sums sum, int32_t total, float unit, bool first, bool last, float scale, int rows, float* y) {
   const __mmask16 valid = __mmask16((1u << rows) - 1);
   __m512 value = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, y);
-  const __m512i offset = _mm512_set1_epi32(Format::kOffset * total);
+  const __m512i offset = _mm512_set1_epi32(int32_t(uint32_t(Format::kOffset) * uint32_t(total)));  // modulo 2^32
   __m512 difference = _mm512_cvtepi32_ps(Format::in_row_order(_mm512_sub_epi32(sum, offset)));
   if constexpr (Format::kRest != 0)
     difference = _mm512_sub_ps(difference, _mm512_set1_ps(Format::kRest * float(total)));
@@ -64,7 +64,7 @@ inline void permute(const int8_t* in, void* out) {
     for (int c = 0; c < 64; ++c) from[Format::place(c)] = uint8_t(c);
     return _mm512_load_si512(from);
   }();
-  _mm512_store_si512(out, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(in)));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(in)));
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 //   few rows    Each vector is multiplied as it is decoded. Or nothing is multiplied, and products are looked up in
 //               tables of each row of x (lattice_avx2.h).
 //   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache. It is multiplied
-//               with groups of up to kGroup rows of x, or with AMX (amx.h) tile by tile.
+//               with groups of up to kGroup rows of x, or with AMX (amx.h) tile by tile: 16 rows of x and 64 columns.
 //
 // A vector holds 16 rows of the weight on AVX-512, and 8 on AVX2: there a block of 16 rows is two halves.
 #pragma once
@@ -165,9 +165,6 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
   alignas(64) Sums sums[kRowsBlock][kVectors];
   const int64_t row_quads = quads_of<Format>(padded(k));
   const int64_t block_rows = kRowsBlock / group * group;
-#if defined(QUIP_AMX)
-  [[maybe_unused]] const TileUnit tile_unit;
-#endif
   for (int64_t m0 = 0; m0 < m; m0 += block_rows) {
     const int64_t m1 = std::min(m, m0 + block_rows);
     for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
@@ -182,14 +179,6 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
           for (int64_t u = 0; u < units; ++u)
             decode(format, blocks[first / kHalves] + (u0 + u) * Format::kBytes, first % kHalves,
                    [&](int vector, int quad, Sums v) { panel[first + vector][u * Format::kQuads + quad] = v; });
-#if defined(QUIP_AMX)
-        if constexpr (is_tiled<Format>()) {
-          const int64_t quads = units * Format::kQuads, whole = (quads + 15) / 16 * 16;
-          for (int b = 0; b < 2; ++b) std::fill(panel[b] + quads, panel[b] + whole, no_sums());
-          multiply_tiles(panel[0], kDepth, whole, x + m0 * row_quads + u0 * Format::kQuads, row_quads, m1 - m0, sums);
-          continue;
-        }
-#endif
         for (int64_t r = m0; r < m1; r += group) {
           const int64_t in_group = std::min(group, m - r);
           const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;
@@ -205,6 +194,64 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
   }
 }
 
+#if defined(QUIP_AMX)
+// The same by tiles; of a split format one block of 16 rows. Up to 32 rows of x keep their sums in tiles, so their panels
+// may be short, which leaves the first-level cache to x.
+template <class Format>
+void tiled_rows(const Format& format, const uint8_t* const* blocks, int count, int64_t k, const int32_t* x, int64_t m,
+                const Output& out, int64_t row0, int rows) {
+  constexpr int64_t kRowsTiled = 512, kGroupRows = 2 * kTileRows;
+  alignas(64) Sums panel[2 * 128];
+  alignas(64) Sums sums[kRowsTiled][2];
+  const int64_t depth = m <= kGroupRows ? 32 : 128, units = depth / Format::kQuads;
+  const int64_t row_quads = quads_of<Format>(padded(k)), all = (k + Format::kColumns - 1) / Format::kColumns;
+  const int64_t in_chunk = kChunk8 / Format::kColumns;
+  const TileUnit tile_unit;
+  for (int64_t m0 = 0; m0 < m; m0 += kRowsTiled) {
+    const int64_t m1 = std::min(m, m0 + kRowsTiled);
+    const bool stay = m1 - m0 <= kGroupRows;
+    for (int64_t u0 = 0; u0 < all; u0 += units) {
+      const int64_t u1 = std::min(u0 + units, all), steps = ((u1 - u0) * Format::kQuads + 15) / 16;
+      const bool first = u0 % in_chunk == 0, last = u1 % in_chunk == 0 || u1 == all;
+      for (int b = 0; b < count; ++b)
+        for (int64_t u = u0; u < u1; ++u) {
+          const uint8_t* unit = blocks[b] + u * Format::kBytes;
+          Sums* at = panel + b * depth + (u - u0) * Format::kQuads;
+          if constexpr (Format::kTwoBytes)
+            format.decode(unit, [&](int byte, int quad, Sums v) { at[byte * depth + quad] = v; });
+          else
+            format.decode(unit, [&](int quad, Sums v) { at[quad] = v; });
+        }
+      finish_stores(panel);  // what is left of the last 16 quads meets zeros of x
+      for (int64_t r0 = m0; r0 < m1; r0 += kGroupRows) {
+        const int64_t r1 = std::min(m1, r0 + kGroupRows);
+        const bool two = r1 - r0 > kTileRows;
+        Sums(*own)[2] = sums + (r0 - m0);
+        if (first)
+          clear_sums(two);
+        else if (!stay)
+          load_sums(own, two);
+        const int32_t* upper = x + r0 * row_quads + u0 * Format::kQuads * kTileRows;
+        for (int64_t q = 0; q < 16 * steps; q += 16)
+          multiply_tiles(panel + q, depth, upper + q * kTileRows, upper + (row_quads + q) * kTileRows, two);
+        if (!stay || last) store_sums(own, two);
+        if (!last) continue;
+        finish_stores(own);
+        const int64_t chunk = (u1 - 1) / in_chunk;
+        for (int64_t r = r0; r < r1; ++r) {
+          const Sums* sum = own[r - r0];
+          if constexpr (Format::kTwoBytes)
+            finish(format, plus(sum[0], _mm512_slli_epi32(sum[1], 8)), out, r, chunk, row0, rows);
+          else
+            for (int row = 0; row < rows; row += kRowsOfSums)
+              finish(format, sum[row / kRowsOfSums], out, r, chunk, row0 + row, std::min(kRowsOfSums, rows - row));
+        }
+      }
+    }
+  }
+}
+#endif
+
 // Rows row0 .. row0 + 31 of the weight times m rows of x.
 inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const float* scales, const int32_t* totals,
                        int64_t m, float* y, int64_t y_stride) {
@@ -219,13 +266,20 @@ inline void int8_panel(const Weight& w, int64_t row0, const int8_t* x8, const fl
       with_count<Format::kFew>(
           m, [&](auto count) { tabulated_rows<Format, count>(format, first, w.k, x, out, row0, rows); });
     } else if (const uint8_t* blocks[2] = {first, first + (count > 1 ? row_bytes<Format>(w.k) : 0)};
-               m <= Format::kFew) {
+               m <= few<Format>()) {
       constexpr int kRows = vectors_of<Format>() * kRowsOfSums;
       for (int row = 0; row < rows; row += kRows)
-        with_count<Format::kFew>(m, [&](auto rows_of_x) {
+        with_count<few<Format>()>(m, [&](auto rows_of_x) {
           few_rows<Format, rows_of_x>(format, blocks[row / kTile], row / kRowsOfSums % kHalves, w.k, x, out, row0 + row,
                                       std::min(kRows, rows - row));
         });
+#if defined(QUIP_AMX)
+    } else if constexpr (is_tiled<Format>()) {
+      constexpr int kBlocks = Format::kTwoBytes ? 1 : 2;  // together
+      for (int b = 0; b < count; b += kBlocks)
+        tiled_rows(format, blocks + b, std::min(kBlocks, count - b), w.k, x, m, out, row0 + b * kTile,
+                   std::min(kBlocks * kTile, rows - b * kTile));
+#endif
     } else if constexpr (!Format::kOnlyFew) {
       many_rows(format, blocks, count, w.k, x, m, group_rows(w, m), out, row0, rows);
     }

@@ -35,6 +35,12 @@ inline void store_quads(const int8_t* q, int64_t columns, int32_t* out, int64_t 
   }
 }
 
+// The same to its row of tiles of 16 rows x 16 quads.
+template <class Format>
+inline void store_tiled(const int8_t* q, int64_t columns, int32_t* out) {
+  for (int64_t c = 0; c < columns; c += kPad) permute<Format>(q + c, out + c * (kTile / 4));
+}
+
 // The largest magnitude of x[0..count), as the bits of a float, so that a NaN is above infinity.
 inline uint32_t largest_bits(const float* x, int64_t count) {
   Words top = {};
@@ -65,6 +71,11 @@ inline void int8_quantize(const Weight& w, const float* x, int64_t r, int64_t m,
     totals[chunk] = round_row(x + begin, count, inverse, q);
     with_format(w, m, [&](auto* format) {
       using Format = std::remove_pointer_t<decltype(format)>;
+      if constexpr (is_tiled<Format>())
+        if (m > few<Format>()) {
+          int32_t* tiles = reinterpret_cast<int32_t*>(out) + (r / kTile * columns + begin) * (kTile / 4);
+          return store_tiled<Format>(q, count, tiles + r % kTile * kTile);
+        }
       int32_t* quads = reinterpret_cast<int32_t*>(out) + quads_of<Format>(columns) * group * side_by_side;
       store_quads<Format>(q, count, quads + quads_of<Format>(begin) * rows + r % side_by_side, rows);
     });
