@@ -90,8 +90,11 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
               int64_t row0, int rows) {
   constexpr int kDecoded = vectors_of<Format>(), kPasses = kHalves / kDecoded;
   constexpr int kSplit = kHalves > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide vpdpbusd's latency
-  // Each pass asks for its share of the next block: the first alone would wait for memory, while the second reads none.
-  const uint8_t* const ahead = block + row_bytes<Format>(k) + first * row_bytes<Format>(k) / kPasses;
+  // A single pass asks for bytes a page ahead, because the CPU's own prefetching stops at the end of a page. Of several,
+  // each asks for its share of the next block: the first alone would wait for memory, while the second reads none.
+  constexpr int64_t kPage = 4096;
+  const int64_t block_bytes = row_bytes<Format>(k);
+  const uint8_t* const ahead = block + (kPasses == 1 ? kPage : block_bytes + first * block_bytes / kPasses);
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     constexpr int kSums = M * kDecoded * kSplit;
     Sums sum[kSums];  // in registers: every loop over it is unrolled
@@ -101,7 +104,7 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
-      if (kHalves > 1) fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
+      fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
       decode(format, block + u * Format::kBytes, first,
              [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
 #pragma GCC unroll 16
