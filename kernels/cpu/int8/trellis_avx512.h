@@ -81,7 +81,7 @@ struct Windows : FormatDefaults {
   }
   // emit(cc, C, c, states): of column 8C + 2cc + c.
   template <class Emit>
-  void states(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void states(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc) {
@@ -122,8 +122,8 @@ struct BytesFew : Windows<bits> {
   using Windows<bits>::Windows;
   float unit() const { return Bytes::kUnit; }
   template <class Emit>
-  void decode(const uint8_t* tile, Emit emit) const {
-    this->states(tile, [&](int cc, int C, int c, __m512i state) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    this->states(tile, [&](int cc, int C, int c, __m512i state) __attribute__((always_inline)) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
   }
 };
 
@@ -134,9 +134,9 @@ struct Wide : Windows<bits>, Value {
   static constexpr float kRest = Value::kRest;
   explicit Wide(const Weight& w) : Windows<bits>(w), Value(w) {}
   template <class Emit>
-  void decode(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     __m512i even = _mm512_setzero_si512();
-    this->states(tile, [&](int cc, int C, int c, __m512i state) {
+    this->states(tile, [&](int cc, int C, int c, __m512i state) __attribute__((always_inline)) {
       const __m512i value = this->value(state);
       if (c == 0)
         even = value;
@@ -206,7 +206,7 @@ struct Grid8 : GridFormat<bits> {
     number = _mm512_set1_epi64((long long)from);
   }
   template <class Emit>
-  void decode(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc)
@@ -232,7 +232,7 @@ struct HybGrid {
     lines = _mm512_broadcast_i32x4(load<__m128i>(line));
   }
   // Before bit 15 negates component 0.
-  void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
+  [[gnu::always_inline]] void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
     const __m512i nibble = _mm512_set1_epi8(15), point = _mm512_and_si512(bits13_6, nibble);
     const __m512i line = _mm512_and_si512(_mm512_srli_epi16(bits13_6, 4), nibble);
     const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6),
@@ -249,7 +249,7 @@ struct HybTable {
   explicit HybTable(const uint8_t* table8) {
     for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(table8 + 64 * i);
   }
-  void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
+  [[gnu::always_inline]] void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
     const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6),
                     bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
 #pragma GCC unroll 2
@@ -283,11 +283,11 @@ struct Hyb8 : FormatDefaults, Table {
   }
   static __m512i hash(__m512i x) { return _mm512_mullo_epi16(x, _mm512_add_epi16(x, _mm512_set1_epi16(1))); }
   template <class Emit>
-  void decode(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
     __m512i words[kWords];
     for (int d = 0; d < kWords; ++d) words[d] = bytes.pick(word[d]);
-    const auto column = [&](int C, __m512i upper, __m512i lower) {
+    const auto column = [&](int C, __m512i upper, __m512i lower) __attribute__((always_inline)) {
       const __m512 first = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(upper)));
       const __m512 second = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(lower)));
       const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
