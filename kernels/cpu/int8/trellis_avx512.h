@@ -123,7 +123,8 @@ struct BytesFew : Windows<bits> {
   float unit() const { return Bytes::kUnit; }
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
-    this->states(tile, [&](int cc, int C, int c, __m512i state) __attribute__((always_inline)) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
+    this->states(tile, [&](int cc, int C, int c, __m512i state)
+                           __attribute__((always_inline)) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
   }
 };
 
@@ -221,30 +222,31 @@ struct Grid8 : GridFormat<bits> {
 inline __m512i negate8(__mmask64 where, __m512i v) { return _mm512_mask_sub_epi8(v, where, _mm512_setzero_si512(), v); }
 
 // A table that is a grid (formats/trellis_codes.py). Bits 9..6 of the hash choose a point, bits 12..10 and 13 choose a
-// line, and bit 13 chooses the points.
+// line, and bit 13 chooses the points. Numbers stand here with both signs, so a look-up is all there is to do: bits
+// 15..13 and 9..6 find component 0 (14 is not needed), and bits 14..9 component 1 (9 is not needed).
 struct HybGrid {
-  static constexpr int kFew = 16;
+  static constexpr int kFew = 16, kUpper = 9;
   __m512i points[2], lines;
   explicit HybGrid(const uint8_t* table8) {
-    alignas(16) uint8_t line[16];
-    for (int j = 0; j < 16; ++j) line[j] = table8[512 + 16 * j];
-    for (int i = 0; i < 2; ++i) points[i] = _mm512_broadcast_i32x4(load<__m128i>(table8 + 128 * i));
-    lines = _mm512_broadcast_i32x4(load<__m128i>(line));
+    alignas(64) uint8_t number[3][64];
+    for (int i = 0; i < 64; ++i) {
+      const uint8_t point = table8[i / 16 % 2 * 128 + i % 16], line = table8[512 + i / 2 % 16 * 16];
+      number[0][i] = point, number[1][i] = uint8_t(-point);
+      number[2][i] = i < 32 ? line : uint8_t(-line);
+    }
+    for (int i = 0; i < 2; ++i) points[i] = _mm512_load_si512(number[i]);
+    lines = _mm512_load_si512(number[2]);
   }
-  // Before bit 15 negates component 0.
-  [[gnu::always_inline]] void look_up(__m512i bits13_6, __m512i bits15_8, __m512i* value) const {
-    const __m512i nibble = _mm512_set1_epi8(15), point = _mm512_and_si512(bits13_6, nibble);
-    const __m512i line = _mm512_and_si512(_mm512_srli_epi16(bits13_6, 4), nibble);
-    const __mmask64 bit13 = _mm512_movepi8_mask(bits13_6),
-                    bit14 = _mm512_test_epi8_mask(bits15_8, _mm512_set1_epi8(64));
-    value[0] = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(points[0], point), bit13, points[1], point);
-    value[1] = negate8(bit14, _mm512_shuffle_epi8(lines, line));
+  [[gnu::always_inline]] void look_up(__m512i bits13_6, __m512i bits16_9, __m512i* value) const {
+    const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), bits13_6, bits16_9, 0xCA);
+    value[0] = _mm512_permutex2var_epi8(points[0], index, points[1]);
+    value[1] = _mm512_permutexvar_epi8(bits16_9, lines);
   }
 };
 
 // Any table.
 struct HybTable {
-  static constexpr int kFew = 4;
+  static constexpr int kFew = 4, kUpper = 8;
   __m512i part[2][8];  // [component][64 rows]
   explicit HybTable(const uint8_t* table8) {
     for (int i = 0; i < 16; ++i) part[i / 8][i % 8] = _mm512_loadu_si512(table8 + 64 * i);
@@ -258,6 +260,7 @@ struct HybTable {
       value[c] = _mm512_mask_blend_epi8(bit14, _mm512_mask_blend_epi8(bit13, rows(0), rows(2)),
                                         _mm512_mask_blend_epi8(bit13, rows(4), rows(6)));
     }
+    value[0] = negate8(_mm512_movepi8_mask(bits15_8), value[0]);
   }
 };
 
@@ -266,12 +269,12 @@ struct Hyb8 : FormatDefaults, Table {
   static constexpr int kColumns = 16, kQuads = 4, kBytes = 32 * bits, kFew = Table::kFew, kOffset = kOffset8;
   static constexpr int kWords = (6 * bits + 15) / 16 + 1;
   __m512i word[kWords];  // kWindows
-  __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four of bits 15..8
+  __m512i split;         // a qword of four hashes to four bytes of bits 13..6 and four that begin at bit kUpper
   float unit_;
 
   explicit Hyb8(const Weight& w) : Table(w.table8), unit_(w.unit) {
     for (int d = 0; d < kWords; ++d) word[d] = _mm512_load_si512(kWindows<bits>.index[d]);
-    split = _mm512_set1_epi64(0x3828180836261606ll);
+    split = _mm512_set1_epi64(0x3020100036261606ll + Table::kUpper * 0x0101010100000000ll);
   }
   float unit() const { return unit_; }
 
@@ -291,10 +294,10 @@ struct Hyb8 : FormatDefaults, Table {
       const __m512 first = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(upper)));
       const __m512 second = _mm512_castsi512_ps(_mm512_multishift_epi64_epi8(split, hash(lower)));
       const __m512i index = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0x88));
-      const __m512i rest = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xDD));
+      const __m512i upper_bits = _mm512_castps_si512(_mm512_shuffle_ps(first, second, 0xDD));
       __m512i value[2];
-      this->look_up(index, rest, value);
-      emit(2 * C, negate8(_mm512_movepi8_mask(rest), value[0]));
+      this->look_up(index, upper_bits, value);
+      emit(2 * C, value[0]);
       emit(2 * C + 1, value[1]);
     };
     column(0, window<0>(words), window<2 * bits>(words));
