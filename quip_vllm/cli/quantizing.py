@@ -32,6 +32,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
     parser.add_argument("--plan", type=Path, help="code and bits of every layer, as `quip-vllm plan` writes them")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run in OUT")
+    parser.add_argument("--workers", type=int, metavar="N", help="search trellis codes in N processes of this machine")
+    parser.add_argument("--ray", metavar="ADDRESS", help="search them on a Ray cluster: auto, or HOST:PORT")
     parser.epilog = "example: quip-vllm quantize MODEL OUT --method qtip --bits 2 --calibration text.txt"
     parser.set_defaults(run=_quantize)
 
@@ -146,6 +148,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    from quip_vllm.quantizer.rounding.searchers import searchers
     from quip_vllm.quantizer.run import quantize
 
     if args.plan is not None:
@@ -160,9 +163,12 @@ def _quantize(args: argparse.Namespace) -> int:
     else:
         bits, target = _target(args)
         settings = _settings(args, _code(args, bits), bits)
-    report = quantize(settings, args.out, args.resume, target)
+    with searchers(args.workers, args.ray) as others:
+        report = quantize(settings, args.out, args.resume, target, others)
     losses = [layer["proxy_loss"] for layer in report["layers"]]
     print(f"wrote {args.out}: {len(losses)} layers, mean proxy loss {sum(losses) / len(losses):.4g}")
+    for name, weights in sorted(report.get("searched", {}).items()):
+        print(f"{name} searched {weights / 1e6:.1f} million weights")
     print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
     print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
     if settings.split == 1 and settings.hadamard_block is None:

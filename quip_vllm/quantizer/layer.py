@@ -24,6 +24,7 @@ from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.rounding.encoders import Encoder, make_encoder
 from quip_vllm.quantizer.rounding.ldlq import Ldlq
+from quip_vllm.quantizer.rounding.searchers import Searchers, spread
 from quip_vllm.quantizer.settings import NEAREST, NONE, Settings
 from quip_vllm.quantizer.tuning.refit import TINY, Fit, lost, refit, refit_rows
 from quip_vllm.transforms.incoherence import random_signs, rotate_hessian, rotate_weight, unrotate_weight
@@ -77,6 +78,7 @@ def quantize_group(
     settings: Settings,
     sensitivities: Mapping[str, Sensitivity] | None = None,
     levels: Mapping[str, Tensor] | None = None,
+    searchers: Searchers | None = None,
 ) -> dict[str, Quantized]:
     """Quantizes the layers of one group.
 
@@ -88,6 +90,7 @@ def quantize_group(
         sensitivities: full module name -> how the loss depends on the layer, where that is known.
         levels: full module name -> values of the rotated weight in units of the code, float32 [n, k], which are found
             already; then for all layers of the group.
+        searchers: who searches beside this process.
 
     Returns:
         Full module name -> result, in the order of the weights.
@@ -124,7 +127,8 @@ def quantize_group(
         if batch[0].name in two_sided:  # it is alone in its batch
             outputs = _rotated_outputs(known[batch[0].name], settings.damping, batch[0], specs[batch[0].name])
         stacked = torch.cat([rows.units if levels is None else levels[rows.name] for rows in batch])
-        rounded = rounding.round(pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows)), encoder, outputs)
+        whole = pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows))
+        rounded = rounding.round(whole, spread(encoder, searchers), outputs)
         curvature = Curvature(inputs, outputs)
         begin = 0
         for rows in batch:

@@ -35,6 +35,7 @@ from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
+from quip_vllm.quantizer.rounding.searchers import Searchers
 from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
 from quip_vllm.quantizer.settings import DISCQUANT, FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
@@ -54,7 +55,13 @@ _LOG = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def quantize(settings: Settings, out: Path, resume: bool = False, target: Target | None = None) -> dict[str, Any]:
+def quantize(
+    settings: Settings,
+    out: Path,
+    resume: bool = False,
+    target: Target | None = None,
+    searchers: Searchers | None = None,
+) -> dict[str, Any]:
     """Quantizes ``settings.model`` into the folder ``out`` and returns the report that it also writes there.
 
     Args:
@@ -62,6 +69,7 @@ def quantize(settings: Settings, out: Path, resume: bool = False, target: Target
         out: the folder.
         resume: go on with an unfinished run.
         target: what a plan is to reach that is made first, and written beside the checkpoint.
+        searchers: who searches beside this process. The codes do not depend on it.
 
     Raises:
         ValueError: bad input; the message names the value, the rule and the remedy. Finished layers stay.
@@ -71,7 +79,7 @@ def quantize(settings: Settings, out: Path, resume: bool = False, target: Target
     try:
         if target is not None and not finished:
             settings = _planned(settings, out, resume, target)
-        run = None if finished else Run(settings, out)
+        run = None if finished else Run(settings, out, searchers)
         with record.locked(out):
             if run is None:
                 shutil.rmtree(out / record.FOLDER)
@@ -116,6 +124,7 @@ class Run:
         settings: what the user wants.
         source: the model.
         plan: what becomes of each linear layer.
+        searchers: who searches beside this process.
         record: what is finished.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
         originals: the same in the original model, for the drift; empty where drift is not corrected.
@@ -126,9 +135,9 @@ class Run:
 
     record: Record
 
-    def __init__(self, settings: Settings, out: Path):
+    def __init__(self, settings: Settings, out: Path, searchers: Searchers | None = None):
         require_cpu_library()
-        self.settings, self.out = settings, out
+        self.settings, self.out, self.searchers = settings, out, searchers
         trust = settings.trust_remote_code
         self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
         self.plan = make_plan(settings, self.source)
@@ -235,6 +244,7 @@ class Run:
             "calibration_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
             "layers": [entry for unit in self.units for entry in self.record.entries(unit)],
             "tuning": [told for unit in self.units for told in self.record.tuning(unit)],
+            "searched": dict(self.searchers.done) if self.searchers else {},
         }
         self._tell_of_experts(report["layers"])
         folder = self.source.folder
@@ -379,7 +389,7 @@ class Run:
         original = digest(sorted(tensors.items()))
         for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
-            results = quantize_group(group, weights, self.plan.specs, self.settings, known, levels)
+            results = quantize_group(group, weights, self.plan.specs, self.settings, known, levels, self.searchers)
             for name, result in results.items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)

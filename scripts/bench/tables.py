@@ -12,8 +12,12 @@ from quip_vllm.quantizer.settings import AMOUNTS
 FOLDER = ROOT / "docs" / "benchmarks"
 Rows = list[dict[str, str]]
 
-CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2"}
+CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2", "_amx": "Intel Xeon, AMX"}
 """By the end of a CSV's name: the CPU that made it."""
+ENCODING = ("", "_avx2")
+"""Of those, the CPUs on which the searches were measured."""
+STEP = ("linear", "embedding", "attention", "layers", "engine")
+"""The parts of a step (profile_serving.py)."""
 BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
 QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
@@ -107,9 +111,9 @@ def kernels(end: str = "") -> str:
 
 
 def encode() -> str:
-    """The searches and whole quantizations on both CPUs."""
+    """The searches and whole quantizations."""
     columns = [
-        {(row["what"], row["format"]): row for row in read_rows(FOLDER / f"cpu_encode{end}.csv")} for end in CPUS
+        {(row["what"], row["format"]): row for row in read_rows(FOLDER / f"cpu_encode{end}.csv")} for end in ENCODING
     ]
     lines = []
     for what, name in {**columns[0], **columns[1]}:
@@ -121,7 +125,7 @@ def encode() -> str:
             cells = [f"{fixed(row['mweights_per_s'], 2)} Mweights/s" if row else "" for row in found]
             most = max((row for row in found if row), key=lambda row: int(row["count"]))
             lines.append([f"search of {label(name)}", *cells, f"{float(most['distortion']):.4f}"])
-    return table(["what", *CPUS.values(), "distortion of a Gaussian"], lines)
+    return table(["what", *(CPUS[end] for end in ENCODING), "distortion of a Gaussian"], lines)
 
 
 def activations() -> str:
@@ -297,13 +301,22 @@ def experts() -> str:
     return table(["weights", *(f"{m} row{'s' if m != '1' else ''}: ms" for m in counts)], lines)
 
 
+def step() -> str:
+    """Where the time of a step goes, in shares."""
+    lines = []
+    for row in read_rows(FOLDER / "cpu_step_amx.csv"):
+        shares = [f"{float(row[part]):.0%}" for part in STEP]
+        lines.append([label(row["name"]), row["workload"], fixed(row["milliseconds"]), *shares])
+    return table(["weights", "step", "ms", *STEP], lines)
+
+
 def runs(*files: str) -> str:
     """Where the figures of some CSV files come from: one row per machine and commit."""
     lines = []
     for file in files:
         seen: dict[tuple[str, ...], None] = {}
         for row in read_rows(FOLDER / f"{file}.csv"):
-            cpu = next((CPUS[end] for end in ("_avx2", "") if file.startswith("cpu_") and file.endswith(end)), "")
+            cpu = next((CPUS[end] for end in reversed(CPUS) if file.startswith("cpu_") and file.endswith(end)), "")
             machine = row.get("gpu") or cpu or row["machine"]
             version = f"vLLM {row['vllm']}" if row.get("vllm") else f"torch {row['torch']}" if row.get("torch") else ""
             command = f"`{row['command']}`" if row.get("command") else ""
@@ -326,13 +339,20 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
     "kernels": kernels,
     "kernels_avx2": lambda: kernels("_avx2"),
+    "serving_amx": lambda: serving("_amx"),
+    "kernels_amx": lambda: kernels("_amx"),
+    "step": step,
     "encode": encode,
     "activations": activations,
     "quantization": quantization,
     "measured_layers": measured_layers,
     "cuda": lambda: cuda(14336, 4096),
     "cuda_sizes": cuda_sizes,
-    "runs_cpu": lambda: runs(*(f"cpu_{what}{end}" for what in ("serving", "kernels", "encode") for end in CPUS)),
+    "runs_cpu": lambda: runs(
+        *(f"cpu_{what}{end}" for what in ("serving", "kernels") for end in CPUS),
+        *(f"cpu_encode{end}" for end in ENCODING),
+        "cpu_step_amx",
+    ),
     "experts": experts,
     "runs_other": lambda: runs("activations", "quantization", "experts"),
     "runs_cuda": lambda: runs("cuda_kernels"),

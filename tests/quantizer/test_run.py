@@ -107,7 +107,8 @@ def test_files_and_report(quantized, tiny_model, make_settings):
     assert words[0] == words[1]
     report = read_json(out / "quantization_report.json")
     assert set(report) == {
-        "quip_vllm", "settings", "compute_dtype", "calibration_tokens", "calibration_sha256", "layers", "tuning"
+        "quip_vllm", "settings", "compute_dtype", "calibration_tokens", "calibration_sha256", "layers", "tuning",
+        "searched",
     }  # fmt: skip
     assert report["settings"] == make_settings(model).to_dict()
     assert report["calibration_tokens"] == 8 * 48
