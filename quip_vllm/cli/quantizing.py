@@ -118,9 +118,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-weights",
         type=float,
-        default=Settings.token_weights,
         metavar="SHARE",
-        help="how far a token counts as the loss feels it, 0 to 1, which takes a backward pass (default %(default)s)",
+        help="how far a token counts as the loss feels it, 0 to 1, which takes a backward pass (default 0.2 with "
+        "--two-sided, else 0)",
     )
     parser.add_argument(
         "--two-sided",

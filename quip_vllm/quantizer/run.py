@@ -36,7 +36,7 @@ from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.rounding.searchers import Searchers
-from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
+from quip_vllm.quantizer.sensitivities import Sensitivities, chosen, spread_weights
 from quip_vllm.quantizer.settings import DISCQUANT, FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
@@ -126,6 +126,7 @@ class Run:
         plan: what becomes of each linear layer.
         searchers: who searches beside this process.
         record: what is finished.
+        amount: sequences of the calibration text, and tokens in each.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
         originals: the same in the original model, for the drift; empty where drift is not corrected.
 
@@ -155,6 +156,7 @@ class Run:
         if self.plan.head:
             replaced |= self.source.head_weights
         self.kept_bytes = {name: size for name, size in self.source.reader.bytes_of.items() if name not in replaced}
+        self.amount: tuple[int, ...] = (0, 0)
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
         self.sensitivities: Sensitivities | None = None
@@ -202,6 +204,7 @@ class Run:
         weights = self._outside + digest(checks.checked(self.source.reader, names, self.plan.specs))
         tokens = self.record.tokens(self._make_tokens)
         checks.check_memory(self.settings, self.source, len(tokens))
+        self.amount = tokens.shape
         if len(tokens) < self.settings.sequences:
             check_replay(self.source, self._batches(len(tokens)))
         batch, _ = self._batches(len(tokens))[0]
@@ -211,7 +214,7 @@ class Run:
             two_sided, seed = self.settings.two_sided, self.settings.seed
             if self.settings.token_weights and any(self.source.mixtures(index) for index in range(len(self.layers))):
                 _LOG.warning("the tokens of experts count the same: --token-weights holds for all other layers")
-            heard = tokens if self.settings.token_weights else some_of(tokens)
+            heard = tokens[chosen(*self.amount)]
             self.sensitivities = Sensitivities(folder, self.source, weights, heard, batch, inside, two_sided, seed)
         if self.settings.rounding == DISCQUANT and unfinished:
             self.levels = Levels(
@@ -338,7 +341,7 @@ class Run:
         with self.source.layer(index) as layer:
             share = self.settings.token_weights
             own = {name: one.weights for name, one in known.items() if share and len(one.weights)}
-            weights = {name: torch.lerp(torch.ones_like(one), one, share) for name, one in own.items()}
+            weights = {name: spread_weights(one, share, *self.amount) for name, one in own.items()}
             mixtures = self.source.mixtures(index)
             experts = {name: mixture.module for mixture in mixtures for name in mixture.linears}
             collector = Collector({name: linears[name] for name in names}, weights, experts)

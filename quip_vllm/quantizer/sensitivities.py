@@ -21,14 +21,29 @@ from quip_vllm.quantizer.source.model import LayeredModel
 _LOG = logging.getLogger(__name__)
 WHOLE = "sensitivities.json"
 """Written last: what the files belong to."""
-ENOUGH_TOKENS = 16_384
-"""Of so many the outputs' Hessians are made: their noise is small then (docs/benchmarks/quality.md)."""
+ENOUGH_TOKENS = 65_536
+"""Through so many the backward pass goes: the tables of docs/benchmarks/quality.md have as many."""
 
 
-def some_of(tokens: Tensor) -> Tensor:
-    """Sequences of a text, int64 [count, length], evenly spread, which have ENOUGH_TOKENS; all where it has fewer."""
-    count = min(len(tokens), -(-ENOUGH_TOKENS // tokens.shape[1]))
-    return tokens[torch.arange(count) * len(tokens) // count]
+def chosen(count: int, length: int) -> Tensor:
+    """Which of `count` sequences of a text, evenly spread, have ENOUGH_TOKENS; all of them where it has fewer."""
+    some = min(count, -(-ENOUGH_TOKENS // length))
+    return torch.arange(some) * count // some
+
+
+def spread_weights(weights: Tensor, share: float, count: int, length: int) -> Tensor:
+    """What each token of a text counts, float32 [count * length], 1 in the mean.
+
+    Args:
+        weights: those of the tokens of the `chosen` sequences, float32, 1 in the mean. They stand for all others.
+        share: of them; for the rest all tokens count the same.
+        count: sequences of the text.
+        length: tokens in each.
+    """
+    here = chosen(count, length)
+    spread = torch.full((count, length), 1 - share)
+    spread[here] += share * count / len(here) * weights.view(-1, length)
+    return spread.flatten()
 
 
 class Sensitivities:

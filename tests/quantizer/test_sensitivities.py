@@ -11,7 +11,7 @@ from torch import nn
 
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, shrunk, token_weights
-from quip_vllm.quantizer.sensitivities import Sensitivities, some_of
+from quip_vllm.quantizer.sensitivities import Sensitivities, chosen, spread_weights
 from quip_vllm.quantizer.source.backward import sampled_score
 from quip_vllm.quantizer.source.model import LayeredModel
 
@@ -176,9 +176,17 @@ def test_a_folder_belongs_to_a_model_a_text_and_a_seed(tiny_model, tmp_path):
 
 
 def test_some_sequences_are_enough():
-    text = torch.arange(100)[:, None].expand(100, 1000)
-    assert some_of(text)[:, 0].tolist() == [0, 5, 11, 17, 23, 29, 35, 41, 47, 52, 58, 64, 70, 76, 82, 88, 94]
-    assert torch.equal(some_of(text[:9]), text[:9]) and len(some_of(text.repeat(1, 20))) == 1
+    assert chosen(100, 4000).tolist() == [0, 5, 11, 17, 23, 29, 35, 41, 47, 52, 58, 64, 70, 76, 82, 88, 94]
+    assert chosen(9, 4000).tolist() == list(range(9)) and chosen(9, 80_000).tolist() == [0]
+
+
+def test_weights_of_some_stand_for_those_of_all():
+    weights = torch.rand(17, 4000) + 0.5
+    weights /= weights.mean()
+    spread = spread_weights(weights.flatten(), 0.25, 100, 4000).view(100, 4000)
+    others = torch.ones(100, dtype=torch.bool).index_fill(0, chosen(100, 4000), False)
+    assert spread[others].eq(0.75).all() and spread[5].allclose(0.75 + 0.25 * weights[1] * 100 / 17)
+    assert spread.mean().item() == pytest.approx(1)
 
 
 def test_a_disk_that_is_too_small(tiny_model, tmp_path, monkeypatch):
