@@ -46,6 +46,8 @@ for name in ("qs2", "qh2"):
         amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
         for end in ("", "full"):
             CONFIGURATIONS[f"{name}{source}{end}"] = [*CONFIGURATIONS[f"{name}{end}"], *amount]
+EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
+CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
 SEQUENCES, LENGTH = 64, 1024
 """Calibration, unless the row says otherwise."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]

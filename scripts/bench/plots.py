@@ -163,7 +163,6 @@ YTICKS["kl_divergence"] = (0.02, 2, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
 PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "cpu_serving": ("cpu_serving", serving),
     "cpu_serving_avx2": ("cpu_serving_avx2", lambda: serving("_avx2")),
-    "cpu_serving_amx": ("cpu_serving_amx", lambda: serving("_amx")),
     "cpu_kernels": ("cpu_kernels", kernels),
     "cpu_kernels_avx2": ("cpu_kernels_avx2", lambda: kernels("_avx2")),
     "cuda_kernels": ("cuda_kernels", cuda),

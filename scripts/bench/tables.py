@@ -14,8 +14,8 @@ Rows = list[dict[str, str]]
 
 CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2", "_amx": "Intel Xeon, AMX"}
 """By the end of a CSV's name: the CPU that made it."""
-ENCODING = ("", "_avx2")
-"""Of those, the CPUs on which the searches were measured."""
+EPYCS = ("", "_avx2")
+"""Those on which serving and the searches were measured."""
 STEP = ("linear", "embedding", "attention", "layers", "engine")
 """The parts of a step (profile_serving.py)."""
 BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
@@ -58,6 +58,7 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
+    ends |= {"w0": "tokens equal"}
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -113,7 +114,7 @@ def kernels(end: str = "") -> str:
 def encode() -> str:
     """The searches and whole quantizations."""
     columns = [
-        {(row["what"], row["format"]): row for row in read_rows(FOLDER / f"cpu_encode{end}.csv")} for end in ENCODING
+        {(row["what"], row["format"]): row for row in read_rows(FOLDER / f"cpu_encode{end}.csv")} for end in EPYCS
     ]
     lines = []
     for what, name in {**columns[0], **columns[1]}:
@@ -125,7 +126,7 @@ def encode() -> str:
             cells = [f"{fixed(row['mweights_per_s'], 2)} Mweights/s" if row else "" for row in found]
             most = max((row for row in found if row), key=lambda row: int(row["count"]))
             lines.append([f"search of {label(name)}", *cells, f"{float(most['distortion']):.4f}"])
-    return table(["what", *(CPUS[end] for end in ENCODING), "distortion of a Gaussian"], lines)
+    return table(["what", *(CPUS[end] for end in EPYCS), "distortion of a Gaussian"], lines)
 
 
 def activations() -> str:
@@ -155,7 +156,7 @@ def default_calibration() -> str:
 def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
     rows = quality_rows()
-    return _qualities(lambda name: _kind(name) in ("", "full") and f"{name.removesuffix('full')}full" in rows)
+    return _qualities(lambda name: _kind(name) in ("w0", "fullw0") and f"{name[:3]}fullw0" in rows)
 
 
 def _kind(name: str) -> str:
@@ -193,13 +194,13 @@ def _qualities(chosen: Callable[[str], bool], commit: bool = True, csv: str = "q
 
 
 def sides() -> str:
-    """Rounding on one side and on two."""
+    """Rounding on one side, on two, and there with a fifth of the token weights."""
     rows = quality_rows()
     lines = []
-    for name in (name for name in rows if f"{name}one" in rows):
-        cells = [_perplexity_and_kl(rows[n]) for n in (f"{name}one", name)]
+    for name in (name for name in rows if f"{name}one" in rows and f"{name}w0" in rows):
+        cells = [_perplexity_and_kl(rows[n]) for n in (f"{name}one", f"{name}w0", name)]
         lines.append([quality_label(name), *cells])
-    return table(["format", "one side: perplexity (KL)", "two sides"], lines)
+    return table(["format", "one side: perplexity (KL)", "two sides", "and token weights, a fifth"], lines)
 
 
 def _perplexity_and_kl(row: dict[str, str]) -> str:
@@ -310,6 +311,25 @@ def step() -> str:
     return table(["weights", "step", "ms", *STEP], lines)
 
 
+def workers() -> str:
+    """Seconds of one matrix, by who searches."""
+    rows = [row for row in read_rows(FOLDER / "workers.csv") if row["kind"] == "measured"]
+    first = float(rows[0]["seconds"])
+    lines = []
+    for row in rows:
+        seconds = float(row["seconds"])
+        lines.append([row["what"], row["machines"], fixed(seconds), f"{first / seconds:.2f}x"])
+    return table(["who searches", "how many", "seconds", "speed"], lines)
+
+
+def machines() -> str:
+    """Hours of large models, computed."""
+    rows = [row for row in read_rows(FOLDER / "workers.csv") if row["kind"] == "computed"]
+    columns = ("search_hours", "rest_hours", "hours")
+    lines = [[row["what"], row["machines"], *(fixed(row[column]) for column in columns)] for row in rows]
+    return table(["model", "machines of 64 cores", "search: hours", "the rest: hours", "in all"], lines)
+
+
 def runs(*files: str) -> str:
     """Where the figures of some CSV files come from: one row per machine and commit."""
     lines = []
@@ -339,7 +359,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
     "kernels": kernels,
     "kernels_avx2": lambda: kernels("_avx2"),
-    "serving_amx": lambda: serving("_amx"),
     "kernels_amx": lambda: kernels("_amx"),
     "step": step,
     "encode": encode,
@@ -349,12 +368,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda": lambda: cuda(14336, 4096),
     "cuda_sizes": cuda_sizes,
     "runs_cpu": lambda: runs(
-        *(f"cpu_{what}{end}" for what in ("serving", "kernels") for end in CPUS),
-        *(f"cpu_encode{end}" for end in ENCODING),
+        *(f"cpu_{what}{end}" for what in ("serving", "encode") for end in EPYCS),
+        *(f"cpu_kernels{end}" for end in CPUS),
         "cpu_step_amx",
     ),
     "experts": experts,
     "runs_other": lambda: runs("activations", "quantization", "experts"),
     "runs_cuda": lambda: runs("cuda_kernels"),
+    "workers": workers,
+    "machines": machines,
+    "runs_workers": lambda: runs("workers"),
 }
-PAGES: list[Path] = [ROOT / "README.md", *(FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda"))]
+PAGES: list[Path] = [ROOT / "README.md", *(FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda", "encode"))]
