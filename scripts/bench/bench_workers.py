@@ -3,7 +3,7 @@
 
 Usage: python scripts/bench/bench_workers.py [--csv docs/benchmarks/workers.csv]
 
-A random matrix of 2048 x 2048 is rounded on two sides with hyb at 2 bits: in this process with one thread, in 1 and 2
+A random matrix of 1024 x 1024 is rounded on two sides with hyb at 2 bits: in this process with one thread, in 1 and 2
 processes of one thread each, and by a Ray cluster of 1 and 2 nodes of one core that the script starts. Rows of the kind
 `computed` say what a model takes on machines of 64 cores: a call of the search takes the time of its tiles on its
 machines' cores, and what a call by Ray took beyond the search here; what is not search runs on one machine, whose
@@ -28,7 +28,7 @@ from quip_vllm.quantizer.rounding.ldl import feedback
 from quip_vllm.quantizer.rounding.ldlq import two_sided_ldlq
 from quip_vllm.quantizer.rounding.searchers import Searchers, searchers, spread
 
-SIZE, CORES, TOKENS = 2048, 64, 65536
+SIZE, CORES, TOKENS = 1024, 64, 65536
 NAME = "qtip-hyb-2"
 LARGE = (*MODELS[1:], Shape("405B", 16384, 53248, 1024, 126, 128256))
 COLUMNS = ["kind", "what", "machines", "seconds", "calls", "search_hours", "rest_hours", "hours", *ORIGIN]
