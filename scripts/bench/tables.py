@@ -303,12 +303,16 @@ def experts() -> str:
 
 
 def step() -> str:
-    """Where the time of a step goes, in shares."""
+    """Tokens per second of each kind of step, the ratio to bf16, and where the time goes, in shares."""
+    rows = read_rows(FOLDER / "cpu_step_amx.csv")
+    time = {(row["name"], row["workload"]): float(row["milliseconds"]) for row in rows}
     lines = []
-    for row in read_rows(FOLDER / "cpu_step_amx.csv"):
-        shares = [f"{float(row[part]):.0%}" for part in STEP]
-        lines.append([label(row["name"]), row["workload"], fixed(row["milliseconds"]), *shares])
-    return table(["weights", "step", "ms", *STEP], lines)
+    for row in rows:
+        name, work = row["name"], row["workload"]
+        rate = 1000 * int(work.split()[1]) / time[name, work]
+        speed = f"{fixed(rate)} ({time['bf16', work] / time[name, work]:.1f}x)"
+        lines.append([label(name), work, speed, fixed(time[name, work]), *(f"{float(row[part]):.0%}" for part in STEP)])
+    return table(["weights", "step", "tokens per second", "ms", *STEP], lines)
 
 
 def workers() -> str:
