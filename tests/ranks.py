@@ -13,7 +13,7 @@ PROMPTS = [list(range(40, 60)), [7, 3, 250]]
 
 
 def generated(folder: str, ranks: int, stages: int) -> list[list[int]]:
-    """The token ids of each prompt's completion.
+    """The token ids of each prompt's completion. One rank is this process.
 
     A second stage makes its buffers while it warms up, which vLLM 0.32 leaves out on a CPU if it compiles nothing.
     """
@@ -33,7 +33,7 @@ def generated(folder: str, ranks: int, stages: int) -> list[list[int]]:
         enable_prefix_caching=False,
         tensor_parallel_size=ranks,
         pipeline_parallel_size=stages,
-        distributed_executor_backend="mp",
+        distributed_executor_backend="uni" if ranks * stages == 1 else "mp",
     )
     prompts = [TokensPrompt(prompt_token_ids=one) for one in PROMPTS]
     sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
