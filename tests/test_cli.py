@@ -94,8 +94,8 @@ def test_every_default_of_the_grid(tiny_model, tiny_text, tmp_path):
 def test_defaults(tiny_model, tmp_path, monkeypatch):
     seen = []
 
-    def recording(settings, out, resume, target):
-        assert target is None
+    def recording(settings, out, resume, target, searchers):
+        assert target is None and searchers is None
         seen.append(settings)
         return {"layers": [{"proxy_loss": 0.1}]}
 
@@ -106,6 +106,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         assert main(["quantize", "m", str(tmp_path / "o"), *flags]) == 0
     own, other, three, levels = seen
     assert (levels.code, levels.two_sided, levels.drift_correction, levels.rounding_steps) == ("grid", False, 0.0, 5)
+    assert (own.token_weights, levels.token_weights) == (0.2, 0.0)
     assert own.two_sided and (own.rounding, own.drift_correction, own.rounding_steps) == ("ldlq", 0.35, None)
     assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "bundle", 64, 1024)
     assert three.code == "1mad"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from quip_vllm.checkpoint.shards import shard_name, write_index
 
-HIDDEN, MLP, LAYERS = 1024, 11264, 8
+HIDDEN, MLP, LAYERS = 1024, 11264, 9
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def status(key):
 tiny, large, folder, *flags = sys.argv[1:]
 assert cli.main(["quantize", tiny, folder + "/tiny", *flags]) == 0  # imports and maps all that any run needs
 before = status("VmRSS")
-code = cli.main(["quantize", large, folder + "/large", *flags, "--ignore", r"layers\\.[1-7]\\.", "mlp"])
+code = cli.main(["quantize", large, folder + "/large", *flags, "--ignore", r"layers\\.[1-8]\\.", "mlp"])
 print("used", status("VmHWM") - before)
 sys.exit(code)
 """

@@ -75,7 +75,7 @@ def test_served_tokens_of_several_ranks_are_those_of_one(folders, tmp_path):
     found = iter(generated(tmp_path / "found.json", flat))
     for kind, of in jobs.items():
         expected = next(found)
-        assert len({token for one in expected for token in one}) > 2, kind  # not one token again and again
+        assert len({token for one in expected for token in one}) > 1, kind  # not one token again and again
         if kind == "Qwen3-MoE":  # whose steps choose other experts than the prompt
             assert expected == greedy(folders[kind], len(expected[0]))
         for ranks, stages in of[1:]:
