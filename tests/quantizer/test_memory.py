@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from quip_vllm.checkpoint.shards import shard_name, write_index
 
-HIDDEN, MLP, LAYERS = 1024, 11264, 9
+HIDDEN, MLP, LAYERS = 1024, 11264, 8
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def status(key):
 tiny, large, folder, *flags = sys.argv[1:]
 assert cli.main(["quantize", tiny, folder + "/tiny", *flags]) == 0  # imports and maps all that any run needs
 before = status("VmRSS")
-code = cli.main(["quantize", large, folder + "/large", *flags, "--ignore", r"layers\\.[1-8]\\.", "mlp"])
+code = cli.main(["quantize", large, folder + "/large", *flags, "--ignore", r"layers\\.[1-7]\\.", "mlp"])
 print("used", status("VmHWM") - before)
 sys.exit(code)
 """
@@ -86,7 +86,8 @@ def test_half_of_the_weights_is_room_enough(large_model, tiny_model, tiny_text, 
     flags = ["--method", "quip_sharp", "--bits", "2", "--calibration", str(tiny_text)]
     flags += ["--sequences", "2", "--sequence-length", "32", *more]
     command = [sys.executable, "-c", PROGRAM, str(tiny_model()), str(folder), str(tmp_path), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A fixed threshold: glibc's own grows, and 40 to 70 MB of freed tensors then stay.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     used = int(done.stdout.split("used ")[1])

@@ -59,7 +59,8 @@ def folders(make_settings, tiny_model, tmp_path):
     for name, model, settings in (
         ("hyb", tiny_model("Llama", hidden_size=128), {"code": "hyb", "hadamard_block": 32}),
         ("quip_sharp", tiny_model("Qwen3", **HEADS), {"split": 4}),  # two ranks hold the same keys and values
-        ("1mad", tiny_model("Gemma3Text", **HEADS), {"code": "1mad", "split": 2}),
+        # Tied, a tiny Gemma says the last token again and again: its embedding is scaled up.
+        ("1mad", tiny_model("Gemma3Text", tie_word_embeddings=False, **HEADS), {"code": "1mad", "split": 2}),
     ):
         quantize(make_settings(model, lm_head=4, **settings), tmp_path / name)
     experts = {"num_key_value_heads": 2, "moe_intermediate_size": 64}
@@ -75,7 +76,7 @@ def test_served_tokens_of_several_ranks_are_those_of_one(folders, tmp_path):
     found = iter(generated(tmp_path / "found.json", flat))
     for kind, of in jobs.items():
         expected = next(found)
-        assert len({token for one in expected for token in one}) > 1, kind  # not one token again and again
+        assert len({token for one in expected for token in one}) > 2, kind  # not one token again and again
         if kind == "Qwen3-MoE":  # whose steps choose other experts than the prompt
             assert expected == greedy(folders[kind], len(expected[0]))
         for ranks, stages in of[1:]:
