@@ -142,31 +142,31 @@ class Cluster:
             ) from None
         self._ray = ray
         self._task = ray.remote(max_retries=-1)(search_piece)
+        self._machines = self._alive()
         self.done = Counter[str]()
 
     @property
     def count(self) -> int:
-        """Machines that are there now."""
-        return len(self._machines())
+        """Machines that were there after the last search."""
+        return len(self._machines)
 
     def search(self, code: str, bits: int, pieces: Sequence[Array]) -> list[Found]:
         """See Searchers."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At
 
-        machines = self._machines()
         waiting = []
-        for i, piece in enumerate(pieces):
-            machine, cores = machines[i % len(machines)]
+        for (machine, cores), piece in zip(self._machines, pieces, strict=False):  # of few tiles, fewer pieces
             task = self._task.options(scheduling_strategy=At(machine, soft=True))
             waiting.append(task.remote(code, bits, piece, cores))
         found: list[Found] = self._ray.get(waiting)
+        self._machines = self._alive()
         return found
 
     def close(self) -> None:
         """Leaves the cluster."""
         self._ray.shutdown()
 
-    def _machines(self) -> list[tuple[str, int]]:
+    def _alive(self) -> list[tuple[str, int]]:
         """(id, cores) of each."""
         there = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         return [(node["NodeID"], int(node["Resources"]["CPU"])) for node in there]
