@@ -10,6 +10,7 @@ sampler and vLLM's Python.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench_serving
 from benchmarking import ORIGIN, origin, write_rows
 
 WORKLOADS = {"decode 1": (32, 1, 17), "decode 16": (32, 16, 17), "prefill 400": (400, 1, 1)}
@@ -27,9 +29,10 @@ PARTS = {
     "attention": ("vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"),
 }
 """Part of a step -> ops whose time is its own, with all that they call."""
-COLUMNS = ["name", "workload", "milliseconds", *PARTS, "layers", "engine", "vllm", *ORIGIN]
+SHARES = [*PARTS, "layers", "engine"]
+"""Of the time of a step; they sum to 1."""
+COLUMNS = ["name", "workload", "milliseconds", *SHARES, "vllm", *ORIGIN]
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
 
 
 def main() -> int:
@@ -42,17 +45,16 @@ def main() -> int:
     if args.measure:
         print(json.dumps(measured(args.checkpoints[0])), flush=True)
         os._exit(0)  # a thread of vLLM 0.32 may abort the interpreter on its way out
+    environment, version = os.environ | bench_serving.ENVIRONMENT | ENVIRONMENT, importlib.metadata.version("vllm")
     rows = []
     for name, _, folder in (one.partition("=") for one in args.checkpoints):
         command = [sys.executable, __file__, folder, "--measure"]
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"profile_serving: {name} ended with code {done.returncode}", file=sys.stderr)
             return 1
-        import vllm
-
         for row in json.loads(done.stdout.splitlines()[-1]):
-            rows.append({"name": name, **row, "vllm": vllm.__version__, **origin(1)})
+            rows.append({"name": name, **row, "vllm": version, **origin(1)})
             print({key: rows[-1][key] for key in COLUMNS[:-5]}, flush=True)
         write_rows(args.csv, COLUMNS, rows)
     return 0
@@ -88,12 +90,14 @@ def measured(folder: str) -> list[dict[str, str | float]]:
         plain = min(steps(length, count, new) - (steps(length, count, 1) if new > 1 else 0) for _ in range(3))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             whole = steps(length, count, new)
-        spent = {event.key: event.cpu_time_total / 1e6 for event in profile.key_averages()}
-        own = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+        events = profile.key_averages()
+        spent = {event.key: event.cpu_time_total / 1e6 for event in events}
         row: dict[str, str | float] = {"workload": workload, "milliseconds": 1e3 * plain / max(new - 1, 1)}
         row |= {part: sum(spent.get(op, 0) for op in ops) / whole for part, ops in PARTS.items()}
-        row["layers"] = sum(time for name, time in own.items() if "CompiledFxGraph" in name) / whole
-        row["engine"] = 1 - sum(float(row[part]) for part in (*PARTS, "layers"))
+        row["layers"] = (
+            sum(event.self_cpu_time_total / 1e6 for event in events if "CompiledFxGraph" in event.key) / whole
+        )
+        row["engine"] = 1 - sum(float(row[part]) for part in SHARES[:-1])
         rows.append(row)
     return rows
 

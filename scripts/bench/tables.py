@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarking import ROOT, read_rows
+from profile_serving import SHARES
 
 from quip_vllm.quantizer.settings import AMOUNTS
 
@@ -16,8 +17,6 @@ CPUS = {"": "AMD EPYC (Zen 4), AVX-512 VNNI", "_avx2": "AMD EPYC (Zen 3), AVX2",
 """By the end of a CSV's name: the CPU that made it."""
 EPYCS = ("", "_avx2")
 """Those on which serving and the searches were measured."""
-STEP = ("linear", "embedding", "attention", "layers", "engine")
-"""The parts of a step (profile_serving.py)."""
 BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
 QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
@@ -311,8 +310,10 @@ def step() -> str:
         name, work = row["name"], row["workload"]
         rate = 1000 * int(work.split()[1]) / time[name, work]
         speed = f"{fixed(rate)} ({time['bf16', work] / time[name, work]:.1f}x)"
-        lines.append([label(name), work, speed, fixed(time[name, work]), *(f"{float(row[part]):.0%}" for part in STEP)])
-    return table(["weights", "step", "tokens per second", "ms", *STEP], lines)
+        lines.append(
+            [label(name), work, speed, fixed(time[name, work]), *(f"{float(row[part]):.0%}" for part in SHARES)]
+        )
+    return table(["weights", "step", "tokens per second", "ms", *SHARES], lines)
 
 
 def workers() -> str:
