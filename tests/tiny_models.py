@@ -42,6 +42,15 @@ EXPERTS = {  # mixtures of experts
     "Mixtral": {**_FEW, "num_local_experts": 4},
     "DeepseekV2": {**_DEEPSEEK, "topk_method": "group_limited_greedy"},
     "DeepseekV3": _DEEPSEEK,
+    "GraniteMoe": {**_FEW, "intermediate_size": 32, "num_local_experts": 4},
+    "GptOss": {
+        **_FEW,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 

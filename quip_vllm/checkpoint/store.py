@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,31 @@ from torch import Tensor
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the weight or bias of an expert's linear layer is in a tensor that stacks all experts'.
+
+    Attributes:
+        expert: the number of the expert.
+        part, parts: which of equal runs of the expert's outputs it is, and how many there are.
+        transposed: whether the stack holds the transposed weights.
+    """
+
+    expert: int
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+    def shape(self, stack: Sequence[int]) -> tuple[int, ...]:
+        """That of the piece, of the stack's."""
+        outputs, *inputs = stack[:0:-1] if self.transposed else stack[1:]
+        return (outputs // self.parts, *inputs)
+
+    def cut(self, own: Tensor) -> Tensor:
+        """The piece, of what the stack has of its expert."""
+        return (own.T if self.transposed else own).chunk(self.parts)[self.part].contiguous()
 
 
 @dataclass(frozen=True)
@@ -33,7 +58,7 @@ class CheckpointReader:
     Attributes:
         folder: where the files are.
         file_of, shapes, dtypes, bytes_of: by name, from the headers.
-        stored_as: by name, the name in its file, which is another one for what `rename` was told.
+        stored_as: by name, the name in its file, which is another one for what `rename` or `split` was told.
 
     Raises:
         ValueError: no safetensors file is there, or one is truncated; the message names the file and the remedy.
@@ -52,6 +77,7 @@ class CheckpointReader:
             )
         self.file_of: dict[str, Path] = {}
         self.stored_as: dict[str, str] = {}
+        self._pieces: dict[str, Piece] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.bytes_of: dict[str, int] = {}
@@ -81,10 +107,24 @@ class CheckpointReader:
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Gives tensors other names from now on: old name -> new name."""
-        for by_name in (self.file_of, self.stored_as, self.shapes, self.dtypes, self.bytes_of):
+        for by_name in (self.file_of, self.stored_as, self.shapes, self.dtypes, self.bytes_of, self._pieces):
             values = {names.get(name, name): value for name, value in by_name.items()}
             by_name.clear()
             by_name.update(values)  # type: ignore[arg-type]  # of its own values
+
+    def split(self, name: str, pieces: Mapping[str, Piece]) -> None:
+        """Has pieces of a tensor by names of their own from now on, and not the whole."""
+        shape, dtype = self.shapes.pop(name), self.dtypes.pop(name)
+        file, stored = self.file_of.pop(name), self.stored_as.pop(name)
+        del self.bytes_of[name]
+        for own, piece in pieces.items():
+            self.file_of[own], self.stored_as[own], self._pieces[own] = file, stored, piece
+            self.shapes[own], self.dtypes[own] = piece.shape(shape), dtype
+            self.bytes_of[own] = math.prod(self.shapes[own]) * dtype.itemsize
+
+    def is_piece(self, name: str) -> bool:
+        """Whether a name is of those that `split` was told."""
+        return name in self._pieces
 
     def check_floats(self) -> None:
         """Raises ValueError for a weight that is no float of 16 bits or more: it needs scales that are elsewhere."""
@@ -107,7 +147,11 @@ class CheckpointReader:
                     f"{self.folder} has no tensor {name}: its files and its config.json do not belong together"
                 )
             with open_shard(self.file_of[name]) as handle:
-                found[name] = handle.get_tensor(self.stored_as[name])
+                stored, piece = self.stored_as[name], self._pieces.get(name)
+                if piece is None:
+                    found[name] = handle.get_tensor(stored)
+                else:
+                    found[name] = piece.cut(handle.get_slice(stored)[piece.expert])
         return found
 
     def digest(self, names: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_co
 from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.formats.spec import LinearSpec, methods
+from quip_vllm.nn.experts import restack
 from quip_vllm.ops import dequantize
 from quip_vllm.ops.extension import usable_device
 
@@ -86,8 +87,9 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
             if f"{HEAD}.weight" in state:  # EXL3 has a quantized head beside the embedding that it is tied to
                 config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
             with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-            model, info = kind.from_pretrained(None, config=config, state_dict=state, **options)
+                empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            restack(empty, state)
+            model, info = type(empty).from_pretrained(None, config=config, state_dict=state, **options)
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name} is {tuple(stored)}, of which config.json makes {tuple(wanted)}: {DAMAGED}")
     for name in sorted(info["missing_keys"]):

@@ -10,6 +10,10 @@ LEAVES = ("gate_proj", "up_proj", "down_proj")
 """The linear layers of an expert; the first two read one activation."""
 SHORT_LEAVES = ("w1", "w3", "w2")
 """The same in Mixtral's files."""
+INTERLEAVED_LEAVES = ("gate_up_proj", "down_proj")
+"""The same where the outputs of gate and up take turns: the two are one linear layer. As in GPT-OSS."""
+STACKS = ("gate_up_proj", "down_proj")
+"""The parameters of transformers' stacks; those of biases have _bias behind."""
 
 
 class Experts(nn.ModuleList):
@@ -20,22 +24,27 @@ class Experts(nn.ModuleList):
 
     Args:
         stacked: such a module (`is_stack`); its weights are not kept.
-        leaves: names of the linear layers of an expert, in the order of LEAVES.
+        leaves: names of the linear layers of an expert, in the order of LEAVES; None for those of `leaves_of`.
 
     Attributes:
+        leaves: the same.
+        transposed: whether the stacks hold the transposed weights.
         rows: int64, which rows of the hidden states the expert under work reads.
     """
 
     rows: Tensor
 
-    def __init__(self, stacked: nn.Module, leaves: Sequence[str] = LEAVES) -> None:
+    def __init__(self, stacked: nn.Module, leaves: Sequence[str] | None = None) -> None:
         super().__init__()
+        self.leaves = tuple(leaves or leaves_of(stacked))
+        self.transposed, bias = bool(stacked.is_transposed), bool(stacked.has_bias)
         down = stacked.get_parameter("down_proj")
-        count, hidden, inner = down.shape
-        sizes = (hidden, inner), (hidden, inner), (inner, hidden)
+        count, hidden, inner = (len(down), *down.shape[:0:-1]) if self.transposed else down.shape
+        outer = 2 * inner // (len(self.leaves) - 1)
+        sizes = *[(hidden, outer)] * (len(self.leaves) - 1), (inner, hidden)
         for _ in range(count):
-            linears = (nn.Linear(*of, bias=False, device="meta", dtype=down.dtype) for of in sizes)
-            self.append(nn.ModuleDict(dict(zip(leaves, linears, strict=True))))
+            linears = (nn.Linear(*of, bias=bias, device="meta", dtype=down.dtype) for of in sizes)
+            self.append(nn.ModuleDict(dict(zip(self.leaves, linears, strict=True))))
         # Of gate and up beside each other; it reads none of the weights.
         self._activated: Callable[[Tensor], Tensor] = stacked._apply_gate  # type: ignore[assignment]
 
@@ -51,17 +60,22 @@ class Experts(nn.ModuleList):
         for index in chosen.unique().tolist():
             self.rows, place = torch.where(chosen == index)
             rows, x = self.rows, hidden[self.rows]
-            gate, up, down = self[index].values()
-            y = down(self._activated(torch.cat([gate(x), up(x)], dim=-1)))
+            *first, down = self[index].values()
+            y = down(self._activated(torch.cat([one(x) for one in first], dim=-1)))
             out.index_add_(0, rows, (y * weights[rows, place, None]).to(out.dtype))
         return out
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether a module is one of transformers 5 that stacks gates above ups, and downs, without biases."""
-    usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    """Whether a module is one of transformers 5 that stacks gates with ups, and downs, without or with biases."""
+    wanted = {*STACKS, *(f"{name}_bias" for name in STACKS if getattr(module, "has_bias", False))}
     own = {name for name, _ in module.named_parameters(recurse=False)}
-    return own == {"gate_up_proj", "down_proj"} and all(getattr(module, key, None) is usual[key] for key in usual)
+    return own == wanted and getattr(module, "has_gate", False)
+
+
+def leaves_of(stacked: nn.Module) -> tuple[str, ...]:
+    """The linear layers of an expert of a module with stacks."""
+    return LEAVES if stacked.is_concatenated else INTERLEAVED_LEAVES
 
 
 def unstack(model: nn.Module) -> None:
@@ -69,3 +83,23 @@ def unstack(model: nn.Module) -> None:
     for path, module in list(model.named_modules()):
         if is_stack(module):
             model.set_submodule(path, Experts(module))
+
+
+def restack(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts the stacks of a model in the place of its experts' weights in a state dict, where it has these."""
+    for path, module in model.named_modules():
+        if is_stack(module) and f"{path}.0.{leaves_of(module)[-1]}.weight" in state:
+            for stack, _ in module.named_parameters(recurse=False):
+                leaves, kind = made_of(stack, leaves_of(module))
+                own = [
+                    torch.cat([state.pop(f"{path}.{expert}.{leaf}.{kind}") for leaf in leaves])
+                    for expert in range(len(module.get_parameter(stack)))
+                ]
+                turned = bool(module.is_transposed) and kind == "weight"
+                state[f"{path}.{stack}"] = torch.stack([one.T if turned else one for one in own])
+
+
+def made_of(stack: str, leaves: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The linear layers of an expert that have their weights, or biases, in a stack; and which of the two."""
+    kind = "bias" if stack.endswith("_bias") else "weight"
+    return (leaves[-1:] if stack.startswith(leaves[-1]) else leaves[:-1]), kind

@@ -89,6 +89,11 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         kept += source.routers(index)
         for mixture in source.mixtures(index):
             kept = _experts_in_one(mixture, specs, kept)
+            if mixture.name in kept and source.reader.is_piece(f"{mixture.linears[0]}.weight"):
+                raise ValueError(
+                    f"{mixture.name} cannot keep its weights, because the model's files stack those of all experts and "
+                    "the checkpoint would not: give an --ignore that leaves experts out"
+                )
     of_tokens = {
         name: _spec(settings, name, source.reader.shapes[f"{name}.weight"], stored, rotate_output=False)
         for name, stored in token_rows.items()

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.nn.functional import gelu, silu
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
 
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
 from quip_vllm.formats.spec import LinearSpec
@@ -25,8 +26,12 @@ from quip_vllm.vllm_plugin.share import Part, Share, linear_part
 
 GATE, UP, DOWN = "w1", "w3", "w2"
 """What vLLM calls the matrices of an expert."""
-SIDES = {"w13_weight": (GATE, UP), "w2_weight": (DOWN,)}
-"""The parameters that vLLM's code fills, and the matrices that each has of every expert."""
+WEIGHTS = ("w13_weight", "w2_weight")
+"""The parameters that vLLM's code fills: of gates and ups, and of downs."""
+SIDES = ((GATE, UP), (DOWN,))
+"""The matrices that each has of every expert."""
+INTERLEAVED = (("gpt_oss_w13",), ("gpt_oss_w2",))
+"""The same of GPT-OSS, where outputs of gate and up take turns in one matrix."""
 
 Experts = list[tuple[LinearSpec, dict[str, Tensor]]]
 """One of the matrices, of every expert."""
@@ -96,6 +101,7 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.names = names_of(layer)
+        self.sides = INTERLEAVED if is_interleaved(layer) else SIDES
         self.formats = formats
         self.activation = _activation(layer, prefix)
 
@@ -116,14 +122,16 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         """
         _check_served(layer, self.prefix)
         rank, ranks, size = layer.moe_config.tp_rank, layer.moe_config.tp_size, intermediate_size_per_partition
+        outer, down = self.sides
+        outputs = size * len(SIDES[0]) // len(outer)
 
         def part(expert: int, shard: str) -> Part:
             name, stored = f"{self.prefix}.{expert}.{self.names[shard]}", self.formats[shard]
-            if shard == DOWN:
+            if shard in down:
                 return linear_part(name, stored, hidden_size, (size * ranks, size), rank, 1)
-            return linear_part(name, stored, size, (hidden_size, hidden_size), rank, ranks)
+            return linear_part(name, stored, outputs, (hidden_size, hidden_size), rank, ranks)
 
-        for weight, shards in SIDES.items():
+        for weight, shards in zip(WEIGHTS, self.sides, strict=True):
             parts = tuple(part(expert, shard) for expert in range(num_experts) for shard in shards)
             share = Share(self.prefix, parts, self.checkpoint.hadamard_block)
             first = replace(share, parts=parts[: len(shards)])
@@ -131,6 +139,11 @@ class QuipExpertsMethod(FusedMoEMethodBase):
             for i in range(len(shards)):
                 _check_backend(first.spec((i,)), self.prefix)
             layer.register_parameter(weight, ExpertsArrival(share, shards))
+        if layer.moe_config.has_bias:
+            for name, width in (("w13_bias", 2 * size), ("w2_bias", hidden_size)):
+                bias = Parameter(torch.zeros(num_experts, width, dtype=params_dtype), requires_grad=False)
+                layer.register_parameter(name, bias)
+                set_weight_attrs(bias, extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Loads the experts' tensors and lays them out for the backend.
@@ -140,7 +153,7 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         Raises:
             ValueError: a tensor was not in the checkpoint, or no backend runs the experts.
         """
-        for weight in SIDES:
+        for weight in WEIGHTS:
             arrival = layer._parameters.pop(weight, None)
             if not isinstance(arrival, ExpertsArrival):
                 return
@@ -171,15 +184,26 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:  # of one expert a token
             x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
         outer = torch.cat([call.linear(layer, x, ids) for call in layer.quip_w13_weight], dim=-1)
-        gate, up = outer.view(m * t, -1).chunk(2, dim=-1)
-        inner = self.activation(gate) * up
+        if layer.moe_config.has_bias:
+            outer = outer + layer.w13_bias[ids]
+        inner = self.activation(outer.view(m * t, -1))
         y = torch.cat([call.linear(layer, inner, ids.view(-1, 1)) for call in layer.quip_w2_weight], dim=-1)
-        return (y.view(m, t, -1).float() * weights).sum(1).to(x.dtype)
+        y = y.view(m, t, -1)
+        if layer.moe_config.has_bias:
+            y = y + layer.w2_bias[ids]
+        return (y.float() * weights).sum(1).to(x.dtype)
 
 
 def names_of(layer: Any) -> dict[str, str]:
-    """The names on disk of the matrices of an expert, by vLLM's names."""
+    """The names of the matrices of an expert, as vLLM's code of the model has those on disk, by vLLM's names."""
+    if is_interleaved(layer):
+        return {shard: weight for weight, (shard,) in zip(WEIGHTS, INTERLEAVED, strict=True)}
     return {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
+
+
+def is_interleaved(layer: Any) -> bool:
+    """Whether vLLM's code of a model loads gate and up of each expert as one matrix, with outputs that take turns."""
+    return type(layer).__name__ == "GptOssRoutedExperts"  # which not every version of vLLM has
 
 
 def expert_formats(
@@ -213,18 +237,31 @@ def expert_formats(
     return {shard: one for shard, one in formats.items() if one is not None}
 
 
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
+def _gated(function: Callable[[Tensor], Tensor], outer: Tensor) -> Tensor:
+    """What multiplies the outputs of up, which are behind those of the gate."""
+    gate, up = outer.chunk(2, dim=-1)
+    return function(gate) * up
+
+
+def _clamped(outer: Tensor) -> Tensor:
+    """The same of GPT-OSS, where outputs of gate and up take turns."""
+    gate, up = outer[..., ::2].clamp(max=7.0), outer[..., 1::2].clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": partial(_gated, silu),
+    "gelu": partial(_gated, gelu),
+    "gelu_tanh": partial(_gated, partial(gelu, approximate="tanh")),
+    "swigluoai": _clamped,
 }
-"""Of the gate's outputs, which multiply those of up: by vLLM's names."""
+"""Of the outputs of gate and up: by vLLM's names."""
 
 
 def _activation(layer: Any, prefix: str) -> Callable[[Tensor], Tensor]:
     """The activation of experts. Raises ValueError for one that is not served."""
     name, limit = layer.activation.value, layer.moe_config.swiglu_limit
-    if name not in ACTIVATIONS or limit is not None:
+    if name not in ACTIVATIONS or limit is not None or (ACTIVATIONS[name] is _clamped) != is_interleaved(layer):
         raise ValueError(
             f"{prefix} has experts with the activation {name}{'' if limit is None else ' and a limit'}, which are not "
             "served: requantize with the experts among --ignore"
@@ -241,7 +278,7 @@ def _check_served(layer: Any, prefix: str) -> None:
         or moe.num_local_experts != moe.num_experts
         or moe.num_experts != moe.num_logical_experts,
         "LoRA: serve without --enable-lora": moe.is_lora_enabled,
-        "biases: requantize with the experts among --ignore": moe.has_bias,
+        "biases: requantize with the experts among --ignore": moe.has_bias and not is_interleaved(layer),
         f"sizes padded to {sizes}: serve with fewer ranks": sizes != (moe.hidden_dim_unpadded, moe.intermediate_size),
     }
     for clause, present in problems.items():

@@ -18,7 +18,7 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.layers import read_layers
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import check_complete, load_model
-from quip_vllm.nn.experts import LEAVES, SHORT_LEAVES, Experts, unstack
+from quip_vllm.nn.experts import Experts, unstack
 from quip_vllm.ops import dequantize
 from quip_vllm.quantizer import checks, run
 from quip_vllm.quantizer.curvature.collector import Collector
@@ -65,8 +65,9 @@ def test_hessians_are_those_of_the_tokens_routed(tiny_model, architecture):
     assert "w1" in mixture.linears[0] if architecture == "Mixtral" else mixture.name == path
     for expert, (first, second) in enumerate(zip(*mixture.readers, strict=True)):
         rows = x[(chosen == expert).any(-1)].double()
-        gate, up = (rows @ stack.gate_up_proj[expert].double().T).chunk(2, -1)
-        inner = stack.act_fn(gate) * up
+        outer = stack.gate_up_proj[expert].double()
+        outer = rows @ (outer if stack.is_transposed else outer.T)
+        inner = stack._apply_gate(outer + stack.gate_up_proj_bias[expert] if stack.has_bias else outer)
         for names, read in ((first, rows), (second, inner)):
             group = groups[tuple(names)]
             assert group.tokens == len(rows) > 0
@@ -152,7 +153,7 @@ def test_few_tokens_are_filled_up_from_the_mean_over_experts():
 
 @torch.no_grad()
 def test_what_is_no_usual_stack_stays():
-    for key, value in (("has_bias", True), ("is_transposed", True), ("is_concatenated", False), ("has_gate", False)):
+    for key, value in (("has_bias", True), ("has_gate", False)):
         model = nn.ModuleDict({"experts": Stack()})
         setattr(model["experts"], key, value)
         unstack(model)
@@ -174,20 +175,24 @@ def test_a_run(tiny_model, make_settings, architecture, tmp_path):
     original = model(TOKENS).logits
     state, seen = model.state_dict(), 0
     for name, spec, tensors in read_layers(tmp_path):
-        dense, path = dequantize(spec, tensors), name.replace("block_sparse_moe", "mlp").split(".experts.")
+        path = (name.replace("block_sparse_moe", "mlp") if architecture == "Mixtral" else name).split(".experts.")
+        dense = dequantize(spec, tensors)
         if len(path) == 1:
             state[f"{name}.weight"].copy_(dense)
             continue
         (number, leaf), seen = path[1].split("."), seen + 1
-        at = next(i for i, leaves in enumerate(zip(LEAVES, SHORT_LEAVES, strict=True)) if leaf in leaves)
-        stack = state[f"{path[0]}.experts.{('gate_up_proj', 'gate_up_proj', 'down_proj')[at]}"][int(number)]
-        stack[(slice(0, len(stack) // 2), slice(len(stack) // 2, None), slice(None))[at]] = dense
-    assert seen == 12 * len(stacks(model)) > 0
+        stack = state[f"{path[0]}.experts.{'down_proj' if leaf in ('down_proj', 'w2') else 'gate_up_proj'}"]
+        stack = stack[int(number)].T if architecture == "GptOss" else stack[int(number)]
+        halves = slice(0, len(stack) // 2), slice(len(stack) // 2, None)
+        half = dict(zip(("gate_proj", "up_proj", "w1", "w3"), halves * 2, strict=True))
+        stack[half.get(leaf, slice(None))] = dense
+    assert seen == (8 if architecture == "GptOss" else 12) * len(stacks(model)) > 0
     tolerance = {"rtol": numerics.FLOAT32_LAYERS, "atol": numerics.FLOAT32_LAYERS}
     torch.testing.assert_close(found, model(TOKENS).logits, **tolerance)
     assert 0 < numerics.relative(found, original) < 0.9
     config = CheckpointConfig.from_dict(read_json(tmp_path / "config.json")["quantization_config"])
-    routers = [path.replace("mlp.experts", "mlp.gate") for path in stacks(model)]
+    router = {"GptOss": "router", "GraniteMoe": "router.layer"}.get(architecture, "gate")
+    routers = [path.replace("experts", router) for path in stacks(model)]
     if architecture == "Mixtral":
         routers = [path.replace("mlp", "block_sparse_moe") for path in routers]
     assert set(routers) <= set(config.modules_to_not_convert) and config.layers == {}
@@ -330,7 +335,7 @@ def test_levels_of_experts(tiny_model, make_settings, tmp_path):
     load_model(str(tmp_path))
 
 
-def test_files_that_stack_experts(tiny_model, tmp_path):
+def test_files_that_stack_experts(tiny_model, make_settings, tmp_path):
     tensors = load_file(tiny_model("Qwen3Moe") / "model.safetensors")
     name = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
     for layer in range(2):
@@ -339,6 +344,15 @@ def test_files_that_stack_experts(tiny_model, tmp_path):
         tensors |= {f"model.layers.{layer}.mlp.experts.down_proj": down}
         tensors |= {f"model.layers.{layer}.mlp.experts.gate_up_proj": torch.cat([gate, up], 1)}
     folder = tiny_models.save_model(tmp_path, "Qwen3Moe")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for model, out in ((folder, "one"), (tiny_model("Qwen3Moe"), "other")):
+        quantize(make_settings(model, tune="refit"), tmp_path / out)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(ValueError, match=r"^model.layers.0.mlp.experts cannot keep its weights, because"):
+        make_plan(make_settings(folder, ignore=("layers.0.*experts",)), LayeredModel(folder))
+    for key in ("gate_up_proj", "down_proj"):
+        tensors[f"model.layers.0.mlp.experts.{key}"] = tensors[f"model.layers.0.mlp.experts.{key}"][:3].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds model.layers.0.mlp.experts.*: only models whose files have a matrix"):
         LayeredModel(folder)

@@ -125,6 +125,13 @@ def test_models_of_transformers_in_vllm(quantized, engine, architecture):
     assert_served(folder, answers(engine))
 
 
+@pytest.mark.parametrize("architecture", ["GptOss", pytest.param("GraniteMoe", marks=pytest.mark.exhaustive)])
+def test_experts_that_the_files_stack(quantized, engine, architecture):
+    folder = quantized(architecture, served.HEADS, overrides=(("down_proj", 4),))
+    engine(served.start, folder, max_model_len=256)
+    assert_served(folder, answers(engine))
+
+
 def test_dummy_weights_start(quantized, engine):
     engine(served.start, quantized(model=served.HEADS, **MIXED), load_format="dummy")
     assert len(tokens(engine(served.generated, PROMPTS[1:], max_tokens=2))) == 2

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
+from vllm.model_executor.models import gpt_oss
 
 from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.formats.spec import TileOrder
@@ -29,9 +30,9 @@ NAMES = ("gate_proj", "down_proj", "up_proj")
 SHAPES = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 
 
-def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, **changes):
+def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExperts, **changes):
     """vLLM's RoutedExperts with what our method and its loader read, and our method's parameters."""
-    layer = RoutedExperts.__new__(RoutedExperts)
+    layer = kind.__new__(kind)
     torch.nn.Module.__init__(layer)
     inner, hidden = shapes["gate_proj"]
     moe = {
@@ -44,7 +45,7 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, **changes):
         "intermediate_size_per_partition": inner // size,
         "tp_rank": rank,
         "tp_size": size,
-        "moe_parallel_config": SimpleNamespace(use_ep=False),
+        "moe_parallel_config": SimpleNamespace(use_ep=False, tp_rank=rank),
         "is_act_and_mul": True,
         "is_lora_enabled": False,
         "has_bias": False,
@@ -56,11 +57,12 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, **changes):
     layer.activation = changes.get("activation", MoEActivation.SILU)
     layer.apply_router_weight_on_input = changes.get("on_input", False)
     layer.lora_base_layer_prefix = ""
-    layer.expert_map_manager = SimpleNamespace(num_fused_shared_experts=0)
+    layer.expert_map_manager = SimpleNamespace(num_fused_shared_experts=0, map_global_to_local=int)
     layer.params_dtype = torch.float32
     layer.quant_method = config.get_quant_method(layer, "m.experts")
     if layer.quant_method is not None:
-        layer.quant_method.create_weights(layer, EXPERTS, hidden, inner // size, torch.float32)
+        attributes = {"weight_loader": layer.weight_loader}
+        layer.quant_method.create_weights(layer, EXPERTS, hidden, inner // size, torch.float32, **attributes)
     return layer
 
 
@@ -182,6 +184,38 @@ def test_the_sum_over_ranks_is_the_whole(code):
         layer = routed(quant_config(code, hadamard_block=16), rank, 3, shapes)
         parts.append(apply(finish(arrive(layer, experts)), *inputs()))
     assert_close(sum(parts), expected(dense_experts(experts, code, block=16), *inputs()))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_gates_that_take_turns_with_ups(ranks):
+    """GPT-OSS: one matrix for both, biases, clamped values; the sum over ranks is the whole."""
+    tensors, biases, weights = {}, {}, {}
+    for e in range(EXPERTS):
+        for i, (name, shape) in enumerate({"w13_weight": (192, 64), "w2_weight": (64, 96)}.items()):
+            tensors[f"{e}.{name}"] = random_tensors("1mad", 2, *shape, seed=10 * e + i)
+            weights[f"{e}.{name}"] = dense(tensors[f"{e}.{name}"], "1mad", 2, 16)
+            biases[f"{e}.{name}"] = torch.linspace(-9, 9, shape[0])[torch.randperm(shape[0])]
+    parts, (x, routing, ids) = [], inputs()
+    for rank in range(ranks):
+        shapes, kind = {"gate_proj": (96, 64)}, gpt_oss.GptOssRoutedExperts
+        options = {"has_bias": True, "activation": MoEActivation.SWIGLUOAI}
+        layer = routed(quant_config(hadamard_block=16), rank, ranks, shapes, kind=kind, **options)
+        for name, own in tensors.items():
+            e, weight = name.split(".")
+            shard, bias = f"gpt_oss_{weight.removesuffix('_weight')}", weight.replace("weight", "bias")
+            param, numbers = layer.get_parameter(weight), send(f"m.experts.{name}", [own], SENT)
+            assert param.weight_loader(param, numbers, weight, shard, int(e), return_success=True)
+            param = layer.get_parameter(bias)
+            param.weight_loader(param, biases[name], bias, shard, int(e), return_success=True)
+        parts.append(apply(finish(layer), x, routing, ids))
+    wanted = torch.zeros_like(x)
+    for row, (shares, experts) in enumerate(zip(routing, ids, strict=True)):
+        for share, e in zip(shares, experts.tolist(), strict=True):
+            outer = weights[f"{e}.w13_weight"] @ x[row] + biases[f"{e}.w13_weight"]
+            gate, up = outer[::2].clamp(max=7), outer[1::2].clamp(-7, 7)
+            inner = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+            wanted[row] += share * (weights[f"{e}.w2_weight"] @ inner + biases[f"{e}.w2_weight"])
+    assert_close(sum(parts), wanted)
 
 
 def test_a_rotation_that_cannot_be_split_is_refused_before_loading():

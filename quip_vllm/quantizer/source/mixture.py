@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from quip_vllm.nn.experts import LEAVES, Experts
+from quip_vllm.nn.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mixture:
 
     @property
     def alike(self) -> list[list[str]]:
-        """The gates of all experts, the ups, and the downs."""
+        """The gates of all experts, the ups, and the downs; or gates with ups, and the downs."""
         return [list(names) for readers in self.readers for names in zip(*readers, strict=True)]
 
     @property
@@ -44,8 +44,8 @@ def mixtures(layer: nn.Module, named: Callable[[str], str]) -> list[Mixture]:
     found = []
     for path, module in layer.named_modules():
         if isinstance(module, Experts):
-            names = [[named(f"{path}.{i}.{leaf}") for leaf in LEAVES] for i in range(len(module))]
-            readers = [[gate, up] for gate, up, _ in names], [[down] for _, _, down in names]
+            names = [[named(f"{path}.{i}.{leaf}") for leaf in module.leaves] for i in range(len(module))]
+            readers = [first for *first, _ in names], [[down] for *_, down in names]
             found.append(Mixture(names[0][0].rsplit(".", 2)[0], module, readers))
     return found
 

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from quip_vllm.checkpoint.hub import rules_of_transformers
-from quip_vllm.checkpoint.store import CheckpointReader
-from quip_vllm.nn.experts import LEAVES, Experts
+from quip_vllm.checkpoint.store import CheckpointReader, Piece
+from quip_vllm.nn.experts import LEAVES, STACKS, Experts, made_of
 
 
 def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """Matches the tensors of the model with those of its files as transformers does while it loads them.
 
     A name that only lacks the model's prefix gets it in `reader`, hence in what is written: vLLM wants it. All other
-    names stay those of the files.
+    names stay those of the files. Of a tensor that stacks the experts of a layer, each linear layer of an expert gets
+    its own there.
 
     Returns:
         Name of each of the model's parameters and stored buffers -> its name in `reader`. A tied weight that is not
@@ -27,6 +28,7 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
     """
     state, prefix = model.state_dict(), model.base_model_prefix
     renamed = _renamer(model)
+    _split_stacks(model, reader, renamed)
     found: dict[str, str] = {}
     lacking: dict[str, str] = {}
     for stored in reader.names():
@@ -59,14 +61,38 @@ def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
     return found
 
 
+def _split_stacks(model: Any, reader: CheckpointReader, renamed: Callable[[str], tuple[str, bool]]) -> None:
+    """Has `reader` give the linear layers of each expert in the place of tensors that stack those of all."""
+    prefix = model.base_model_prefix
+    mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+    for stored in [name for name in reader.names() if 1 < len(reader.shapes[name]) < 4]:
+        path, _, stack = renamed(stored)[0].rpartition(".")
+        path = path if path in mixtures else f"{prefix}.{path}"
+        experts = mixtures.get(path)
+        if experts is None or stack.removesuffix("_bias") not in STACKS or reader.shapes[stored][0] != len(experts):
+            continue
+        leaves, kind = made_of(stack, experts.leaves)
+        begin, transposed = stored.removesuffix(stack).rstrip("."), experts.transposed and kind == "weight"
+        begin = begin if begin.endswith(".experts") else path
+        reader.split(
+            stored,
+            {
+                f"{begin}.{expert}.{leaf}.{kind}": Piece(expert, part, len(leaves), transposed)
+                for expert in range(len(experts))
+                for part, leaf in enumerate(leaves)
+            },
+        )
+
+
 def _check_experts(model: Any, found: Mapping[str, str], reader: CheckpointReader) -> None:
     """Raises ValueError for files that have the experts of a layer in one tensor."""
     for path, module in model.named_modules():
-        if isinstance(module, Experts) and f"{path}.0.{LEAVES[2]}.weight" not in found:
-            what = next((name for name in reader.names() if len(reader.shapes[name]) == 3), f"no {path}.0.{LEAVES[2]}")
+        if isinstance(module, Experts) and f"{path}.0.{module.leaves[-1]}.weight" not in found:
+            other = (name for name in reader.names() if len(reader.shapes[name]) == 3)
+            what = next(other, f"no {path}.0.{module.leaves[-1]}")
             raise ValueError(
                 f"{reader.folder} holds {what}: only models whose files have a matrix for each expert, under names "
-                "that transformers knows, can be quantized"
+                "that transformers knows, or stack these as it does, can be quantized"
             )
 
 
