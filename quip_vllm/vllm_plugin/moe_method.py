@@ -42,15 +42,16 @@ class ExpertsArrival(Arrival):
 
     Attributes:
         matrices: names of the matrices of an expert.
+        experts: the number of each expert that this rank holds, in order.
     """
 
-    def __new__(cls, share: Share, matrices: Sequence[str]) -> "ExpertsArrival":
+    def __new__(cls, share: Share, matrices: Sequence[str], experts: Sequence[int]) -> "ExpertsArrival":
         """No row has arrived."""
         return super().__new__(cls, share)  # type: ignore[return-value]
 
-    def __init__(self, share: Share, matrices: Sequence[str]) -> None:
+    def __init__(self, share: Share, matrices: Sequence[str], experts: Sequence[int]) -> None:
         super().__init__(share)
-        self.matrices = tuple(matrices)
+        self.matrices, self.experts = tuple(matrices), tuple(experts)
         self.weight_loader = note_expert  # type: ignore[assignment]
 
 
@@ -63,8 +64,11 @@ def note_expert(
     return_success: bool = False,
 ) -> bool | None:
     """The ``weight_loader`` of an `ExpertsArrival`; see `note_arrival`, and vLLM's RoutedExperts.weight_loader."""
-    note_arrival(param, loaded_weight, expert_id * len(param.matrices) + param.matrices.index(shard_id))
-    return True if return_success else None
+    held = expert_id in param.experts
+    if held:
+        part = param.experts.index(expert_id) * len(param.matrices) + param.matrices.index(shard_id)
+        note_arrival(param, loaded_weight, part)
+    return held if return_success else None
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,8 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         _check_served(layer, self.prefix)
         rank, ranks, size = layer.moe_config.tp_rank, layer.moe_config.tp_size, intermediate_size_per_partition
         outer, down = self.sides
+        mapped = layer._map_global_expert_id_to_local_expert_id
+        experts = sorted((e for e in range(layer.moe_config.num_experts) if mapped(e) >= 0), key=mapped)
         outputs = size * len(SIDES[0]) // len(outer)
 
         def part(expert: int, shard: str) -> Part:
@@ -132,13 +138,13 @@ class QuipExpertsMethod(FusedMoEMethodBase):
             return linear_part(name, stored, outputs, (hidden_size, hidden_size), rank, ranks)
 
         for weight, shards in zip(WEIGHTS, self.sides, strict=True):
-            parts = tuple(part(expert, shard) for expert in range(num_experts) for shard in shards)
+            parts = tuple(part(expert, shard) for expert in experts for shard in shards)
             share = Share(self.prefix, parts, self.checkpoint.hadamard_block)
             first = replace(share, parts=parts[: len(shards)])
             first.check_sizes(ranks)
             for i in range(len(shards)):
                 _check_backend(first.spec((i,)), self.prefix)
-            layer.register_parameter(weight, ExpertsArrival(share, shards))
+            layer.register_parameter(weight, ExpertsArrival(share, shards, experts))
         if layer.moe_config.has_bias:
             for name, width in (("w13_bias", 2 * size), ("w2_bias", hidden_size)):
                 bias = Parameter(torch.zeros(num_experts, width, dtype=params_dtype), requires_grad=False)
@@ -183,6 +189,9 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         ids, weights = topk_ids.long(), topk_weights.float()[..., None]
         if layer.apply_router_weight_on_input:  # of one expert a token
             x, weights = x * topk_weights.to(x.dtype), torch.ones_like(weights)
+        if layer.expert_map is not None:  # in the place of another rank's expert, one of this rank counts nothing
+            ids = layer.expert_map.long()[ids]
+            ids, weights = ids.clamp(min=0), weights * (ids >= 0)[..., None]
         outer = torch.cat([call.linear(layer, x, ids) for call in layer.quip_w13_weight], dim=-1)
         if layer.moe_config.has_bias:
             outer = outer + layer.w13_bias[ids]
@@ -274,9 +283,10 @@ def _check_served(layer: Any, prefix: str) -> None:
     moe = layer.moe_config
     sizes = (moe.hidden_dim, moe.intermediate_size_per_partition * moe.tp_size)
     problems = {
-        "expert parallelism: serve without --enable-expert-parallel": moe.moe_parallel_config.use_ep
-        or moe.num_local_experts != moe.num_experts
-        or moe.num_experts != moe.num_logical_experts,
+        "expert parallelism over data-parallel ranks: serve without --enable-expert-parallel": (
+            moe.moe_parallel_config.use_ep and moe.moe_parallel_config.dp_size > 1
+        ),
+        "copies of experts: serve without --enable-eplb": moe.num_experts != moe.num_logical_experts,
         "LoRA: serve without --enable-lora": moe.is_lora_enabled,
         "biases: requantize with the experts among --ignore": moe.has_bias and not is_interleaved(layer),
         f"sizes padded to {sizes}: serve with fewer ranks": sizes != (moe.hidden_dim_unpadded, moe.intermediate_size),

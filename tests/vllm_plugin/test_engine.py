@@ -118,8 +118,9 @@ def test_embeddings(quantized, engine, head):
     torch.testing.assert_close(found, torch.nn.functional.normalize(last), rtol=0, atol=FLOAT32_LAYERS)
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("architecture", ["Helium", "Qwen3", pytest.param("Llama", marks=pytest.mark.exhaustive)])
 def test_models_of_transformers_in_vllm(quantized, engine, architecture):
+    """Of Helium vLLM 0.32 has no code of its own."""
     folder = quantized(architecture, served.HEADS, **MIXED)
     engine(served.start, folder, model_impl="transformers", max_model_len=256)
     assert_served(folder, answers(engine))
@@ -130,6 +131,16 @@ def test_experts_that_the_files_stack(quantized, engine, architecture):
     folder = quantized(architecture, served.HEADS, overrides=(("down_proj", 4),))
     engine(served.start, folder, max_model_len=256)
     assert_served(folder, answers(engine))
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_with_experts_of_their_own(quantized, engine):
+    folder = quantized("Qwen3Moe", served.HEADS, hadamard_block=32)
+    ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "mp"}
+    engine(served.start, folder, max_model_len=256, **ranks)
+    found = answers(engine)
+    engine.close()
+    assert_served(folder, found)
 
 
 def test_dummy_weights_start(quantized, engine):

@@ -30,14 +30,16 @@ NAMES = ("gate_proj", "down_proj", "up_proj")
 SHAPES = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
 
 
-def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExperts, **changes):
-    """vLLM's RoutedExperts with what our method and its loader read, and our method's parameters."""
+def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExperts, held=None, **changes):
+    """vLLM's RoutedExperts with what our method and its loader read, and our method's parameters.
+
+    `held` are the experts of the rank; None for all.
+    """
     layer = kind.__new__(kind)
     torch.nn.Module.__init__(layer)
     inner, hidden = shapes["gate_proj"]
     moe = {
         "num_experts": EXPERTS,
-        "num_local_experts": EXPERTS,
         "num_logical_experts": EXPERTS,
         "hidden_dim": hidden,
         "hidden_dim_unpadded": hidden,
@@ -45,7 +47,7 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExpert
         "intermediate_size_per_partition": inner // size,
         "tp_rank": rank,
         "tp_size": size,
-        "moe_parallel_config": SimpleNamespace(use_ep=False, tp_rank=rank),
+        "moe_parallel_config": SimpleNamespace(use_ep=held is not None, dp_size=1, tp_rank=rank),
         "is_act_and_mul": True,
         "is_lora_enabled": False,
         "has_bias": False,
@@ -57,12 +59,17 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExpert
     layer.activation = changes.get("activation", MoEActivation.SILU)
     layer.apply_router_weight_on_input = changes.get("on_input", False)
     layer.lora_base_layer_prefix = ""
-    layer.expert_map_manager = SimpleNamespace(num_fused_shared_experts=0, map_global_to_local=int)
+    layer._expert_map = None if held is None else torch.full((EXPERTS,), -1, dtype=torch.int32)
+    if held is not None:
+        layer._expert_map[held] = torch.arange(len(held), dtype=torch.int32)
+    mapped = range(EXPERTS) if held is None else layer._expert_map.tolist()
+    layer.expert_map_manager = SimpleNamespace(num_fused_shared_experts=0, map_global_to_local=mapped.__getitem__)
     layer.params_dtype = torch.float32
     layer.quant_method = config.get_quant_method(layer, "m.experts")
     if layer.quant_method is not None:
         attributes = {"weight_loader": layer.weight_loader}
-        layer.quant_method.create_weights(layer, EXPERTS, hidden, inner // size, torch.float32, **attributes)
+        count = EXPERTS if held is None else len(held)
+        layer.quant_method.create_weights(layer, count, hidden, inner // size, torch.float32, **attributes)
     return layer
 
 
@@ -186,6 +193,20 @@ def test_the_sum_over_ranks_is_the_whole(code):
     assert_close(sum(parts), expected(dense_experts(experts, code, block=16), *inputs()))
 
 
+@pytest.mark.parametrize("on_input", [False, True])
+def test_the_sum_over_ranks_with_experts_of_their_own_is_the_whole(on_input):
+    experts, parts, given = random_experts(), [], inputs(each=1 if on_input else 2)
+    for held in ([2, 0], [1]):
+        layer = routed(quant_config(), held=held, on_input=on_input)
+        for name, tensors in experts.items():
+            numbers = send(f"m.experts.{name}", [tensors], SENT)
+            loaded = list(layer.load_weights([(f"{name}.weight", numbers)]))
+            assert len(loaded) == (int(name[0]) in held)
+        parts.append(apply(finish(layer), *given))
+        assert len(layer.quip_w2_0_su) == len(held)
+    assert_close(sum(parts), expected(dense_experts(experts), *given, on_input=on_input))
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_gates_that_take_turns_with_ups(ranks):
     """GPT-OSS: one matrix for both, biases, clamped values; the sum over ranks is the whole."""
@@ -282,9 +303,8 @@ def test_formats_have_to_be_those_of_all_experts():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"moe_parallel_config": SimpleNamespace(use_ep=True)}, "expert parallelism: .*--enable-expert-parallel"),
-        ({"num_local_experts": 2}, "expert parallelism"),
-        ({"num_logical_experts": 2}, "expert parallelism"),
+        ({"moe_parallel_config": SimpleNamespace(use_ep=True, dp_size=2)}, "expert parallelism.*--enable-expert-par"),
+        ({"num_logical_experts": 2}, "copies of experts: serve without --enable-eplb"),
         ({"is_lora_enabled": True}, "LoRA: serve without --enable-lora"),
         ({"has_bias": True}, "biases"),
         ({"hidden_dim_unpadded": 60}, "sizes padded"),
