@@ -10,9 +10,9 @@ target_compile_options(quip_vllm_cuda PRIVATE -Wall -Wextra -Wno-psabi -Wno-unkn
 target_link_libraries(quip_vllm_cuda PRIVATE stable_torch)
 
 # One code of each kind: windows in registers, as integers, in EXL3's order with a constant from memory, a table that is
-# copied for the lanes, one that is not, the grid, the lattice. Another code of such a kind has no address of its own.
+# copied for the lanes, one that is not, tiles by rows, the grid, the lattice. Another code of such a kind has no address of its own.
 set(QUIP_RATES 0x1FE CACHE STRING "The rates at which gemm_check has kernels, a bit each")
-set(KINDS 1mad 1mad_bytes 3inst_swapped hyb lut grid e8p)
+set(KINDS 1mad 1mad_bytes 3inst_swapped hyb lut pairs_by_rows grid e8p)
 list(TRANSFORM KINDS REPLACE "(.+)" "cuda/gemm_\\1.cu")
 add_executable(gemm_check ${KINDS} cuda/rotation.cu emulator/runtime.cpp ${PROGRAMS}/gemm_check.cpp)
 target_include_directories(gemm_check PRIVATE cuda)

@@ -56,7 +56,7 @@ def _row(device: str, format: Format) -> str:
 
 
 def _sample(format: Format, bits: int) -> LinearSpec:
-    return LinearSpec(format.name, bits, 4096, (4096,))
+    return LinearSpec(format.name, bits, 4096, (4096,), tile_order=format.kernel_orders[0])
 
 
 def _gpu() -> str:

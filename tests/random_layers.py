@@ -4,10 +4,12 @@
 import pytest
 import torch
 
-from quip_vllm.formats.spec import FORMATS, LinearSpec
+from quip_vllm.formats.spec import FORMATS, LinearSpec, TileOrder
 from quip_vllm.formats.tensors import Follows, layout, tensor_specs
 
-RATES = [(code, bits) for code, format in FORMATS.items() for bits in format.bits]
+RATES = [
+    (code, bits) for code, format in FORMATS.items() if TileOrder.MMA in format.kernel_orders for bits in format.bits
+]
 RATE_IDS = [f"{code}-{bits}" for code, bits in RATES]
 
 
@@ -63,7 +65,8 @@ def random_layer(spec: LinearSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     for one in sorted(tensor_specs(spec), key=lambda one: one.follows not in (Follows.INPUTS, Follows.OUTPUTS)):
         shape, dtype = types[one.name].shape, one.dtypes[0]
         if one.follows is Follows.PART:
-            table = spec.format.table(2).float().repeat(len(spec.output_sizes), 1)
+            usual = spec.format.table(2) if spec.format.quantized else torch.randn(one.part_shape, generator=generator)
+            table = usual.float().repeat(len(spec.output_sizes), 1)
             tensors[one.name] = (table + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
         elif dtype.is_floating_point:
             tensors[one.name] = torch.randn(shape, generator=generator).to(dtype)

@@ -40,15 +40,29 @@ def quip_sharp_layer(n, k, bits, segments=(), seed=0, wscale=None, rescaled=Fals
     return {name: torch.from_numpy(numpy.asarray(one)) for name, one in tensors.items()}, torch.tensor(dense).float()
 
 
-def qtip_layer(n, k, bits, mode, side=0, ranks=8, seed=0, older=False):
-    """(tensors of a layer, its dense weight [n, k] in float32); side and ranks: rcp and tp_rank, unless older."""
+TABLES = {"quantlut_sym": (9, 2), "lut": (16, 1), "quantlut": (10, 1)}
+"""decode_mode -> tlut_bits and V, where a test wants no others; V is 1 with other modes, which have no tlut."""
+
+
+def qtip_layer(n, k, bits, mode, side=0, ranks=8, seed=0, older=False, table_bits=None, dim=None):
+    """(tensors of a layer, its dense weight [n, k] in float32).
+
+    Args:
+        n, k, bits: outputs, inputs, K.
+        mode: decode_mode.
+        side, ranks: rcp and tp_rank, unless older.
+        seed: of everything.
+        older: whether rcp and tp_rank are absent.
+        table_bits, dim: of tlut, if others than in TABLES.
+    """
     draw = numpy.random.default_rng(seed)
     trellis = draw.integers(-32768, 32768, (n * k // 256, 16 * bits)).astype(numpy.int16)
     su, sv = vectors(draw, n, k, 1.0)
     su, sv = su.astype(numpy.float16), sv.astype(numpy.float32)
     tensors, table = {"trellis": trellis, "SU": su, "SV": sv}, None
-    if mode == "quantlut_sym":
-        table = tensors["tlut"] = draw.normal(size=(512, 2)).astype(numpy.float16)
+    if mode in TABLES:
+        size = 1 << (table_bits or TABLES[mode][0]), dim or TABLES[mode][1]
+        table = tensors["tlut"] = draw.normal(size=size).astype(numpy.float16)
     if not older:
         tensors |= {"rcp": numpy.array(side), "tp_rank": numpy.array(ranks)}
     weight = trellis_weight(trellis, n, k, bits, mode, table)
@@ -86,7 +100,7 @@ def write_quip_sharp(source, out, bits=2, wscale=None, rescaled=False):
     return finish(source, out, stored, state, parameters)
 
 
-def write_qtip(source, out, bits=2, mode="quantlut_sym", v_bits=None, split=False, skipped=(), older=False):
+def write_qtip(source, out, bits=2, mode="quantlut_sym", v_bits=None, split=False, skipped=(), older=False, **table):
     """As write_quip_sharp, with QTIP's layers.
 
     Args:
@@ -97,6 +111,7 @@ def write_qtip(source, out, bits=2, mode="quantlut_sym", v_bits=None, split=Fals
         split: whether rotations are in eight chunks, as for tensor parallelism.
         skipped: names of layers that keep their weight.
         older: whether rcp, tp_rank and skip_list are absent.
+        **table: table_bits and dim of `qtip_layer`.
     """
     state = load_file(source / "model.safetensors")
     stored = {}
@@ -107,11 +122,12 @@ def write_qtip(source, out, bits=2, mode="quantlut_sym", v_bits=None, split=Fals
             continue
         rate = v_bits if v_bits and layer.endswith("v_proj") else bits
         side = (1 if layer.endswith(("o_proj", "down_proj")) else 2) if split else 0
-        tensors, state[name] = qtip_layer(*state[name].shape, rate, mode, side, seed=i, older=older)
+        tensors, state[name] = qtip_layer(*state[name].shape, rate, mode, side, seed=i, older=older, **table)
         stored |= {f"{layer}.{own}": one for own, one in tensors.items()}
-    parameters = {"codebook": "bitshift", "codebook_version": 0, "L": 16, "K": bits, "td_x": 16, "td_y": 16}
-    parameters |= {"V": 2 if mode == "quantlut_sym" else 1, "tlut_bits": 9 if mode == "quantlut_sym" else 0}
-    parameters |= {"decode_mode": mode}
+    table_bits, dim = TABLES.get(mode, (0, 1))
+    table_bits, dim = table.get("table_bits", table_bits), table.get("dim", dim)
+    parameters = {"codebook": "bitshift", "codebook_version": 0, "L": table_bits if mode == "lut" else 16, "K": bits}
+    parameters |= {"td_x": 16, "td_y": 16, "V": dim, "tlut_bits": table_bits, "decode_mode": mode}
     if not older:
         parameters |= {"split_for_tp": split, "skip_list": [f"{name.split('.')[2]}_v" for name in skipped]}
     if v_bits:

@@ -96,20 +96,34 @@ def states(stream, step):
 
 
 def values(mode, x, table=None):
-    """float [steps, weights a step] of states."""
+    """float [steps, weights a step] of states of 16 bits, or for lut of as many as the table has rows for."""
     x = x.astype(numpy.uint64)
+    if mode == "lut":
+        return table.astype(numpy.float64)[(x >> numpy.uint64(16 - log2(len(table)))).astype(int)]
+    if mode == "quantlut":
+        bits = numpy.uint64(log2(len(table)))
+        h = x * x + x
+        return table.astype(numpy.float64)[(h >> (16 - bits) & ((1 << bits) - 1)).astype(int)]
     if mode == "quantlut_sym":
         h = x * x + x
         vector = table.astype(numpy.float64)[(h >> 6 & 511).astype(int)]
         vector[:, 0] *= numpy.where(h >> 15 & 1, -1.0, 1.0)
         return vector
-    y = (x * 34038481 + 76625530 if mode == "1mad" else x * 89226354 + 64248484) % 2**32
-    if mode == "1mad":
+    if mode == "2mad":
+        y = (x * 264435761 + 1013904223) % 2**32
+        y = (y + (y * 1664525 >> 32)) % 2**32
+    else:
+        y = (x * 34038481 + 76625530 if mode == "1mad" else x * 89226354 + 64248484) % 2**32
+    if mode in ("1mad", "2mad"):
         total = sum(y >> 8 * i & 255 for i in range(4)).astype(numpy.int64)
         return ((total - 510).astype(numpy.float32) / numpy.float32(147.800537109375))[:, None]
     z = (y & 0x8FFF8FFF) ^ 0x3B603B60
     high, low = ((z >> shift & 0xFFFF).astype(numpy.uint16).view(numpy.float16) for shift in (16, 0))
     return (high + low)[:, None]
+
+
+def log2(count):
+    return int(count).bit_length() - 1
 
 
 def trellis_weight(trellis, n, k, bits, mode, table=None):
@@ -122,7 +136,7 @@ def trellis_weight(trellis, n, k, bits, mode, table=None):
     weight = numpy.empty((n, k))
     for i, j in itertools.product(range(n // 16), range(k // 16)):
         stream = (kernel_stream if fused else word_stream)(trellis, i, j, k, bits)
-        step = bits * (2 if mode == "quantlut_sym" else 1)
+        step = bits * (1 if table is None else table.shape[1])
         weight[16 * i + row, 16 * j + column] = values(mode, states(stream, step), table).reshape(-1)
     return weight
 

@@ -70,7 +70,7 @@ std::pair<Code, TileOrder> code_and_order(const std::string& name) {
 
 // Whether the tier in use has int8 activations.
 bool takes_int8(Code code, TileOrder order, int bits) {
-  return order != TileOrder::kByRows && kernels().int8_takes && kernels().int8_takes(code, bits);
+  return kernels().int8_takes && kernels().int8_takes(code, order, bits);
 }
 
 // Where the blocks of each part of a lattice layer begin, and the bytes of all.
@@ -96,6 +96,12 @@ std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int6
   return weights;
 }
 
+// Numbers of the table that each part has of its own, as floats and as int16; 0 for a code without such tables.
+int64_t table_floats(Code code) {
+  return code == Code::kHyb ? 1024 : code == Code::kTable ? kStates : code == Code::kPairs ? 2 * kStates : 0;
+}
+int64_t table_shorts(Code code) { return code == Code::kPairs ? 2 * kStates : kStates + 1; }
+
 // The weight of each part of a layer, without the integers of its table.
 std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>& table, const std::string& name,
                                const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
@@ -103,22 +109,22 @@ std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>
   if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
   STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1,
                   "code ", name, ": 3inst, mcg and mul1 have swapped tiles, the others do not");
-  const bool per_part = code == Code::kHyb;  // a table for each part
-  const int most = per_part ? 4 : 8;
+  const int64_t own = table_floats(code);
+  const int most = code == Code::kHyb ? 4 : 8;
   STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
   STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
   std::vector<int64_t> starts{0};  // in bytes; a part has whole tiles
   for (int64_t size : output_sizes) starts.push_back(starts.back() + 2 * ((size + kTile - 1) / kTile) * k * bits);
   const void* words = data_of(packed, ScalarType::Short, starts.back() / 2, 2, "packed");
   const float* values = nullptr;
-  if (per_part || code == Code::kLut) {
+  if (own || code == Code::kLut) {
     STD_TORCH_CHECK(table.has_value(), "code ", name, " needs its table");
-    values = floats(*table, per_part ? int64_t(output_sizes.size()) * 1024 : kStates, "table");
+    values = floats(*table, own ? int64_t(output_sizes.size()) * own : kStates, "table");
   }
   std::vector<Weight> weights;
   for (size_t i = 0; i < output_sizes.size(); ++i)
     weights.push_back({.packed = static_cast<const uint8_t*>(words) + starts[i],
-                       .table = per_part ? values + 1024 * i : values,
+                       .table = own ? values + own * i : values,
                        .code = code,
                        .bits = int(bits),
                        .n = output_sizes[i],
@@ -127,23 +133,25 @@ std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>
   return weights;
 }
 
-// Adds the tables as integers, and their units: uint8 [parts, 2, 512] of HYB, int16 [65537] of LUT.
+// Adds the tables as integers, and their units: uint8 [parts, 2, 512] of HYB, int16 [65537] of LUT, [parts, 65537] of
+// TABLE, [parts, 65536, 2] of PAIRS.
 void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& integers,
                   const std::optional<Tensor>& units, bool grid) {
-  const bool bytes = weights[0].code == Code::kHyb;
-  if (!bytes && weights[0].code != Code::kLut) return;
+  const Code code = weights[0].code;
+  const bool bytes = code == Code::kHyb, own = table_floats(code) > 0;
+  if (!own && code != Code::kLut) return;
   STD_TORCH_CHECK(integers.has_value() && units.has_value(),
                   "a code with a table needs it as integers, too: give table_integers and table_units");
-  const int64_t count = bytes ? int64_t(weights.size()) : 1;
+  const int64_t count = own ? int64_t(weights.size()) : 1, shorts = table_shorts(code);
   const float* unit = floats(*units, count, "table_units");
   const void* numbers = bytes ? data_of(*integers, ScalarType::Byte, count * 1024, 1, "table_integers")
-                              : data_of(*integers, ScalarType::Short, kStates + 1, 2, "table_integers");
+                              : data_of(*integers, ScalarType::Short, count * shorts, 2, "table_integers");
   for (size_t i = 0; i < weights.size(); ++i) {
     if (bytes)
       weights[i].table8 = static_cast<const uint8_t*>(numbers) + 1024 * i;
     else
-      weights[i].table16 = static_cast<const int16_t*>(numbers);
-    weights[i].unit = unit[bytes ? i : 0];
+      weights[i].table16 = static_cast<const int16_t*>(numbers) + (own ? shorts * i : 0);
+    weights[i].unit = unit[own ? i : 0];
     weights[i].grid = grid;
   }
 }

@@ -9,7 +9,9 @@
   CODE(kLut, "lut")              \
   CODE(kMcg, "mcg")              \
   CODE(kMul1, "mul1")            \
-  CODE(kGrid, "grid")
+  CODE(kGrid, "grid")            \
+  CODE(kTable, "table")          \
+  CODE(kPairs, "pairs")
 
 namespace quip {
 

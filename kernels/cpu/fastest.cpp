@@ -31,7 +31,7 @@ std::vector<const Kernels*> candidates(const Weight& w) {
   std::vector<const Kernels*> found{&kernels()};
   for (const Tier& tier : tiers()) {
     if (!tier.kernels->int8_takes) break;  // portable: what comes behind it is only for those who name it
-    if (tier.kernels != found[0] && tier.runs() && tier.kernels->int8_takes(w.code, w.bits))
+    if (tier.kernels != found[0] && tier.runs() && tier.kernels->int8_takes(w.code, w.order, w.bits))
       found.push_back(tier.kernels);
   }
   return found;
@@ -51,9 +51,9 @@ const Kernels* measure(const Weight& w, int64_t m) {
 const Kernels& fastest(const Weight& w, int64_t m) {
   static const bool named = named_tier();
   if (w.code == Code::kE8p || named) return kernels();
-  static std::atomic<const Kernels*> chosen[int(Code::kE8p)][9][2][std::size(kRowsMeasured)];
+  static std::atomic<const Kernels*> chosen[int(Code::kE8p)][9][3][std::size(kRowsMeasured)];
   const int rows = m <= kRowsUpTo[0] ? 0 : m <= kRowsUpTo[1] ? 1 : 2;
-  std::atomic<const Kernels*>& slot = chosen[int(w.code)][w.bits][w.grid || w.order == TileOrder::kSwapped][rows];
+  std::atomic<const Kernels*>& slot = chosen[int(w.code)][w.bits][w.grid ? 1 : int(w.order)][rows];
   const Kernels* known = slot.load(std::memory_order_acquire);
   if (known) return *known;
   static std::mutex one_at_a_time;

@@ -17,20 +17,20 @@ constexpr int64_t kChunk8 = 16384;         // columns whose products with int8 a
 constexpr int kCosts = kStates + 16 * 32;  // room of an array of costs (place() in search/viterbi.h)
 
 // The order of the weights of a tile (formats/tile.py). In a swapped one (3INST, MCG and MUL1) the two quarters off the
-// diagonal have changed places; a tile by rows is decoded for activations in floats alone.
+// diagonal have changed places.
 enum class TileOrder { kOurs, kSwapped, kByRows };
 
 // A quantized weight of n rows and k columns.
 struct Weight {
   const uint8_t*
       packed;  // trellis codes: int16 [n/16, k*bits] as in the checkpoint; the lattice: blocks (lattice_layout.h)
-  const float* table;  // HYB: [512, 2]; LUT: [65536]; others: null
+  const float* table;  // HYB: [512, 2]; LUT and TABLE: [65536]; PAIRS: [65536, 2]; others: null
   Code code;
   int bits;
   int64_t n, k;
   // The table as integers, value / unit, for int8 activations.
   const uint8_t* table8 = nullptr;   // HYB: [2, 512], component by component, + 128
-  const int16_t* table16 = nullptr;  // LUT: [65537], of which the last is not used
+  const int16_t* table16 = nullptr;  // LUT and TABLE: [65537], of which the last is not used; PAIRS: [65536, 2]
   float unit = 1;
   bool grid = false;  // HYB: whether the table is a grid (formats/trellis_codes.py) whose integers are even
   TileOrder order = TileOrder::kOurs;
@@ -54,7 +54,7 @@ struct Kernels {
   // floats, which are zero from k up to the next multiple of 16. The sum of an element does not depend on m.
   void (*panel)(const Weight& w, int64_t row0, const float* x, int64_t stride, int64_t m, float* y, int64_t y_stride);
   // The product with int8 activations (int8/): whether the tier has it for a format, and the bytes of m rows of x.
-  bool (*int8_takes)(Code code, int bits) = nullptr;
+  bool (*int8_takes)(Code code, TileOrder order, int bits) = nullptr;
   int64_t (*int8_bytes)(const Weight& w, int64_t m) = nullptr;
   // Row r of m rows of x to int8, at the format's place in `out`. x is zero from k up to the next multiple of 64.
   // totals has one sum per kChunk8 columns.

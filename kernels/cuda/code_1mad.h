@@ -12,11 +12,12 @@ DEVICE uint32_t one_mad(uint32_t state) { return state * 34038481u + 76625530u; 
 
 // fp16: adding the bytes to the bit pattern of 1024 gives the number 1024 + sum exactly. The constant comes off the
 // result.
-template <int bits>
-struct OneMad : TrellisCode<bits> {
-  static constexpr int kLightDepth = bits == 1 ? 1 : bits == 2 ? 4 : kNever;  // of which shared memory holds two blocks
+template <int bits, TileOrder order>
+struct OneMadInOrder : TrellisCode<bits, order> {
+  // Of which shared memory holds two blocks; tiles by rows keep two streams in registers.
+  static constexpr int kLightDepth = order == TileOrder::kByRows ? kNever : bits == 1 ? 1 : bits == 2 ? 4 : kNever;
 
-  DEVICE OneMad(const unsigned char*, const void*) {}
+  DEVICE OneMadInOrder(const unsigned char*, const void*) {}
 
   template <int half>
   DEVICE void decode(const TrellisWords<bits>& words, uint32_t (&a)[1][2][4]) const {
@@ -26,6 +27,11 @@ struct OneMad : TrellisCode<bits> {
     });
   }
 };
+
+template <int bits>
+using OneMad = OneMadInOrder<bits, TileOrder::kOurs>;
+template <int bits>
+using OneMadByRows = OneMadInOrder<bits, TileOrder::kByRows>;
 
 // int8: the bytes themselves are multiplied, each with the same activation, and the tensor core sums them.
 template <int bits>

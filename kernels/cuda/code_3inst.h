@@ -8,8 +8,8 @@
 
 namespace quip {
 
-template <int bits, bool swapped, uint32_t factor, uint32_t term>
-struct TwoHalves : TrellisCode<bits, swapped> {
+template <int bits, TileOrder order, uint32_t factor, uint32_t term>
+struct TwoHalves : TrellisCode<bits, order> {
   uint32_t flips;  // 0x3B603B60
 
   // table: uint32 [4], the first is it.
@@ -28,12 +28,14 @@ struct TwoHalves : TrellisCode<bits, swapped> {
 };
 
 template <int bits>
-using ThreeInst = TwoHalves<bits, false, 89226354u, 64248484u>;
+using ThreeInst = TwoHalves<bits, TileOrder::kOurs, 89226354u, 64248484u>;
 template <int bits>
-using ThreeInstSwapped = TwoHalves<bits, true, 89226354u, 64248484u>;
+using ThreeInstSwapped = TwoHalves<bits, TileOrder::kSwapped, 89226354u, 64248484u>;
 template <int bits>
-using Mcg = TwoHalves<bits, false, 0xCBAC1FEDu, 0>;
+using ThreeInstByRows = TwoHalves<bits, TileOrder::kByRows, 89226354u, 64248484u>;
 template <int bits>
-using McgSwapped = TwoHalves<bits, true, 0xCBAC1FEDu, 0>;
+using Mcg = TwoHalves<bits, TileOrder::kOurs, 0xCBAC1FEDu, 0>;
+template <int bits>
+using McgSwapped = TwoHalves<bits, TileOrder::kSwapped, 0xCBAC1FEDu, 0>;
 
 }  // namespace quip

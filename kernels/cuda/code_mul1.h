@@ -5,8 +5,8 @@
 
 namespace quip {
 
-template <int bits, bool swapped>
-struct Mul1InOrder : TrellisCode<bits, swapped> {
+template <int bits, TileOrder order>
+struct Mul1InOrder : TrellisCode<bits, order> {
   DEVICE Mul1InOrder(const unsigned char*, const void*) {}
 
   // 0x6400 is 1024 in fp16, to which the sum is added exactly; 0x1EEE is a, and 0xC931 is -b.
@@ -22,8 +22,8 @@ struct Mul1InOrder : TrellisCode<bits, swapped> {
 };
 
 template <int bits>
-using Mul1 = Mul1InOrder<bits, false>;
+using Mul1 = Mul1InOrder<bits, TileOrder::kOurs>;
 template <int bits>
-using Mul1Swapped = Mul1InOrder<bits, true>;
+using Mul1Swapped = Mul1InOrder<bits, TileOrder::kSwapped>;
 
 }  // namespace quip

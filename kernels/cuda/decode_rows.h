@@ -12,11 +12,14 @@ namespace quip {
 
 constexpr int kRowWarps = 8;
 
-// The column that half `i` of the A registers of multiplication `mul` holds in a half chunk (layout.h).
-DEVICE int register_column(XOrder order, int mul, int high, int i) {
+// The column of a chunk that half `i` of the A registers of multiplication `mul` of a half chunk holds (layout.h).
+DEVICE int register_column(XOrder order, int half, int mul, int high, int i) {
   const int t = threadIdx.x % 4;
-  return order == XOrder::kLattice ? 8 * t + 4 * mul + 2 * high + i
-                                   : 16 * (t / 2) + 8 * high + 4 * (t % 2) + 2 * mul + i;
+  switch (order) {
+    case XOrder::kLattice: return 32 * half + 8 * t + 4 * mul + 2 * high + i;
+    case XOrder::kTilesByRows: return 8 * half + 16 * t + 4 * mul + 2 * high + i;
+    default: return 32 * half + 16 * (t / 2) + 8 * high + 4 * (t % 2) + 2 * mul + i;
+  }
 }
 
 // Half `i` of the A registers of a multiplication, less the offset.
@@ -40,7 +43,7 @@ DEVICE void store_half(const Code& code, const typename Code::Words& words, cons
 #pragma unroll
   for (int place = 0; place < 8; ++place) {
     const int mul = place / 4, high = place / 2 % 2, i = place % 2;
-    const int column = chunk * kChunk + 32 * half + register_column(Code::kOrder, mul, high, i);
+    const int column = chunk * kChunk + register_column(Code::kOrder, half, mul, high, i);
     if (column >= d.k) continue;
     d.out[int64_t(blockIdx.x) * d.k + column] = weight_of<Code>(a, row % kTile >= 8, mul, high, i, d.offset);
   }
@@ -78,7 +81,7 @@ DEVICE uint32_t pair_of(const uint32_t (&a)[Code::kSums][2][4], bool second_row,
                              weight_of<Code>(a, second_row, mul, high, 1, offset));
 }
 
-// Both rows of a lane, of a half chunk that begins at `to` in its first row.
+// Both rows of a lane, of half a chunk that begins at `to` in its first row.
 template <class Code, int half>
 DEVICE void store_dense(const Code& code, const typename Code::Words& words, uint16_t* to, int64_t stride,
                         float offset) {
@@ -92,13 +95,13 @@ DEVICE void store_dense(const Code& code, const typename Code::Words& words, uin
       pairs[place / 2][place % 2] = pair_of<Code>(a, second, place / 2, place % 2, offset);
     }
     uint16_t* row = to + (threadIdx.x % kLanes / 4 + 8 * second) * stride;
-    if constexpr (Code::kOrder == XOrder::kLattice) {
-      device::store16(row + register_column(Code::kOrder, 0, 0, 0),
+    if constexpr (Code::kOrder != XOrder::kTrellis) {
+      device::store16(row + register_column(Code::kOrder, half, 0, 0, 0),
                       {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]});
     } else {
 #pragma unroll
       for (int high = 0; high < 2; ++high)
-        *reinterpret_cast<uint64_t*>(row + register_column(Code::kOrder, 0, high, 0)) =
+        *reinterpret_cast<uint64_t*>(row + register_column(Code::kOrder, half, 0, high, 0)) =
             uint64_t(pairs[1][high]) << 32 | pairs[0][high];
     }
   }
@@ -123,7 +126,7 @@ KERNEL(kRowWarps * kLanes) decode_dense_kernel(const DecodeDense d) {
     Code::follow(words);
     uint16_t* to = d.out + int64_t(tile) * kTile * stride + chunk * kChunk;
     store_dense<Code, 0>(code, words, to, stride, d.offset);
-    store_dense<Code, 1>(code, words, to + kChunk / 2, stride, d.offset);
+    store_dense<Code, 1>(code, words, to, stride, d.offset);
   }
 }
 

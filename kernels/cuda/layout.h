@@ -10,8 +10,9 @@
 //
 // In mma.m16n8k16 the weight is operand A, and lane 4 g + t holds rows g and g + 8. A chunk is two halves of 32
 // columns. In a half, a lane decodes columns 8 t .. 8 t + 7 of a lattice. Of a trellis it decodes columns 16 (t / 2) +
-// 4 (t % 2) + 0..3 and the 4 that lie 8 further, which are 16 positions in a row. trellis_stream.h and code_e8p.h draw
-// the bits.
+// 4 (t % 2) + 0..3 and the 4 that lie 8 further, which are 16 positions in a row. Of a trellis with tiles by rows it
+// decodes columns 16 t + 8 h .. + 7 of the chunk in half h: a row of tile t is 16 positions. trellis_stream.h and
+// code_e8p.h draw the bits.
 //
 // Rotated activations are what operand B reads. A row of a chunk has blocks of 64 bytes: a half is one block in fp16,
 // and two in int8. A block has 16 bytes for each t = 0..3, the B registers of two multiplications. Rows come in blocks
@@ -21,6 +22,7 @@
 //
 //   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column c + 2 mul + 8 reg + 0, 1
 //                      lattice, fp16   16 bytes = columns 8 t .. 8 t + 7
+//                      tiles by rows   16 bytes = columns 16 t + 8 h .. + 7 of the chunk
 //                      trellis, int8   16 bytes = i 0, 1; register 0, 1; column c + 2 (block % 2) + 8 reg + i, 4 times
 //                      of which c = 16 (t / 2) + 4 (t % 2)
 #pragma once
@@ -35,7 +37,10 @@ constexpr int kBlock = 64;     // bytes of a block of x
 constexpr int kMaxParts = 16;  // of a layer
 
 // kRows: x as a matrix, for a product that is not ours: [row][64 * chunks] in fp16.
-enum class XOrder : int { kTrellis, kLattice, kBytes, kRows };
+enum class XOrder : int { kTrellis, kTilesByRows, kLattice, kBytes, kRows };
+
+// The order of the weights of a tile (formats/tile.py).
+enum class TileOrder { kOurs, kSwapped, kByRows };
 
 // Bytes of a row of x in a chunk.
 constexpr int row_bytes(XOrder order) { return order == XOrder::kBytes ? 4 * kBlock : 2 * kBlock; }

@@ -106,6 +106,7 @@ DEVICE int place_of(XOrder order, int c) {
   const int t = c % 32 / 16 * 2 + c / 4 % 2;
   switch (order) {
     case XOrder::kTrellis: return c / 32 * kBlock + t * 16 + c / 2 % 2 * 8 + c / 8 % 2 * 4 + c % 2 * 2;
+    case XOrder::kTilesByRows: return c / 8 % 2 * kBlock + c / 16 * 16 + c % 8 * 2;
     case XOrder::kLattice:
     case XOrder::kRows: return 2 * c;
     default: return (c / 32 * 2 + c / 2 % 2) * kBlock + t * 16 + c % 2 * 8 + c / 8 % 2 * 4;

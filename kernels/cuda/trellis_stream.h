@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bit stream of a lane. In a half, lane 4 g + t decodes run 2 g + t % 2 of 16 positions (formats/tile.py) of tile 2
-// half + t / 2. A run has `bits` units U0 U1 .. of 16 bits, and a shuffle fetches the first unit N0 of the next run.
+// The bit stream of a lane. In a half, lane 4 g + t has run 2 g + t % 2 of 16 positions (formats/tile.py) of tile 2 half +
+// t / 2, and decodes it. Of tiles by rows it has runs g and g + 8, which are rows, of tile t, and decodes a half of each.
+// A run has `bits` units U0 U1 .. of 16 bits, and a shuffle fetches the first unit N0 of the next run.
 // The units begin `step` bits before the first window. That puts the last window at the end of N0, where it needs no
 // shift.
 //
@@ -73,14 +74,15 @@ DEVICE void unrolled(F f) {
 
 // What trellis codes have in common; a code says what differs. In a swapped tile the two quarters off the diagonal have
 // changed places (formats/tile.py), and so have the registers that hold them.
-template <int bits_, bool swapped = false>
+template <int bits_, TileOrder order = TileOrder::kOurs>
 struct TrellisCode {
+  static constexpr bool kByRows = order == TileOrder::kByRows;
   static constexpr int bits = bits_;
   using Words = TrellisWords<bits>;
   static constexpr int kVectors = 1;     // of 16 bytes of x in a half
   static constexpr int kSums = 1;        // that an output has: stages of the code
   static constexpr int kTableBytes = 0;  // of shared memory
-  static constexpr XOrder kOrder = XOrder::kTrellis;
+  static constexpr XOrder kOrder = kByRows ? XOrder::kTilesByRows : XOrder::kTrellis;
   static constexpr float kSecond = 0;         // scale of the second stage
   static constexpr bool kGathers = false;     // whether weights come from memory
   static constexpr int kLightDepth = kNever;  // depth from which 64 registers of a thread are enough for up to 8 rows
@@ -91,20 +93,51 @@ struct TrellisCode {
 
   // Fetches what a lane's streams go on with from the lanes of the next runs: of the last run the first, tail-biting.
   DEVICE static void follow(Words& words) {
-    const int lane = device::lane_index(), next = lane + 1 + (lane & 1) * 2;
+    const int lane = device::lane_index(), next = kByRows ? lane + 4 : lane + 1 + (lane & 1) * 2;
 #pragma unroll
     for (int i = 0; i < 2 - bits % 2; ++i)
       words[bits + i] = device::shuffle(words[bits % 2 ? bits - 1 : i * (bits / 2)], next);
+    if (kByRows && lane >= kLanes - 4) {  // rows 7 and 15 go on with those of the other half
+      if constexpr (bits % 2) {
+        words[bits] = device::funnel_left(words[bits], words[bits], 16);
+      } else {
+        const uint32_t first = words[bits];
+        words[bits] = words[bits + 1], words[bits + 1] = first;
+      }
+    }
+  }
+
+  // Calls f(i, stream, position) for register i of the A registers of a half, four for each multiplication, with the
+  // first of the two positions of the stream that it holds; i and position are std::integral_constant.
+  template <int half, class F>
+  DEVICE static void each_register(const Words& words, F f) {
+    if constexpr (kByRows) {
+      const TrellisStream<bits, 0> upper(words);
+      const TrellisStream<bits, 1> lower(words);
+      unrolled<8>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        const std::integral_constant<int, 8 * half + 2 * (i / 2)> position;
+        if constexpr (i % 2)
+          f(index, lower, position);
+        else
+          f(index, upper, position);
+      });
+    } else {
+      const TrellisStream<bits, half> stream(words);
+      unrolled<8>([&](auto index) {
+        constexpr int i = decltype(index)::value, place = i % 4;
+        constexpr int to = order == TileOrder::kSwapped ? place / 2 + place % 2 * 2 : place;
+        f(std::integral_constant<int, i / 4 * 4 + to>(), stream, std::integral_constant<int, 2 * i>());
+      });
+    }
   }
 
   // The A registers of a half, two fp16 weights each: what join makes of two neighbouring states.
   template <int half, class F>
   DEVICE static void join_pairs(const Words& words, uint32_t (&a)[1][2][4], F join) {
-    const TrellisStream<bits, half> stream(words);
-    unrolled<8>([&](auto index) {
-      constexpr int i = decltype(index)::value, place = i % 4;
-      a[0][i / 4][swapped ? place / 2 + place % 2 * 2 : place] =
-          join(stream.template window<bits * (2 * i + 1)>(), stream.template window<bits * (2 * i + 2)>());
+    each_register<half>(words, [&](auto index, const auto& stream, auto position) {
+      constexpr int i = decltype(index)::value, first = decltype(position)::value;
+      a[0][i / 4][i % 4] = join(stream.template window<bits*(first + 1)>(), stream.template window<bits*(first + 2)>());
     });
   }
 };

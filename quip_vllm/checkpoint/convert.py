@@ -20,7 +20,7 @@ from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, rea
 from quip_vllm.checkpoint.published import HEAD, Published, natural
 from quip_vllm.checkpoint.shards import check_room, plan_shards, shard_name, write_index, write_shard
 from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
-from quip_vllm.formats.spec import LinearSpec, TileOrder
+from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import Follows, check, tensor_specs
 
 SHARD_BYTES = 1_000_000_000
@@ -51,8 +51,8 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
     config, reader = read_config(source), CheckpointReader(source)
     if not isinstance(config, Published):
         raise ValueError(f"{source} is a checkpoint of quip_vllm already: there is nothing to convert")
-    if any(spec.tile_order is TileOrder.ROW_MAJOR for spec in config.specs.values()):
-        _LOG.warning("tiles in row-major order run on CPUs, with activations in floats, and on GPUs with Triton alone")
+    if any(spec.tile_order not in spec.format.kernel_orders for spec in config.specs.values()):
+        _LOG.warning("HYB at 1 bit runs on CPUs, with activations in floats, and on GPUs with Triton alone")
     tokens = tokenizer_of(source) if tokenizer is None else tokenizer_folder(tokenizer)
     _open(out, _identity(source, reader, config), resume)
     specs = layer_specs(reader, config)

@@ -22,16 +22,24 @@ from quip_vllm.checkpoint.published import (
     vector_of,
 )
 from quip_vllm.checkpoint.store import CheckpointReader
-from quip_vllm.formats.relaxml import streams
+from quip_vllm.formats.relaxml import TWO_MAD_SCALE, state_table, streams
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV
-from quip_vllm.formats.trellis_codes import HYB_TABLE_BITS, PACKED, TABLE
+from quip_vllm.formats.trellis import STATE_BITS
+from quip_vllm.formats.trellis_codes import HYB_TABLE_BITS, PACKED, PAIRS, STORED, TABLE
 from quip_vllm.transforms.hadamard import factor
 
 _TRELLIS, _SU, _SV, _TABLE, _SIDE, _RANKS = "trellis", "SU", "SV", "tlut", "rcp", "tp_rank"
 _LEAVES = (_TRELLIS, _SU, _SV, _TABLE, _SIDE, _RANKS)
-_CODES = {"quantlut_sym": "hyb", "1mad": "1mad", "3inst": "3inst"}
-"""decode_mode in config.json -> the code."""
+_HYB = "quantlut_sym"
+_CODES = {_HYB: "hyb", "1mad": "1mad", "3inst": "3inst"}
+"""decode_mode in config.json -> the code, of those whose values are computed, or looked up in HYB's way."""
+
+_TABLED = ("lut", "quantlut", "2mad")
+"""Those whose values are stored here, one or a pair for every state."""
+
+_STORED = (_HYB, "lut", "quantlut")
+"""Those that have a table in the files."""
 
 _KERNEL_BITS = (2, 3, 4)
 """Rates of hyb that are stored in the order of a GPU kernel."""
@@ -43,7 +51,13 @@ _KNOWN = (*_SEARCH, "skip_list", "split_for_tp")
 
 @dataclass(frozen=True)
 class QtipConfig(Published):
-    """What a QTIP checkpoint says of its layers; made by `read`."""
+    """What a QTIP checkpoint says of its layers; made by `read`.
+
+    Attributes:
+        mode: decode_mode.
+    """
+
+    mode: str = _HYB
 
     def leaves(self, spec: LinearSpec) -> Iterable[str]:
         """See CheckpointConfig."""
@@ -58,7 +72,13 @@ class QtipConfig(Published):
             SU.name: vector_of(stored[_SU]),
             SV.name: vector_of(stored[_SV]),
         }
-        return tensors | ({TABLE: stored[_TABLE].half()} if spec.code == "hyb" else {})
+        if self.mode == _HYB:
+            tensors[TABLE] = stored[_TABLE].half()
+        elif self.mode in _TABLED:
+            tensors[TABLE] = state_table(self.mode, stored.get(_TABLE))
+        if self.mode == "2mad":
+            tensors[SV.name] = vector_of(stored[_SV].float() / TWO_MAD_SCALE)
+        return tensors
 
 
 def recognises(model: Mapping[str, Any]) -> bool:
@@ -87,7 +107,7 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QtipConfig:
         if name.endswith(".v_proj") and parameters.get("K_v_proj") is not None:
             bits = parameters["K_v_proj"]
         stored = LayerFormat(*_stored(parameters, bits))
-        n, k = _check(reader, name, owned[name], stored, sizes)
+        n, k = _check(reader, name, owned[name], stored, parameters, sizes)
         layers[name] = _chunked(reader, name, owned[name], stored, n, k)
         specs[name] = layers[name].spec(k, (n,), None)
         try:
@@ -97,28 +117,44 @@ def read(model: Mapping[str, Any], reader: CheckpointReader) -> QtipConfig:
     check_layers(model, owned, set(specs))
     usual = Counter(layers.values()).most_common(1)[0][0]
     default = LayerFormat(usual.code, usual.bits)
-    return QtipConfig(default, modules_to_not_convert=dense_modules(reader.headers()), layers=layers, specs=specs)
+    dense, mode = dense_modules(reader.headers()), parameters["decode_mode"]
+    return QtipConfig(default, modules_to_not_convert=dense, layers=layers, specs=specs, mode=mode)
 
 
 def _check_parameters(parameters: Mapping[str, Any]) -> None:
     """Raises ValueError for a trellis that is not read here."""
     check_parameters(parameters, _KNOWN)
     mode = parameters.get("decode_mode")
-    if not isinstance(mode, str) or mode not in _CODES:
-        raise ValueError(f"decode_mode is {mode!r:.100}: QTIP's {', '.join(_CODES)} are read")
-    wanted: dict[str, object] = {"codebook_version": 0, "L": 16, "td_x": 16, "td_y": 16}
-    wanted |= {"V": 2, "tlut_bits": HYB_TABLE_BITS} if mode == "quantlut_sym" else {"V": 1}
-    for key, value in wanted.items():
+    if not isinstance(mode, str) or mode not in (*_CODES, *_TABLED):
+        raise ValueError(f"decode_mode is {mode!r:.100}: QTIP's {', '.join((*_CODES, *_TABLED))} are read")
+    state_bits = tuple(range(1, STATE_BITS + 1)) if mode == "lut" else (STATE_BITS,)
+    wanted: dict[str, tuple[object, ...]] = {"codebook_version": (0,), "L": state_bits, "td_x": (16,), "td_y": (16,)}
+    wanted["V"] = (2,) if mode == _HYB else (1, 2) if mode in _STORED else (1,)
+    if mode in _STORED:
+        rows = {_HYB: (HYB_TABLE_BITS,), "lut": (parameters.get("L"),)}
+        wanted["tlut_bits"] = rows.get(mode, tuple(range(1, STATE_BITS + 1)))
+    for key, values in wanted.items():
         found = parameters.get(key, 0 if key == "codebook_version" else None)
-        if found != value or isinstance(found, bool):
-            raise ValueError(f"quip_params has {key} {found!r:.100}: with decode_mode {mode} {value} is read")
+        if type(found) is not int or found not in values:
+            read = f"{values[0]} to {values[-1]}" if len(values) > 2 else " or ".join(map(str, values))
+            raise ValueError(f"quip_params has {key} {found!r:.100}: with decode_mode {mode} {read} is read")
     for key in ("K", "K_v_proj"):
         if key == "K" or parameters.get(key) is not None:
-            LayerFormat(_CODES[mode], parameters.get(key)).check()  # type: ignore[arg-type]  # that is what is checked
+            bits = parameters.get(key)
+            LayerFormat(_code(parameters), bits).check()  # type: ignore[arg-type]  # that is what is checked
+            if bits * parameters["V"] > parameters["L"]:
+                raise ValueError(
+                    f"quip_params has {key} {bits}, with V {parameters['V']} more bits a step than the "
+                    f"{parameters['L']} of a state: {DAMAGED}"
+                )
+
+
+def _code(parameters: Mapping[str, Any]) -> str:
+    return _CODES.get(parameters["decode_mode"], (STORED, PAIRS)[parameters["V"] - 1].name)
 
 
 def _stored(parameters: Mapping[str, Any], bits: int) -> tuple[str, int, TileOrder]:
-    code = _CODES[parameters["decode_mode"]]
+    code = _code(parameters)
     return code, bits, TileOrder.MMA if code == "hyb" and bits in _KERNEL_BITS else TileOrder.ROW_MAJOR
 
 
@@ -127,10 +163,12 @@ def _check(
     name: str,
     leaves: set[str],
     stored: LayerFormat,
+    parameters: Mapping[str, Any],
     sizes: Mapping[str, tuple[int, int]],
 ) -> tuple[int, int]:
     """Outputs and inputs of a layer. Raises ValueError unless its tensors are those of a layer of the model's size."""
-    wanted = {_TRELLIS, _SU, _SV} | ({_TABLE} if stored.code == "hyb" else set())
+    table = ((1 << parameters["tlut_bits"], parameters["V"]),) if parameters["decode_mode"] in _STORED else ()
+    wanted = {_TRELLIS, _SU, _SV} | ({_TABLE} if table else set())
     if not wanted <= leaves or leaves - wanted - {_SIDE, _RANKS, "bias"}:
         raise ValueError(
             f"{name} has tensors {', '.join(sorted(leaves)):.200}, where {', '.join(sorted(wanted))} and at most "
@@ -149,7 +187,7 @@ def _check(
     one = ((), (1,))
     shapes: dict[str, tuple[tuple[int, ...], ...]] = {
         **{_TRELLIS: ((n * k // 256, 16 * stored.bits),), _SU: ((k,),), _SV: ((n,),), _SIDE: one, _RANKS: one},
-        **{_TABLE: ((1 << HYB_TABLE_BITS, 2),), "bias": ((n,),)},
+        **{_TABLE: table, "bias": ((n,),)},
     }
     for leaf in leaves:
         found, dtype = reader.shapes[f"{name}.{leaf}"], reader.dtypes[f"{name}.{leaf}"]

@@ -64,7 +64,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", help="of all tensors, as 1.2GB or 900MB, in place of --bits: bits are planned first")
     parser.add_argument(
         "--code",
-        choices=list(FORMATS),
+        choices=[name for name, one in FORMATS.items() if one.quantized],
         help="code of the method (default of qtip: hyb up to 2 bits, 1mad above)",
     )
     parser.add_argument(

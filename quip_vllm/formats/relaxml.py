@@ -9,6 +9,9 @@ from torch import Tensor
 
 from quip_vllm.formats.trellis import STATE_BITS, to_int16
 
+TWO_MAD_SCALE = 147.800537109375
+"""What the numbers of 2mad's `state_table` are divided by."""
+
 
 def lattice_codes(words: Tensor) -> Tensor:
     """E8P codes.
@@ -60,3 +63,26 @@ def streams(trellis: Tensor, n: int, k: int, kernel_order: bool) -> Tensor:
     lanes = trellis.contiguous().view(torch.uint8).reshape(n // 32, k // 32, 32, 2, 2, bits).flip(-1)
     stream = lanes.permute(0, 4, 1, 3, 2, 5).reshape(n // 16, -1, 2).to(torch.int32)
     return to_int16(stream[..., 0] << 8 | stream[..., 1])
+
+
+def state_table(mode: str, tlut: Tensor | None) -> Tensor:
+    """What every state decodes to, for the codes `table` and `pairs`.
+
+    Args:
+        mode: lut: row x >> (16 - L) of [2^L, V], a row for each state of L bits, with which a state of 16 bits begins;
+            quantlut: the upper bits of the lower 16 of x^2 + x are a row of [2^Q, V]; 2mad: the sum of the four bytes
+            of a number that two multiplications make, less 510, in units of 1 / TWO_MAD_SCALE.
+        tlut: as published; None for 2mad.
+
+    Returns:
+        fp16 [65536, V].
+    """
+    x = torch.arange(1 << STATE_BITS, dtype=torch.int64, device="cpu")
+    if tlut is None:
+        y = x * 264435761 + 1013904223 & 0xFFFFFFFF
+        y = y + (y * 1664525 >> 32) & 0xFFFFFFFF
+        total = (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
+        return (total - 510).half()[:, None]
+    dropped = STATE_BITS - (tlut.shape[0].bit_length() - 1)
+    row = x if mode == "lut" else x * x + x & 0xFFFF
+    return tlut.half().cpu()[row >> dropped]

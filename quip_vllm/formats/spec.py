@@ -31,6 +31,7 @@ class Format(abc.ABC):
         bits: allowed code bits per weight, ascending.
         multiple_in, multiple_out: inputs and outputs of a layer have to be multiples of these.
         kernel_orders: the orders of a tile that every backend's kernels decode; the reference has all.
+        quantized: whether the quantizer writes it; other formats are of checkpoints that other programs have made.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Format(abc.ABC):
     multiple_in: int
     multiple_out: int
     kernel_orders: tuple[TileOrder, ...] = (TileOrder.MMA,)
+    quantized: bool = True
 
     @abc.abstractmethod
     def tensors(self, bits: int) -> tuple[TensorSpec, ...]:

@@ -120,6 +120,17 @@ def _lut(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Te
     return quantile.to(torch.float32).to(torch.float16).to(torch.float32)[:, None]
 
 
+def _stored(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """TABLE and PAIRS: the state is the row of the table."""
+    if table is None:
+        raise ValueError("a code whose values are stored, without its table: pass the one stored with the weight")
+    if table.ndim != 2 or table.shape[0] != _STATES:
+        raise ValueError(
+            f"table {list(table.shape)}: it needs a row for each of {_STATES} states; pass that stored with the weight"
+        )
+    return table.to(torch.float32)[state]
+
+
 def hyb_table(points: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
     """A table of HYB that is a grid, which kernels look up in 16 entries at a time.
 
@@ -169,7 +180,9 @@ class TrellisCode(Format):
             vector_dim].
         vector_dim: weights per trellis step.
         bits: allowed code bits per weight.
-        default_table: bits -> the table that the quantizer stores, float16 [2^b, vector_dim]; None for a code without.
+        table_rows: of the table that is stored with a weight; 0 for a code without.
+        default_table: bits -> the table that the quantizer stores, float16 [table_rows, vector_dim]; None for a code
+            that has no table, or whose tables other programs make.
         kernel_orders: see Format.
     """
 
@@ -182,20 +195,22 @@ class TrellisCode(Format):
         function: Callable[[torch.Tensor, torch.Tensor | None, int], torch.Tensor],
         vector_dim: int = 1,
         bits: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
+        table_rows: int = 0,
         default_table: Callable[[int], torch.Tensor] | None = None,
         kernel_orders: tuple[TileOrder, ...] = (TileOrder.MMA,),
     ) -> None:
         self.name, self.vector_dim, self.bits, self.kernel_orders = name, vector_dim, bits, kernel_orders
-        self._function, self._default_table = function, default_table
+        self._function, self._table_rows, self._default_table = function, table_rows, default_table
+        self.quantized = not table_rows or default_table is not None
 
     def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
         """See Format."""
         packed = TensorSpec(
             PACKED, Follows.BOTH, (torch.int16,), outputs_per_row=tile.TILE, columns_per_input=Fraction(bits)
         )
-        if self._default_table is None:
+        if not self._table_rows:
             return (packed,)
-        shape = (1 << HYB_TABLE_BITS, self.vector_dim)
+        shape = (self._table_rows, self.vector_dim)
         return (packed, TensorSpec(TABLE, Follows.PART, FLOATS, part_shape=shape))
 
     def decode(self, tensors: dict[str, torch.Tensor], bits: int, tile_order: TileOrder) -> torch.Tensor:
@@ -211,7 +226,8 @@ class TrellisCode(Format):
         """Returns what every state decodes to.
 
         Args:
-            table: floating [2^b, 2] for a code that stores a table, or None for that of `bits`; None for other codes.
+            table: floating [rows, vector_dim] for a code that stores a table, or None for that of `bits`; None for
+                other codes.
             bits: per weight; the values of most codes do not depend on them.
 
         Returns:
@@ -219,11 +235,11 @@ class TrellisCode(Format):
             not write to it.
 
         Raises:
-            ValueError: if the code stores no table, or the table has the wrong shape.
+            ValueError: if the code stores no table, it is missing, or it has the wrong shape.
         """
         if table is None:
             return self._default_values(bits)
-        if self._default_table is None:
+        if not self._table_rows:
             raise ValueError(f"code {self.name} with a table: it stores none; leave the table out")
         return self._function(torch.arange(_STATES, dtype=torch.int64, device=table.device), table, bits)
 
@@ -283,12 +299,17 @@ class TrellisCode(Format):
 EXL3_ORDERS = (TileOrder.MMA, TileOrder.MMA_SWAPPED)
 """The quantizer's order and that of EXL3, which has the codes 3inst, mcg and mul1."""
 
-ONE_MAD = TrellisCode("1mad", _one_mad)
-THREE_INST = TrellisCode("3inst", _three_inst, kernel_orders=EXL3_ORDERS)
+ONE_MAD = TrellisCode("1mad", _one_mad, kernel_orders=(TileOrder.MMA, TileOrder.ROW_MAJOR))
+THREE_INST = TrellisCode("3inst", _three_inst, kernel_orders=(*EXL3_ORDERS, TileOrder.ROW_MAJOR))
 # HYB stops at 4 bits: its 1024 distinct vectors of two weights carry at most 5 bits per weight.
-HYB = TrellisCode("hyb", _hyb, vector_dim=2, bits=(1, 2, 3, 4), default_table=_hyb_default_table)
+HYB = TrellisCode(
+    "hyb", _hyb, vector_dim=2, bits=(1, 2, 3, 4), table_rows=1 << HYB_TABLE_BITS, default_table=_hyb_default_table
+)
 LUT = TrellisCode("lut", _lut)
 MCG = TrellisCode("mcg", _mcg, kernel_orders=EXL3_ORDERS)
 MUL1 = TrellisCode("mul1", _mul1, kernel_orders=EXL3_ORDERS)
-for _code in (ONE_MAD, THREE_INST, HYB, LUT, MCG, MUL1):
+# Only checkpoints of other programs have these, with tiles in row-major order.
+STORED = TrellisCode("table", _stored, table_rows=_STATES, kernel_orders=(TileOrder.ROW_MAJOR,))
+PAIRS = TrellisCode("pairs", _stored, vector_dim=2, table_rows=_STATES, kernel_orders=(TileOrder.ROW_MAJOR,))
+for _code in (ONE_MAD, THREE_INST, HYB, LUT, MCG, MUL1, STORED, PAIRS):
     register(_code)

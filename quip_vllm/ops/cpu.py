@@ -14,7 +14,7 @@ from quip_vllm import envs
 from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
-from quip_vllm.formats.trellis_codes import LUT, PACKED, TABLE, TrellisCode
+from quip_vllm.formats.trellis_codes import HYB, LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
@@ -30,12 +30,21 @@ TABLES = ("table", "table_integers", "table_units")
 
 
 @cache
-def _state_values(code: TrellisCode) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of all states: float32 [65536], int16 [65537] (value / unit; kernels read pairs), and the unit [1]."""
-    values = code.values().flatten().contiguous()
-    unit = values.abs().amax() / LARGEST
-    numbers = torch.nn.functional.pad((values / unit).round(), (0, 1))
-    return values, numbers.to(torch.int16), unit[None]
+def _lut_values() -> tuple[Tensor, Tensor, Tensor]:
+    """`_state_values` of LUT, for all its layers."""
+    return _state_values(LUT.values()[None])
+
+
+def _state_values(tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of all states, float32 [parts, 65536, v]; value / unit; and the units [parts].
+
+    The second is int16 [parts, 65537] where v is 1, for kernels read pairs, and [parts, 131072] where it is 2.
+    """
+    units = tables.abs().amax((1, 2)) / LARGEST
+    units = torch.where(units > 0, units, torch.ones_like(units))
+    numbers = (tables / units[:, None, None]).round().flatten(1)
+    numbers = torch.nn.functional.pad(numbers, (0, 2 - tables.shape[2]))
+    return tables.contiguous(), numbers.to(torch.int16), units
 
 
 def _table_bytes(tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +214,10 @@ def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 
 def _tables(spec: LinearSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the code looks values up in: as floats, as integers, and the integers' units; empty for computed codes."""
-    if TABLE in tensors:
-        tables = tensors[TABLE].float().unflatten(0, (len(spec.output_sizes), -1)).contiguous()
-        return dict(zip(TABLES, (tables, *_table_bytes(tables)), strict=True))
-    return dict(zip(TABLES, _state_values(spec.format), strict=True)) if spec.format is LUT else {}
+    if spec.format is LUT:
+        return dict(zip(TABLES, _lut_values(), strict=True))
+    if TABLE not in tensors:
+        return {}
+    tables = tensors[TABLE].float().unflatten(0, (len(spec.output_sizes), -1)).contiguous()
+    values = (tables, *_table_bytes(tables)) if spec.format is HYB else _state_values(tables)
+    return dict(zip(TABLES, values, strict=True))

@@ -91,8 +91,8 @@ class CudaBackend:
             return problem
         if len(spec.output_sizes) > 16:
             return f"{len(spec.output_sizes)} fused parts: the kernels take 16"
-        if envs.activations() == "int8" and spec.code != "1mad":
-            return "QUIP_VLLM_ACTIVATIONS is int8, which on a GPU only code 1mad has: unset it"
+        if envs.activations() == "int8" and kernels_code(spec) != "1mad":
+            return "QUIP_VLLM_ACTIVATIONS is int8, which on a GPU only code 1mad with tiles in our order has: unset it"
         return None
 
     def prepare(self, spec: LinearSpec, tensors: dict[str, Tensor]) -> CudaLayer:
@@ -133,9 +133,9 @@ def _gpu(device: torch.device) -> cuda_shapes.Gpu:
 
 def _kernels(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     """The op's name of the code: which kernels of it run here."""
-    if spec.code == "1mad" and envs.activations() == "int8":
-        return "1mad_int8"
     code = kernels_code(spec)
+    if code == "1mad" and envs.activations() == "int8":
+        return "1mad_int8"
     if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
         return f"{code}_large"
     return code
@@ -159,7 +159,7 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         sum(spec.stored_outputs),
         spec.stored_in,
         spec.bits,
-        INSTRUCTIONS.get(code.removesuffix("_large").removesuffix("_swapped"), USUAL_INSTRUCTIONS),
+        INSTRUCTIONS.get(code if code == "1mad_int8" else spec.code, USUAL_INSTRUCTIONS),
         table_words.get(code, 0),
         _shared(code, spec.bits),
         0 if others or order > 1 else width,

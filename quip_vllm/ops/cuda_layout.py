@@ -8,10 +8,10 @@ from torch import Tensor
 
 from quip_vllm.formats import e8p, e8p_residual
 from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES, Lattice
-from quip_vllm.formats.spec import LinearSpec
+from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, PACKED, TABLE, THREE_INST, TrellisCode
+from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, PACKED, PAIRS, STORED, TABLE, THREE_INST, TrellisCode
 
 CHUNK = 64
 """Columns of the weight that a warp decodes at a time."""
@@ -59,8 +59,11 @@ def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     # The stream of a tile, one step later: word w of the rolled stream ends `step` bits before word w does.
     words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))
-    # Tile 2 half + t / 2, run 2 g + t % 2 of 16 positions, unit: to lane 4 g + t, half, unit.
-    runs = words.view(packed.shape[0], -1, 2, 2, 8, 2, bits).permute(0, 1, 4, 3, 5, 2, 6).flatten(2, 4)
+    # A run of 16 positions, of `bits` units: to lane 4 g + t, half, unit.
+    if spec.tile_order is TileOrder.ROW_MAJOR:  # tile t, run 8 half + g
+        runs = words.view(packed.shape[0], -1, 4, 2, 8, bits).permute(0, 1, 4, 2, 3, 5).flatten(2, 3)
+    else:  # tile 2 half + t / 2, run 2 g + t % 2
+        runs = words.view(packed.shape[0], -1, 2, 2, 8, 2, bits).permute(0, 1, 4, 3, 5, 2, 6).flatten(2, 4)
     pairs = runs[..., bits % 2 :].unflatten(-1, (bits // 2, 2))
     parts = (pairs[..., 0] << 16 | pairs[..., 1]).flatten(-2)
     if bits % 2:
@@ -104,12 +107,12 @@ def _lattice_words(bits: int, tensors: dict[str, Tensor]) -> Tensor:
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
     """The code's table, int32, or None.
 
-    HYB: 512 rows a projection. LUT: two numbers a word. The lattice: its three tables. 3INST and MCG: their constant,
-    four times.
+    HYB: 512 rows a projection. TABLE and PAIRS: 65,536. LUT: two numbers a word. The lattice: its three tables. 3INST
+    and MCG: their constant, four times.
     LUT's and the lattice's are one copy a device, shared by all layers: do not write to them.
     """
-    if spec.format is HYB:
-        return tensors[TABLE].half().contiguous().view(torch.int32).flatten()
+    if spec.format in (HYB, STORED, PAIRS):
+        return tensors[TABLE].half().flatten().view(torch.int32)
     device = tensors[SV.name].device
     if spec.format is LUT:
         return _lut_table(device)

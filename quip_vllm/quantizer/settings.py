@@ -161,6 +161,12 @@ class Settings:
                 f"{DISCQUANT}"
             )
         codes = {self.code, *(stored.code for _, stored in self.plan if stored is not None)}
+        foreign = [code for code in sorted(codes) if not FORMATS[code].quantized]
+        if foreign:
+            raise ValueError(
+                f"code is {foreign[0]}, whose tables come with checkpoints of other programs: nothing here makes one; "
+                "give another --code"
+            )
         others = [code for code in sorted(codes) if FORMATS[code].method != "quip"]
         if self.rounding in (GREEDY, DISCQUANT) and others:
             raise ValueError(

@@ -36,6 +36,7 @@ def format_name(stored: LayerFormat) -> str:
 FORMATS: dict[str, LayerFormat] = {
     format_name(LayerFormat(code, bits)): LayerFormat(code, bits)
     for code, format in specs.FORMATS.items()
+    if format.quantized
     for bits in format.bits
 }
 """Every format by its name."""

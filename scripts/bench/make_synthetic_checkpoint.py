@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--format", required=True, choices=["bf16", "gptq-int4", *methods()])
     parser.add_argument("--bits", type=int, default=2, help="of our formats (default 2)")
-    trellis = [format.name for format in methods()["qtip"]]
+    trellis = [format.name for format in methods()["qtip"] if format.quantized]
     parser.add_argument("--code", choices=trellis, default="1mad", help="of qtip (default 1mad)")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=8192)

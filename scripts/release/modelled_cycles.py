@@ -30,10 +30,10 @@ TIERS = {
 """Flags of kernels/CMakeLists.txt, and the CPUs."""
 COMMON = ["-std=c++20", "-O3", "-DNDEBUG", "-S", "-ffp-contract=fast", "-fconstexpr-ops-limit=200000000", "-Wno-psabi"]
 FORMATS = {
-    "1mad": "Bytes8<{bits}, false, OneMadBytes>",
-    "mul1": "Bytes8<{bits}, true, Mul1Bytes>",
-    "3inst": "Halves16<{bits}, false, kThreeInstFactor, kThreeInstTerm>",
-    "mcg": "Halves16<{bits}, true, kMcgFactor, 0>",
+    "1mad": "Bytes8<{bits}, TileOrder::kOurs, OneMadBytes>",
+    "mul1": "Bytes8<{bits}, TileOrder::kSwapped, Mul1Bytes>",
+    "3inst": "Halves16<{bits}, TileOrder::kOurs, kThreeInstFactor, kThreeInstTerm>",
+    "mcg": "Halves16<{bits}, TileOrder::kSwapped, kMcgFactor, 0>",
     "hyb": "Hyb8<{bits}, HybGrid>",
     "grid": "Grid8<{bits}>",
 }

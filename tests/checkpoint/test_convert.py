@@ -28,6 +28,11 @@ KINDS = {
     "hyb-1": lambda source, out: relaxml_files.write_qtip(source, out, 1, skipped=("model.layers.0.self_attn.v_proj",)),
     "1mad": lambda source, out: relaxml_files.write_qtip(source, out, 3, "1mad"),
     "3inst": lambda source, out: relaxml_files.write_qtip(source, out, 2, "3inst"),
+    "2mad": lambda source, out: relaxml_files.write_qtip(source, out, 2, "2mad", v_bits=3),
+    "lut": lambda source, out: relaxml_files.write_qtip(source, out, 4, "lut"),
+    "lut-12": lambda source, out: relaxml_files.write_qtip(source, out, 2, "lut", table_bits=12, dim=2, v_bits=5),
+    "quantlut": lambda source, out: relaxml_files.write_qtip(source, out, 3, "quantlut"),
+    "quantlut-2": lambda source, out: relaxml_files.write_qtip(source, out, 2, "quantlut", table_bits=9, dim=2),
 }
 ARCHITECTURES = ["Llama", "Qwen3", "Gemma3Text"]
 
@@ -157,9 +162,10 @@ def test_a_result_that_differs_is_refused(written, tmp_path, monkeypatch):
 
 
 def test_what_has_no_kernels_is_said(written, tmp_path, caplog):
-    convert(written("hyb")[0], tmp_path / "hyb")
+    for kind in ("hyb", "1mad", "lut-12"):
+        convert(written(kind)[0], tmp_path / kind)
     assert not caplog.records
-    convert(written("1mad")[0], tmp_path / "1mad")
+    convert(written("hyb-1")[0], tmp_path / "hyb-1")
     assert "on GPUs with Triton alone" in caplog.text
 
 
@@ -220,7 +226,22 @@ def changed(folder, tmp_path, tensors=None, config=None):
         ("e8p-2", lambda m, p: m.update(hidden_size=10**18), "which have to be|in place of|multiples"),
         ("e8p-2", lambda m, p: m.update(num_hidden_layers=10**18), "num_hidden_layers 1000000000000000000"),
         ("e8p-2", lambda m, p: m.update(num_hidden_layers=1), "num_hidden_layers 1, but"),
-        ("hyb", lambda m, p: p.update(decode_mode="quantlut"), "decode_mode is 'quantlut'"),
+        (
+            "hyb",
+            lambda m, p: p.update(decode_mode="3mad"),
+            "decode_mode is '3mad': QTIP's quantlut_sym, .*2mad are read",
+        ),
+        (
+            "lut",
+            lambda m, p: p.update(L=17, tlut_bits=17),
+            "quip_params has L 17: with decode_mode lut 1 to 16 is read",
+        ),
+        ("lut", lambda m, p: p.update(L=12), "quip_params has tlut_bits 16: with decode_mode lut 12 is read"),
+        ("lut", lambda m, p: p.update(L=12, tlut_bits=12), "has tlut torch.float16"),
+        ("lut", lambda m, p: p.update(V=3), "quip_params has V 3: with decode_mode lut 1 or 2 is read"),
+        ("lut", lambda m, p: p.update(L=3, tlut_bits=3), "K 4, with V 1 more bits a step than the 3 of a state"),
+        ("quantlut", lambda m, p: p.update(tlut_bits=True), "has tlut_bits True: with decode_mode quantlut 1 to 16"),
+        ("2mad", lambda m, p: p.update(V=2), "quip_params has V 2: with decode_mode 2mad 1 is read"),
         ("hyb", lambda m, p: p.update(decode_mode="1mad"), "quip_params has V 2: with decode_mode 1mad 1 is read"),
         ("hyb", lambda m, p: p.update(L=12), "quip_params has L 12"),
         ("hyb", lambda m, p: p.update(td_x=8), "quip_params has td_x 8"),
@@ -270,6 +291,8 @@ QKV, Q = "model.layers.1.self_attn.qkv_proj", "model.layers.1.self_attn.q_proj"
             "q_proj is in the files neither quantized nor dense",
         ),
         ("hyb", lambda t: t.pop(f"{Q}.tlut"), f"{Q} has tensors "),
+        ("lut", lambda t: t.pop(f"{Q}.tlut"), f"{Q} has tensors "),
+        ("2mad", lambda t: t.update({f"{Q}.tlut": torch.ones(512, 1)}), f"{Q} has tensors .*tlut"),
         ("hyb", lambda t: t.update({f"{Q}.rcp": torch.tensor(3)}), "rcp 3, which must be 0, 1 or 2"),
         ("hyb-chunks", lambda t: t.update({f"{Q}.tp_rank": torch.tensor(0)}), "tp_rank 0, which cuts its 64"),
         ("hyb-chunks", lambda t: t.update({f"{Q}.tp_rank": torch.tensor(7)}), "tp_rank 7, which cuts its 64"),
@@ -330,6 +353,6 @@ def mutate(draw, header, raw, model):
     return body
 
 
-@pytest.mark.parametrize("kind", ["e8p-2", "e8p-3", "hyb-chunks", "1mad"])
+@pytest.mark.parametrize("kind", ["e8p-2", "e8p-3", "hyb-chunks", "1mad", "2mad", "lut-12", "quantlut"])
 def test_mutated_files_end_in_a_sentence(written, tmp_path, kind):
     mutated_files.end_in_a_sentence(written(kind)[0], tmp_path, kind, mutate)

@@ -8,7 +8,7 @@ import pytest
 import relaxml_layers
 import torch
 from exl3_layers import lcg
-from numerics import FLOAT32_LINEAR, relative
+from numerics import FLOAT32_LINEAR, SAMPLE_MOMENT, relative
 
 from quip_vllm.formats import e8p, relaxml
 from quip_vllm.formats.e8p_residual import decode, e81b_table
@@ -148,5 +148,38 @@ def test_the_trellis_against_the_specification(mode, code, bits):
     found = FORMATS[code].decode(
         {"packed": packed, "table": torch.from_numpy(table)} if code == "hyb" else {"packed": packed}, bits, order
     )
-    wanted = relaxml_layers.trellis_weight(trellis, n, k, bits, mode, table)
+    wanted = relaxml_layers.trellis_weight(trellis, n, k, bits, mode, table if code == "hyb" else None)
     assert torch.equal(found, torch.from_numpy(wanted).float())
+
+
+TABLED = [
+    ("2mad", 0, 1),
+    ("lut", 16, 1),
+    ("lut", 16, 2),
+    ("lut", 10, 1),
+    ("lut", 10, 2),
+    ("quantlut", 9, 1),
+    ("quantlut", 9, 2),
+]
+
+
+@pytest.mark.parametrize(("mode", "table_bits", "dim"), TABLED)
+@pytest.mark.parametrize("bits", [1, 3, 5])
+def test_stored_tables_against_the_specification(mode, table_bits, dim, bits):
+    n, k = 64, 96
+    draw = numpy.random.default_rng(bits)
+    trellis = draw.integers(-32768, 32768, (n * k // 256, 16 * bits)).astype(numpy.int16)
+    tlut = draw.normal(size=(1 << table_bits, dim)).astype(numpy.float16) if table_bits else None
+    table = relaxml.state_table(mode, None if tlut is None else torch.from_numpy(tlut))
+    packed = relaxml.streams(torch.from_numpy(trellis), n, k, kernel_order=False)
+    code = FORMATS[("table", "pairs")[dim - 1]]
+    found = code.decode({"packed": packed, "table": table}, bits, TileOrder.ROW_MAJOR)
+    if mode == "2mad":
+        found = found / relaxml.TWO_MAD_SCALE
+    wanted = relaxml_layers.trellis_weight(trellis, n, k, bits, mode, tlut)
+    assert torch.equal(found, torch.from_numpy(wanted).float())
+
+
+def test_2mad_has_about_unit_variance():
+    values = relaxml.state_table("2mad", None).double() / relaxml.TWO_MAD_SCALE
+    assert abs(values.std().item() - 1) < SAMPLE_MOMENT and abs(values.mean().item()) < SAMPLE_MOMENT

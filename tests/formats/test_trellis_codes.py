@@ -14,7 +14,7 @@ from quip_vllm.formats.tile import TILE_COL, TILE_ROW
 from quip_vllm.formats.trellis import unpack
 from quip_vllm.formats.trellis_codes import HYB, LUT, ONE_MAD, THREE_INST, TrellisCode
 
-RATES = [(code.name, bits) for code in methods()["qtip"] for bits in code.bits]
+RATES = [(code.name, bits) for code in methods()["qtip"] if code.quantized for bits in code.bits]
 
 
 def half(bits):

@@ -61,8 +61,8 @@ struct Layer {
       : packed(code == Code::kE8p ? std::vector<uint8_t>(ops.lattice_bytes(n, k, bits))
                                   : random_bits<uint8_t>(n * k * bits / 8)),
         table8(random_bits<uint8_t>(1024)),
-        table16(random_bits<int16_t>(kStates + 1)),
-        table(random_floats(code == Code::kLut ? kStates : 1024)),
+        table16(random_bits<int16_t>(2 * kStates)),
+        table(random_floats(code == Code::kLut || code == Code::kPairs ? 2 * kStates : 1024)),
         x(random_floats(m * k)),
         su(random_floats(k)),
         sv(random_floats(n)),
@@ -142,8 +142,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   const auto compare_layer = [&](Code code, int bits, int64_t n, int64_t k, int64_t m, bool other) {
     const Layer layer(ops, code, bits, n, k, m, other);
     for (const bool int8 : {false, true}) {
-      const bool by_rows = layer.weight.order == TileOrder::kByRows;
-      if (int8 && (by_rows || !(ops.int8_takes && ops.int8_takes(code, bits)))) continue;
+      if (int8 && !(ops.int8_takes && ops.int8_takes(code, layer.weight.order, bits))) continue;
       check(same(linear(ops, layer, int8, m, 1), linear(ops, layer, int8, m, 4)), "linear", int(code), bits, m, int8);
     }
     if (m == 1)
@@ -153,13 +152,14 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
   for (const int64_t m : {1, 5, 29}) {
     for (int bits = 1; bits <= 8; ++bits)
       for (const auto& [code, other] : {std::pair{Code::kOneMad, false},
+                                        {Code::kOneMad, true},
                                         {Code::kMul1, true},
                                         {Code::kThreeInst, false},
                                         {Code::kThreeInst, true},
                                         {Code::kHyb, false},
                                         {Code::kHyb, true},
                                         {Code::kLut, false},
-                                        {Code::kLut, true},
+                                        {Code::kPairs, true},
                                         {Code::kGrid, false}})
         if (bits <= 4 || code != Code::kHyb) compare_layer(code, bits, 80, 272, m, other);
     for (int bits = 2; bits <= 4; ++bits)

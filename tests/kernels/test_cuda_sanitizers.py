@@ -12,7 +12,11 @@ from mutants import link
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 # The codes of kernels/tests.cmake at the rates of its QUIP_RATES.
-ALL = [f"{code} {bits}" for code in ("1mad", "1mad_int8", "3inst_swapped", "lut") for bits in (1, 2, 3, 4, 7)]
+ALL = [
+    f"{code} {bits}"
+    for code in ("1mad", "1mad_int8", "3inst_swapped", "lut", "pairs_by_rows")
+    for bits in (1, 2, 3, 4, 7)
+]
 ALL += [f"{code} {bits}" for code in ("hyb", "hyb_large") for bits in range(1, 5)]
 ALL += [f"grid {bits}" for bits in (2, 3, 4, 7)]
 ALL += [f"{code} {bits}" for code in ("e8p", "e8p_large") for bits in (2, 3, 4)]

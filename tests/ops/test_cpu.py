@@ -8,7 +8,7 @@ from random_layers import CHUNKED, EVERY_RATE, crossed, every_lattice_code, rand
 
 from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, dequantize
-from quip_vllm.ops.cpu import CpuBackend, _state_values, int8_activations
+from quip_vllm.ops.cpu import CpuBackend, _lut_values, _takes_int8, int8_activations
 from quip_vllm.ops.reference import ReferenceBackend
 from quip_vllm.ops.rotations import rotation_base
 
@@ -71,33 +71,37 @@ def test_rows_of_swapped_tiles(code):
     assert relative(found, dequantize(spec, tensors)[ids]) < FLOAT32_LINEAR
 
 
-ROW_MAJOR = [("1mad", bits) for bits in range(1, 9)] + [("3inst", 2), ("3inst", 7), ("hyb", 1), ("hyb", 3)]
+ROW_MAJOR = [(code, bits) for code in ("1mad", "table", "pairs") for bits in range(1, 9)]
+ROW_MAJOR += [("3inst", 2), ("3inst", 7), ("hyb", 1), ("hyb", 3)]
 
 
 @pytest.mark.parametrize(("code", "bits"), ROW_MAJOR)
-def test_row_major_tiles(code, bits):
-    """Of QTIP's other codes, in two parts; there are no int8 activations, so those in bf16 are exact, too."""
+def test_row_major_tiles(monkeypatch, code, bits):
+    """Of QTIP's other codes, in two parts."""
     spec = LinearSpec(code, bits, 192, (48, 96), tile_order=TileOrder.ROW_MAJOR)
     tensors, x, bias = random_layer(spec), torch.randn(5, 192), torch.randn(144)
     weight = dequantize(spec, tensors).double()
-    assert CPU.refusal(spec) is None and not int8_activations(spec, torch.bfloat16)
+    assert CPU.refusal(spec) is None
+    assert int8_activations(spec, torch.bfloat16) == (_takes_int8("e8p", 2) and bits <= 4 and code != "hyb")
     assert relative(CPU.prepare(spec, tensors).linear(x, bias), x.double() @ weight.T + bias) < FLOAT32_LINEAR
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "exact")
     half = x.bfloat16()
     exact = half.double() @ weight.T
     torch_error = relative(half @ weight.bfloat16().T, exact)
     assert relative(CPU.prepare(spec, tensors).linear(half), exact) < SAME_DTYPE_FACTOR * torch_error
 
 
-def test_rows_of_row_major_tiles():
-    spec = LinearSpec("1mad", 3, 256, (100,), None, False, tile_order=TileOrder.ROW_MAJOR)
+@pytest.mark.parametrize("code", ["1mad", "table", "pairs"])
+def test_rows_of_row_major_tiles(code):
+    spec = LinearSpec(code, 3, 256, (100,), None, False, tile_order=TileOrder.ROW_MAJOR)
     tensors, ids = random_layer(spec), torch.tensor([0, 1, 8, 99, 41])
     found = CPU.prepare(spec, tensors).embedding(ids, torch.float32)
     assert relative(found, dequantize(spec, tensors)[ids]) < FLOAT32_LINEAR
 
 
-def test_int8_activations_for_row_major_tiles_are_refused(monkeypatch):
+def test_int8_activations_for_row_major_tiles_of_hyb_are_refused(monkeypatch):
     monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
-    spec = LinearSpec("1mad", 2, 192, (48,), tile_order=TileOrder.ROW_MAJOR)
+    spec = LinearSpec("hyb", 1, 192, (48,), tile_order=TileOrder.ROW_MAJOR)
     assert "QUIP_VLLM_ACTIVATIONS is int8, which tier" in CPU.refusal(spec)
 
 
@@ -232,7 +236,7 @@ def test_refusals_say_why(spec, words):
 def test_prepare_does_not_depend_on_the_default_dtype(code):
     """vLLM builds its layers with the model's dtype as torch's default."""
     rotation_base.cache_clear()
-    _state_values.cache_clear()
+    _lut_values.cache_clear()
     spec = LinearSpec(code, 2, 64, (32,))
     tensors = random_layer(spec)
     x = torch.randn(3, 64)

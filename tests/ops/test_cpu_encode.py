@@ -11,7 +11,7 @@ from quip_vllm.formats.trellis import pack, unpack
 from quip_vllm.ops import encode_lattice, encode_trellis
 from quip_vllm.quantizer.rounding.encoders import code_rms
 
-TRELLIS = [(code.name, bits) for code in methods()["qtip"] for bits in code.bits]
+TRELLIS = [(code.name, bits) for code in methods()["qtip"] if code.quantized for bits in code.bits]
 
 
 def squared_error(states, values, targets):

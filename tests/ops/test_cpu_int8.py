@@ -16,6 +16,7 @@ from quip_vllm.formats.spec import TileOrder
 from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, MUL1, THREE_INST, TrellisCode
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
+from quip_vllm.ops.rotations import kernels_code
 from quip_vllm.transforms.hadamard import hadamard
 
 CPU = CpuBackend()
@@ -69,8 +70,8 @@ def expected(spec, tensors, x):
     tensors = dict(tensors)
     if "table" in tensors:
         table = tensors["table"].float().view(len(spec.output_sizes), -1)
-        unit = table.abs().amax(1, keepdim=True) / 126
-        tensors["table"] = ((table / unit).round() * unit).view(-1, 2)
+        unit = table.abs().amax(1, keepdim=True) / (126 if spec.code == "hyb" else 1023)
+        tensors["table"] = ((table / unit).round() * unit).view(tensors["table"].shape)
     with patch.object(TrellisCode, "_default_values", integer_values):
         weight = decode(spec, tensors).double()
     if spec.code == "e8p" and spec.bits > 2:
@@ -106,14 +107,20 @@ SPECS += [
     for code in ("3inst", "mcg", "mul1")
     for bits in (1, 2, 3, 4)
 ]
+SPECS += [
+    LinearSpec(code, bits, *shape, tile_order=TileOrder.ROW_MAJOR)
+    for code in ("1mad", "3inst", "table", "pairs")
+    for bits in (1, 2, 3, 4)
+    for shape in SHAPES[1::2]
+]
 
 
 @pytest.mark.parametrize(
     "spec", SPECS, ids=lambda spec: f"{spec.code}-{spec.bits}-{spec.in_features}-{spec.tile_order.value}"
 )
 def test_integers_are_those_of_the_rounded_activations(spec):
-    code, bits, k = spec.code, spec.bits, spec.in_features
-    assert _takes_int8(code, bits)
+    k = spec.in_features
+    assert _takes_int8(kernels_code(spec), spec.bits)
     tensors = random_layer(spec)
     prepared = CPU.prepare(spec, tensors)
     x = torch.randn(max(ROWS), k, generator=torch.Generator().manual_seed(1))

@@ -75,6 +75,30 @@ def test_layers_of_exl3(cuda, code, bits):
     assert relative(y, x.double() @ dequantize(spec, tensors).double().T + bias.double()) < HALF_ACTIVATIONS
 
 
+@pytest.mark.parametrize("code", ["1mad", "3inst", "table", "pairs"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_row_major_tiles(cuda, monkeypatch, code, bits):
+    """Of QTIP's codes that are not hyb, in two parts: few rows and many, the dense weight, and rows to look up."""
+    spec = LinearSpec(code, bits, 272, (48, 16), tile_order=TileOrder.ROW_MAJOR)
+    assert cuda.refusal(spec) is None
+    tensors, x = random_layer(spec), rows(66, 272)
+    prepared, wanted = cuda.prepare(spec, tensors), x.double() @ dequantize(spec, tensors).double().T
+    y = prepared.linear(x)
+    assert relative(y, wanted) < HALF_ACTIVATIONS
+    assert relative(OPS.cuda_linear(*arguments(cuda, spec, tensors, x)[:-1], 7), wanted) < HALF_ACTIVATIONS
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", "eager,random:2")
+    for m in (1, 9, 66):
+        assert torch.equal(prepared.linear(x[:m].contiguous()), y[:m])
+    head = LinearSpec(code, bits, 80, (48,), rotate_output=False, tile_order=TileOrder.ROW_MAJOR)
+    tensors, ids = random_layer(head), torch.tensor([0, 47, 9, 24])
+    assert (
+        relative(cuda.prepare(head, tensors).embedding(ids, torch.float32), dequantize(head, tensors)[ids])
+        < FLOAT32_LINEAR
+    )
+    monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
+    assert "only code 1mad with tiles in our order" in cuda.refusal(spec)
+
+
 @pytest.mark.parametrize("code", ["hyb", "1mad", "e8p"])
 @pytest.mark.parametrize(("k", "sizes", "chunks"), CHUNKED)
 def test_rotations_in_chunks(cuda, code, k, sizes, chunks):

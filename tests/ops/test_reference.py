@@ -21,7 +21,7 @@ REFERENCE = ReferenceBackend()
 PLAIN = LinearSpec("hyb", 2, 96, (48, 32))
 BEYOND = {
     "tile order mma_swapped": replace(PLAIN, tile_order=TileOrder.MMA_SWAPPED),
-    "tile order row_major": replace(PLAIN, code="1mad", tile_order=TileOrder.ROW_MAJOR),
+    "tile order row_major": replace(PLAIN, tile_order=TileOrder.ROW_MAJOR),
     "parts, or rows to look up, whose sizes are padded": replace(
         PLAIN, in_features=90, output_sizes=(40, 31), padded_to=32, hadamard_block=32
     ),
@@ -77,10 +77,11 @@ def dense(spec, tensors):
     return torch.cat(cut)
 
 
+TABLES = [replace(PLAIN, code=code, tile_order=TileOrder.ROW_MAJOR) for code in ("table", "pairs")]
 CHUNKS = [replace(PLAIN, input_chunks=2, output_chunks=4), replace(PLAIN, in_features=192, input_chunks=4, code="1mad")]
 
 
-@pytest.mark.parametrize("spec", [PLAIN, *CHUNKS, *BEYOND.values()], ids=["plain", "chunks", "chunks of 12", *BEYOND])
+@pytest.mark.parametrize("spec", [PLAIN, *CHUNKS, *TABLES, *BEYOND.values()])
 def test_every_property_is_what_its_definition_says(spec):
     tensors = random_layer(spec)
     wanted = dense(spec, tensors)

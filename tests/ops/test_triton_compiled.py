@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel
-from quip_vllm.ops.triton.launch import code_and_order, gemm_options, numbers
+from quip_vllm.ops.triton.launch import code_and_order, gemm_options, numbers, own_code
 from quip_vllm.ops.triton.shapes import WARPS, candidates
 
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -24,13 +24,14 @@ SHARED_BYTES = 99 * 1024
 
 USUAL = [("hyb", 2, 8, target) for target in TARGETS] + [("e8p", 4, 64, 80), ("1mad", 2, 64, 90), ("lut", 8, 8, 80)]
 USUAL += [("mul1_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80), ("hyb_by_rows", 3, 8, 80)]
+USUAL += [("1mad_by_rows", 3, 64, 80), ("table_by_rows", 4, 8, 90), ("pairs_by_rows", 2, 64, 80)]
 EVERY = [(code, bits, rows, target) for code, bits in RATES for rows in (8, 64) for target in (80, 90)]
 
 
 def compiled(code, bits, rows, target):
     """The kernel for up to `rows` rows on sm_`target`; pointers are aligned to 16 bytes, integers unknown."""
     shape = candidates(rows, WARPS[target // 10])[0]
-    table = "*fp16" if code == "lut" else "*u32"
+    table = "*fp16" if own_code(code) in ("lut", "table") else "*u32"
     signature = {"packed": "*u32", "table": table, "x": "*fp16", "partial": "*fp32"}
     signature |= dict.fromkeys(("m", "tiles", "chunks", "split_chunks"), "i32")
     constants = code_and_order(code) | {"BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": ()}
@@ -51,7 +52,7 @@ def check(folder, code, bits, rows, target):
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
     assert kernel.metadata.shared <= SHARED_BYTES
     assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in kernel.asm["ptx"]
-    assert ("dp4a" in kernel.asm["ptx"]) == (code in ("1mad", "mul1", "mul1_swapped"))
+    assert ("dp4a" in kernel.asm["ptx"]) == (own_code(code) in ("1mad", "mul1"))
 
 
 @pytest.mark.parametrize(("code", "bits", "rows", "target"), USUAL)

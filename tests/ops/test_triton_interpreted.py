@@ -34,7 +34,7 @@ GUARD = 512
 """Bytes before and behind every buffer: all ones, which is no number in any floating type."""
 
 ONE_MAD = LinearSpec("1mad", 2, 48, (32,))
-CODES = list(FORMATS)
+CODES = [name for name, one in FORMATS.items() if TileOrder.MMA in one.kernel_orders]
 
 
 class Guarded:
@@ -132,7 +132,9 @@ def test_layers_of_exl3(code, bits, guarded):
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize(("code", "bits"), [("1mad", 5), ("3inst", 2), ("hyb", 1)])
+@pytest.mark.parametrize(
+    ("code", "bits"), [("1mad", 5), ("3inst", 2), ("hyb", 1), ("table", 3), ("table", 4), ("pairs", 2), ("pairs", 7)]
+)
 def test_row_major_tiles(code, bits, guarded):
     """Of QTIP's other codes, in two parts; and of a head, whose rows are looked up."""
     spec = LinearSpec(code, bits, 80, (48, 16), tile_order=TileOrder.ROW_MAJOR)
@@ -276,7 +278,7 @@ def test_rotations_of_every_kind(size, block, guarded):
     x, signs = rows(1, size), guarded.copy(rows(2, size)[1])
     base = guarded.copy(launch.base(rotation_base(order, transpose=True), width))
     turn = launch._Rotation(size, base, width)
-    out, scales, totals = launch._rotate_in(guarded.copy(x), signs, turn, base, False)
+    out, scales, totals = launch._rotate_in(guarded.copy(x), signs, turn, base, "trellis")
     columns = torch.arange(out.shape[1])  # where a trellis has them (rotation.py)
     out = out[:, columns & ~22 | (columns >> 1 & 1) << 4 | (columns >> 4 & 1) << 2 | (columns >> 2 & 1) << 1]
     expected = hadamard(x.double() * signs, block, transpose=True)

@@ -59,6 +59,7 @@ def test_to_dict_is_json():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"code": "table"}, "code is table, whose tables come with checkpoints of other programs"),
         ({"bits": 9}, "bits is 9: qtip with code 1mad has 1, 2, 3, 4, 5, 6, 7, 8"),
         ({"bits": 5, "code": "hyb"}, "bits is 5: qtip with code hyb has 1, 2, 3, 4"),
         ({"code": "e8p", "lm_head": 7}, "bits is 7: quip_sharp with code e8p has 2, 3, 4"),

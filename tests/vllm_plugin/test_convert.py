@@ -117,6 +117,8 @@ KINDS = {
     "quip_sharp-4": lambda source, out: relaxml_files.write_quip_sharp(source, out, 4, rescaled=True),
     "qtip": lambda source, out: relaxml_files.write_qtip(source, out, 2, v_bits=4),
     "qtip-rows": lambda source, out: relaxml_files.write_qtip(source, out, 3, mode="1mad", v_bits=5),
+    "qtip-2mad": lambda source, out: relaxml_files.write_qtip(source, out, 2, mode="2mad"),
+    "qtip-table": lambda source, out: relaxml_files.write_qtip(source, out, 2, "lut", table_bits=14, dim=2),
     "qtip-skipped": lambda source, out: relaxml_files.write_qtip(source, out, 2, skipped=SKIPPED),
     "qtip-chunks": lambda source, out: relaxml_files.write_qtip(source, out, 3, split=True),
 }

@@ -91,6 +91,12 @@ inline void hyb(States x, const float* table, Values& first, Values& second) {
   second = look_up(index + 1u, table);
 }
 
+// PAIRS: a row of the table for each state.
+inline void pair(States x, const float* table, Values& first, Values& second) {
+  first = look_up(x * 2u, table);
+  second = look_up(x * 2u + 1u, table);
+}
+
 // QuIP's grid: the low bits are the number of a level.
 template <int bits>
 inline Values level(States x) {
@@ -159,7 +165,7 @@ constexpr int alternating(int lane) {
 
 template <Code code, int bits>
 void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t stride, TileOrder order) {
-  constexpr int kDim = code == Code::kHyb ? 2 : 1;
+  constexpr int kDim = code == Code::kHyb || code == Code::kPairs ? 2 : 1;
   constexpr int kStep = bits * kDim;
   constexpr int kWords = 16 * bits;
   uint16_t words[kWords + 2 * kLanes];
@@ -177,7 +183,7 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
       const States x = shuffle<word_of<begin, kStep>>(high << 16 | low) << shift_of >> 16;
       if constexpr (kDim == 2) {
         Values first, second;
-        hyb(x, table, first, second);
+        (code == Code::kHyb ? hyb : pair)(x, table, first, second);
         store(run + 2 * s, shuffle<alternating<0>>(first, second));
         store(run + 2 * s + kStatesTogether, shuffle<alternating<1>>(first, second));
       } else {

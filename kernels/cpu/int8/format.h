@@ -29,6 +29,9 @@ struct FormatDefaults {
   static constexpr bool kWhole = false;      // whether one call of decode gives all rows of a unit
   static constexpr int kFewTiled = 4;        // kFew where tiles multiply more rows, if that is less
   static constexpr bool kTwoBytes = false;   // whether a number takes two bytes, each in a vector of its own
+  // Lane i of a vector of rows row, row + 1 .. is row first_row(row) + i * kRowStep.
+  static constexpr int kRowStep = 1;
+  static int64_t first_row(int64_t row) { return row; }
 };
 
 // QuIP's grid: the numbers k of four columns are a quad, and a level is 2 k - (2^bits - 1).

@@ -53,19 +53,23 @@ constexpr int few() {
 
 // The format of many rows.
 #if defined(QUIP_AMX)
-template <int bits, bool swapped, class Bytes>
-using BytesMany = Split8<bits, SumPairs<Bytes>>;
-template <int bits, bool swapped, uint32_t factor, uint32_t term>
-using HalvesMany = Split8<bits, ValuePairs<HalvesValue<factor, term>>>;
-template <int bits>
-using LutMany = Split8<bits, ValuePairs<LutValue>>;
+template <int bits, TileOrder order, class Bytes>
+using BytesMany = Split8<bits, by_rows(order), SumPairs<Bytes>>;
+template <int bits, TileOrder order, uint32_t factor, uint32_t term>
+using HalvesMany = Split8<bits, by_rows(order), ValuePairs<HalvesValue<factor, term>>>;
+template <int bits, TileOrder order>
+using LutMany = Split8<bits, by_rows(order), ValuePairs<LutValue>>;
+template <int bits, TileOrder order>
+using PairsMany = Split8<bits, by_rows(order), TablePairs>;
 #else
-template <int bits, bool swapped, class Bytes>
-using BytesMany = Bytes16<bits, swapped, Bytes>;
-template <int bits, bool swapped, uint32_t factor, uint32_t term>
-using HalvesMany = Halves16<bits, swapped, factor, term>;
-template <int bits>
-using LutMany = Lut16<bits>;
+template <int bits, TileOrder order, class Bytes>
+using BytesMany = Bytes16<bits, order, Bytes>;
+template <int bits, TileOrder order, uint32_t factor, uint32_t term>
+using HalvesMany = Halves16<bits, order, factor, term>;
+template <int bits, TileOrder order>
+using LutMany = Lut16<bits, order>;
+template <int bits, TileOrder order>
+using PairsMany = Pairs16<bits, order>;
 #endif
 
 // Calls f(null pointer to Few) if it multiplies m rows, else f(null pointer to Many).
@@ -74,17 +78,37 @@ inline void with_either(int64_t m, F f) {
   m <= few<Few>() ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
 }
 
-// Calls f(null pointer to the format that multiplies m rows) for the codes that have tiles of either order.
-template <int bits, bool swapped, class F>
-inline void with_order(Code code, int64_t m, F f) {
-  switch (code) {
-    case Code::kMul1: return with_either<Bytes8<bits, swapped, Mul1Bytes>, BytesMany<bits, swapped, Mul1Bytes>>(m, f);
-    case Code::kMcg:
-      return with_either<Halves16<bits, swapped, kMcgFactor, 0>, HalvesMany<bits, swapped, kMcgFactor, 0>>(m, f);
-    default:
-      return with_either<Halves16<bits, swapped, kThreeInstFactor, kThreeInstTerm>,
-                         HalvesMany<bits, swapped, kThreeInstFactor, kThreeInstTerm>>(m, f);
+// Whether with_order knows a format for a code and an order.
+constexpr bool has_order(Code code, TileOrder order) {
+  const auto is = [&](auto... codes) { return ((code == codes) || ...); };
+  switch (order) {
+    case TileOrder::kOurs: return is(Code::kOneMad, Code::kThreeInst, Code::kMcg, Code::kMul1, Code::kLut);
+    case TileOrder::kSwapped: return is(Code::kThreeInst, Code::kMcg, Code::kMul1);
+    case TileOrder::kByRows: return is(Code::kOneMad, Code::kThreeInst, Code::kTable, Code::kPairs);
   }
+  return false;
+}
+
+// Calls f(null pointer to the format that multiplies m rows) for the codes that have tiles of several orders.
+template <int bits, TileOrder order, class F>
+inline void with_order(Code code, int64_t m, F f) {
+  const auto with = [&]<Code own, class Few, class Many>() {
+    if constexpr (has_order(own, order))
+      if (code == own) with_either<Few, Many>(m, f);
+  };
+  const auto halves = [&]<Code own, uint32_t factor, uint32_t term>() {
+    with.template operator()<own, Halves16<bits, order, factor, term>, HalvesMany<bits, order, factor, term>>();
+  };
+  const auto bytes = [&]<Code own, class Bytes>() {
+    with.template operator()<own, Bytes8<bits, order, Bytes>, BytesMany<bits, order, Bytes>>();
+  };
+  bytes.template operator()<Code::kOneMad, OneMadBytes>();
+  bytes.template operator()<Code::kMul1, Mul1Bytes>();
+  halves.template operator()<Code::kThreeInst, kThreeInstFactor, kThreeInstTerm>();
+  halves.template operator()<Code::kMcg, kMcgFactor, 0>();
+  with.template operator()<Code::kLut, Lut16<bits, order>, LutMany<bits, order>>();
+  with.template operator()<Code::kTable, Lut16<bits, order>, LutMany<bits, order>>();
+  with.template operator()<Code::kPairs, Pairs16<bits, order>, PairsMany<bits, order>>();
 }
 
 // Calls f(null pointer to the format that multiplies m rows).
@@ -94,32 +118,27 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     constexpr int bits = decltype(b)::value;
     if (w.code == Code::kGrid) return f(static_cast<Grid8<bits>*>(nullptr));
     if constexpr (bits <= 4) {
-      switch (w.code) {
-        case Code::kE8p:
-          if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
-          return;
-        case Code::kOneMad:
-          return with_either<Bytes8<bits, false, OneMadBytes>, BytesMany<bits, false, OneMadBytes>>(m, f);
-        case Code::kThreeInst:
-        case Code::kMcg:
-        case Code::kMul1:
-          return w.order == TileOrder::kSwapped ? with_order<bits, true>(w.code, m, f)
-                                                : with_order<bits, false>(w.code, m, f);
-        case Code::kGrid: return;
-        case Code::kLut: return with_either<Lut16<bits>, LutMany<bits>>(m, f);
-        case Code::kHyb:
-          return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
-                        : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+      if (w.code == Code::kE8p) {
+        if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
+      } else if (w.code == Code::kHyb) {
+        w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
+               : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+      } else {
+        switch (w.order) {
+          case TileOrder::kOurs: return with_order<bits, TileOrder::kOurs>(w.code, m, f);
+          case TileOrder::kSwapped: return with_order<bits, TileOrder::kSwapped>(w.code, m, f);
+          case TileOrder::kByRows: return with_order<bits, TileOrder::kByRows>(w.code, m, f);
+        }
       }
     }
   });
 }
 
 // Whether with_format knows a format for it.
-inline bool int8_takes(Code code, int bits) {
-  const auto is = [&](auto... codes) { return ((code == codes) || ...); };
-  if (code == Code::kGrid) return true;
-  return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kHyb, Code::kLut, Code::kMcg, Code::kMul1, Code::kE8p);
+inline bool int8_takes(Code code, TileOrder order, int bits) {
+  if (code == Code::kGrid || code == Code::kE8p || code == Code::kHyb)
+    return order == TileOrder::kOurs && (bits <= 4 || code == Code::kGrid);
+  return bits <= 4 && has_order(code, order);
 }
 
 inline int few_of(const Weight& w) {

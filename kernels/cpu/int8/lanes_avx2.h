@@ -39,7 +39,7 @@ inline Sums multiply_add_four(Sums sum, const __m256i* weights, const int32_t* q
   return plus(sum, _mm256_madd_epi16(all, _mm256_set1_epi16(1)));
 }
 
-// y[0..rows) = ((first ? 0 : y) + (sum - (kOffset + kRest) * total) * unit) * (last ? scale : 1).
+// y[0..rows), kRowStep apart, = ((first ? 0 : y) + (sum - (kOffset + kRest) * total) * unit) * (last ? scale : 1).
 template <class Format>
 inline void add_sums(Sums sum, int32_t total, float unit, bool first, bool last, float scale, int rows, float* y) {
   int32_t sums[kRowsOfSums];
@@ -47,8 +47,9 @@ inline void add_sums(Sums sum, int32_t total, float unit, bool first, bool last,
   for (int i = 0; i < rows; ++i) {
     float difference = float(sums[i] - Format::kOffset * total);
     if constexpr (Format::kRest != 0) difference -= Format::kRest * float(total);
-    const float value = (first ? 0.0f : y[i]) + difference * unit;
-    y[i] = last ? value * scale : value;
+    float& to = y[i * Format::kRowStep];
+    const float value = (first ? 0.0f : to) + difference * unit;
+    to = last ? value * scale : value;
   }
 }
 

@@ -33,7 +33,7 @@ template <class Format>
 inline void finish(const Format& format, Sums sum, const Output& out, int64_t r, int64_t chunk, int64_t row0,
                    int rows) {
   add_sums<Format>(sum, out.totals[r * out.chunks + chunk], format.unit(), chunk == 0, chunk + 1 == out.chunks,
-                   out.scales[r], rows, out.y + r * out.stride + row0);
+                   out.scales[r], rows, out.y + r * out.stride + Format::first_row(row0));
 }
 
 constexpr int kRowsBlock = 192;               // rows of x whose sums are kept while a panel is multiplied

@@ -60,11 +60,15 @@ struct Runs {
   }
 };
 
-// Codes of one weight per state. In a swapped tile C and R change places.
-template <int bits, bool swapped>
+// Codes whose states are looked at one by one. In a swapped tile C and R change places. In a tile by rows a run is rows
+// 2 rrr and 2 rrr + 1, and the places of a column are taken by others.
+template <int bits, TileOrder order>
 struct Windows : FormatDefaults {
-  static constexpr int kColumns = 16, kBytes = 32 * bits;
-  // emit(cc, C, c, states): of column 8C + 2cc + c.
+  static constexpr bool kByRows = order == TileOrder::kByRows;
+  static constexpr int kColumns = 16, kBytes = 32 * bits, kRowStep = kByRows ? 2 : 1;
+  static int64_t first_row(int64_t row) { return kByRows ? row / kTile * kTile + row % kTile / 8 : row; }
+  static constexpr int column(int cc, int C) { return kByRows ? 4 * cc + 2 * C : 8 * C + 2 * cc; }
+  // emit(cc, C, c, states): of column(cc, C) + c.
   template <int half, class Emit>
   [[gnu::always_inline]] void states(const uint8_t* tile, Emit emit) const {
     const Runs<bits> runs(tile);
@@ -72,8 +76,9 @@ struct Windows : FormatDefaults {
     for (int cc = 0; cc < 4; ++cc)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
+        const bool swapped = order == TileOrder::kSwapped;
         const int C = swapped ? half : i >> 1, R = swapped ? i >> 1 : half;
-        const int offset = bits * (8 * cc + 4 * C + 2 * R + (i & 1));
+        const int offset = bits * (kByRows ? 16 * half + 4 * cc + i : 8 * cc + 4 * C + 2 * R + (i & 1));
         emit(cc, i >> 1, i & 1, _mm256_srli_epi32(runs.at_top(offset), 16));
       }
   }
@@ -99,8 +104,8 @@ struct Mul1Bytes {
   [[gnu::always_inline]] static __m256i word(__m256i state) { return congruence(state, kMul1Factor, 0); }
 };
 
-template <int bits, bool swapped, class Bytes>
-struct ByteSums : Windows<bits, swapped> {
+template <int bits, TileOrder order, class Bytes>
+struct ByteSums : Windows<bits, order> {
   static constexpr int kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   float unit() const { return Bytes::kUnit; }
@@ -111,21 +116,21 @@ struct ByteSums : Windows<bits, swapped> {
 };
 
 // For few rows. The activation is there twice, so vpmaddwd multiplies and sums.
-template <int bits, bool swapped, class Bytes>
-struct Bytes8 : ByteSums<bits, swapped, Bytes> {
+template <int bits, TileOrder order, class Bytes>
+struct Bytes8 : ByteSums<bits, order, Bytes> {
   static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
   static constexpr bool kOnlyFew = true;
   explicit Bytes8(const Weight&) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     this->template states<half>(
-        tile, [&](int cc, int C, int c, __m256i state) { emit(8 * C + 2 * cc + c, this->sums(state)); });
+        tile, [&](int cc, int C, int c, __m256i state) { emit(this->column(cc, C) + c, this->sums(state)); });
   }
 };
 
 // For many rows: two columns of int16 per lane.
-template <int bits, bool swapped, class Bytes>
-struct Bytes16 : ByteSums<bits, swapped, Bytes> {
+template <int bits, TileOrder order, class Bytes>
+struct Bytes16 : ByteSums<bits, order, Bytes> {
   static constexpr int kQuads = 8, kFew = 0;
   explicit Bytes16(const Weight&) {}
   template <int half, class Emit>
@@ -138,15 +143,15 @@ struct Bytes16 : ByteSums<bits, swapped, Bytes> {
         return;
       }
       const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), sums, 0xAA);
-      emit(4 * C + cc, _mm256_add_epi16(pair(even, sums), upper));
+      emit(this->column(cc, C) / 2, _mm256_add_epi16(pair(even, sums), upper));
     });
   }
   static int place(int column) { return column; }
 };
 
 // 3INST, MCG and LUT: two columns of int16 per lane. Value gives them in the low half of each lane.
-template <int bits, bool swapped, class Value>
-struct Wide : Windows<bits, swapped>, Value {
+template <int bits, TileOrder order, class Value>
+struct Wide : Windows<bits, order>, Value {
   static constexpr int kQuads = 8, kFew = 4;
   explicit Wide(const Weight& w) : Value(w) {}
   template <int half, class Emit>
@@ -157,7 +162,7 @@ struct Wide : Windows<bits, swapped>, Value {
       if (c == 0)
         even = value;
       else
-        emit(4 * C + cc, pair(even, value));
+        emit(this->column(cc, C) / 2, pair(even, value));
     });
   }
   static int place(int column) { return column; }
@@ -188,10 +193,27 @@ struct LutValue {
   }
 };
 
-template <int bits, bool swapped, uint32_t factor, uint32_t term>
-using Halves16 = Wide<bits, swapped, HalvesValue<factor, term>>;
-template <int bits>
-using Lut16 = Wide<bits, false, LutValue>;
+template <int bits, TileOrder order, uint32_t factor, uint32_t term>
+using Halves16 = Wide<bits, order, HalvesValue<factor, term>>;
+template <int bits, TileOrder order>
+using Lut16 = Wide<bits, order, LutValue>;
+
+// PAIRS: the table has both columns of a lane, for the states of even positions.
+template <int bits, TileOrder order>
+struct Pairs16 : Windows<bits, order> {
+  static constexpr int kQuads = 8, kFew = 4;
+  const int16_t* table;
+  float unit_;
+  explicit Pairs16(const Weight& w) : table(w.table16), unit_(w.unit) {}
+  float unit() const { return unit_; }
+  template <int half, class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) {
+      if (c == 0) emit(this->column(cc, C) / 2, _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), state, 4));
+    });
+  }
+  static int place(int column) { return column; }
+};
 
 // QuIP's grid: the two numbers of C = 0 and of C = 1 are the ends of windows, side by side in a lane.
 template <int bits>
@@ -226,7 +248,7 @@ struct LevelValue {
   }
 };
 template <int bits>
-using Grid8 = std::conditional_t<(bits <= 5), GridBytes<bits>, Wide<bits, false, LevelValue<bits>>>;
+using Grid8 = std::conditional_t<(bits <= 5), GridBytes<bits>, Wide<bits, TileOrder::kOurs, LevelValue<bits>>>;
 
 // The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
 // of a tile is read from earlier on, so that nothing beyond the tile is read.

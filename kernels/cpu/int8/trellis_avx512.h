@@ -49,10 +49,14 @@ struct StreamBytes {
       for (int b = 0; b < 64; ++b) index[v][b] = uint8_t(stream(v, b) % (32 * bits) ^ 1);
   }
 };
-// For one weight per state: qword rrr of vector cc is the 64 bits from position (rrr, cc, 0), most significant byte
-// last.
-template <int bits>
-constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 7 - b % 8; }};
+// For Windows: qword rrr of vector cc is the 64 bits from position (rrr, cc, 0), most significant byte last. Of a tile by
+// rows, dword (rrr, R) is 32 bits of row 8 R + rrr: those of columns 4 cc .. 4 cc + 3, and with odd bits and odd cc half
+// a byte before them.
+template <int bits, bool by_rows>
+constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) {
+  if (by_rows) return 2 * bits * (8 * (b / 4 % 2) + b / 8) + bits * cc / 2 + 3 - b % 4;
+  return bits * (4 * (b / 8) + cc) + 7 - b % 8;
+}};
 // For QuIP's grid: the same a byte later, where the last number ends.
 template <int bits>
 constexpr StreamBytes<bits, 4> kNumbers{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 8 - b % 8; }};
@@ -61,25 +65,27 @@ template <int bits>
 constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{
     [](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
-// Codes of one weight per state.
-template <int bits>
+// Codes whose states are looked at one by one. In a tile by rows the places of a column are taken by others.
+template <int bits, bool by_rows>
 struct Windows : FormatDefaults {
-  static constexpr int kColumns = 16, kBytes = 32 * bits;
-  __m512i run[4];     // kRuns
-  __m512i window[4];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
+  static constexpr int kColumns = 16, kBytes = 32 * bits, kWindows = by_rows && bits % 2 ? 8 : 4;
+  __m512i run[4];            // kRuns
+  __m512i window[kWindows];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
   explicit Windows(const Weight& w) {
     const bool swapped = w.order == TileOrder::kSwapped;
     const int C = swapped ? 2 : 4, R = swapped ? 4 : 2;  // positions from one C or R to the next
-    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits>.index[cc]);
-    for (int i = 0; i < 4; ++i) {
-      const int first = bits * (C * (i >> 1) + (i & 1)), second = first + R * bits;
+    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits, by_rows>.index[cc]);
+    for (int i = 0; i < kWindows; ++i) {
+      const int own = bits * (i % 4) + i / 4 * 4;  // in the dword of a row
+      const int first = by_rows ? 32 + own : bits * (C * (i >> 1) + (i & 1)), second = by_rows ? own : first + R * bits;
       const auto bytes = [](int offset) {
         return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8;
       };
       window[i] = _mm512_set1_epi64((long long)(bytes(first) | bytes(second) << 32));
     }
   }
-  // emit(cc, C, c, states): of column 8C + 2cc + c.
+  static constexpr int column(int cc, int C) { return by_rows ? 4 * cc + 2 * C : 8 * C + 2 * cc; }
+  // emit(cc, C, c, states): of column(cc, C) + c.
   template <class Emit>
   [[gnu::always_inline]] void states(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
@@ -88,7 +94,8 @@ struct Windows : FormatDefaults {
       const __m512i stream = bytes.pick(run[cc]);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
-        emit(cc, i >> 1, i & 1, _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[i], stream));
+        emit(cc, i >> 1, i & 1,
+             _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[(cc % 2 * 4 + i) % kWindows], stream));
     }
   }
   // Lane 2 rrr + R to row 8 R + rrr.
@@ -114,26 +121,26 @@ struct Mul1Bytes {
 };
 
 // For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes.
-template <int bits, class Bytes>
-struct BytesFew : Windows<bits> {
+template <int bits, bool by_rows, class Bytes>
+struct BytesFew : Windows<bits, by_rows> {
   static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   static constexpr bool kOnlyFew = true;
-  using Windows<bits>::Windows;
+  using Windows<bits, by_rows>::Windows;
   float unit() const { return Bytes::kUnit; }
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     this->states(tile, [&](int cc, int C, int c, __m512i state)
-                           __attribute__((always_inline)) { emit(8 * C + 2 * cc + c, Bytes::word(state)); });
+                           __attribute__((always_inline)) { emit(this->column(cc, C) + c, Bytes::word(state)); });
   }
 };
 
 // Two columns of int16 per lane, multiplied by vpdpwssd. Value gives them in the low half of each lane.
-template <int bits, class Value, int few>
-struct Wide : Windows<bits>, Value {
+template <int bits, bool by_rows, class Value, int few>
+struct Wide : Windows<bits, by_rows>, Value {
   static constexpr int kQuads = 8, kFew = few;
   static constexpr float kRest = Value::kRest;
-  explicit Wide(const Weight& w) : Windows<bits>(w), Value(w) {}
+  explicit Wide(const Weight& w) : Windows<bits, by_rows>(w), Value(w) {}
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     __m512i even = _mm512_setzero_si512();
@@ -142,7 +149,7 @@ struct Wide : Windows<bits>, Value {
       if (c == 0)
         even = value;
       else
-        emit(4 * C + cc, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(value, 16)));
+        emit(this->column(cc, C) / 2, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(value, 16)));
     });
   }
   static int place(int column) { return column; }
@@ -184,15 +191,33 @@ struct LutValue {
   __m512i value(__m512i state) const { return _mm512_i32gather_epi32(state, table, 2); }
 };
 
+// PAIRS: the table has both columns of a lane, for the states of even positions.
+template <int bits, bool by_rows>
+struct PairsWide : Windows<bits, by_rows>, LutValue {
+  static constexpr int kQuads = 8, kFew = 4;
+  static constexpr float kRest = 0;
+  explicit PairsWide(const Weight& w) : Windows<bits, by_rows>(w), LutValue(w) {}
+  template <class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    this->states(tile, [&](int cc, int C, int c, __m512i state) __attribute__((always_inline)) {
+      if (c == 0) emit(this->column(cc, C) / 2, _mm512_i32gather_epi32(state, table, 4));
+    });
+  }
+  static int place(int column) { return column; }
+};
+
 // Whether a tile is swapped, the constants of Windows say.
-template <int bits, bool swapped, class Bytes>
-using Bytes8 = BytesFew<bits, Bytes>;
-template <int bits, bool swapped, class Bytes>
-using Bytes16 = Wide<bits, SumValue<Bytes>, 0>;  // for many rows
-template <int bits, bool swapped, uint32_t factor, uint32_t term>
-using Halves16 = Wide<bits, HalvesValue<factor, term>, 4>;
-template <int bits>
-using Lut16 = Wide<bits, LutValue, 4>;
+constexpr bool by_rows(TileOrder order) { return order == TileOrder::kByRows; }
+template <int bits, TileOrder order, class Bytes>
+using Bytes8 = BytesFew<bits, by_rows(order), Bytes>;
+template <int bits, TileOrder order, class Bytes>
+using Bytes16 = Wide<bits, by_rows(order), SumValue<Bytes>, 0>;  // for many rows
+template <int bits, TileOrder order, uint32_t factor, uint32_t term>
+using Halves16 = Wide<bits, by_rows(order), HalvesValue<factor, term>, 4>;
+template <int bits, TileOrder order>
+using Lut16 = Wide<bits, by_rows(order), LutValue, 4>;
+template <int bits, TileOrder order>
+using Pairs16 = PairsWide<bits, by_rows(order)>;
 
 // QuIP's grid: a run's 64 bits have the numbers of all eight columns and rows, which one instruction picks.
 template <int bits>
@@ -214,7 +239,7 @@ struct Grid8 : GridFormat<bits> {
       emit(cc, _mm512_and_si512(_mm512_multishift_epi64_epi8(number, bytes.pick(run[cc])),
                                 _mm512_set1_epi8(char((1 << bits) - 1))));
   }
-  static __m512i in_row_order(__m512i lanes) { return Windows<bits>::in_row_order(lanes); }
+  static __m512i in_row_order(__m512i lanes) { return Windows<bits, false>::in_row_order(lanes); }
 };
 
 // HYB: bits 14..6 of h = x^2 + x are the row of the table, and bit 15 negates component 0. Everything fits 16 bits, and

@@ -32,12 +32,21 @@ struct ValuePairs : Value {
   }
 };
 
-template <int bits, class Pairs>
-struct Split8 : Windows<bits>, Pairs {
+// PAIRS: the state of an even position has both.
+struct TablePairs : LutValue {
+  static constexpr int kOffset = 1 << 15;
+  using LutValue::LutValue;
+  __m512i pair(__m512i first, __m512i) const {
+    return _mm512_xor_si512(_mm512_i32gather_epi32(first, table, 4), _mm512_set1_epi16(short(1 << 15)));
+  }
+};
+
+template <int bits, bool by_rows, class Pairs>
+struct Split8 : Windows<bits, by_rows>, Pairs {
   static constexpr int kQuads = 4, kFew = 0, kOffset = Pairs::kOffset;
   static constexpr float kRest = Pairs::kRest;
   static constexpr bool kTwoBytes = true;
-  explicit Split8(const Weight& w) : Windows<bits>(w), Pairs(w) {}
+  explicit Split8(const Weight& w) : Windows<bits, by_rows>(w), Pairs(w) {}
   // emit(0 for the low bytes or 1 for the high ones, quad, bytes)
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {
@@ -57,8 +66,11 @@ struct Split8 : Windows<bits>, Pairs {
       emit(1, cc, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(left, 8), right, 0xCA));
     });
   }
-  // Column 8 C + 2 cc + c is byte 2 c + C of quad cc.
-  static int place(int column) { return column / 16 * 16 + column % 8 / 2 * 4 + column % 2 * 2 + column % 16 / 8; }
+  // Column 8 C + 2 cc + c, or 4 cc + 2 C + c of a tile by rows, is byte 2 c + C of quad cc.
+  static int place(int column) {
+    if (by_rows) return column / 4 * 4 + column % 2 * 2 + column % 4 / 2;
+    return column / 16 * 16 + column % 8 / 2 * 4 + column % 2 * 2 + column % 16 / 8;
+  }
 };
 
 }  // namespace

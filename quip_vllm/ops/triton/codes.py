@@ -50,7 +50,8 @@ def look_up(table, offset):
 
 # ---- the bit stream of a run of 16 positions (formats/trellis.py)
 #
-# Of each half of a chunk, lane 4 g + t has run 2 g + t % 2 of tile t / 2: `bits` units of 16 bits, which begin one step
+# Of each half of a chunk, lane 4 g + t has run 2 g + t % 2 of tile t / 2; of tiles by rows it has, in place of those of
+# the halves, runs g and g + 8 of tile t of the chunk. A run is `bits` units of 16 bits, which begin one step
 # before its first window; the first unit of the next run follows. Two neighbouring units are a word; with odd bits the
 # first units of both halves share the last word (kernels/cuda/trellis_stream.h draws it).
 
@@ -120,8 +121,19 @@ def mul1(state):
 
 @triton.jit
 def lut(state, table):
-    """table: fp16 [65536], aligned to 128 KB."""
+    """LUT and TABLE. table: fp16 [65536], aligned to 128 KB."""
     return look_up(table, state << 1 & 0x1FFFE)
+
+
+@triton.jit
+def pair(state, table):
+    """PAIRS: two weights, the halves of a uint32. table: uint32 [65536], aligned to 256 KB."""
+    return look_up(table, state << 2 & 0x3FFFC)
+
+
+@triton.jit
+def two_weights(state, table, CODE: tl.constexpr):
+    return hyb(state, table) if CODE == "hyb" else pair(state, table)
 
 
 @triton.jit
@@ -165,11 +177,11 @@ def trellis_eight(
 ):
     """Eight weights of a run from position `first`: fp16 [tiles, 32, bit 0 of the position, bit 1, bit 2]."""
     start: tl.constexpr = first * bits
-    if CODE == "hyb":
-        w0 = hyb(window(words, following, half, start + 2 * bits, bits), table)
-        w1 = hyb(window(words, following, half, start + 4 * bits, bits), table)
-        w2 = hyb(window(words, following, half, start + 6 * bits, bits), table)
-        w3 = hyb(window(words, following, half, start + 8 * bits, bits), table)
+    if CODE == "hyb" or CODE == "pairs":
+        w0 = two_weights(window(words, following, half, start + 2 * bits, bits), table, CODE)
+        w1 = two_weights(window(words, following, half, start + 4 * bits, bits), table, CODE)
+        w2 = two_weights(window(words, following, half, start + 6 * bits, bits), table, CODE)
+        w3 = two_weights(window(words, following, half, start + 8 * bits, bits), table, CODE)
         p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
         p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
     else:
@@ -190,7 +202,8 @@ def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, ORDER: tl.c
     """[tiles, 32] words to fp16 [16 tiles, 64]; columns are in the order of rotation.place.
 
     Lane 4 g + t has run 2 g + t % 2 of 16 positions, of tile t / 2 of each half. So the letters of formats/tile.py are
-    here: g is rrr, and the axes behind t are c, R, C, the lower c of cc, and the half.
+    here: g is rrr, and the axes behind t are c, R, C, the lower c of cc, and the half. Of tiles by rows it has rows g
+    and g + 8 in place of the halves, and the axes behind t are the bits of the column in tile t.
     """
     e0 = trellis_eight(words, following, table, zero, 0, 0, CODE, bits)
     e1 = trellis_eight(words, following, table, zero, 0, 8, CODE, bits)
@@ -198,14 +211,12 @@ def trellis_chunk(words, following, table, zero, CODE: tl.constexpr, ORDER: tl.c
     e3 = trellis_eight(words, following, table, zero, 1, 8, CODE, bits)
     v = join4(e0, e1, e2, e3)
     TILES: tl.constexpr = v.shape[0]
-    if ORDER == "by_rows":  # a run is row 2 g + t % 2; bits 1, 2 and 3 of a column are the axes of R, C and cc
-        v = tl.reshape(v, (TILES, 8, 2, 2, 2, 2, 2, 2, 2))
-        v = tl.permute(v, (0, 1, 3, 8, 5, 7, 2, 6, 4))
+    v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
+    if ORDER == "by_rows":
+        v = tl.permute(v, (0, 7, 1, 6, 5, 4, 2, 3))
     elif ORDER == "swapped":  # R and C change places
-        v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
         v = tl.permute(v, (0, 5, 1, 7, 6, 4, 2, 3))
     else:
-        v = tl.reshape(v, (TILES, 8, 4, 2, 2, 2, 2, 2))
         v = tl.permute(v, (0, 4, 1, 7, 6, 5, 2, 3))
     return tl.reshape(v, (TILES * 16, 64))
 

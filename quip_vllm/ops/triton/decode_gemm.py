@@ -64,21 +64,29 @@ def load_words(at, lane, bits: tl.constexpr):
 
 
 @triton.jit
-def load_following(at, lane, CODE: tl.constexpr, bits: tl.constexpr):
-    """What a lane's two runs go on with, of the lane of the next runs: the first word of each, or one for both."""
+def load_following(at, lane, CODE: tl.constexpr, ORDER: tl.constexpr, bits: tl.constexpr):
+    """What a lane's two runs go on with, of the lane of the next runs: the first word of each, or one for both.
+
+    In a tile by rows, rows 7 and 15 go on with those of the other half.
+    """
     if CODE == "e8p":
         none = tl.zeros((at.shape[0], 32), tl.uint32)
         return none, none
-    next_lane = lane + 1 + (lane & 1) * 2 & 31
+    next_lane = lane + 4 & 31 if ORDER == "by_rows" else lane + 1 + (lane & 1) * 2 & 31
     if bits % 2:
         both = tl.load(at + (bits - 1) * 32 + next_lane)
+        if ORDER == "by_rows":
+            both = tl.where(lane >= 28, both << 16 | both >> 16, both)
         return both, both
-    elif bits == 2:
+    if bits == 2:
         a, b = tl.split(load_part(at + next_lane * 2, 2))
-        return a, b
     else:
         second: tl.constexpr = 128 if bits == 8 else bits // 2
-        return tl.load(at + next_lane * 4), tl.load(at + next_lane * 4 + second)
+        a, b = tl.load(at + next_lane * 4), tl.load(at + next_lane * 4 + second)
+    if ORDER == "by_rows":
+        return tl.where(lane >= 28, b, a), tl.where(lane >= 28, a, b)
+    else:
+        return a, b
 
 
 @triton.jit
@@ -126,7 +134,7 @@ def decode_gemm_kernel(
         first_tile += PROJECTIONS[i]
         end_tile = tl.where(here, first_tile, end_tile)
         if i > 0:
-            table += tl.where(here, 1024, 0)
+            table += tl.where(here, 1024 if CODE == "hyb" else 65536, 0)
         program -= tl.cdiv(PROJECTIONS[i], WARPS)
     tile = tile0 + tl.arange(0, WARPS)
     lane = tl.arange(0, 32)[None, :]
@@ -141,12 +149,12 @@ def decode_gemm_kernel(
     total = tl.zeros((16 * WARPS, BM), tl.float32)
     fine = tl.zeros((16 * WARPS, BM), tl.float32)
     words = load_words(at + begin * (32 * BITS), lane, BITS)
-    following = load_following(at + begin * (32 * BITS), lane, CODE, BITS)
+    following = load_following(at + begin * (32 * BITS), lane, CODE, ORDER, BITS)
     columns = tl.load(x_at + begin * 64)
     for chunk in tl.range(begin, end, num_stages=1, loop_unroll_factor=UNROLL):
         ahead = tl.minimum(chunk + 1, end - 1)
         next_words = load_words(at + ahead * (32 * BITS), lane, BITS)
-        next_following = load_following(at + ahead * (32 * BITS), lane, CODE, BITS)
+        next_following = load_following(at + ahead * (32 * BITS), lane, CODE, ORDER, BITS)
         next_columns = tl.load(x_at + ahead * 64)
         total = tl.dot(decode(words, following, table, zero, CODE, ORDER, BITS), columns, total)
         if SECOND != 0:
@@ -180,7 +188,7 @@ def decode_rows_kernel(
     lane = tl.arange(0, 32)[None, :]
     at = packed + (tile.to(tl.int64) * chunks + chunk)[:, None] * (32 * BITS)
     words = load_words(at, lane, BITS)
-    weights = decode(words, load_following(at, lane, CODE, BITS), table, 0, CODE, ORDER, BITS).to(tl.float32)
+    weights = decode(words, load_following(at, lane, CODE, ORDER, BITS), table, 0, CODE, ORDER, BITS).to(tl.float32)
     if SECOND != 0:
         weights += SECOND * decode_second(words, table, 0, BITS).to(tl.float32)
     chosen = (tl.arange(0, 16) == (number & 15).to(tl.int32))[:, None]
@@ -189,6 +197,9 @@ def decode_rows_kernel(
     if CODE == "e8p":  # where rotation.place has put the columns
         t, s, i, c = column >> 1 & 3, column >> 4 & 1, column >> 3 & 1, column & 1
         column = (column & 32) | t << 3 | s << 2 | i << 1 | c
+    elif ORDER == "by_rows":
+        t, s, i, c = column >> 1 & 3, column >> 4 & 3, column >> 3 & 1, column & 1
+        column = t << 4 | s << 2 | i << 1 | c
     else:
         t, u, e = column >> 2 & 1, column >> 1 & 1, column >> 4 & 1
         column = (column & -23) | t << 4 | u << 2 | e << 1

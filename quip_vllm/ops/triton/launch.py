@@ -13,7 +13,7 @@ from quip_vllm.formats.e8p_residual import RESIDUAL_SCALE, Lattice
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis_codes import HYB, LUT, TABLE
+from quip_vllm.formats.trellis_codes import HYB, LUT, PAIRS, STORED, TABLE
 from quip_vllm.ops import cuda_layout
 from quip_vllm.ops.triton import rotation, shapes
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel, decode_rows_kernel
@@ -24,6 +24,9 @@ MAX_ROWS = 1024
 
 MIX_A, MIX_B, MIX_WHOLE = 32, 32, 1024
 """Runs and elements of a program of H_q, and elements where there is nothing to mix."""
+
+_TABLE_BYTES = {"hyb": 1 << 12, "lut": 1 << 17, "table": 1 << 17, "pairs": 1 << 18}
+"""Of the table of a part, which begins at a multiple of it."""
 
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -38,13 +41,15 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
-    """What the code's decoder looks up, or None; of HYB, for each part, the rows, and again with the sign."""
+    """What the code's decoder looks up, or None; for each part, of HYB, the rows, and again with the sign."""
     device = tensors[SV.name].device
     if spec.format is HYB:
         rows = tensors[TABLE].half().contiguous().view(torch.int32).view(len(spec.output_sizes), -1)
-        return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), 1 << 12)
+        return aligned(torch.cat([rows, rows ^ 0x8000], dim=1), _TABLE_BYTES["hyb"])
     if spec.format is LUT:
         return _lut(device)
+    if spec.format in (STORED, PAIRS):
+        return aligned(tensors[TABLE].half().contiguous().flatten(), _TABLE_BYTES[spec.code])
     return cuda_layout.table(spec, tensors) if isinstance(spec.format, Lattice) else None
 
 
@@ -52,7 +57,7 @@ def table(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor | None:
 @torch.inference_mode(False)
 def _lut(device: torch.device) -> Tensor:
     """One for all layers: it takes 256 KB."""
-    return aligned(LUT.values().half().flatten().to(device), 1 << 17)
+    return aligned(LUT.values().half().flatten().to(device), _TABLE_BYTES["lut"])
 
 
 def aligned(table: Tensor, size: int) -> Tensor:
@@ -123,7 +128,7 @@ def linear(
     turn = _Rotation(x.shape[1], bases[0], widths[0])
     for rows, to in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
         if len(rows):
-            activations, scales, totals = _rotate_in(rows, su, turn, bases[0], code == "e8p")
+            activations, scales, totals = _rotate_in(rows, su, turn, bases[0], columns(code))
             shape = shapes.shape(chosen, len(rows))
             partial = multiply(activations, packed, table, output_sizes, code, bits, split_chunks, shape)
             unit, offset, _ = numbers(code, bits)
@@ -177,6 +182,11 @@ def numbers(code: str, bits: int) -> tuple[float, float, float]:
     return 1.0, 36.0 + (36.25 if bits == 3 else 36.0) * second, second
 
 
+def columns(code: str) -> str:
+    """The order in which decode_gemm wants the columns of x (rotation.place)."""
+    return "lattice" if code == "e8p" else "by_rows" if code_and_order(code)["ORDER"] == "by_rows" else "trellis"
+
+
 def code_and_order(code: str) -> dict[str, str]:
     """The kernels' constants of a code's name."""
     own, _, order = code.partition("_")
@@ -186,7 +196,8 @@ def code_and_order(code: str) -> dict[str, str]:
 def gemm_options(code: str, shape: shapes.Shape) -> dict[str, Any]:
     """Triton's options for decode_gemm. Left alone, ptxas spills some of the registers that look-ups hold."""
     registers = 240 if shape.rows >= 32 else 168
-    many = code == "lut" or own_code(code) == "hyb" and shape.rows >= 32
+    own = own_code(code)
+    many = own in ("lut", "table", "pairs") or own == "hyb" and shape.rows >= 32
     return {"num_warps": shape.warps, **OPTIONS, **({"maxnreg": registers} if many else {})}
 
 
@@ -197,10 +208,12 @@ def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, 
         return words, words  # never read
     if code == "e8p":
         return words, table.view(torch.uint32)
-    return words, aligned(table, 1 << 17) if code == "lut" else aligned(table, 1 << 12).view(torch.uint32)
+    own = own_code(code)
+    table = aligned(table, _TABLE_BYTES[own])
+    return words, table if own in ("lut", "table") else table.view(torch.uint32)
 
 
-def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns rotated activations fp16 [m, 64 chunks], scales [m], and their sums in parts [m, programs of a row]."""
     m, k = x.shape
     stride = padded(k)
@@ -210,7 +223,7 @@ def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, lattice: bo
     scratch, largest = scales, scales.view(torch.int32)  # never written
     if not turn.whole:
         scratch, largest = torch.empty(m, k, **floats), torch.empty(m, turn.blocks, dtype=torch.int32, device=x.device)
-    options = {"GROWTH": turn.growth, "LATTICE": lattice, **OPTIONS}
+    options = {"GROWTH": turn.growth, "COLUMNS": order, **OPTIONS}
     rotation.walsh_in_kernel[m, turn.blocks](
         x, su, out, stride, scratch, largest, totals, scales, k,
         COUNT=turn.count, P=turn.p, WHOLE=turn.whole, num_warps=turn.warps, **options,
@@ -237,7 +250,8 @@ def multiply(
     m, tiles, chunks = x.shape[0], packed.shape[0], x.shape[1] // CHUNK
     splits = triton.cdiv(chunks, split_chunks)
     partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
-    parts = tuple(size // TILE for size in output_sizes) if own_code(code) == "hyb" and len(output_sizes) > 1 else ()
+    own_tables = own_code(code) in ("hyb", "table", "pairs") and len(output_sizes) > 1
+    parts = tuple(size // TILE for size in output_sizes) if own_tables else ()
     programs = sum(triton.cdiv(count, shape.warps) for count in parts or (tiles,))
     decode_gemm_kernel[programs, splits, triton.cdiv(m, shape.rows)](
         *_unsigned(packed, table, code), x, partial, m, tiles, chunks, split_chunks,

@@ -60,13 +60,17 @@ def power_of_two(e):
 
 
 @triton.jit
-def place(column, LATTICE: tl.constexpr):
+def place(column, COLUMNS: tl.constexpr):
     """Where decode_gemm wants a column.
 
     Of 32 columns lane t decodes 8 t + 4 s + 2 i + c of a lattice and 16 (t / 2) + 8 i + 4 (t % 2) + 2 s + c of a
-    trellis, and multiplies 16 s + 8 i + 2 t + c.
+    trellis, and multiplies 16 s + 8 i + 2 t + c. Of 64 columns of a trellis with tiles by rows it decodes 16 t + 4 s +
+    2 i + c.
     """
-    if LATTICE:
+    if COLUMNS == "by_rows":
+        t, s, i, c = column >> 4 & 3, column >> 2 & 3, column >> 1 & 1, column & 1
+        return (column & -64) | s << 4 | i << 3 | t << 1 | c
+    elif COLUMNS == "lattice":
         t, s, i, c = column >> 3 & 3, column >> 2 & 1, column >> 1 & 1, column & 1
         return (column & -32) | s << 4 | i << 3 | t << 1 | c
     else:
@@ -86,7 +90,7 @@ def rounded(v, like: tl.constexpr):
 
 
 @triton.jit
-def store_activations(v, column, used, out, top, total_at, scale_at, GROWTH: tl.constexpr, LATTICE: tl.constexpr):
+def store_activations(v, column, used, out, top, total_at, scale_at, GROWTH: tl.constexpr, COLUMNS: tl.constexpr):
     """v, a row or a part, unnormalised, to fp16 at `out`; the sum of what was stored, and the scale, NaN for a bad row.
 
     top: the bits of the row's largest magnitude. A row that is not finite is stored as zeros.
@@ -94,7 +98,7 @@ def store_activations(v, column, used, out, top, total_at, scale_at, GROWTH: tl.
     finite = top < 0x7F800000
     e = exponent(top, GROWTH)
     half = tl.where(finite, v * power_of_two(-e), 0.0).to(tl.float16)
-    tl.store(out + place(column, LATTICE), half, mask=used)
+    tl.store(out + place(column, COLUMNS), half, mask=used)
     tl.store(total_at, tl.sum(tl.ravel(tl.where(used, half.to(tl.float32), 0.0))))
     tl.store(scale_at, tl.where(finite, power_of_two(e), float("nan")))
 
@@ -113,7 +117,7 @@ def walsh_in_kernel(
     COUNT: tl.constexpr,
     P: tl.constexpr,
     GROWTH: tl.constexpr,
-    LATTICE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """x [m][k] times su, S_P, to scratch fp32 [m][k], and the largest magnitude before S_P to largest [m][blocks].
@@ -127,7 +131,7 @@ def walsh_in_kernel(
     top = tl.max(magnitude(v))
     v = walsh(v, COUNT, P)
     if WHOLE:
-        store_activations(v, i, i < k, out + row * stride, top, totals + row, scales + row, GROWTH, LATTICE)
+        store_activations(v, i, i < k, out + row * stride, top, totals + row, scales + row, GROWTH, COLUMNS)
     else:
         tl.store(largest + row * blocks + block, top)
         tl.store(scratch + row * k + i, v, mask=i < k)
@@ -157,7 +161,7 @@ def mix_in_kernel(
     p,
     BLOCKS: tl.constexpr,
     GROWTH: tl.constexpr,
-    LATTICE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     MIX: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -173,7 +177,7 @@ def mix_in_kernel(
     else:
         v = tl.load(scratch + row * k + first + column, mask=used, other=0.0)
     total_at = totals + (row * tl.num_programs(1) + run) * tl.num_programs(2) + part
-    store_activations(v, first + column, used, out + row * stride, top, total_at, scales + row, GROWTH, LATTICE)
+    store_activations(v, first + column, used, out + row * stride, top, total_at, scales + row, GROWTH, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["m", "start", "unit", "offset"], do_not_specialize_on_alignment=["y"])
