@@ -17,6 +17,10 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 EXTRAS := vllm,quantize,dev
 PIP := $(BIN)/pip install --progress-bar off
 SAY := scripts/logged.sh
+PYTEST := $(BIN)/python -m pytest
+# It measures time, so it runs while nothing else does.
+ALONE := tests/loadtests/test_measurement.py::test_figures_equal_what_was_emitted
+OTHERS := -n auto --dist worksteal --deselect $(ALONE)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help venv build wheel figures demo test test-all check lint format types words rules sanitize loadtest \
@@ -65,10 +69,12 @@ demo: venv
 	$(BIN)/python scripts/demo/demo.py
 
 test: venv
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not exhaustive"
+	$(PYTEST) $(ALONE)
+	$(PYTEST) $(OTHERS) -m "not exhaustive"
 
 test-all: venv
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST) $(ALONE)
+	$(PYTEST) $(OTHERS)
 
 check: lint format types words rules
 
@@ -86,10 +92,10 @@ words: $(INSTALLED)
 	typos
 
 rules: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(PYTEST) -q tests/test_architecture.py
 
 sanitize: venv
-	$(BIN)/python -m pytest -q -n auto --dist worksteal --sanitize tests/kernels/test_sanitizers.py tests/kernels/test_cuda_sanitizers.py
+	$(PYTEST) -q -n auto --dist worksteal --sanitize tests/kernels/test_sanitizers.py tests/kernels/test_cuda_sanitizers.py
 
 ifeq ($(SERVER),)
 loadtest: venv
