@@ -14,6 +14,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",  # it does not know the plugin's code: a stale graph could hide a change
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
@@ -122,6 +123,16 @@ def generated(prompts, adapters=None, schema=None, **sampling):
         }
         for one in found
     ]
+
+
+def scored(tokens):
+    """Token -> log probability at each position of a prompt but the last, at the next one: its own and 20 more."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=20)
+    (found,) = running.generate([TokensPrompt(prompt_token_ids=tokens)], sampling, use_tqdm=False)
+    return [{token: one.logprob for token, one in row.items()} for row in found.prompt_logprobs[1:]]
 
 
 def embedded(prompts):

@@ -7,13 +7,14 @@ Usage: python tests/ranks.py FILE.json CHECKPOINT TENSOR_PARALLEL PIPELINE_PARAL
 import gc
 import json
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 PROMPTS = [list(range(40, 60)), [7, 3, 250]]
 
 
 def generated(folder: str, ranks: int, stages: int) -> list[list[int]]:
-    """The token ids of each prompt's completion. One rank is this process.
+    """The token ids of each prompt's completion.
 
     A second stage makes its buffers while it warms up, which vLLM 0.32 leaves out on a CPU if it compiles nothing.
     """
@@ -33,7 +34,7 @@ def generated(folder: str, ranks: int, stages: int) -> list[list[int]]:
         enable_prefix_caching=False,
         tensor_parallel_size=ranks,
         pipeline_parallel_size=stages,
-        distributed_executor_backend="uni" if ranks * stages == 1 else "mp",
+        distributed_executor_backend="mp",
     )
     prompts = [TokensPrompt(prompt_token_ids=one) for one in PROMPTS]
     sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -46,7 +47,10 @@ def generated(folder: str, ranks: int, stages: int) -> list[list[int]]:
 
 
 def main(file: str, *jobs: str) -> None:
-    """Writes the completions of each job."""
+    """Writes the completions of each job, by ranks that are forked: spawned, as vLLM has it, each would import vLLM."""
+    from vllm.v1.executor import multiproc_executor
+
+    multiproc_executor.get_mp_context = lambda: get_context("fork")
     described = zip(jobs[::3], jobs[1::3], jobs[2::3], strict=True)
     found = [generated(folder, int(ranks), int(stages)) for folder, ranks, stages in described]
     Path(file).write_text(json.dumps(found))

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plugin's tests do with layers of vLLM: configure, build, load as a vLLM model does, finish, compare."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import engine as served
 import torch
 from numerics import FLOAT32_LINEAR
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
+from quip_vllm.evaluation.verification import expected_log_probabilities, largest_difference
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.reference import dequantize
 from quip_vllm.vllm_plugin.arrival import _SENT, send
 from quip_vllm.vllm_plugin.config import QuipConfig
 from quip_vllm.vllm_plugin.loading import load_parameter
 
-ROOT = Path(__file__).resolve().parents[1]
 SENT = []
 """What was sent to layers, which has to live until they are finished."""
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -105,16 +100,10 @@ def assert_close(found, expected):
     assert torch.linalg.norm(found - expected) <= FLOAT32_LINEAR * torch.linalg.norm(expected)
 
 
-def served_difference(folder, scratch, eager=True):
-    """The largest difference of log probabilities between vLLM, in a process of its own, and the dequantized model."""
-    own = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **own, "VLLM_DISABLE_COMPILE_CACHE": "1", "PYTHONPATH": path}
-    environment.pop("QUIP_VLLM_BACKEND", None)
-    command = [sys.executable, "scripts/bench/check_serving.py", str(folder), *["--eager"][:eager]]
-    command += ["--text", "these bytes are scored by both", "--json", str(scratch / "figures.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    figures = json.loads((scratch / "figures.json").read_text())
-    assert figures["positions"] > 20, figures
-    return figures["max_difference"]
+def served_difference(engine, folder, eager=True):
+    """The largest difference of log probabilities between vLLM and the dequantized model, over a prompt."""
+    tokens, expected = expected_log_probabilities(folder)
+    engine(served.start, folder, enforce_eager=eager)
+    found = engine(served.scored, tokens)
+    assert len(found) == len(tokens) - 1 > 20
+    return largest_difference(expected, found)

@@ -15,10 +15,11 @@ if importlib.util.find_spec("vllm") is None:
 from release import architectures
 
 SCRIPT = Path(architectures.__file__)
-TEN = ["falcon", "llama", "qwen3", "phi", "gemma3_text", "olmo2", "cohere2", "opt", "glm4", "granite"]
+MORE = ["falcon", "opt", "glm4"]
+"""Whose layers are others than those of tests/vllm_plugin: q, k and v in one; no gate; gate and up in one."""
 
 
-@pytest.mark.parametrize("kind", ["bloom", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in TEN)])
+@pytest.mark.parametrize("kind", ["bloom", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in MORE)])
 def test_the_served_model_is_the_checkpoint(tmp_path, kind):
     record = tmp_path / "record.jsonl"
     subprocess.run([sys.executable, str(SCRIPT), str(record), "--only", kind], check=True, capture_output=True)

@@ -137,8 +137,8 @@ SERVED = [
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("kind", "architecture"), SERVED)
-def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model, tmp_path, kind, architecture):
+def test_served_log_probabilities_are_those_of_the_dequantized_model(engine, tiny_model, tmp_path, kind, architecture):
     source = tiny_model(architecture, hidden_size=192, head_dim=64, num_attention_heads=2, intermediate_size=256)
     KINDS[kind](source, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")
-    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
+    assert served_difference(engine, tmp_path / "out") < SERVED_LOG_PROBABILITY

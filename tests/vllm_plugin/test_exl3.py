@@ -267,7 +267,7 @@ SERVED += [pytest.param("Qwen2", "mul1", marks=pytest.mark.exhaustive)]  # with 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "code"), SERVED)
-def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model, tmp_path, architecture, code):
+def test_served_log_probabilities_are_those_of_the_dequantized_model(engine, tiny_model, tmp_path, architecture, code):
     """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied; Qwen 3 in slices."""
     rates = {"q": 2, "k": 5, "v": 8}
     exl3_files.write(
@@ -277,4 +277,4 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(tiny_model,
         lambda name: rates.get(name.rpartition(".")[2].removesuffix("_proj"), 3),
         widths=(128, 128, 64) if architecture == "Qwen3" else (),
     )
-    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
+    assert served_difference(engine, tmp_path / "out") < SERVED_LOG_PROBABILITY

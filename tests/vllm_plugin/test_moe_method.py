@@ -347,27 +347,27 @@ SERVED = [
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "code", "bits", "eager"), SERVED)
-def test_served_log_probabilities_are_those_of_the_dequantized_model(tmp_path, architecture, code, bits, eager):
+def test_served_log_probabilities_are_those_of_the_dequantized_model(engine, tmp_path, architecture, code, bits, eager):
     folder = moe_files.write(tmp_path / "out", architecture, code, bits)
-    assert served_difference(folder, tmp_path, eager) < SERVED_LOG_PROBABILITY
+    assert served_difference(engine, folder, eager) < SERVED_LOG_PROBABILITY
 
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-def test_served_exl3_experts(tmp_path):
+def test_served_exl3_experts(engine, tmp_path):
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_attention_heads": 2, "head_dim": 64}
     source = moe_files.save("Qwen3Moe", tmp_path / "source", **sizes)
     exl3_files.write(source, tmp_path / "out", "mcg")
-    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
+    assert served_difference(engine, tmp_path / "out") < SERVED_LOG_PROBABILITY
 
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "down"), [("Mixtral", "w2"), ("Qwen2Moe", "experts.*down_proj")])
-def test_served_log_probabilities_of_what_the_quantizer_writes(make_settings, tmp_path, architecture, down):
+def test_served_log_probabilities_of_what_the_quantizer_writes(engine, make_settings, tmp_path, architecture, down):
     from quip_vllm.quantizer.run import quantize
 
     source = moe_files.save(architecture, tmp_path / "source")
     changes = {"overrides": ((down, 4),), "ignore": ("layers.0.*[.]experts[.]",), "tune": "refit"}
     quantize(make_settings(source, code="1mad", **changes), tmp_path / "out")
-    assert served_difference(tmp_path / "out", tmp_path) < SERVED_LOG_PROBABILITY
+    assert served_difference(engine, tmp_path / "out") < SERVED_LOG_PROBABILITY
