@@ -30,16 +30,16 @@ EVERY_RATE = [case(code=code, bits=bits, usual=is_boundary(code, bits)) for code
 
 
 def crossed(shapes: list[tuple], odd: int) -> list:
-    """Every shape with every rate, for (*shape, code, bits).
+    """Shapes with rates, for (*shape, code, bits): all shapes at 2 and 3 bits, the one with index `odd` at every rate.
 
-    `make test` takes all shapes at 2 bits, and the shape with index `odd` at the rates of `is_boundary`. The grid has
-    no more than these shapes: what depends on sizes is the trellis codes'.
+    `make test` takes all shapes at 2 bits, and the odd one at the rates of `is_boundary`. The grid has all shapes at 2
+    bits alone: what depends on sizes is the trellis codes'.
     """
     return [
         case(*shape, code=code, bits=bits, usual=bits == 2 or (i == odd and is_boundary(code, bits)))
         for code, bits in RATES
         for i, shape in enumerate(shapes)
-        if code != "grid" or bits == 2 or i == odd
+        if i == odd or bits == 2 or (bits == 3 and code != "grid")
     ]
 
 

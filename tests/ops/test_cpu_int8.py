@@ -101,7 +101,7 @@ def test_integers_of_every_lattice_code(bits, m):
     assert relative(CPU.prepare(spec, tensors).linear(x), expected(spec, tensors, x)) < INT8_ROUNDING
 
 
-SPECS = [LinearSpec(code, bits, *shape) for code, bits in RATES for shape in SHAPES]
+SPECS = [LinearSpec(code, bits, *shape) for code, bits in RATES for shape in SHAPES[: None if bits == 2 else -1]]
 SPECS += [
     LinearSpec(code, bits, 384, (256,), 128, tile_order=TileOrder.MMA_SWAPPED)
     for code in ("3inst", "mcg", "mul1")
