@@ -84,7 +84,11 @@ OWN = {
     "gpt_bigcode": {"num_key_value_heads": 1},
     "mpt": {"no_bias": True},
     "phi": {"num_key_value_heads": 4},
-    **{kind: LATENT for kind in ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")},
+    **{kind: LATENT for kind in ("axk1", "deepseek_v2", "deepseek_v32")},
+    "deepseek_v3": {**LATENT, "topk_method": "noaux_tc"},
+    "glm4_moe": {"head_dim": 32},
+    "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
     "glm_moe_dsa": {"num_key_value_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -95,7 +99,7 @@ OWN = {
     "zamba2": {"num_hidden_layers": 54},
 }
 """What an architecture needs besides."""
-IGNORE = {kind: ("kv_b_proj",) for kind in OWN if OWN[kind] is LATENT}
+IGNORE = {kind: ("kv_b_proj",) for kind in OWN if OWN[kind].items() >= LATENT.items()}
 """Layers that keep their weight, because vLLM does not multiply with them as with a linear layer."""
 
 
@@ -263,7 +267,8 @@ def run(record, only):
                 found = json.loads(last[-1].removeprefix("RESULT ")) if last else {"status": "failed", "why": tail}
             except subprocess.TimeoutExpired:
                 found = {"status": "failed", "why": f"more than {LIMIT_SECONDS} seconds"}
-        line = {"model_type": kind, "architecture": all_types[kind], **found, "seconds": round(time.time() - start)}
+        line = {"model_type": kind, "architecture": all_types[kind], **found}
+        line |= {"seconds": round(time.time() - start), "processor": processor()}
         print(json.dumps(line), flush=True)
         with open(record, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -274,17 +279,21 @@ def read(record):
     return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
 
-def machine():
-    """The processor, the versions and the commit."""
+def processor():
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return (models or [platform.machine()])[0]
+
+
+def machine(processors):
+    """The processors, the versions and the commit."""
     import transformers
     import vllm
 
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return (
-        f"{(models or [platform.machine()])[0]}, vLLM {vllm.__version__}, transformers {transformers.__version__}, "
+        f"{' and '.join(processors)}, vLLM {vllm.__version__}, transformers {transformers.__version__}, "
         f"{datetime.date.today()}. The page was written at commit {commit.strip()}, its rows were run at it or before"
     )
 
@@ -315,10 +324,11 @@ def write_table(record, file):
         "  make one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
         "State-space models and others with convolutions are refused, and so are experts that transformers does not",
-        "stack as it does Qwen3-MoE's, or that the files stack; the sentence names the tensor. Models with latent",
-        "attention were quantized with `--ignore kv_b_proj`.",
+        "stack as it does Qwen3-MoE's or GPT-OSS's; the sentence names the tensor. Models with latent attention were",
+        "quantized with `--ignore kv_b_proj`. vLLM's latent attention takes no float32 on a CPU with AMX, and its code",
+        "of some models reads keys that the config of transformers lacks.",
         "",
-        f"Machine: {machine()}.",
+        f"Machine: {machine(sorted({one['processor'] for one in found.values() if 'processor' in one}))}.",
         "",
         f"transformers knows {len(rows)} causal architectures, and vLLM {len(rows) - counts['not in vLLM']} of them; "
         f"{len(rows) - counts['not in vLLM'] - counts['not run yet']} were run. Results: "

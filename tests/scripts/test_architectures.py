@@ -30,7 +30,13 @@ def test_the_served_model_is_the_checkpoint(tmp_path, kind):
 def test_the_table(tmp_path):
     record, table = tmp_path / "record.jsonl", tmp_path / "table.md"
     lines = [
-        {"model_type": "llama", "architecture": "LlamaForCausalLM", "status": "same", "difference": 2.6e-6},
+        {
+            "model_type": "llama",
+            "architecture": "LlamaForCausalLM",
+            "status": "same",
+            "difference": 2.6e-6,
+            "processor": "P",
+        },
         {"model_type": "opt", "architecture": "OPTForCausalLM", "status": "refused", "why": "a <b> | c"},
     ]
     record.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -40,7 +46,7 @@ def test_the_table(tmp_path):
     assert "| OPTForCausalLM | `opt` | refused: a &lt;b> \\| c |" in rows
     assert "| LlamaForCausalLM | `llama` | same to 3e-06 |" in rows
     assert len(rows) == 1 + len(architectures.model_types()), "every architecture has a row"
-    assert " 2 were run. Results: " in text and " 1 refused, 1 same." in text and "commit " in text
+    assert " 2 were run. Results: " in text and " 1 refused, 1 same." in text and "Machine: P, vLLM" in text
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):

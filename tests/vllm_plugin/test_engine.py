@@ -2,6 +2,7 @@
 """What vLLM does with a model besides answering, on quantized ones, against the model dequantized in transformers."""
 
 import json
+import shutil
 
 import engine as served
 import pytest
@@ -10,7 +11,7 @@ import torch
 from numerics import FLOAT32_LAYERS, SERVED_LOG_PROBABILITY
 from safetensors.torch import load_file, save_file
 
-from quip_vllm.evaluation.loading import load_model
+from quip_vllm.evaluation.loading import dense_state, load_model
 
 PROMPTS = [[i % 251 for i in range(3, 143)], [7, 3, 250, 11, 90], list(range(200, 150, -1))]
 MIXED = {"lm_head": 4, "overrides": (("v_proj", 3), ("down_proj", 4)), "ignore": (r"1\.mlp\.(gate|up)",)}
@@ -141,6 +142,23 @@ def test_two_ranks_with_experts_of_their_own(quantized, engine):
     found = answers(engine)
     engine.close()
     assert_served(folder, found)
+
+
+@pytest.mark.exhaustive
+def test_latent_attention(tiny_model, quantized, engine, tmp_path):
+    """Against vLLM with the dequantized weights: its own numbers are not those of transformers."""
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "hidden_size": 128}
+    folder = quantized("DeepseekV2", latent, ignore=("kv_b_proj",), overrides=(("down_proj", 4),))
+    shutil.copytree(tiny_model("DeepseekV2", **latent), tmp_path / "dense")
+    save_file(dense_state(folder), tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    both = []
+    for one in (tmp_path / "dense", folder):  # with AMX vLLM would take a backend without float32
+        engine(served.start, one, max_model_len=256, attention_backend="CPU_MLA")
+        both.append(answers(engine))
+    assert tokens(both[0]) == tokens(both[1])
+    for one, other in zip(*both, strict=True):
+        pair = (torch.tensor([*found["prompt"], *found["answer"]]) for found in (one, other))
+        torch.testing.assert_close(*pair, rtol=0, atol=SERVED_LOG_PROBABILITY)
 
 
 def test_dummy_weights_start(quantized, engine):
