@@ -82,7 +82,8 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
 int main(int count, char** words) {
   for (int i = 1; i + 1 < count; i += 2) {
     const CodeKernels& code = codes().at(words[i]);
-    const int bits = std::atoi(words[i + 1]), depth = bits > 4 || !std::strcmp(words[i], "lut") ? 1 : 2;
+    const bool gathers = !std::strcmp(words[i], "lut") || !std::strcmp(words[i], "pairs_by_rows");
+    const int bits = std::atoi(words[i + 1]), depth = bits > 4 || gathers ? 1 : 2;
     for (int m : {2, 9, 17}) {
       for (bool fused : {false, true}) {
         const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused);
