@@ -86,5 +86,25 @@ inline void unrolled(F f) {
   }(std::make_integer_sequence<int, count>());
 }
 
+// Calls f with the constant that count is, of 1 .. most.
+template <int most, class F>
+inline void with_count(int64_t count, F f) {
+  unrolled<most>([&](auto i) {
+    if (count == i + 1) f(std::integral_constant<int, i + 1>());
+  });
+}
+
+// The rates that are compiled, a bit each: programs under a sanitizer may have some of them (kernels/tests.cmake).
+#ifndef QUIP_RATES
+#define QUIP_RATES ~0u
+#endif
+// Calls f with the constant that bits is, of 1 .. most.
+template <int most, class F>
+inline void with_bits(int bits, F f) {
+  with_count<most>(bits, [&](auto count) {
+    if constexpr (QUIP_RATES >> count & 1) f(count);
+  });
+}
+
 }  // namespace
 }  // namespace quip

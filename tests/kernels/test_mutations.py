@@ -22,7 +22,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "gemm_1mad",
         RESULTS,
     ),
-    "another row's next": ("trellis_stream.h", "lane + 4 :", "lane + 8 :", "gemm_1mad_by_rows", "row_major and 1mad"),
+    "another row's next": ("trellis_stream.h", "lane + 4 :", "lane + 8 :", "gemm_1mad_by_rows", "row_major and 2-1mad"),
     "swapped B registers": ("decode_gemm.h", "[2 * v], b.x, b.y", "[2 * v], b.y, b.x", "gemm_1mad", RESULTS),
     "shifted index": ("decode_gemm.h", "lane, words[r]);", "lane ^ 1, words[r]);", "gemm_1mad", RESULTS),
     "wrong selector": ("trellis_stream.h", "0x4421 : 0x4410", "0x4421 : 0x4401", "gemm_1mad", RESULTS),

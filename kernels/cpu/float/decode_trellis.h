@@ -208,21 +208,9 @@ using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t, Tile
 
 template <Code code>
 TileDecoder tile_decoder(int bits) {
-  switch (bits) {
-    case 1: return decode_tile<code, 1>;
-    case 2: return decode_tile<code, 2>;
-    case 3: return decode_tile<code, 3>;
-    case 4: return decode_tile<code, 4>;
-  }
-  if constexpr (code != Code::kHyb) {
-    switch (bits) {
-      case 5: return decode_tile<code, 5>;
-      case 6: return decode_tile<code, 6>;
-      case 7: return decode_tile<code, 7>;
-      case 8: return decode_tile<code, 8>;
-    }
-  }
-  return nullptr;
+  TileDecoder found = nullptr;
+  with_bits<code == Code::kHyb ? 4 : 8>(bits, [&](auto b) { found = decode_tile<code, b>; });
+  return found;
 }
 
 inline TileDecoder tile_decoder(Code code, int bits) {

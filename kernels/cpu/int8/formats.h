@@ -21,20 +21,6 @@
 namespace quip {
 namespace {
 
-template <class F>
-inline void with_bits(int bits, F f) {
-  switch (bits) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 6: return f(std::integral_constant<int, 6>{});
-    case 7: return f(std::integral_constant<int, 7>{});
-    case 8: return f(std::integral_constant<int, 8>{});
-  }
-}
-
 // Whether tiles of AMX multiply many rows.
 template <class Format>
 constexpr bool is_tiled() {
@@ -114,7 +100,7 @@ inline void with_order(Code code, int64_t m, F f) {
 // Calls f(null pointer to the format that multiplies m rows).
 template <class F>
 inline void with_format(const Weight& w, int64_t m, F f) {
-  with_bits(w.bits, [&](auto b) {
+  with_bits<8>(w.bits, [&](auto b) {
     constexpr int bits = decltype(b)::value;
     if (w.code == Code::kGrid) return f(static_cast<Grid8<bits>*>(nullptr));
     if constexpr (bits <= 4) {

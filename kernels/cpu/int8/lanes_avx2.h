@@ -19,15 +19,15 @@ constexpr int kOffset8 = 16;  // decoded bytes are value + 16, unsigned, as vpma
 inline Sums no_sums() { return _mm256_setzero_si256(); }
 inline Sums plus(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
 
-template <class Format>
+template <bool wide>
 constexpr int step_of() {  // quads that are multiplied together
-  return is_wide<Format>() ? 1 : 4;
+  return wide ? 1 : 4;
 }
 
-template <class Format>
+template <bool wide>
 inline Sums multiply_add(Sums sum, __m256i weights, int32_t quad) {
   const __m256i x = _mm256_set1_epi32(quad);
-  if constexpr (is_wide<Format>()) return plus(sum, _mm256_madd_epi16(weights, x));
+  if constexpr (wide) return plus(sum, _mm256_madd_epi16(weights, x));
   return plus(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
 }
 

@@ -18,14 +18,14 @@ constexpr int kOffset8 = 128;  // decoded bytes are value + 128, unsigned, as vp
 inline Sums no_sums() { return _mm512_setzero_si512(); }
 inline Sums plus(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 
-template <class Format>
+template <bool wide>
 constexpr int step_of() {  // quads that are multiplied together
   return 1;
 }
 
-template <class Format>
+template <bool wide>
 inline Sums multiply_add(Sums sum, __m512i weights, int32_t quad) {
-  if constexpr (is_wide<Format>()) return _mm512_dpwssd_epi32(sum, weights, _mm512_set1_epi32(quad));
+  if constexpr (wide) return _mm512_dpwssd_epi32(sum, weights, _mm512_set1_epi32(quad));
   return _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(quad));
 }
 

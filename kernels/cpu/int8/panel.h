@@ -46,14 +46,6 @@ constexpr int vectors_of() {
   return Format::kWhole ? Format::kUnitRows / kRowsOfSums : 1;
 }
 
-// Calls f(a type whose value is count), 1 to most.
-template <int most, class F>
-inline void with_count(int64_t count, F f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    ((count == i + 1 ? f(std::integral_constant<int, i + 1>{}) : void()), ...);
-  }(std::make_integer_sequence<int, most>{});
-}
-
 // emit(vector, quad, values): those vectors of a unit, from `first` on.
 template <class Format, class Emit>
 [[gnu::always_inline]] inline void decode(const Format& format, const uint8_t* unit, int first, Emit emit) {
@@ -114,7 +106,7 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
                  if constexpr (requires { weights.quad; })
                    share = multiply_add(share, weights, at, M);
                  else
-                   share = multiply_add<Format>(share, weights, *at);
+                   share = multiply_add<is_wide<Format>()>(share, weights, *at);
                }
              });
     }
@@ -130,20 +122,20 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
 }
 
 // sums[r * kVectors + 0..1] += quads of the panel (two vectors of its rows, kDepth quads apart) times M rows of x.
-template <class Format, int M>
+template <bool wide, int M>
 void multiply_panel(const Sums* panel, int64_t depth, int64_t quads, const int32_t* x, Sums* sums) {
   Sums sum[M][2];  // in registers: every loop over it is unrolled
 #pragma GCC unroll 12
   for (int r = 0; r < M; ++r) sum[r][0] = sums[r * kVectors], sum[r][1] = sums[r * kVectors + 1];
-  constexpr int step = step_of<Format>();
+  constexpr int step = step_of<wide>();
   for (int64_t q = 0; q < quads; q += step) {
     const Sums *first = panel + q, *second = panel + depth + q;
 #pragma GCC unroll 12
     for (int r = 0; r < M; ++r) {
       const int32_t* quad = x + q * M + r;
       if constexpr (step == 1) {
-        sum[r][0] = multiply_add<Format>(sum[r][0], *first, *quad);
-        sum[r][1] = multiply_add<Format>(sum[r][1], *second, *quad);
+        sum[r][0] = multiply_add<wide>(sum[r][0], *first, *quad);
+        sum[r][1] = multiply_add<wide>(sum[r][1], *second, *quad);
       } else {
         sum[r][0] = multiply_add_four(sum[r][0], first, quad, M);
         sum[r][1] = multiply_add_four(sum[r][1], second, quad, M);
@@ -154,9 +146,9 @@ void multiply_panel(const Sums* panel, int64_t depth, int64_t quads, const int32
   for (int r = 0; r < M; ++r) sums[r * kVectors] = sum[r][0], sums[r * kVectors + 1] = sum[r][1];
 }
 
-template <class Format>
+template <bool wide>
 void multiply_group(int rows, const Sums* panel, int64_t depth, int64_t quads, const int32_t* x, Sums* sums) {
-  with_count<kGroup>(rows, [&](auto count) { multiply_panel<Format, count>(panel, depth, quads, x, sums); });
+  with_count<kGroup>(rows, [&](auto count) { multiply_panel<wide, count>(panel, depth, quads, x, sums); });
 }
 
 // Two blocks of 16 rows (the second may be missing) times all m rows of x.
@@ -186,8 +178,8 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
           const int64_t in_group = std::min(group, m - r);
           const int32_t* quads = x + r * row_quads + u0 * Format::kQuads * in_group;
           for (int vector = 0; vector < count * kHalves; vector += 2)
-            multiply_group<Format>(int(in_group), panel[vector], kDepth, units * Format::kQuads, quads,
-                                   sums[r - m0] + vector);
+            multiply_group<is_wide<Format>()>(int(in_group), panel[vector], kDepth, units * Format::kQuads, quads,
+                                              sums[r - m0] + vector);
         }
       }
       for (int64_t r = m0; r < m1; ++r)

@@ -37,24 +37,10 @@ void encode(const float* targets, int64_t count, const float* values, int32_t* s
   }
 }
 
-template <int V>
-void encode_steps(const float* targets, int64_t count, const float* values, int step_bits, int32_t* states) {
-  switch (step_bits) {
-    case 1: return encode<1, V>(targets, count, values, states);
-    case 2: return encode<2, V>(targets, count, values, states);
-    case 3: return encode<3, V>(targets, count, values, states);
-    case 4: return encode<4, V>(targets, count, values, states);
-    case 5: return encode<5, V>(targets, count, values, states);
-    case 6: return encode<6, V>(targets, count, values, states);
-    case 7: return encode<7, V>(targets, count, values, states);
-    case 8: return encode<8, V>(targets, count, values, states);
-  }
-}
-
 inline void encode_trellis(const float* targets, int64_t count, const float* values, int step_bits, int dim,
                            int32_t* states) {
-  if (dim == 1) encode_steps<1>(targets, count, values, step_bits, states);
-  if (dim == 2) encode_steps<2>(targets, count, values, step_bits, states);
+  if (dim == 1) with_bits<8>(step_bits, [&](auto bits) { encode<bits, 1>(targets, count, values, states); });
+  if (dim == 2) with_bits<4>(step_bits / 2, [&](auto bits) { encode<2 * bits, 2>(targets, count, values, states); });
 }
 
 }  // namespace
