@@ -32,6 +32,17 @@ def dense_rows() -> int:
     return int(wanted)
 
 
+def one_launch_rows() -> int:
+    """QUIP_VLLM_ONE_LAUNCH_ROWS: rows of x up to which the CUDA backend may take one launch for a layer, not three.
+
+    0, never, unless set: it has not run on a GPU. 16 is the most that it can.
+    """
+    wanted = os.environ.get("QUIP_VLLM_ONE_LAUNCH_ROWS") or "0"
+    if not wanted.isdecimal():
+        raise ValueError(f"QUIP_VLLM_ONE_LAUNCH_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
+    return int(wanted)
+
+
 def triton_tune() -> bool:
     """QUIP_VLLM_TRITON_TUNE: 1 takes the fastest shapes of the Triton kernels, timed at load; unset or 0: a table's."""
     wanted = os.environ.get("QUIP_VLLM_TRITON_TUNE") or "0"

@@ -32,5 +32,6 @@ def link(folder: Path, objects: Path, file: str, old: str, new: str, unit: str, 
     compile_ = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-Wno-unknown-pragmas", rates, *flags, "-xc++", "-c"]
     subprocess.run([*compile_, str(folder / "cuda" / f"{unit}.cu"), "-o", str(fresh)], check=True)
     others = [str(path) for path in objects.rglob("*.o") if path.name != f"{unit}.cu.o"]
-    subprocess.run([COMPILER, *others, str(fresh), *flags, "-o", str(folder / target)], check=True)
+    # The first of equal templates is taken.
+    subprocess.run([COMPILER, str(fresh), *others, *flags, "-o", str(folder / target)], check=True)
     return folder / target

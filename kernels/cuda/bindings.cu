@@ -98,12 +98,12 @@ const void* bias_of(const Tensor& bias, const Tensor& x, int64_t n) {
 // The code's unit with a rotation's norm.
 float unit_of(const CodeKernels& info, const Rotation& r) { return info.unit / std::sqrt(float(r.q) * float(r.p)); }
 
-// Whether decode_gemm's epilogue may do what rotate_out does: k is whole, and runs of one width lie within thread
+// Whether decode_gemm's epilogue can do what rotate_out does, once it has all of k: runs of one width lie within thread
 // blocks.
 bool fuses(const Gemm& g, const RotateOut& out) {
   const int p = out.part[0].rotation.p;
   const auto same = [p](const RotateOut::RotatedPart& part) { return part.rotation.q == 1 && part.rotation.p == p; };
-  return g.splits == 1 && g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.parts, same);
+  return g.warps_n * kRowTiles * kTile % p == 0 && std::all_of(out.part, out.part + out.parts, same);
 }
 
 // a b^T of fp16 matrices, float.
@@ -155,12 +155,12 @@ std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const Gemm& 
 }
 
 // x [m][k] -> [m][n], plus bias [n], if there is one. thread_blocks has the chunks of a split, and then warps along n
-// and depth for 1, up to 8, up to 16 and more rows. From dense_rows rows on (0 is never) the weight is decoded as a
-// whole, and cuBLAS multiplies.
+// and depth for 1, up to 8, up to 16 and more rows. Up to one_launch_rows rows decode_gemm is the only launch, where it
+// can be. From dense_rows rows on (0 is never) the weight is decoded as a whole, and cuBLAS multiplies.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su,
                    const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
                    std::vector<int64_t> output_sizes, std::optional<Tensor> bias, std::string code, int64_t bits,
-                   std::vector<int64_t> thread_blocks, int64_t dense_rows) {
+                   std::vector<int64_t> thread_blocks, int64_t one_launch_rows, int64_t dense_rows) {
   const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
@@ -186,7 +186,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
                   " entries: it comes from cuda_shapes.choose");
   const int turn = m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : 3, rows_block = int(std::min<int64_t>(m, kRowBlock));
   const int64_t warps_n = thread_blocks[1 + 2 * turn], depth = turn == 3 ? 1 : thread_blocks[2 + 2 * turn];
-  STD_TORCH_CHECK(entry.shared(rows_block, int(warps_n), int(depth)) > 0, "thread blocks of ", warps_n,
+  STD_TORCH_CHECK(entry.shared(rows_block, int(warps_n), int(depth), 0) > 0, "thread blocks of ", warps_n,
                   " warps along the outputs and depth ", depth, " are not compiled for ", code, " at ", bits,
                   " bits and ", m, " rows: take those of cuda_shapes.choose");
 
@@ -243,15 +243,24 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
     return y;
   }
 
-  const bool fused = fuses(g, out);
-  Memory arranged(x, (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
-  Memory partial(x, fused ? 0 : g.splits * out.split_stride);
+  const bool whole = g.splits == 1, within = fuses(g, out);
+  const bool alone = within && m <= one_launch_rows && aligned && in.rotation.q == 1 && in.rotation.p == kRun &&
+                     entry.shared(rows_block, g.warps_n, g.depth, g.split_chunks) > 0;
+  const bool fused = within && (whole || alone);
+  if (alone) in.slices = g.splits * int(tiles), in.work = 0;  // totals of each thread block
+  Memory arranged(x, alone ? 0 : (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
+  Memory partial(x, fused && whole ? 0 : g.splits * out.split_stride);
+  Memory arrivals(x, alone && !whole ? tiles : 0);
   const RotationMemory memory(x, in, out);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
   g.partial = partial.floats, out.partial = partial.floats;
   if (fused) g.width = out.part[0].rotation.p, g.unit = out.part[0].unit, g.out = out.out;
+  if (alone) g.in = in;
+  if (alone) g.arrivals = reinterpret_cast<uint32_t*>(arrivals.floats);
 
-  std::string problem = rotate_in(in, stream);
+  std::string problem;
+  if (!alone) problem = rotate_in(in, stream);
+  if (alone && !whole) problem = device::clear(g.arrivals, tiles * sizeof(uint32_t), stream);
   if (problem.empty()) problem = entry.run(g, stream);
   if (problem.empty() && !fused) problem = rotate_out(out, stream);
   STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
@@ -292,9 +301,11 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   return y;
 }
 
-// Bytes of shared memory of a thread block of decode_gemm, or 0 where no kernel is compiled for it.
-int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth) {
-  return entry_of(kernels_of(code), code, bits).shared(int(rows), int(warps_n), int(depth));
+// Bytes of shared memory of a thread block of decode_gemm, or 0 where no kernel is compiled for it. chunks: of a split,
+// if it is the only launch, else 0.
+int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t warps_n, int64_t depth,
+                          int64_t chunks) {
+  return entry_of(kernels_of(code), code, bits).shared(int(rows), int(warps_n), int(depth), int(chunks));
 }
 
 }  // namespace

@@ -6,15 +6,20 @@
 //   pipeline       stages_of buffers, which asynchronous copies fill; one barrier per stage
 //
 //   shared memory  tables | stage 0 | stage 1 | ..        stage: words [warp][chunk][tile] | x [chunk][row]
+//   of one launch  tables | RowMemory | stage 0 | stage 1 | .. | x [chunk][row]
 //
-// The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows. No atomics.
+// One launch for the whole layer: a thread block rotates the x of its chunks, all of it before the first stage, and the
+// last of a few outputs' blocks to come adds the parts of k and rotates the outputs.
+//
+// The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows, nor on which
+// block comes last. The only atomics count blocks.
 #pragma once
 #include <map>
 #include <string>
 #include <utility>
 
 #include "decode_rows.h"
-#include "output.h"
+#include "input.h"
 
 namespace quip {
 
@@ -39,11 +44,14 @@ HOST_DEVICE int stage_bytes(int rows, int warps_n, int depth) {
 // no bank.
 HOST_DEVICE constexpr int exchange_stride(int warps_n) { return warps_n * kRowTiles * kTile + 4; }
 
+// chunks: of x, all of which a block has at once where it is the only launch; 0 where it has those of its stages.
 template <class Code>
-inline int shared_bytes(int rows, int warps_n, int depth) {
-  const int pipeline = stages_of<Code>(column_tiles_of(rows)) * stage_bytes<Code>(rows, warps_n, depth);
+inline int shared_bytes(int rows, int warps_n, int depth, int chunks) {
+  const int x = chunks * rows * row_bytes(Code::kOrder);
+  const int pipeline =
+      stages_of<Code>(column_tiles_of(rows)) * stage_bytes<Code>(chunks ? 0 : rows, warps_n, depth) + x;
   const int exchange = 8 * column_tiles_of(rows) * exchange_stride(warps_n) * 4;
-  return Code::kTableBytes + (pipeline > exchange ? pipeline : exchange);
+  return Code::kTableBytes + (chunks ? int(sizeof(RowMemory)) : 0) + (pipeline > exchange ? pipeline : exchange);
 }
 
 // Copies to shared memory, a stage at a time, what the block's warps need. A warp copies its own words, and a share of
@@ -80,9 +88,13 @@ struct Loader {
     x_to = warps * kDepth * kRowTiles * chunk_bytes<Code>() + (first + lane) * 16;
   }
 
-  // Copies the next stage, whole. What lies behind a split's last chunk is not used, and packed and x are longer for
-  // it.
-  DEVICE void load(unsigned char* stage) { load_words(stage), load_x(stage); }
+  // Copies the next stage, whole, with x or without. What lies behind a split's last chunk is not used, and packed and
+  // x are longer for it.
+  template <bool kX>
+  DEVICE void load(unsigned char* stage) {
+    load_words(stage);
+    if constexpr (kX) load_x(stage);
+  }
 
   DEVICE void load_words(unsigned char* stage) {
     unsigned char* words = stage + to;
@@ -154,10 +166,11 @@ DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[
   }
 }
 
-// Adds the sums of the warps that share outputs, in order, and writes them to partial, or what they become to y.
-template <class Code, int kColumnTiles>
+// Adds the sums of the warps that share outputs, in order, and writes them to partial, or what they become to y. The
+// only launch writes both, y in the last block; own is its.
+template <class Code, int kColumnTiles, bool kAlone>
 DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kColumnTiles>& sums, int tile0,
-                       int end_tile, int row0, int rows) {
+                       int end_tile, int row0, int rows, const RowMemory* own) {
   using Sum = typename Code::Sum;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warp_k = warp / g.warps_n;
   const int stride = exchange_stride(g.warps_n), first = (warp - warp_k * g.warps_n) * kRowTiles * kTile;
@@ -181,28 +194,53 @@ DEVICE void store_sums(const Gemm& g, unsigned char* memory, const Sums<Code, kC
     device::sync_block();
   }
   // From here a thread has an output, in every other row.
-  const int output = tile0 * kTile + lane;
-  if (!g.width) {
-    Sum* out = reinterpret_cast<Sum*>(g.partial) + (int64_t(blockIdx.y) * g.m + row0) * (kTile * g.tiles) + output;
-    if (output >= end_tile * kTile) return;
+  const int output = tile0 * kTile + lane, end = output < end_tile * kTile ? rows : 0, width = kTile * g.tiles;
+  Sum* const partial = reinterpret_cast<Sum*>(g.partial) + int64_t(row0) * width + output;
+  const int64_t split_stride = int64_t(g.m) * width;
+  const auto write_partial = [&] {
 #pragma unroll 1
-    for (int row = warp_k; row < rows; row += kWarpsK)
-      out[int64_t(row) * (kTile * g.tiles)] = exchange[row * stride + lane];
-    return;
+    for (int row = warp_k; row < end; row += kWarpsK)
+      partial[blockIdx.y * split_stride + int64_t(row) * width] = exchange[row * stride + lane];
+  };
+  Output out = g.out;
+  if constexpr (kAlone) {
+    int64_t* const totals = g.in.totals + int64_t(blockIdx.x) * g.m * g.splits;
+    out.scales = own->scales, out.totals = totals, out.slices = g.splits;
+    if (out.offset != 0 && int(threadIdx.x) < rows) {
+      int64_t total = 0;
+      for (int i = 0; i < int(blockDim.x) / kLanes; ++i) total += own->totals[threadIdx.x][i];
+      totals[int(threadIdx.x) * g.splits + int(blockIdx.y)] = total;
+    }
+    if (g.splits == 1) {
+      device::sync_block();
+    } else {
+      write_partial();
+      if (!device::comes_last(g.arrivals + blockIdx.x, g.splits)) return;
+#pragma unroll 1
+      for (int row = warp_k; row < end; row += kWarpsK) {
+        Sum sum = partial[int64_t(row) * width];
+#pragma unroll 4
+        for (int i = 1; i < g.splits; ++i) sum = sum + partial[i * split_stride + int64_t(row) * width];
+        exchange[row * stride + lane] = sum;
+      }
+    }
+  } else if (!g.width) {
+    return write_partial();
   }
   float* const v = reinterpret_cast<float*>(memory);
 #pragma unroll 1
   for (int row = warp_k; row < rows; row += kWarpsK)
-    v[row * stride + first + lane] = centred(g.out, exchange[row * stride + lane], total_of(g.out, row0 + row));
+    v[row * stride + first + lane] = centred(out, exchange[row * stride + lane], total_of(out, row0 + row));
   device::sync_block();
   walsh<8 * kColumnTiles>(v, g.warps_n * kRowTiles * kTile, stride, g.width);
   if (output >= min(end_tile * kTile, g.out.n)) return;
 #pragma unroll 1
   for (int row = warp_k; row < rows; row += kWarpsK)
-    write(g.out, g.unit, row0 + row, output, v[row * stride + first + lane]);
+    write(out, g.unit, row0 + row, output, v[row * stride + first + lane]);
 }
 
-template <class Code, int kColumnTiles, int kDepth>
+// kAlone: the only launch of a layer, for at most kFewRows rows.
+template <class Code, int kColumnTiles, int kDepth, bool kAlone>
 KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDepth))) decode_gemm_kernel(const Gemm g) {
   SHARED(memory);
   constexpr int kStages = stages_of<Code>(kColumnTiles);
@@ -221,14 +259,15 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   constexpr int kStageChunks = kWarpsK * kDepth, kAhead = (kStages - 1) * kStageChunks;
   Loader<Code, kDepth, kColumnTiles> loader(
       g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin, warp);
-  const int size = stage_bytes<Code>(rows, g.warps_n, kDepth);
-  unsigned char* const ring = memory + Code::kTableBytes;
+  const int size = stage_bytes<Code>(kAlone ? 0 : rows, g.warps_n, kDepth);
+  RowMemory* const own = reinterpret_cast<RowMemory*>(memory + Code::kTableBytes);
+  unsigned char* const ring = memory + Code::kTableBytes + (kAlone ? sizeof(RowMemory) : 0);
 
   // What is read of a stage: the warp's words, and this lane's 16 bytes of block 0 of x. Rows beyond the last are the
   // last.
   const int packed_at = warp * kDepth * kRowTiles * chunk_bytes<Code>();
-  const int x_at =
-      blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>() + warp_k * rows * row_bytes(Code::kOrder);
+  const int x_at = kAlone ? kStages * size : blockDim.x / kLanes * kDepth * kRowTiles * chunk_bytes<Code>();
+  const int x_from = x_at + warp_k * rows * row_bytes(Code::kOrder);
   const int x_step = kWarpsK * rows * row_bytes(Code::kOrder), column_tiles = (rows + 7) / 8;
   int x_row[kColumnTiles];
 #pragma unroll
@@ -247,9 +286,10 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   }
   Code::fill(memory, table);
   device::wait_for_writes();
+  if constexpr (kAlone) rotate_runs<Code::kOrder>(g.in, g.out.offset != 0, begin, chunks, ring + x_at, *own);
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (chunks > i * kStageChunks) loader.load_x(ring + i * size);
+    if (!kAlone && chunks > i * kStageChunks) loader.load_x(ring + i * size);
     device::copy_commit();
   }
   const auto multiply = [&](const unsigned char* packed, const unsigned char* rows_of_x) {
@@ -263,13 +303,14 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
     multiply_half<Code, 1>(code, words, rows_of_x, x_row, column_tiles, sums);
   };
   int use = 0, fill = (kStages - 1) * size;  // places in the ring: the stage that was used last is filled next
+  int use_x = 0;                             // where in x, from the first stage's
   for (int left = chunks; left > 0; left -= kStageChunks) {
     device::copy_wait<kStages - 2>();
     device::sync_block();
-    if (left > kAhead) loader.load(ring + fill);
+    if (left > kAhead) loader.template load<!kAlone>(ring + fill);
     device::copy_commit();
     const unsigned char* packed = ring + use + packed_at;
-    const unsigned char* x = ring + use + x_at;
+    const unsigned char* x = ring + use_x + x_from;
     if (left > warp_k + kWarpsK * (kDepth - 1)) {
 #pragma unroll
       for (int j = 0; j < kDepth; ++j) multiply(packed + j * kRowTiles * chunk_bytes<Code>(), x + j * x_step);
@@ -282,18 +323,19 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
     }
     fill = use;
     use = use + size < kStages * size ? use + size : 0;
+    use_x = kAlone ? use_x + kDepth * x_step : use;
   }
   device::copy_wait<0>();
   device::sync_block();
-  store_sums<Code>(g, ring, sums, tile0, end_tile, row0, rows);
+  store_sums<Code, kColumnTiles, kAlone>(g, ring, sums, tile0, end_tile, row0, rows, own);
 }
 
-template <class Code, int kColumnTiles, int kDepth>
+template <class Code, int kColumnTiles, int kDepth, bool kAlone = false>
 std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
   const int rows = g.m < kRowBlock ? g.m : kRowBlock;
   const dim3 grid(blocks, g.splits, (g.m + kRowBlock - 1) / kRowBlock);
-  return LAUNCH((decode_gemm_kernel<Code, kColumnTiles, kDepth>), grid, g.warps_n * kWarpsK * kLanes,
-                shared_bytes<Code>(rows, g.warps_n, kDepth), stream, g);
+  return LAUNCH((decode_gemm_kernel<Code, kColumnTiles, kDepth, kAlone>), grid, g.warps_n * kWarpsK * kLanes,
+                shared_bytes<Code>(rows, g.warps_n, kDepth, kAlone ? g.split_chunks : 0), stream, g);
 }
 
 // Few is the code's kernels for up to 16 rows of x, and Many is those for more.
@@ -307,6 +349,12 @@ std::string run_gemm(Gemm g, device::Stream stream) {
   const int column_tiles = column_tiles_of(g.m);
   if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
   constexpr bool kChoice = has_depths<Few>(1);
+  if constexpr (kCanBeAlone<Few>) {
+    if (g.in.x) {
+      const auto launch = column_tiles == 1 ? launch_gemm<Few, 1, kShallow, true> : launch_gemm<Few, 2, kShallow, true>;
+      return launch(g, blocks, stream);
+    }
+  }
   if constexpr (kChoice) {
     if (g.depth == kDeep)
       return (column_tiles == 1 ? launch_gemm<Few, 1, kDeep> : launch_gemm<Few, 2, kDeep>)(g, blocks, stream);
@@ -315,12 +363,13 @@ std::string run_gemm(Gemm g, device::Stream stream) {
   return (column_tiles == 1 ? launch_gemm<Few, 1, kLeast> : launch_gemm<Few, 2, kLeast>)(g, blocks, stream);
 }
 
-// 0 where there is no kernel for such thread blocks.
+// 0 where there is no kernel for such thread blocks. chunks: of a split, for the only launch, else 0.
 template <class Few, class Many>
-int gemm_shared_bytes(int rows, int warps_n, int depth) {
+int gemm_shared_bytes(int rows, int warps_n, int depth, int chunks) {
   if (!is_compiled<Few>(rows, warps_n, depth)) return 0;
-  return column_tiles_of(rows) <= 2 ? shared_bytes<Few>(rows, warps_n, depth)
-                                    : shared_bytes<Many>(rows, warps_n, depth);
+  if (chunks && !(kCanBeAlone<Few> && rows <= kFewRows && depth == kShallow)) return 0;
+  return column_tiles_of(rows) <= 2 ? shared_bytes<Few>(rows, warps_n, depth, chunks)
+                                    : shared_bytes<Many>(rows, warps_n, depth, 0);
 }
 
 // The rates that are compiled, a bit each: programs under a sanitizer have some of them (kernels/tests.cmake).
@@ -331,7 +380,7 @@ int gemm_shared_bytes(int rows, int warps_n, int depth) {
 // The kernels of a code at one rate, which its .cu defines.
 struct GemmEntry {
   std::string (*run)(Gemm, device::Stream);
-  int (*shared)(int rows, int warps_n, int depth);
+  int (*shared)(int rows, int warps_n, int depth, int chunks);
   std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers, as the next
   std::string (*dense)(const DecodeDense&, device::Stream);
 };

@@ -61,6 +61,10 @@ struct Gemm {
   const unsigned char* x;
   const void* table;     // of the code: [parts] for HYB, one for LUT and lattice, else null
   int64_t table_stride;  // bytes from a part's table to the next
+  RotateIn in;           // with an x where this is the only launch: thread blocks rotate what they multiply, and
+                         // totals is [blocks of outputs][m][splits]
+  uint32_t* arrivals;    // [blocks of outputs], 0 before: the last block of a few outputs to come adds the parts of
+                         // k, in order, if there are several
   float* partial;        // the bits of int32 for int8 activations
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes

@@ -33,9 +33,36 @@ DEVICE void butterflies(float* v, int count, int stride, int span) {
   device::sync_block();
 }
 
+// S_kRun of the numbers of a warp, four neighbours a lane: the additions of the butterflies in their order.
+DEVICE void walsh_of_warp(float (&e)[4]) {
+  static_assert(kRun == 4 * kLanes);
+  const float a = e[0] + e[1], b = e[0] - e[1], c = e[2] + e[3], d = e[2] - e[3];
+  e[0] = a + c, e[1] = b + d, e[2] = a - c, e[3] = b - d;
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) {
+    const float sign = device::lane_index() & mask ? -1.0f : 1.0f;  // fused or not, the product is exact
+#pragma unroll
+    for (int j = 0; j < 4; ++j) e[j] = device::shuffle_xor(e[j], mask) + sign * e[j];
+  }
+}
+
 // S_p within each run of p elements, not normalised.
 template <int kRows>
 DEVICE void walsh(float* v, int count, int stride, int p) {
+  if (p == kRun) {
+#pragma unroll 1
+    for (int u = threadIdx.x / kLanes; u < count / kRun * kRows; u += blockDim.x / kLanes) {
+      float* const four = v + u % kRows * stride + u / kRows * kRun + threadIdx.x % kLanes * 4;
+      const auto bits = device::load16(four);
+      float e[4] = {device::float_of(bits.x), device::float_of(bits.y), device::float_of(bits.z),
+                    device::float_of(bits.w)};
+      walsh_of_warp(e);
+      device::store16(four,
+                      {device::bits_of(e[0]), device::bits_of(e[1]), device::bits_of(e[2]), device::bits_of(e[3])});
+    }
+    device::sync_block();
+    return;
+  }
   int span = 1;
 #pragma unroll 1
   for (; span * 8 <= p; span *= 8) butterflies<8, kRows>(v, count, stride, span);
@@ -52,9 +79,10 @@ DEVICE float read(const void* from, Type type, int64_t i) {
   return from_16_bits(type, static_cast<const uint16_t*>(from)[i]);
 }
 
-// The sum of a row of rotated x, exact.
+// The sum of a row of rotated x, exact; 0 where nothing takes it.
 DEVICE int64_t total_of(const Output& out, int row) {
   int64_t total = 0;
+  if (out.offset == 0) return total;
 #pragma unroll 8
   for (int i = 0; i < out.slices; ++i) total += out.totals[int64_t(row) * out.slices + i];
   return total;

@@ -155,6 +155,19 @@ DEVICE void start_next() {
 #endif
 }
 
+// Whether the calling block is the last of `count` to come here; all its threads call it. What the others wrote before
+// is then there for it. The counter begins with 0.
+DEVICE bool comes_last(uint32_t* counter, uint32_t count) {
+  __threadfence();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1u) == count - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
 using Stream = cudaStream_t;
 
 inline bool overlaps_kernels() {
@@ -162,6 +175,17 @@ inline bool overlaps_kernels() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major >= 9;
+}
+
+// What went wrong, if anything did.
+inline std::string sentence(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // an error that stays would be taken for the next launch's
+  return cudaGetErrorString(error);
+}
+
+inline std::string clear(void* memory, size_t bytes, Stream stream) {
+  return sentence(cudaMemsetAsync(memory, 0, bytes, stream));
 }
 
 template <class... Parameters, class... Args>
@@ -172,9 +196,7 @@ std::string launch(void (*kernel)(Parameters...), dim3 grid, int block, int shar
   overlap.val.programmaticStreamSerializationAllowed = 1;
   const cudaLaunchConfig_t config{grid,   dim3(block), size_t(shared_bytes),
                                   stream, &overlap,    overlaps_kernels() ? 1u : 0u};
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(args)...);
-  if (error != cudaSuccess) cudaGetLastError();  // an error that stays would be taken for the next launch's
-  return error == cudaSuccess ? std::string() : std::string(cudaGetErrorString(error));
+  return sentence(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
 }
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   quip::device::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)

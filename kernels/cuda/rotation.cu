@@ -13,7 +13,7 @@
 // A row that is too long for shared memory is worked on in global memory, by the same code.
 #include <algorithm>
 
-#include "output.h"
+#include "input.h"
 
 namespace quip {
 namespace {
@@ -77,47 +77,16 @@ DEVICE void mix(const float* v, int count, const Rotation& r, F f) {
   }
 }
 
-DEVICE float shuffle_xor(float v, int mask) { return device::shuffle_xor(v, mask); }
-DEVICE int64_t shuffle_xor(int64_t v, int mask) {
-  const int from = device::lane_index() ^ mask;
-  const uint64_t high = device::shuffle(uint32_t(uint64_t(v) >> 32), from);
-  return int64_t(high << 32 | device::shuffle(uint32_t(v), from));
-}
-
 // f(all threads' values), in an order that does not depend on anything; memory: 32 of them.
 template <class T, class F>
 DEVICE T reduce(T v, T* memory, F f) {
-  for (int step = kLanes / 2; step; step /= 2) v = f(v, shuffle_xor(v, step));
+  v = reduce_warp(v, f);
   device::sync_block();
   if (threadIdx.x % kLanes == 0) memory[threadIdx.x / kLanes] = v;
   device::sync_block();
   v = memory[0];
   for (int warp = 1; warp < int(blockDim.x) / kLanes; ++warp) v = f(v, memory[warp]);
   return v;
-}
-
-// Of two magnitudes; a NaN is above infinity as an integer, and makes the whole row's result one.
-DEVICE float larger(float a, float b) {
-  return device::float_of(max(device::bits_of(a) & 0x7FFFFFFFu, device::bits_of(b) & 0x7FFFFFFFu));
-}
-
-// Where column `c` of a chunk lies in a row of it, in bytes (layout.h); an int8 is four bytes wide.
-DEVICE int place_of(XOrder order, int c) {
-  const int t = c % 32 / 16 * 2 + c / 4 % 2;
-  switch (order) {
-    case XOrder::kTrellis: return c / 32 * kBlock + t * 16 + c / 2 % 2 * 8 + c / 8 % 2 * 4 + c % 2 * 2;
-    case XOrder::kTilesByRows: return c / 8 % 2 * kBlock + c / 16 * 16 + c % 8 * 2;
-    case XOrder::kLattice:
-    case XOrder::kRows: return 2 * c;
-    default: return (c / 32 * 2 + c / 2 % 2) * kBlock + t * 16 + c % 2 * 8 + c / 8 % 2 * 4;
-  }
-}
-
-// A finite fp16 number in units of 2^-24.
-DEVICE int64_t fixed_point(uint16_t half) {
-  const int exponent = half >> 10 & 31;
-  const int64_t magnitude = int64_t((half & 1023) | (exponent ? 1024 : 0)) << max(exponent - 1, 0);
-  return half & 0x8000 ? -magnitude : magnitude;
 }
 
 KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
@@ -156,19 +125,15 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
     largest = rotated;
   }
   largest = reduce(largest, reinterpret_cast<float*>(memory), larger);
-  // As a power of two: sums of q p numbers are below 2^growth times the largest, and become fp16 numbers below 512.
   if (!r.early) device::start_next();
-  const uint32_t exponent = (device::bits_of(largest) >> 23) + (bytes ? 0 : r.growth);
-  const bool finite = exponent < 255, zero = largest < 1e-30f;
-  const float scale = bytes ? largest / 127.0f : device::float_of((exponent < 9 ? 1 : exponent - 8) << 23);
-  const float inverse = !finite || zero ? 0.0f : bytes ? 127.0f / largest : 1.0f / scale;
+  const RowScale scale = scale_of(largest, r.growth, bytes);
 
   const int row0 = row / kRowBlock * kRowBlock, rows = min(kRowBlock, r.m - row0);
   unsigned char* out = r.out + int64_t(row0) * r.chunks * row_bytes(r.order);
   int64_t total = 0;
   for (int i = threadIdx.x; i < r.chunks * kChunk / r.slices; i += blockDim.x) {
     const int c = i * r.slices + slice;
-    const float value = c < k && inverse != 0 ? v[i] * inverse : 0;  // zero times a NaN is no number: select
+    const float value = c < k && scale.inverse != 0 ? v[i] * scale.inverse : 0;  // selected: 0 times a NaN is one
     const int place = place_of(r.order, c % kChunk);
     unsigned char* to =
         r.order == XOrder::kRows
@@ -187,10 +152,7 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   total = reduce(total, reinterpret_cast<int64_t*>(memory), [](int64_t a, int64_t b) { return a + b; });
   if (threadIdx.x != 0) return;
   r.totals[int64_t(row) * r.slices + slice] = total;
-  if (slice == 0) {
-    const float norm = 1.0f / sqrtf(float(r.rotation.q) * float(r.rotation.p));
-    r.scales[row] = finite ? (zero ? 0.0f : scale * norm) : device::float_of(0x7FC00000u);
-  }
+  if (slice == 0) r.scales[row] = scale.scale * norm_of(r.rotation);
 }
 
 KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
@@ -202,7 +164,7 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   const float* from = r.partial + int64_t(row) * r.stride + part.start;
   device::start_next();
   device::wait_for_writes();
-  const int64_t total = r.out.offset == 0 ? 0 : total_of(r.out, row);
+  const int64_t total = total_of(r.out, row);
   // With integers what is read and added are their bits.
   const auto add = [&](float a, float b) {
     return r.integers ? device::float_of(device::bits_of(a) + device::bits_of(b)) : a + b;

@@ -19,6 +19,9 @@ constexpr int kNever = 1 << 10;  // a depth that no kernel has
 
 constexpr int kSpare = kWarpsK * kDeep;  // chunks behind a layer's last that the last stage copies and does not use
 
+// Where decode_gemm rotates x itself: a warp rotates so many numbers, of at most so many rows.
+constexpr int kRun = 128, kFewRows = 16, kMostWarps = 16;
+
 // Column tiles of 8 rows of x that a kernel is compiled for.
 constexpr int column_tiles_of(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 8; }
 
@@ -39,6 +42,13 @@ template <class Code>
 constexpr bool has_depths(int column_tiles) {
   return column_tiles <= 2 && Code::bits <= 4 && !Code::kGathers;
 }
+
+// Whether a code has kernels that are a layer's only launch: shallow ones, where weights are few enough for launches to
+// count. int8 activations take the largest of the whole rotated row, which no thread block has. Models with tiles by rows
+// are not rotated in blocks.
+template <class Code>
+constexpr bool kCanBeAlone =
+    has_depths<Code>(1) && Code::kOrder != XOrder::kBytes && Code::kOrder != XOrder::kTilesByRows;
 
 // Whether there is a kernel for such thread blocks.
 template <class Code>

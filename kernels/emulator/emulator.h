@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <source_location>
 #include <string>
 
@@ -162,6 +163,12 @@ DEVICE void copy_wait() {
   while (copy_ends(pending, &to, &from)) copy16(to, from);
 }
 
+inline std::string clear(void* memory, size_t bytes, Stream) {
+  std::memset(memory, 0, bytes);
+  return {};
+}
+
+bool comes_last(uint32_t* counter, uint32_t count, Site site = Site::current());
 DEVICE void wait_for_writes() {}  // a kernel runs after the one before
 DEVICE void start_next() {}
 

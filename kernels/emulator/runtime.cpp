@@ -153,6 +153,7 @@ struct Launch {
   Context context = {};
   void* tsan = nullptr;
   std::vector<void*> tsan_ended = {};
+  bool last = false;  // of comes_last
   std::string error = {};
 
   Fiber& self() { return fibers[size_t(thread)]; }
@@ -413,6 +414,17 @@ void stop(const char* what, Site site) {
 }
 
 void sync_block(Site site) { meet(now->meetings.back(), "sync_block", site, true, nullptr, nullptr); }
+
+// Blocks run one after another, so nothing is written in between. To ThreadSanitizer a block comes after those before.
+bool comes_last(uint32_t* counter, uint32_t count, Site site) {
+  sync_block(site);
+  Launch& l = *now;
+  if (l.tsan) __tsan_release(counter), __tsan_acquire(counter);
+  if (l.thread == 0) l.last = ++*counter == count;
+  sync_block(site);
+  return l.last;
+}
+
 void sync_warp(Site site) { meet_warp("sync_warp", site, nullptr, nullptr, true); }
 
 struct Shuffle {
@@ -484,10 +496,11 @@ std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (
   if (__tsan_get_current_fiber) l.tsan = __tsan_get_current_fiber();
   l.fibers.resize(size_t(block));
   now = &l;
-  for (l.index.z = 0; l.index.z < grid.z && l.error.empty(); ++l.index.z) {
-    for (l.index.y = 0; l.index.y < grid.y && l.error.empty(); ++l.index.y) {
-      for (l.index.x = 0; l.index.x < grid.x && l.error.empty(); ++l.index.x) run_block(l);
-    }
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks && l.error.empty(); ++i) {
+    const uint64_t block = l.order == Order::kReverse ? blocks - 1 - i : i;
+    l.index = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
+    run_block(l);
   }
   now = nullptr;
   end_tsan_fibers(l);

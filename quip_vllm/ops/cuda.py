@@ -32,6 +32,7 @@ class CudaLayer(PreparedLayer):
         widths: p of each rotation, in the order of `rotations`.
         output_sizes: of the op: an output head of a trellis code has whole tiles.
         thread_blocks: what `cuda_shapes.choose` chose.
+        one_launch_rows: rows of x up to which one launch does all; 0 is never.
         dense_rows: rows of x from which the whole weight is decoded first; 0 is never.
     """
 
@@ -40,6 +41,7 @@ class CudaLayer(PreparedLayer):
     widths: list[int]
     output_sizes: list[int]
     thread_blocks: list[int]
+    one_launch_rows: int
     dense_rows: int
 
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -58,6 +60,7 @@ class CudaLayer(PreparedLayer):
             self.kernels,
             self.spec.bits,
             self.thread_blocks,
+            self.one_launch_rows,
             self.dense_rows,
         )
 
@@ -112,7 +115,8 @@ class CudaBackend:
         for name, order, _, transpose in bases(spec):
             prepared[name] = rotation_base(order, not transpose, device)  # the kernels read the columns of each
         widths = [width for _, width in rotations(spec)]
-        return CudaLayer(spec, prepared, kernels, widths, sizes, _shape(spec, kernels, gpu), envs.dense_rows())
+        shape, one_launch = _shape(spec, kernels, gpu, envs.one_launch_rows())
+        return CudaLayer(spec, prepared, kernels, widths, sizes, shape, one_launch, envs.dense_rows())
 
 
 def _sizes(spec: LinearSpec) -> list[int]:
@@ -136,25 +140,28 @@ def _kernels(spec: LinearSpec, gpu: cuda_shapes.Gpu) -> str:
     code = kernels_code(spec)
     if code == "1mad" and envs.activations() == "int8":
         return "1mad_int8"
-    if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4) <= gpu.shared_block:
+    if code in ("hyb", "e8p") and _shared(f"{code}_large", spec.bits)(1, 4, 4, 0) <= gpu.shared_block:
         return f"{code}_large"
     return code
 
 
-def _shared(code: str, bits: int) -> Callable[[int, int, int], int]:
-    return lambda rows, warps_n, depth: torch.ops.quip_vllm.cuda_shared_bytes(code, bits, rows, warps_n, depth)
+def _shared(code: str, bits: int) -> Callable[[int, int, int, int], int]:
+    return lambda *block: torch.ops.quip_vllm.cuda_shared_bytes(code, bits, *block)
 
 
 @cache
-def _shape(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu) -> list[int]:
-    """The choice, made once for all layers of these sizes."""
-    return cuda_shapes.choose(_problem(spec, code), gpu)
+def _shape(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu, one_launch_rows: int) -> tuple[list[int], int]:
+    """The choice, made once for all layers of these sizes: thread blocks, and rows up to which one launch does all."""
+    problem = _problem(spec, code, one_launch_rows)
+    shape = cuda_shapes.choose(problem, gpu)
+    return shape, min(one_launch_rows, cuda_shapes.one_launch_rows(shape, problem, gpu))
 
 
-def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
+def _problem(spec: LinearSpec, code: str, one_launch_rows: int = 0) -> cuda_shapes.Problem:
     tables = 3 if spec.bits == 3 else 2
     table_words = {"hyb": 512 * 16, "hyb_large": 1024 * 32, "e8p": tables * 256 * 16, "e8p_large": tables * 256 * 32}
-    (order, width), *others = set(rotations(spec)[1:])
+    of_x, *of_outputs = rotations(spec)
+    (order, width), *others = set(of_outputs)
     return cuda_shapes.Problem(
         sum(spec.stored_outputs),
         spec.stored_in,
@@ -163,4 +170,5 @@ def _problem(spec: LinearSpec, code: str) -> cuda_shapes.Problem:
         table_words.get(code, 0),
         _shared(code, spec.bits),
         0 if others or order > 1 else width,
+        one_launch_rows if of_x == (1, cuda_shapes.RUN) else 0,
     )

@@ -6,6 +6,10 @@ one order whatever the number of rows. Nothing is timed, so it is safe while a C
 
 Where the output rotation is within a thread block and k is whole, the product's epilogue applies it: no second launch,
 but no parts of k either, which a layer of few outputs needs to occupy a GPU. The model weighs one against the other.
+
+Where x is rotated in blocks of 128, too, and the rows are few, the product can be the only launch: its thread blocks
+rotate what they multiply, each for itself, and the last to come adds the parts of k. That pays while rotating so often
+takes less than the launches that it saves.
 """
 
 from collections.abc import Callable
@@ -15,6 +19,8 @@ from quip_vllm.formats.tile import TILE
 from quip_vllm.ops.cuda_layout import CHUNK, SPARE_CHUNKS
 
 WARPS_K, ROW_TILES, WARPS_PER_SM, SCHEDULERS = 2, 2, 48, 4
+RUN = 128
+"""Width of the input rotations that a thread block of the product can do."""
 ROWS = (1, 8, 16, 64)
 """Rows of x up to which each of a layer's four shapes is used; more are cut in blocks of 64."""
 
@@ -27,6 +33,14 @@ OUTPUT_CYCLES = 3000
 estimate; a GPU's microsecond has 1400 to 2500 cycles)."""
 SPLIT_CYCLES = 400
 """What each part of k adds to it (an estimate)."""
+INPUT_CYCLES = 3000
+"""The input rotation's launch, likewise (an estimate)."""
+PROLOGUE_CYCLES = 1500
+"""Least time of the input rotation in the prologue: x is read twice, and a barrier (an estimate)."""
+RUN_INSTRUCTIONS, LARGEST_INSTRUCTIONS = 150, 30
+"""There, of a warp, for 128 numbers of a row: to rotate them, and to find the row's largest (estimates)."""
+LAST_CYCLES = 3000
+"""Until the counters are clear and a thread block, the last to come, has the others' sums (an estimate)."""
 EPILOGUE_CYCLES = 700
 """The output rotation in the epilogue: some seven barriers with a pass through shared memory each (an estimate)."""
 
@@ -47,9 +61,11 @@ class Problem:
     Attributes:
         n, k, bits: outputs (of all fused projections), inputs, code bits per weight.
         instructions: per weight, of the code's main loop.
-        shared: bytes of shared memory of (rows, warps_n, depth), 0 where no kernel is compiled for them.
+        shared: bytes of shared memory of (rows, warps_n, depth, chunks), 0 where no kernel is compiled for them; chunks
+            are those of a part of k in the only launch, and 0 in one of three.
         table_words: of the table that a block copies before it starts.
         width: of the output rotations, if all have one and no base; else 0.
+        one_launch_rows: rows of x up to which one launch may do all; 0 where the input rotation does not allow it.
     """
 
     n: int
@@ -57,8 +73,9 @@ class Problem:
     bits: int
     instructions: float
     table_words: int
-    shared: Callable[[int, int, int], int]
+    shared: Callable[[int, int, int, int], int]
     width: int = 0
+    one_launch_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class Candidate:
 
 def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str | None:
     """Why a candidate cannot run, or None."""
-    shared = problem.shared(rows, candidate.warps_n, candidate.depth)
+    shared = problem.shared(rows, candidate.warps_n, candidate.depth, 0)
     if shared == 0:
         return f"no kernel for {rows} rows has thread blocks of {candidate.warps_n} warps and depth {candidate.depth}"
     if shared > gpu.shared_block:
@@ -80,32 +97,64 @@ def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str 
     return None
 
 
+def within(candidate: Candidate, problem: Problem) -> bool:
+    """Whether each output rotation is within a thread block: `fuses` of kernels/cuda/bindings.cu."""
+    return problem.width > 0 and candidate.warps_n * ROW_TILES * TILE % problem.width == 0
+
+
 def fuses(candidate: Candidate, problem: Problem) -> bool:
-    """Whether the product's epilogue applies the output rotation: `fuses` of kernels/cuda/bindings.cu."""
-    whole = candidate.split_chunks >= -(-problem.k // CHUNK)
-    return whole and problem.width > 0 and candidate.warps_n * ROW_TILES * TILE % problem.width == 0
+    """Whether the product's epilogue applies the output rotation in one launch of two."""
+    return candidate.split_chunks >= -(-problem.k // CHUNK) and within(candidate, problem)
 
 
-def resident(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> int:
+def can_be_alone(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> bool:
+    """Whether the product can be the only launch."""
+    if rows > problem.one_launch_rows or not within(candidate, problem):
+        return False
+    return 0 < problem.shared(rows, candidate.warps_n, candidate.depth, _chunks(candidate, problem)) <= gpu.shared_block
+
+
+def _chunks(candidate: Candidate, problem: Problem) -> int:
+    return min(candidate.split_chunks, -(-problem.k // CHUNK))
+
+
+def resident(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int, alone: bool = False) -> int:
     """Thread blocks that a multiprocessor holds."""
-    shared = problem.shared(rows, candidate.warps_n, candidate.depth) + 1024
+    chunks = _chunks(candidate, problem) if alone else 0
+    shared = problem.shared(rows, candidate.warps_n, candidate.depth, chunks) + 1024
     return max(1, min(gpu.shared_multiprocessor // shared, WARPS_PER_SM // (candidate.warps_n * WARPS_K)))
 
 
-def cycles(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> float:
-    """The model: waves of thread blocks, each as long as its instructions take to issue or a warp's chunks to pass."""
+def cycles(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int, alone: bool = False) -> float:
+    """The model: waves of thread blocks, each as long as its instructions take to issue or a warp's chunks to pass.
+
+    alone: as the only launch; else with the rotations' launches.
+    """
     tiles, chunks = -(-problem.n // TILE), -(-problem.k // CHUNK)
     splits = -(-chunks // candidate.split_chunks)
     warps = candidate.warps_n * WARPS_K
     blocks = -(-tiles // (ROW_TILES * candidate.warps_n)) * splits
-    together = min(resident(candidate, problem, gpu, rows), -(-blocks // gpu.multiprocessors))
+    together = min(resident(candidate, problem, gpu, rows, alone), -(-blocks // gpu.multiprocessors))
     waves = -(-blocks // (gpu.multiprocessors * together))
     steps = -(-candidate.split_chunks // WARPS_K)
     stage = 70 / candidate.depth  # instructions beside the decoding, by chunk
     issue = steps * together * warps * (CHUNK * problem.instructions + stage) / SCHEDULERS  # 64 weights a lane
     table = 4 * problem.table_words / (32 * SCHEDULERS) * together
+    work = START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)
+    if alone:
+        runs = rows * _chunks(candidate, problem) * CHUNK / RUN, rows * problem.k / RUN
+        rotate = (runs[0] * RUN_INSTRUCTIONS + runs[1] * LARGEST_INSTRUCTIONS) * together / SCHEDULERS
+        last = LAST_CYCLES + splits * SPLIT_CYCLES if splits > 1 else 0
+        return waves * (work + max(PROLOGUE_CYCLES, rotate) + EPILOGUE_CYCLES) + last
     end = EPILOGUE_CYCLES * waves if fuses(candidate, problem) else OUTPUT_CYCLES + splits * SPLIT_CYCLES
-    return waves * (START_CYCLES + table + max(issue, steps * CHUNK_CYCLES)) + end
+    return INPUT_CYCLES + waves * work + end
+
+
+def pays(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> bool:
+    """Whether one launch can do all, in less time than three."""
+    if not can_be_alone(candidate, problem, gpu, rows):
+        return False
+    return cycles(candidate, problem, gpu, rows, alone=True) < cycles(candidate, problem, gpu, rows)
 
 
 def candidates(problem: Problem) -> list[Candidate]:
@@ -129,6 +178,16 @@ def choose(problem: Problem, gpu: Gpu) -> list[int]:
         if not fitting:
             reasons = "; ".join(sorted({reason for reason in refused.values() if reason}))
             raise ValueError(f"no thread block multiplies {rows} rows by {problem.n} x {problem.k} here: {reasons}")
-        best = min(fitting, key=lambda c: cycles(c, problem, gpu, rows))
+        best = min(fitting, key=lambda c: cycles(c, problem, gpu, rows, pays(c, problem, gpu, rows)))
         shape += [best.warps_n, best.depth] if shape else [best.split_chunks, best.warps_n, best.depth]
     return shape[:-1]
+
+
+def one_launch_rows(shape: list[int], problem: Problem, gpu: Gpu) -> int:
+    """Rows of x up to which one launch does all, with what `choose` chose: 0, or one of ROWS."""
+    most = 0
+    for rows, warps, depth in zip(ROWS, shape[1:-1:2], shape[2::2], strict=False):
+        if not pays(Candidate(warps, depth, shape[0]), problem, gpu, rows):
+            break
+        most = rows
+    return most

@@ -19,10 +19,11 @@ _SCHEMAS = (
     "cpu_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
-    "int[] output_sizes, Tensor? bias, str code, int bits, int[] thread_blocks, int dense_rows) -> Tensor",
+    "int[] output_sizes, Tensor? bias, str code, int bits, int[] thread_blocks, "
+    "int one_launch_rows, int dense_rows) -> Tensor",
     "cuda_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
-    "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth) -> int",
+    "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth, int chunks) -> int",
     "triton_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
     "triton_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, "
@@ -48,7 +49,7 @@ def _(x, ids, packed, table, table_integers, table_units, su, sv, bases, widths,
 
 
 @torch.library.register_fake("quip_vllm::cuda_linear")
-def _(x, packed, table, su, sv, bases, widths, output_sizes, bias, code, bits, thread_blocks, dense_rows):
+def _(x, packed, table, su, sv, bases, widths, output_sizes, *constants):
     return x.new_empty(x.shape[0], sum(output_sizes))
 
 

@@ -2,12 +2,15 @@
 """The fused linear layers on a GPU, beside cuBLAS in fp16 and the time to read the packed weights.
 
 Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...]
-           [--csv FILE] [--backends cuda triton]
+           [--csv FILE] [--backends cuda triton] [--block 128]
 
 There is one row per format, size (outputs x inputs), number of rows and backend. The time is that of one call in a CUDA
 graph of calls, each with weights of its own: together four times what the GPU's cache holds, as the layers of a model
 follow one another. torch's fp16 matmul of the same shape is measured likewise in the same run. The bound is the packed
 bytes divided by the bandwidth of a copying kernel, measured here. Ratios are to those two. Needs a GPU.
+
+--block rotates in blocks. With 128, up to 16 rows are timed three times: with the launches that the backend chooses,
+and, of one choice of thread blocks, with one launch and apart.
 """
 
 import argparse
@@ -24,10 +27,23 @@ from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_s
 from torch import Tensor
 from tqdm import tqdm
 
+from quip_vllm.ops.cuda import CudaLayer
+from quip_vllm.ops.cuda_layout import CHUNK
+from quip_vllm.ops.cuda_shapes import RUN
 from quip_vllm.ops.dispatch import Backend, backends
+from quip_vllm.ops.prepared import PreparedLayer
 
-COLUMNS = ["backend", "format", "n", "k", "rows", "microseconds", "cublas_fp16_microseconds", "over_cublas"]
-COLUMNS += ["packed_bytes", "bound_microseconds", "share_of_bandwidth", "copy_gb_s", "gpu", "torch", *ORIGIN]
+COLUMNS = ["backend", "format", "n", "k", "block", "rows", "launches", "microseconds", "cublas_fp16_microseconds"]
+COLUMNS += [
+    "over_cublas",
+    "packed_bytes",
+    "bound_microseconds",
+    "share_of_bandwidth",
+    "copy_gb_s",
+    "gpu",
+    "torch",
+    *ORIGIN,
+]
 SIZES = ["4096x4096", "14336x4096", "4096x14336", "1024x8192"]
 
 
@@ -38,6 +54,7 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxK")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--block", type=int, help="rotations in blocks of this many; the full width unless given")
     parser.add_argument("--csv", type=Path, default=Path("build/cuda_kernels.csv"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -47,7 +64,7 @@ def main() -> int:
     shared |= origin("GPU")
     found = []
     for row in tqdm(list(_cases(args)), unit="layer"):
-        found += _measure(*row, args.rows, shared["copy_gb_s"])
+        found += _measure(*row, args.block, args.rows, shared["copy_gb_s"])
         write_rows(args.csv, COLUMNS, [{**entry, **shared} for entry in found])
     return 0
 
@@ -61,8 +78,10 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[Backend, str, int, int]]:
                 yield backend, name, n, k
 
 
-def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_gb_s: float) -> list[dict[str, Any]]:
-    spec = FORMATS[name].spec(k, (n,), None)
+def _measure(
+    backend: Backend, name: str, n: int, k: int, block: int | None, rows: list[int], copy_gb_s: float
+) -> list[dict[str, Any]]:
+    spec = FORMATS[name].spec(k, (n,), block)
     if backend.refusal(spec) is not None:
         print(f"{backend.name} does not run {name}: {backend.refusal(spec)}", file=sys.stderr)
         return []
@@ -78,13 +97,28 @@ def _measure(backend: Backend, name: str, n: int, k: int, rows: list[int], copy_
     found = []
     for m in rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        ours = seconds([partial(layer.linear, x) for layer in layers])
         cublas = seconds([partial(torch.matmul, x, weight.T) for weight in dense])
         bound = packed / (copy_gb_s * 1e9)
-        row = {"backend": backend.name, "format": name, "n": n, "k": k, "rows": m, "packed_bytes": packed}
-        row |= {"microseconds": ours * 1e6, "cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
-        found.append({**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours})
+        for launches, changes in launches_of(prepared, m).items():
+            ours = seconds([partial(replace(layer, **changes).linear, x) for layer in layers])
+            row = {"backend": backend.name, "format": name, "n": n, "k": k, "block": block, "rows": m}
+            row |= {"launches": launches, "packed_bytes": packed, "microseconds": ours * 1e6}
+            row |= {"cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
+            found.append({**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours})
     return found
+
+
+def launches_of(prepared: PreparedLayer, rows: int) -> dict[str, dict[str, Any]]:
+    """What to change of a layer, so that it is launched as each name says."""
+    ways: dict[str, dict[str, Any]] = {"chosen": {}}
+    if isinstance(prepared, CudaLayer) and set(prepared.widths) == {RUN}:
+        split, *_, many = prepared.thread_blocks
+        chunks = min(split, prepared.spec.stored_in // CHUNK)
+        shared = torch.ops.quip_vllm.cuda_shared_bytes(prepared.kernels, prepared.spec.bits, rows, 4, 2, chunks)
+        if 0 < shared <= torch.cuda.get_device_properties(0).shared_memory_per_block_optin:
+            blocks = {"thread_blocks": [split, *[4, 2] * 3, many]}
+            ways |= {"one": {**blocks, "one_launch_rows": 16}, "apart": {**blocks, "one_launch_rows": 0}}
+    return ways
 
 
 def copies(size: int) -> int:

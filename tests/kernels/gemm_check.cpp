@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers;
-// and what the dense weight needs in decode_gemm's place. Prints a checksum a case, or the emulator's sentence.
+// decode_gemm alone, where it can be; and what the dense weight needs in its place. Prints a checksum a case, or the emulator's sentence.
 //
 //   gemm_check CODE BITS ...      CODE: one of those that kernels/tests.cmake compiles
 #include <cstdio>
@@ -20,8 +20,9 @@ using namespace quip;
 constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is not whole
 
 // cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the
-// output rotation, of runs of 16, in decode_gemm's epilogue.
-std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused) {
+// output rotation, of runs of 16, in decode_gemm's epilogue; alone: k in two parts, and decode_gemm rotates both sides.
+std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused, bool alone) {
+  const int kK = alone ? 5 * kRun : ::kK;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk;
@@ -38,28 +39,31 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   Gemm g{};
   g.packed = packed.data(), g.x = aligned, g.table = table.data();
   g.m = m, g.tiles = tiles, g.chunks = chunks, g.warps_n = warps_n, g.depth = depth;
-  g.splits = fused ? 1 : 2, g.split_chunks = fused ? chunks : 8;
+  g.splits = fused && !alone ? 1 : 2, g.split_chunks = fused && !alone ? chunks : 8;
   g.parts = 1, g.part[0] = {0, 0, tiles};
   const bool bytes = code.order == XOrder::kBytes;
   const int slices = cut ? kSlices : 1, in_slices = bytes ? 1 : slices;
   std::vector<float> partial(g.splits * m * kN), scales(m);
-  std::vector<int64_t> totals(m * in_slices);
+  std::vector<int64_t> totals(m * std::max(in_slices, tiles * g.splits));
+  std::vector<uint32_t> arrivals(tiles);
   g.partial = partial.data();
-  const Rotation runs{base.data(), 1, 16}, of_x = cut ? runs : Rotation{base.data(), 172, 4};
-  const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = cut ? 4 : 10;
+  const Rotation runs{base.data(), 1, 16}, wide{base.data(), 1, kRun};
+  const Rotation of_x = alone ? wide : cut ? runs : Rotation{base.data(), 172, 4};
+  const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = alone ? 7 : cut ? 4 : 10;
   const RotateIn in{x.data(),      Type::kFloat,  su.data(), of_x,  m,      kK,
                     chunks,        code.order,    in_slices, false, growth, aligned,
                     scales.data(), totals.data(), nullptr,   work};
   const Output output{510,       scales.data(), totals.data(), in_slices,    sv.data(),
                       sv.data(), y.data(),      Type::kFloat,  Type::kFloat, kN};
   if (fused) g.width = 16, g.unit = 1, g.out = output;
+  if (alone) g.in = in, g.arrivals = arrivals.data();
   RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, bytes, output, slices, 1, {}, nullptr, kN / slices};
   out.part[0] = {cut ? runs : Rotation{base.data(), 20, 4}, 0, kN, 1};
   const GemmEntry entry = code.entry(bits);
-  std::string problem = rotate_in(in, {});
+  std::string problem = alone ? "" : rotate_in(in, {});
   if (problem.empty()) problem = entry.run(g, {});
   if (problem.empty() && !fused) problem = rotate_out(out, {});
-  if (problem.empty() && entry.dense) {
+  if (problem.empty() && entry.dense && !alone) {
     std::vector<uint16_t> weight(kN * chunks * kChunk);
     RotateIn rows = in;
     rows.order = XOrder::kRows;
@@ -86,9 +90,12 @@ int main(int count, char** words) {
     const int bits = std::atoi(words[i + 1]), depth = bits > 4 || gathers ? 1 : 2;
     for (int m : {2, 9, 17}) {
       for (bool fused : {false, true}) {
-        const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused);
+        const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused, false);
         std::printf("%s %d, %d rows%s: %s\n", words[i], bits, m, fused ? ", fused" : "", answer.c_str());
       }
+      if (m > kFewRows || !code.entry(bits).shared(m, 2, depth, 8)) continue;
+      std::printf("%s %d, %d rows, one launch: %s\n", words[i], bits, m,
+                  run(code, bits, m, 2, depth, false, true, true).c_str());
     }
   }
   return 0;

@@ -41,7 +41,8 @@ def test_no_address_is_wrong(order):
     result = run(BUILD / "address" / "gemm_check", " ".join(ALL), order)
     assert result.returncode == 0 and not result.stderr, result.stderr[-6000:]
     answers = [line.split(": ", 1)[1] for line in result.stdout.splitlines()]
-    assert len(answers) == 6 * len(ALL) and all(answer.isdigit() for answer in answers)
+    alone = [case for case in ALL if int(case[-1]) <= 4 and not case.startswith(("1mad_int8", "lut"))]
+    assert len(answers) == 6 * len(ALL) + 2 * len(alone) and all(answer.isdigit() for answer in answers)
 
 
 @pytest.mark.parametrize(("cases", "order"), [*((cases, "deferred") for cases in RACES), (RACES[0], "eager")])

@@ -48,4 +48,5 @@ def test_python_repeats_the_numbers_of_the_kernels():
     }
     assert (number["kTile"], number["kChunk"], number["kLanes"]) == (TILE, cuda_layout.CHUNK, cuda_layout.LANES)
     assert (number["kWarpsK"], number["kRowTiles"]) == (cuda_shapes.WARPS_K, cuda_shapes.ROW_TILES)
+    assert number["kRun"] == cuda_shapes.RUN
     assert (number["kSpare"], number["kRowBlock"]) == (cuda_layout.SPARE_CHUNKS, cuda_shapes.ROWS[-1])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from compiled import compiled
 from mutants import link
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ORDERS = "linear_is_the_dequantized_weight and 1mad-2", "order_of_threads and 1mad-1"
 FUSED = "gemm_1mad", "the_epilogue_gives and 1mad-2"
+ONE_LAUNCH = "gemm_1mad", "one_launch_gives and 1mad-2"
 FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
 MUTATIONS = {  # file, what is there, what it becomes, the object to compile again, the tests that see it
     "swapped A registers": (
@@ -36,7 +38,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
     ),
     "a slice without its total": ("output.h", "i < out.slices;", "i < out.slices - 1;", "rotation", RESULTS),
     "wrong place of a column": (
-        "rotation.cu",
+        "input.h",
         "t * 16 + c / 2 % 2 * 8 + c / 8 % 2 * 4",
         "t * 16 + c / 8 % 2 * 8 + c / 2 % 2 * 4",
         "rotation",
@@ -62,7 +64,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "g.unit, row0 + row, output ^ 1,",
         *FUSED,
     ),
-    "a row's offset of another": ("decode_gemm.h", "total_of(g.out, row0 + row)", "total_of(g.out, row0)", *FUSED),
+    "a row's offset of another": ("decode_gemm.h", "total_of(out, row0 + row)", "total_of(out, row0)", *FUSED),
     "no barrier before the butterflies": (
         "decode_gemm.h",
         "  device::sync_block();\n  walsh",
@@ -75,6 +77,22 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "  }\n  // From here",
         *FUSED_ORDERS,
     ),
+    "one part of k less": ("decode_gemm.h", "i < g.splits; ++i)", "i < g.splits - 1; ++i)", *ONE_LAUNCH),
+    "the sum of a row of another part": ("decode_gemm.h", "+ int(blockIdx.y)] = total", "] = total", *ONE_LAUNCH),
+    "the counters of the call before": (
+        "bindings.cu",
+        "if (alone && !whole) problem = device::clear(",
+        "if (false) problem = device::clear(",
+        "bindings",
+        "one_launch_gives and 1mad-2",
+    ),
+    "no barrier behind the largest": (
+        "input.h",
+        "  device::sync_block();\n  const int runs",
+        "  const int runs",
+        "gemm_1mad",
+        "order_of_threads_and_blocks",
+    ),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
 
@@ -86,7 +104,8 @@ def objects():
 
 def mutated_library(folder, objects, file, old, new, unit):
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return link(folder, objects, file, old, new, unit, ["-shared", *libraries], "libquip_vllm_cuda.so")
+    headers = [f"-I{path}" for path in include_paths()]
+    return link(folder, objects, file, old, new, unit, ["-shared", *headers, *libraries], "libquip_vllm_cuda.so")
 
 
 def outcome(library, tests):

@@ -28,13 +28,13 @@ def rows(m, k):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m))
 
 
-def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None):
-    """Those of the op, with other thread blocks, another variant of the code, or a bias."""
+def arguments(cuda, spec, tensors, x, shape=None, code=None, bias=None, one_launch_rows=0):
+    """Those of the op, with other thread blocks, another variant of the code, a bias, or few rows in one launch."""
     layer = cuda.prepare(spec, tensors)
     prepared, sizes = layer.tensors, list(spec.output_sizes)
     bases = [prepared[f"base{i}"] for i in range(len(sizes) + 1)]
     packed, table, signs = prepared["packed"], prepared.get("table"), (prepared["su"], prepared["sv"])
-    chosen = (code or layer.kernels, spec.bits, shape or layer.thread_blocks, 0)
+    chosen = (code or layer.kernels, spec.bits, shape or layer.thread_blocks, one_launch_rows, 0)
     return [x, packed, table, *signs, bases, layer.widths, sizes, bias, *chosen]
 
 
@@ -160,7 +160,7 @@ def test_every_thread_block_gives_the_same_result(cuda, code, bits):
     wanted = {}
     depths = (2, 4) if bits <= 4 and code != "lut" else (1,)
     for name, warps, depth in itertools.product((code, MORE.get(code)), (1, 2, 4, 8), depths):
-        if name is None or not 0 < OPS.cuda_shared_bytes(name, bits, 12, warps, depth) <= 227 * 1024:
+        if name is None or not 0 < OPS.cuda_shared_bytes(name, bits, 12, warps, depth, 0) <= 227 * 1024:
             continue
         for split, m in itertools.product((8, 16, 24), (1, 5, 12, 20)):
             shape = [split, *[warps, depth] * 3, min(warps, 4)]
@@ -196,6 +196,48 @@ def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, code, bits, k,
         assert not torch.equal(y, other)
         wanted = x[:m].double() @ dequantize(spec, tensors).double().T + bias.double()
         assert relative(y, wanted) < HALF_ACTIVATIONS
+
+
+ONE_LAUNCH = [  # code, bits, whether in EXL3's order
+    ("1mad", 2, False),
+    ("hyb", 3, False),
+    ("e8p", 4, False),
+    ("mul1", 1, True),
+]
+
+
+def one_launch(cuda, code, bits, swapped=False, split=8):
+    """Arguments with one launch for up to 16 rows, k in parts of `split` chunks, and the same with launches apart."""
+    order = TileOrder.MMA_SWAPPED if swapped else TileOrder.MMA
+    spec = LinearSpec(code, bits, 1408, (128, 256), 128, tile_order=order)
+    x, bias = rows(16, 1408), rows(1, 384)[0]
+    x[2, 700], x[3], x[6, 5], x[9], x[12] = 1e4, 0, torch.inf, x[9] * 1e30, x[12] * 1e-30
+    given = (cuda, spec, random_layer(spec), x, [split, *[4, 2] * 3, 4], None, bias)
+    return arguments(*given, 16), arguments(*given)
+
+
+@pytest.mark.parametrize("split", [8, 24])
+@pytest.mark.parametrize(("code", "bits", "swapped"), ONE_LAUNCH)
+def test_one_launch_gives_the_bits_of_three(cuda, code, bits, swapped, split):
+    """k in parts of 8, 8 and 6 chunks, or whole; rows of zeros, of infinity, and of large and small numbers."""
+    together, apart = one_launch(cuda, code, bits, swapped, split)
+    x = together[0]
+    for m, dtype in ((1, torch.bfloat16), (8, torch.float32), (9, torch.float16), (16, torch.float32)):
+        few = x[:m].to(dtype)
+        y, other = (OPS.cuda_linear(few, *given[1:]) for given in (together, apart))
+        assert torch.equal(y.isnan(), other.isnan()) and torch.equal(y.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize("order", ["eager", "depthfirst", "eager,reverse", "random:1"])
+def test_the_order_of_threads_and_blocks_does_not_show_in_one_launch(cuda, monkeypatch, order):
+    """`reverse` begins with the last block, so that the first part of k comes last."""
+    together, _ = one_launch(cuda, "1mad", 2)
+    usual = [OPS.cuda_linear(together[0][:m], *together[1:]) for m in (3, 12)]
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+    for y in usual:
+        OPS.cuda_linear(torch.zeros_like(together[0]), *together[1:])  # leaves shared memory with another row's largest
+        again = OPS.cuda_linear(together[0][: len(y)], *together[1:])
+        assert torch.equal(again.nan_to_num(), y.nan_to_num())
 
 
 @pytest.mark.parametrize("block", [4, 8])
@@ -409,7 +451,7 @@ def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n,
     split, *blocks = cuda_shapes.choose(problem, GPUS[gpu])
     assert split % cuda_layout.SPARE_CHUNKS == 0
     for m, warps, depth in zip(cuda_shapes.ROWS, blocks[::2], [*blocks[1::2], 1], strict=True):
-        assert problem.shared(m, warps, depth) <= GPUS[gpu].shared_block
+        assert problem.shared(m, warps, depth, 0) <= GPUS[gpu].shared_block
     if n * k >= 1 << 24:  # enough work for every multiprocessor
         count = -(-n // (32 * blocks[0])) * -(-k // (64 * split))
         assert count >= 0.7 * GPUS[gpu].multiprocessors
@@ -430,8 +472,21 @@ def test_the_model_weighs_a_launch_against_parts_of_k(cuda, gpu):
     assert problem.width == 128  # one projection of a power of two: its full width is a block
 
 
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_the_model_weighs_three_launches_against_rotating_in_each_thread_block(cuda, gpu):
+    """Few rows take one launch, if both sides are rotated in blocks of 128; the setting takes it away."""
+    from quip_vllm.ops.cuda import _shape
+
+    found = {}
+    for block, most in ((128, 16), (128, 1), (128, 0), (64, 16), (None, 16)):
+        shape, found[block, most] = _shape(LinearSpec("hyb", 2, 4096, (4096,), block), "hyb", GPUS[gpu], most)
+        if found[block, most]:
+            assert shape[1] % 4 == 0 and shape[2] == 2  # blocks of 128 outputs, of a depth that is compiled
+    assert found[128, 16] >= found[128, 1] == 1 and not (found[128, 0] or found[64, 16] or found[None, 16])
+
+
 def test_a_candidate_is_refused_with_a_reason():
-    def shared(rows, warps, depth):
+    def shared(rows, warps, depth, chunks):
         return 0 if rows > 16 and depth > 1 else 1000 * rows * warps * depth
 
     problem = cuda_shapes.Problem(4096, 4096, 2, 4.0, 0, shared)

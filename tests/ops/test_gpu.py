@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU, for the scripts/release/gpu_check.sh of who has one: results, determinism, streams, CUDA graphs, tuning."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE_FACTOR, relative
@@ -101,6 +104,22 @@ def test_a_thousand_runs_give_the_same_bits_on_any_stream(backend, code):
     torch.cuda.synchronize()
     others += [prepared.linear(x) for _ in range(500)]
     assert all(torch.equal(other, y) for other in others)
+
+
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_one_launch_gives_the_bits_of_three(backend, code, bits):
+    """A thousand times, for the order in which thread blocks come differs."""
+    if backend.name != "cuda":
+        pytest.skip("one launch is of the CUDA backend")
+    _, _, prepared = layer(backend, code, bits, 4096, (4096, 1024, 1024), 128)
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for split, m in product((8, 24, 64), (1, 8, 16)):
+        if not 0 < torch.ops.quip_vllm.cuda_shared_bytes(prepared.kernels, bits, m, 4, 2, split) <= limit:
+            continue
+        together = replace(prepared, thread_blocks=[split, *[4, 2] * 3, 4], one_launch_rows=16)
+        x = rows(m, 4096).half()
+        y = replace(together, one_launch_rows=0).linear(x)
+        assert all(torch.equal(together.linear(x), y) for _ in range(1000 if bits == 2 else 10))
 
 
 @pytest.mark.parametrize("m", [1, 12, 100])

@@ -16,7 +16,7 @@ TEXT = """arch = sm_80
 arch = sm_90
  Function quip_rotate_in:
   REG:129 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:616
- Function decode_gemm_kernelINS_6OneMadILi2EEELi8ELi1EEEvNS_4GemmE:
+ Function decode_gemm_kernelINS_6OneMadILi2EEELi8ELi1ELb0EEEvNS_4GemmE:
   REG:254 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:616
 """
 
