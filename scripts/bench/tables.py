@@ -303,17 +303,32 @@ def experts() -> str:
 
 def step() -> str:
     """Tokens per second of each kind of step, the ratio to bf16, and where the time goes, in shares."""
-    rows = read_rows(FOLDER / "cpu_step_amx.csv")
-    time = {(row["name"], row["workload"]): float(row["milliseconds"]) for row in rows}
+    speeds = _step_speeds()
     lines = []
-    for row in rows:
-        name, work = row["name"], row["workload"]
-        rate = 1000 * int(work.split()[1]) / time[name, work]
-        speed = f"{fixed(rate)} ({time['bf16', work] / time[name, work]:.1f}x)"
-        lines.append(
-            [label(name), work, speed, fixed(time[name, work]), *(f"{float(row[part]):.0%}" for part in SHARES)]
-        )
+    for row in read_rows(FOLDER / "cpu_step_amx.csv"):
+        key = row["name"], row["workload"]
+        shares = [f"{float(row[part]):.0%}" for part in SHARES]
+        lines.append([label(key[0]), key[1], speeds[key], fixed(row["milliseconds"]), *shares])
     return table(["weights", "step", "tokens per second", "ms", *SHARES], lines)
+
+
+def step_short() -> str:
+    """The tokens per second alone."""
+    speeds = _step_speeds()
+    names, works = (list(dict.fromkeys(keys)) for keys in zip(*speeds, strict=True))
+    titles = {work: work.replace("decode", "batch").replace("prefill", "prefill of") for work in works}
+    return table(
+        ["weights", *titles.values()], [[label(name), *(speeds[name, work] for work in works)] for name in names]
+    )
+
+
+def _step_speeds() -> dict[tuple[str, str], str]:
+    """Tokens per second, and how many times those of bf16, by weights and step."""
+    time = {(r["name"], r["workload"]): float(r["milliseconds"]) for r in read_rows(FOLDER / "cpu_step_amx.csv")}
+    return {
+        (name, work): f"{fixed(1000 * int(work.split()[1]) / spent)} ({time['bf16', work] / spent:.1f}x)"
+        for (name, work), spent in time.items()
+    }
 
 
 def workers() -> str:
@@ -366,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_avx2": lambda: kernels("_avx2"),
     "kernels_amx": lambda: kernels("_amx"),
     "step": step,
+    "step_short": step_short,
     "encode": encode,
     "activations": activations,
     "quantization": quantization,
