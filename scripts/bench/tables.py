@@ -155,7 +155,7 @@ def default_calibration() -> str:
 def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
     rows = quality_rows()
-    return _qualities(lambda name: _kind(name) in ("w0", "fullw0") and f"{name[:3]}fullw0" in rows)
+    return _qualities(lambda name: _kind(name) in ("", "full") and f"{name[:3]}full" in rows)
 
 
 def _kind(name: str) -> str:
