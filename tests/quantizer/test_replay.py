@@ -113,7 +113,7 @@ def test_a_difference_is_found_in_every_size_of_batch(tiny_model, monkeypatch, r
             {"layer_types": ["conv", "full_attention"], "block_dim": 64},
             "conv.conv.weight is a convolution of 3",
         ),
-        ("GptOss", {"num_local_experts": 2, "head_dim": 16}, "experts.* is a stack of experts of 3"),
+        ("JetMoe", {}, "input_linear.weight is a stack of experts of 3"),
         ("Rwkv", {"attention_hidden_size": 64}, "time_mix_key is no matrix of 3 dimensions"),
     ],
 )
