@@ -46,6 +46,7 @@ for name in ("qs2", "qh2"):
         amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
         for end in ("", "full"):
             CONFIGURATIONS[f"{name}{source}{end}"] = [*CONFIGURATIONS[f"{name}{end}"], *amount]
+CONFIGURATIONS["qs2split3"] = [*CONFIGURATIONS["qs2"], "--split", "3"]
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
 SEQUENCES, LENGTH = 64, 1024

@@ -230,6 +230,16 @@ def rotations() -> str:
     return table(["rotation", "perplexity", "KL, nats", "top-1", "mean proxy loss"], lines)
 
 
+def chunks() -> str:
+    """quip_sharp at 2 bits by the defaults of rounding, in whole rows and in chunks."""
+    lines = []
+    for name, words in {"qs2": "whole rows", "qs2split3": "`--split 3`"}.items():
+        rows = [quality_rows(text)[name] for text in TEXTS.values()]
+        found = [fixed(row["kl_divergence"], 3) for row in rows]
+        lines.append([words, fixed(rows[0]["perplexity"], 2), *found, fixed(rows[0]["mean_proxy_loss"], 4)])
+    return table(["rotation", "perplexity", *(f"KL, {name}" for name in TEXTS), "mean proxy loss"], lines)
+
+
 def cuda(n: int, k: int) -> str:
     """Microseconds of one layer by rows, and how many times as fast as cuBLAS in fp16."""
     rows = [row for row in read_rows(FOLDER / "cuda_kernels.csv") if (int(row["n"]), int(row["k"])) == (n, k)]
@@ -374,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sides": sides,
     "drift": drift,
     "rotations": rotations,
+    "chunks": chunks,
     "serving": serving,
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
