@@ -249,14 +249,13 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   const bool fused = within && (whole || alone);
   if (alone) in.slices = g.splits * int(tiles), in.work = 0;  // totals of each thread block
   Memory arranged(x, alone ? 0 : (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
-  Memory partial(x, fused && whole ? 0 : g.splits * out.split_stride);
-  Memory arrivals(x, alone && !whole ? tiles : 0);
+  const int64_t sums = fused && whole ? 0 : g.splits * out.split_stride;
+  Memory partial(x, sums + (alone ? tiles : 0));  // and behind the sums the counters of the only launch
   const RotationMemory memory(x, in, out);
   in.out = reinterpret_cast<unsigned char*>(arranged.floats), g.x = in.out;
   g.partial = partial.floats, out.partial = partial.floats;
   if (fused) g.width = out.part[0].rotation.p, g.unit = out.part[0].unit, g.out = out.out;
-  if (alone) g.in = in;
-  if (alone) g.arrivals = reinterpret_cast<uint32_t*>(arrivals.floats);
+  if (alone) g.in = in, g.arrivals = reinterpret_cast<uint32_t*>(partial.floats + sums);
 
   std::string problem;
   if (!alone) problem = rotate_in(in, stream);

@@ -34,16 +34,8 @@ from quip_vllm.ops.dispatch import Backend, backends
 from quip_vllm.ops.prepared import PreparedLayer
 
 COLUMNS = ["backend", "format", "n", "k", "block", "rows", "launches", "microseconds", "cublas_fp16_microseconds"]
-COLUMNS += [
-    "over_cublas",
-    "packed_bytes",
-    "bound_microseconds",
-    "share_of_bandwidth",
-    "copy_gb_s",
-    "gpu",
-    "torch",
-    *ORIGIN,
-]
+COLUMNS += ["over_cublas", "packed_bytes", "bound_microseconds", "share_of_bandwidth", "copy_gb_s", "gpu", "torch"]
+COLUMNS += ORIGIN
 SIZES = ["4096x4096", "14336x4096", "4096x14336", "1024x8192"]
 
 

@@ -200,12 +200,9 @@ using Lut16 = Wide<bits, order, LutValue>;
 
 // PAIRS: the table has both columns of a lane, for the states of even positions.
 template <int bits, TileOrder order>
-struct Pairs16 : Windows<bits, order> {
+struct Pairs16 : Windows<bits, order>, LutValue {
   static constexpr int kQuads = 8, kFew = 4;
-  const int16_t* table;
-  float unit_;
-  explicit Pairs16(const Weight& w) : table(w.table16), unit_(w.unit) {}
-  float unit() const { return unit_; }
+  explicit Pairs16(const Weight& w) : LutValue(w) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     this->template states<half>(tile, [&](int cc, int C, int c, __m256i state) {
