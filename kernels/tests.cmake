@@ -6,7 +6,7 @@ set_source_files_properties(${CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
 set_source_files_properties(emulator/runtime.cpp PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
 
 add_library(quip_vllm_cuda MODULE ${CUDA_SOURCES} emulator/runtime.cpp)
-target_compile_options(quip_vllm_cuda PRIVATE -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)
+target_compile_options(quip_vllm_cuda PRIVATE -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -ffp-contract=off)
 target_link_libraries(quip_vllm_cuda PRIVATE stable_torch)
 
 # One code of each kind: windows in registers, as integers, in EXL3's order with a constant from memory, a table that is

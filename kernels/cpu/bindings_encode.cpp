@@ -8,9 +8,7 @@ namespace {
 
 // targets [count, 256], values [vector_dim, 65536] -> states, int32 [count, 256 / vector_dim].
 Tensor encode_trellis(const Tensor& targets, const Tensor& values, int64_t bits) {
-  const int64_t count = targets.size(0), dim = values.dim() == 2 ? values.size(0) : 0;
-  STD_TORCH_CHECK((dim == 1 || dim == 2) && bits >= 1 && bits * dim <= 8, "values of ", dim, " components at ", bits,
-                  " bits: 1 or 2 components and at most 8 bits a step are searched");
+  const int64_t count = targets.size(0), dim = searched_components(values, bits);
   const float* target = floats(targets, count * kSequence, "targets");
   const float* table = floats(values, dim * kStates, "values");
   const int64_t steps = kSequence / dim;

@@ -39,6 +39,19 @@ inline void store(T* p, V v) {
 }
 inline Floats splat(float x) { return x - Floats{}; }
 
+// A product, rounded: no compiler fuses it with the sum that it meets. So all tiers, and a GPU, round alike.
+template <class V>
+[[gnu::always_inline]] inline V rounded(V product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
+
 // Adds the upper half of the lanes to the lower half.
 template <class Half, class V>
 inline Half fold(V v) {

@@ -307,12 +307,46 @@ int64_t cuda_shared_bytes(std::string code, int64_t bits, int64_t rows, int64_t 
   return entry_of(kernels_of(code), code, bits).shared(int(rows), int(warps_n), int(depth), int(chunks));
 }
 
+// targets [count][256], values [dim][65536] -> states, int32 [count][256 / dim].
+Tensor cuda_encode_trellis(const Tensor& targets, const Tensor& values, int64_t bits) {
+  const int64_t count = targets.size(0), dim = searched_components(values, bits), steps = kSequence / dim;
+  STD_TORCH_CHECK(count <= INT32_MAX, "targets are ", count, " sequences: give at most ", INT32_MAX);
+  Tensor states = torch::stable::new_empty(targets, {count, steps}, ScalarType::Int);
+  EncodeTrellis e{};
+  e.targets = floats(targets, targets, count * kSequence, "targets");
+  e.values = floats(values, targets, dim * kStates, "values");
+  if (count == 0) return states;
+  e.count = int(count), e.step_bits = int(bits * dim), e.dim = int(dim);
+  const SearchMemory sizes = search_memory(e.step_bits, e.dim, count);
+  const Memory choices(targets, sizes.choices), costs(targets, sizes.costs);
+  e.blocks = sizes.blocks, e.choices = reinterpret_cast<uint32_t*>(choices.floats), e.costs = costs.floats;
+  e.states = states.mutable_data_ptr<int32_t>();
+  const std::string problem = encode_trellis(e, current_stream(targets));
+  STD_TORCH_CHECK(problem.empty(), "the trellis search did not run: ", problem);
+  return states;
+}
+
+// x [count][8] -> codes, int16 [count].
+Tensor cuda_encode_lattice(const Tensor& x) {
+  const int64_t count = x.numel() / 8;
+  Tensor codes = torch::stable::new_empty(x, {count}, ScalarType::Short);
+  EncodeLattice e{};
+  e.x = floats(x, x, count * 8, "x"), e.count = count;
+  if (count == 0) return codes;
+  e.codes = codes.mutable_data_ptr<int16_t>();
+  const std::string problem = encode_lattice(e, current_stream(x));
+  STD_TORCH_CHECK(problem.empty(), "the search of the lattice did not run: ", problem);
+  return codes;
+}
+
 }  // namespace
 }  // namespace quip
 
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) {
   m.impl("cuda_linear", TORCH_BOX(&quip::cuda_linear));
   m.impl("cuda_embedding", TORCH_BOX(&quip::cuda_embedding));
+  m.impl("cuda_encode_trellis", TORCH_BOX(&quip::cuda_encode_trellis));
+  m.impl("cuda_encode_lattice", TORCH_BOX(&quip::cuda_encode_lattice));
 }
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
   m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes));

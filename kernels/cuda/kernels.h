@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bindings call: the launches of a linear layer, in raw pointers. Each returns an empty string, or an error.
+// What the bindings call: the launches of a linear layer and of the quantizer's searches, in raw pointers. Each returns
+// an empty string, or an error.
 // The launch between the rotations, one per code and bit width, is in decode_gemm.h.
 #pragma once
 #include <cstdint>
@@ -120,6 +121,35 @@ struct DecodeDense {
   Part part[kMaxParts];
 };
 
+constexpr int kSequence = 256;  // weights of a trellis sequence
+constexpr int kStates = 65536;  // of the trellis
+
+// Tail-biting searches of trellis sequences.
+struct EncodeTrellis {
+  const float* targets;  // [count][256]
+  const float* values;   // [dim][65536]: of each state
+  int count, step_bits, dim;
+  int blocks;         // thread blocks, which take the sequences in turn
+  uint32_t* choices;  // each has its own: search_memory
+  float* costs;
+  int32_t* states;  // [count][256 / dim]
+};
+struct SearchMemory {
+  int blocks;
+  int64_t choices, costs;
+};
+SearchMemory search_memory(int step_bits, int dim, int64_t count);
+
+// Codes [count] of x [count][8]; encode_lattice fills in the rows of the codebook.
+struct EncodeLattice {
+  const float* x;
+  int64_t count;
+  int16_t* codes;
+  uint32_t rows[256];  // twice the absolute values, 3 bits each, and from bit 24 on whether component 7 is negative
+};
+
+std::string encode_trellis(const EncodeTrellis& e, device::Stream stream);
+std::string encode_lattice(EncodeLattice e, device::Stream stream);
 std::string rotate_in(const RotateIn& r, device::Stream stream);
 std::string rotate_out(const RotateOut& r, device::Stream stream);
 

@@ -42,6 +42,9 @@ DEVICE uint32_t funnel_left(uint32_t high, uint32_t low, int shift) { return __f
 // base + the four bytes of v.
 DEVICE uint32_t sum_bytes(uint32_t v, uint32_t base) { return __dp4a(v, 0x01010101u, base); }
 
+// a b, rounded: never fused with the sum that it meets.
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+
 // Two fp16 sums, each rounded once.
 DEVICE uint32_t add_halves(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -175,6 +178,13 @@ inline bool overlaps_kernels() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major >= 9;
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // What went wrong, if anything did.

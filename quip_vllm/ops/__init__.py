@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the formats run: ``select_backend`` gives the backend of a layer, ``encode_*`` are the quantizer's searches."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.dispatch import Backend, prepare, prepare_experts, select_backend
-from quip_vllm.ops.extension import require_cpu_library
+from quip_vllm.ops.extension import require_cpu_library, require_cuda_library
 from quip_vllm.ops.reference import dequantize
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
 def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:
     """Tail-biting Viterbi search (QTIP, arXiv 2406.11235, section 3.1 and algorithm 4).
 
+    A GPU searches what lies on it, by the sums of the CPU's search with float costs; the CPU searches all else.
+
     Args:
         targets: float32 [count, 256], sequences in tile order.
         values: float32 [65536, vector_dim], the value of each state.
@@ -35,8 +39,7 @@ def encode_trellis(targets: Tensor, values: Tensor, bits: int) -> Tensor:
     Raises:
         RuntimeError: the compiled library is missing, or the shapes are wrong.
     """
-    require_cpu_library()
-    return torch.ops.quip_vllm.encode_trellis(targets.contiguous(), values.T.contiguous(), bits)
+    return _searched("encode_trellis", targets, values.T, bits)
 
 
 def encode_lattice(x: Tensor) -> Tensor:
@@ -46,10 +49,21 @@ def encode_lattice(x: Tensor) -> Tensor:
         x: float32 [count, 8].
 
     Returns:
-        int16 [count]. Between equally near points any may be returned.
+        int16 [count]. Between equally near points any may be returned; CPU and GPU return the same.
     """
-    require_cpu_library()
-    return torch.ops.quip_vllm.encode_lattice(x.contiguous())
+    return _searched("encode_lattice", x)
+
+
+def _searched(op: str, x: Tensor, *more: Any) -> Tensor:
+    """The result of a search for x: the GPU's where x lies on one, else the CPU's."""
+    device = x.device if x.is_cuda else torch.device("cpu")
+    given = [one.to(device).contiguous() if isinstance(one, Tensor) else one for one in (x, *more)]
+    if not x.is_cuda:
+        require_cpu_library()
+        return getattr(torch.ops.quip_vllm, op)(*given).to(x.device)
+    require_cuda_library()
+    with torch.cuda.device_of(x):
+        return getattr(torch.ops.quip_vllm, f"cuda_{op}")(*given)
 
 
 def cpu_tier() -> str:

@@ -62,6 +62,14 @@ def gpu_problem() -> str | None:
 
 def require_cpu_library() -> None:
     """Raises RuntimeError with the remedy unless the CPU library is loaded."""
-    problem = cpu_library_problem()
+    _require(cpu_library_problem())
+
+
+def require_cuda_library() -> None:
+    """Raises RuntimeError with the remedy unless the CUDA library is loaded and may run on the GPU."""
+    _require(gpu_problem() or cuda_library_problem())
+
+
+def _require(problem: str | None) -> None:
     if problem is not None:
         raise RuntimeError(problem)

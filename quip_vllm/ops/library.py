@@ -30,6 +30,8 @@ _SCHEMAS = (
     "str code, int bits, ScalarType dtype) -> Tensor",
     "encode_trellis(Tensor targets, Tensor values, int bits) -> Tensor",
     "encode_lattice(Tensor x) -> Tensor",
+    "cuda_encode_trellis(Tensor targets, Tensor values, int bits) -> Tensor",
+    "cuda_encode_lattice(Tensor x) -> Tensor",
     "cpu_tier() -> str",
     "cpu_tiers() -> str",
     "cpu_takes_int8(str code, int bits) -> bool",
@@ -73,11 +75,13 @@ def _(ids, packed, table, su, sv, base, width, code, bits, dtype):
     return su.new_empty(ids.shape[0], su.shape[0], dtype=dtype)
 
 
+@torch.library.register_fake("quip_vllm::cuda_encode_trellis")
 @torch.library.register_fake("quip_vllm::encode_trellis")
 def _(targets: Tensor, values: Tensor, bits: int) -> Tensor:
     return targets.new_empty(targets.shape[0], 256 // values.shape[0], dtype=torch.int32)
 
 
+@torch.library.register_fake("quip_vllm::cuda_encode_lattice")
 @torch.library.register_fake("quip_vllm::encode_lattice")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.numel() // 8, dtype=torch.int16)

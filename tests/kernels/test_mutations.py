@@ -93,6 +93,20 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "gemm_1mad",
         "order_of_threads_and_blocks",
     ),
+    "the last of equal walks": (
+        "encode_trellis.cu",
+        "if (cost < best[j])",
+        "if (cost <= best[j])",
+        "encode_trellis",
+        "walks_are_those and hyb-2",
+    ),
+    "the last of equally near points": (
+        "encode_lattice.cu",
+        "if (score > best)",
+        "if (score >= best)",
+        "encode_lattice",
+        "nearest_points",
+    ),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
 

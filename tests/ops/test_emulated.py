@@ -2,6 +2,10 @@
 """The CUDA kernels, run by the emulator, against the dequantized weight: every format, odd sizes, every dtype."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +13,10 @@ from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ON
 from random_layers import CHUNKED, EVERY_RATE, crossed, random_layer
 
 from quip_vllm.formats.decode import decode
-from quip_vllm.formats.spec import TileOrder
+from quip_vllm.formats.spec import FORMATS, TileOrder
 from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
+from quip_vllm.ops.extension import require_cpu_library
+from quip_vllm.quantizer.rounding.encoders import code_rms
 from quip_vllm.transforms.hadamard import hadamard
 
 OPS = torch.ops.quip_vllm
@@ -355,6 +361,69 @@ def test_leading_dimensions(cuda, shape):
     assert y.shape == (*shape[:-1], 48)
 
 
+SEARCHED = [("hyb", 1), ("hyb", 2), *[("1mad", bits) for bits in (1, 2, 3, 4, 8)]]
+
+
+def searched(code, bits):
+    """Arguments of a search of three sequences, more than the emulated GPU has thread blocks at up to 4 bits a step.
+
+    With hyb all numbers are multiples of a half, so that many walks cost the same.
+    """
+    values = FORMATS[code].values(bits=bits).T.contiguous()
+    targets = code_rms(FORMATS[code], values) * torch.randn(3, 256, generator=torch.Generator().manual_seed(bits))
+    return (*((2 * one).round() / 2 if code == "hyb" else one for one in (targets, values)), bits)
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    """What the CPU's search with float costs finds: up to 4 bits only the portable tier has no other."""
+    file = tmp_path_factory.mktemp("walks") / "walks.pt"
+    program = (
+        "import sys, torch; from test_emulated import OPS, SEARCHED, searched; from quip_vllm.ops import cpu_tier\n"
+        "assert cpu_tier() == 'portable'\n"
+        "torch.save({one: OPS.encode_trellis(*searched(*one)) for one in SEARCHED}, sys.argv[1])"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "QUIP_VLLM_CPU_TIER": "portable", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", program, str(file)], env=environment, check=True)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize(("code", "bits"), SEARCHED)
+def test_walks_are_those_of_float_costs(cuda, walks, code, bits):
+    assert torch.equal(OPS.cuda_encode_trellis(*searched(code, bits)), walks[code, bits])
+
+
+def test_float_costs_are_the_same_at_every_tier(walks):
+    require_cpu_library()
+    assert torch.equal(OPS.encode_trellis(*searched("1mad", 8)), walks["1mad", 8])
+
+
+@pytest.mark.parametrize("order", ["depthfirst", "reverse", "random:1"])
+def test_the_order_of_threads_does_not_show_in_a_walk(cuda, walks, monkeypatch, order):
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+    targets, *given = searched("hyb", 2)
+    assert torch.equal(OPS.cuda_encode_trellis(targets[:1], *given), walks["hyb", 2][:1])
+
+
+def test_nearest_points_are_the_cpus(cuda):
+    """The second half has equally near points: multiples of a quarter."""
+    require_cpu_library()
+    x = torch.randn(2001, 8, generator=torch.Generator().manual_seed(0))
+    x[1000:] = (4 * x[1000:]).round() / 4
+    assert torch.equal(OPS.cuda_encode_lattice(x), OPS.encode_lattice(x))
+
+
+def test_searches_of_nothing_and_of_what_is_refused(cuda):
+    targets, values, _ = searched("1mad", 2)
+    assert OPS.cuda_encode_trellis(targets[:0], values, 2).shape == (0, 256)
+    assert OPS.cuda_encode_lattice(torch.zeros(0, 8)).shape == (0,)
+    with pytest.raises(RuntimeError, match="components"):
+        OPS.cuda_encode_trellis(targets, values, 9)
+    with pytest.raises(RuntimeError, match="targets"):
+        OPS.cuda_encode_trellis(targets[:, 1:].contiguous(), values, 2)
+
+
 def hyb_arguments(cuda):
     spec = LinearSpec("hyb", 2, 64, (32, 16))
     return arguments(cuda, spec, random_layer(spec), torch.randn(3, 64))
@@ -399,6 +468,10 @@ def test_opcheck(cuda):
     signs = (t["su"], t["sv"], t["inverse_base"])
     given = (torch.tensor([3, 39]), t["packed"], t["table"], *signs, 64, "e8p", 2, torch.bfloat16)
     torch.library.opcheck(OPS.cuda_embedding.default, given)
+    targets, *more = searched("hyb", 4)
+    forwards = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.cuda_encode_trellis.default, (targets[:1], *more), test_utils=forwards)
+    torch.library.opcheck(OPS.cuda_encode_lattice.default, (torch.zeros(3, 8),), test_utils=forwards)
 
 
 def test_fake_cuda_tensors_and_tracing(cuda):

@@ -9,7 +9,8 @@ namespace quip {
 namespace {
 
 // For each shift, the signs follow y = x - shift. Where a row then flips an odd number of components, the cheapest flip
-// (smallest |y_i| |T_i|) is undone. The score is <y, v> - |v|^2 / 2, so the distance is |y|^2 - 2 score.
+// (smallest |y_i| |T_i|) is undone. The score is <y, v> - |v|^2 / 2, so the distance is |y|^2 - 2 score. Of equal ones the
+// lowest row is taken, and the first shift. A GPU finds the same codes (cuda/encode_lattice.cu).
 inline int16_t encode_lattice(const float* x) {
   float best_distance = INFINITY;
   int best_code = 0;
@@ -20,7 +21,7 @@ inline int16_t encode_lattice(const float* x) {
       y[i] = x[i] - (parity ? -0.25f : 0.25f);
       magnitude[i] = std::fabs(y[i]);
       negatives += y[i] < 0;
-      norm += y[i] * y[i];
+      norm += rounded(y[i] * y[i]);
     }
     const float y_odd = negatives & 1;
     RegisterFloats best = -INFINITY - RegisterFloats{};
@@ -28,7 +29,7 @@ inline int16_t encode_lattice(const float* x) {
     for (int row = 0; row < 256; row += kRegisterLanes) {
       RegisterFloats dot = {}, cheapest = INFINITY - RegisterFloats{};
       for (int i = 0; i < 8; ++i) {
-        const RegisterFloats term = load<RegisterFloats>(kLattice.absolute[i] + row) * magnitude[i];
+        const RegisterFloats term = rounded(load<RegisterFloats>(kLattice.absolute[i] + row) * magnitude[i]);
         dot += term;
         cheapest = term < cheapest ? term : cheapest;
       }
@@ -41,7 +42,7 @@ inline int16_t encode_lattice(const float* x) {
     }
     int lane = 0;
     for (int i = 1; i < kRegisterLanes; ++i)
-      if (best[i] > best[lane]) lane = i;
+      if (best[i] > best[lane] || (best[i] == best[lane] && best_row[i] < best_row[lane])) lane = i;
     float distance = norm - 2 * best[lane];
     if (!(distance < best_distance)) continue;
     best_distance = distance;

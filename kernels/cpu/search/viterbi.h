@@ -3,8 +3,10 @@
 //
 // With KV bits per step, the 2^KV predecessors of state t are (t >> KV) + c * G, where G = 65536 >> KV and c < 2^KV.
 // The 2^KV states t of a group, which share t >> KV = g, share the best predecessor. So a step takes one minimum per
-// group, and then 2^KV new costs.
+// group, and then 2^KV new costs. Of equal ones the lowest state is taken: a GPU finds the same walks
+// (cuda/encode_trellis.cu).
 #pragma once
+#include <cmath>
 #include <utility>
 
 #include "../kernels.h"
@@ -15,7 +17,7 @@ namespace {
 
 typedef uint8_t LaneBytes __attribute__((vector_size(kRegisterLanes)));  // one byte per lane
 
-constexpr float kForbidden = 1e30f;
+constexpr float kForbidden = INFINITY;
 
 // Where the cost of a state lies. The predecessors of a group lie G apart. With 16 of them that is a multiple of 4 KiB,
 // which would put them all in one set of the first-level cache, so a gap after each 4096 states spreads them.
@@ -29,10 +31,10 @@ struct Search {
 
 template <int V>
 inline RegisterFloats branch(const float* values, const float* x, int64_t state) {
-  RegisterFloats total = {};
+  RegisterFloats total;
   for (int v = 0; v < V; ++v) {
-    RegisterFloats d = load<RegisterFloats>(values + int64_t(v) * kStates + state) - x[v];
-    total += d * d;
+    const RegisterFloats d = load<RegisterFloats>(values + int64_t(v) * kStates + state) - x[v];
+    total = v ? total + rounded(d * d) : rounded(d * d);
   }
   return total;
 }
