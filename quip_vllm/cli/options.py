@@ -11,9 +11,10 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let Python code of the model's files run")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
-    parser.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu (default), cuda")
+def add_device(parser: argparse.ArgumentParser, does: str = "runs") -> None:
+    """--device, on which the model does what `does` says."""
+    text = f"where the model {does}, as torch names it: cpu (default), cuda"
+    parser.add_argument("--device", default="cpu", help=text)
 
 
 def check_writable(file: Path, option: str) -> None:

@@ -81,6 +81,12 @@ def codebook() -> torch.Tensor:
     return abs_table()[code >> 8] * sign + shift_by[:, None]
 
 
+@functools.cache
+@torch.inference_mode(False)
+def _codebook(device: torch.device) -> torch.Tensor:
+    return codebook().to(device)
+
+
 def decode(codes: torch.Tensor) -> torch.Tensor:
     """Decodes E8P codes.
 
@@ -95,7 +101,7 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     """
     if codes.dtype is not torch.int16:
         raise ValueError(f"E8P codes of {codes.dtype}: they have to be int16, read as unsigned; convert by bit pattern")
-    vectors = codebook().to(codes.device)[codes.to(torch.int64) & 0xFFFF]
+    vectors = _codebook(codes.device)[codes.to(torch.int64) & 0xFFFF]
     return vectors.reshape(*codes.shape[:-1], 8 * codes.shape[-1])
 
 
@@ -114,7 +120,7 @@ def nearest(x: torch.Tensor, chunk: int = 64) -> torch.Tensor:
     """
     if x.ndim != 2 or x.shape[1] != 8:
         raise ValueError(f"vectors {list(x.shape)} are not [N, 8]: E8P codes eight weights; reshape to (-1, 8)")
-    entries = codebook().to(device=x.device, dtype=torch.float64)
+    entries = _codebook(x.device).to(torch.float64)
     # argmin |x - c|^2 = argmax 2 <x, c> - |c|^2; entries are multiples of 1/4, so float64 makes ties exact for short x.
     bias = (entries * entries).sum(dim=1)
     found = [(2 * part.to(torch.float64) @ entries.T - bias).argmax(dim=1) for part in x.split(chunk)]

@@ -80,7 +80,7 @@ def quantize_group(
     levels: Mapping[str, Tensor] | None = None,
     searchers: Searchers | None = None,
 ) -> dict[str, Quantized]:
-    """Quantizes the layers of one group.
+    """Quantizes the layers of one group, where its Hessian is; the results are on the CPU.
 
     Args:
         group: what is known of the activation that they read.
@@ -101,7 +101,8 @@ def quantize_group(
     began = time.monotonic()
     hessian, dead = group.regularised(settings.damping)
     correction = group.drift.correction(group.hessian, group.unit(), hessian) if group.drift else None
-    su = input_signs(list(weights), len(hessian), settings.seed)
+    device = hessian.device
+    su = input_signs(list(weights), len(hessian), settings.seed).to(device)
     (block, chunks), *others = {(specs[name].hadamard_block, specs[name].input_chunks) for name in weights}
     assert not others  # vLLM cuts the inputs of all layers that read one activation, or of none
     inputs = rotate_hessian(hessian, su, block, chunks)
@@ -110,9 +111,9 @@ def quantize_group(
     two_sided = [name for name in known if settings.two_sided and known[name].outputs is not None]
 
     def rows_of(name: str, part: Tensor, encoder: Encoder) -> Rows:
-        if not torch.isfinite(part).all():
+        weight = part.to(device).float()
+        if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds a NaN or an infinity: mend the model or {_remedy(specs[name])}")
-        weight = part.float()
         if correction is not None:
             weight = weight + settings.drift_correction * correction(name, weight)
         if levels is None:
@@ -126,7 +127,7 @@ def quantize_group(
         outputs = None
         if batch[0].name in two_sided:  # it is alone in its batch
             outputs = _rotated_outputs(known[batch[0].name], settings.damping, batch[0], specs[batch[0].name])
-        stacked = torch.cat([rows.units if levels is None else levels[rows.name] for rows in batch])
+        stacked = torch.cat([rows.units if levels is None else levels[rows.name].to(device) for rows in batch])
         whole = pad(stacked, (0, 0, 0, -len(stacked) % encoder.rows))
         rounded = rounding.round(whole, spread(encoder, searchers), outputs)
         curvature = Curvature(inputs, outputs)
@@ -151,9 +152,10 @@ def quantize_group(
     results = {}
     for name, own in sums.items():
         spec = specs[name]
-        tensors = {key: torch.cat(codes) for key, codes in own.codes.items()}
+        tensors = {key: torch.cat(codes).cpu() for key, codes in own.codes.items()}
         tensors = make_encoder(spec.code, spec.bits).stored(tensors)
-        tensors |= {SU.name: su.to(spec.vector_dtype), SV.name: torch.cat(own.sv).to(spec.vector_dtype)}
+        vectors = {SU.name: su, SV.name: torch.cat(own.sv)}
+        tensors |= {key: vector.to(spec.vector_dtype).cpu() for key, vector in vectors.items()}
         entry = {
             "name": name,
             "shape": list(weights[name].shape),
@@ -197,7 +199,10 @@ def input_signs(names: Sequence[str], size: int, seed: int) -> Tensor:
 
 
 def signs(size: int, seed: int, name: str) -> Tensor:
-    """float32 [size] of +-1, a function of the seed and the name alone, so that a resumed run draws the same."""
+    """float32 [size] of +-1, a function of the seed and the name alone, so that a resumed run draws the same.
+
+    They are drawn on the CPU, so that they do not depend on the device.
+    """
     return random_signs(size, generator_of(seed, name))
 
 
@@ -233,18 +238,19 @@ def _batches(
 def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int, encoder: Encoder) -> Rows:
     """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored."""
     mixed = spec.rotate_output
-    sv = signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))
+    sv = (signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))).to(weight.device)
     turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed, spec.chunks)
     scale = scale_of(name, turned, spec, encoder)
     column = scale.view(-1, 1)
     # A row of a head that is too small for fp16 decodes to zeros.
-    return Rows(name, torch.where(column > 0, turned / column, torch.zeros(())), scale, sv * scale)
+    return Rows(name, torch.where(column > 0, turned / column, 0.0), scale, sv * scale)
 
 
 def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: Rows, spec: LinearSpec) -> Tensor:
     """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
     assert sensitivity.outputs is not None
-    hessian = sensitivity.outputs + damping * torch.eye(len(sensitivity.outputs))
+    hessian = sensitivity.outputs.to(rows.units.device, copy=True)
+    hessian.diagonal().add_(damping)
     return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block, spec.output_chunks)
 
 

@@ -78,7 +78,7 @@ def measure(
             if watch is not None:
                 watch.remove()
             for name, (inputs, together) in sums.close().items():
-                weight, share = linears[name].weight.cpu(), together / tokens.numel()
+                weight, share = linears[name].weight, together / tokens.numel()
                 alone = _linear_losses(name, weight, inputs, formats[name], settings)
                 losses[name] = {stored: share * loss for stored, loss in alone.items()}
                 of_noise[name] = share * 0.5 * len(weight) * float(inputs.hessian.trace())
@@ -128,7 +128,7 @@ class _Sums:
         for name, inputs in self._inputs.items():
             alone = self._outputs[name] * float(inputs.hessian.trace())
             if inputs.tokens:
-                found[name] = inputs.on_cpu(), self._squares[name] / alone if alone > 0 else 1.0
+                found[name] = inputs, self._squares[name] / alone if alone > 0 else 1.0
         return found
 
 
@@ -137,7 +137,7 @@ def _linear_losses(
 ) -> dict[LayerFormat, float]:
     """What a linear layer adds in each format, summed over all tokens."""
     hessian, dead = inputs.regularised(settings.damping)
-    su = signs(len(hessian), settings.seed, "su:" + name)
+    su = signs(len(hessian), settings.seed, "su:" + name).to(hessian.device)
     n, k = weight.shape
     specs = {stored: settings.spec(name, stored, n, k) for stored in formats}
     turned = rotate_hessian(hessian, su, settings.hadamard_block, next(iter(specs.values())).input_chunks)
@@ -221,10 +221,11 @@ class _TokenRows:
         """Those of the embedding, of the head, or of both in one, which is rounded under the head's Hessian."""
         weight = self.source.reader.read([f"{name}.weight"])[f"{name}.weight"]
         n, k = weight.shape
-        identity = Inputs([name], torch.eye(k, dtype=torch.float64), 1)
-        inputs = self._inputs.on_cpu() if name == self.source.head_name and self._inputs is not None else identity
+        device = self.source.device
+        identity = Inputs([name], torch.eye(k, dtype=torch.float64, device=device), 1)
+        inputs = self._inputs if name == self.source.head_name and self._inputs is not None else identity
         hessian, dead = inputs.regularised(settings.damping)
-        su = signs(k, settings.seed, "su:" + name)
+        su = signs(k, settings.seed, "su:" + name).to(device)
         turned = rotate_hessian(hessian, su, settings.hadamard_block)
         rounding = Ldlq(turned, settings.rounding)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -232,11 +233,11 @@ class _TokenRows:
         if name == self.source.head_name:
             uses.append((self._head, turned, settings.damping, float(inputs.unit()) / inputs.tokens))
         if name == self.source.embedding_name:
-            uses.append((self._embedding, torch.eye(k), 0.0, 1 / k))
+            uses.append((self._embedding, torch.eye(k, device=device), 0.0, 1 / k))
         found = dict.fromkeys(formats, 0.0)
         for counts, cost, damping, unit in uses:
             drawn = torch.multinomial(counts, TOKEN_ROWS, replacement=True, generator=generator)
-            part = weight[drawn].float().masked_fill(dead, 0.0)
+            part = weight[drawn].to(device).float().masked_fill(dead, 0.0)
             for stored in formats:
                 spec = settings.spec(name, stored, n, k, rotate_output=False)
                 encoder = make_encoder(stored.code, stored.bits)

@@ -15,7 +15,7 @@ from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.hub import local_folder
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.formats.tensors import layout
-from quip_vllm.ops.extension import require_cpu_library
+from quip_vllm.ops.extension import require_cpu_library, require_cuda_library
 from quip_vllm.quantizer import checks
 from quip_vllm.quantizer.allocation import Choice, allocate, evenly
 from quip_vllm.quantizer.losses import measure
@@ -80,6 +80,8 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     require_cpu_library()
     trust = settings.trust_remote_code
     source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
+    if source.device.type == "cuda":
+        require_cuda_library()
     checks.check_window(settings, source)
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)

@@ -24,7 +24,7 @@ from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files, load_tokenizer, loc
 from quip_vllm.checkpoint.store import digest, read_json, write_json
 from quip_vllm.formats.tensors import SU, tensor_specs
 from quip_vllm.ops import dequantize
-from quip_vllm.ops.extension import require_cpu_library
+from quip_vllm.ops.extension import require_cpu_library, require_cuda_library
 from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs, fill_up
@@ -96,9 +96,11 @@ def quantize(
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        size = f"on {settings.device}" if on_gpu else shards.amount(psutil.virtual_memory().total)
         raise ValueError(
-            f"the memory is too small ({shards.amount(psutil.virtual_memory().total)}): give fewer --sequences, a "
-            "smaller --sequence-length or a smaller model; what is finished stays for --resume"
+            f"the memory is too small ({size}): give fewer --sequences, a smaller --sequence-length or a smaller "
+            "model; what is finished stays for --resume"
         ) from None
 
 
@@ -141,6 +143,8 @@ class Run:
         self.settings, self.out, self.searchers = settings, out, searchers
         trust = settings.trust_remote_code
         self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
+        if self.source.device.type == "cuda":
+            require_cuda_library()
         self.plan = make_plan(settings, self.source)
         if self.source.beyond:
             named = ", ".join(self.source.beyond[:4]) + (", ..." if len(self.source.beyond) > 4 else "")
@@ -365,7 +369,7 @@ class Run:
         """
         if not self.record.has(EMBEDDING):
             columns = self.plan.specs[name].in_features
-            identity = Inputs([name], torch.eye(columns, dtype=torch.float64))
+            identity = Inputs([name], torch.eye(columns, dtype=torch.float64, device=self.source.device))
             self.record.write(EMBEDDING, *self._quantized(EMBEDDING, [f"{name}.weight"], [identity], {}))
         self.source.set_embedding(self._stored(EMBEDDING)[f"{name}.weight"])
 
@@ -377,7 +381,7 @@ class Run:
             group = group or Inputs.of(name, x.shape[-1], x.device)
             group.add(x)
         assert group is not None
-        self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group.on_cpu()], {}))
+        self.record.write(HEAD, *self._quantized(HEAD, [f"{name}.weight"], [group], {}))
 
     def _quantized(
         self,
@@ -403,7 +407,7 @@ class Run:
         tensors = shards.read_shard(self.record.shard(unit))
         for name in [name for name in self.plan.specs if f"{name}.{SU.name}" in tensors]:
             spec = self.plan.specs[name]
-            own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}
+            own = {one.name: tensors.pop(f"{name}.{one.name}").to(self.source.device) for one in tensor_specs(spec)}
             tensors[f"{name}.weight"] = dequantize(spec, own).to(self.source.compute_dtype)
         return tensors
 

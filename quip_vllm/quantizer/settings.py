@@ -65,7 +65,7 @@ class Settings:
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         plan: (name, code and bits or None) of every linear layer, and of head and embedding where it names them; the
             default, none at all, goes by the rest. Then `code` and `bits` are those of most layers.
-        device: torch's name of where the model runs, and is trained. Rounding runs on the CPU.
+        device: torch's name of where the model runs, is rounded and is trained. DISCQUANT takes its steps on the CPU.
         trust_remote_code: whether Python code among the model's files may run.
 
     Raises:

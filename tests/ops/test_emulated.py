@@ -11,10 +11,11 @@ import pytest
 import torch
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR, relative
 from random_layers import CHUNKED, EVERY_RATE, crossed, random_layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.formats.spec import FORMATS, TileOrder
-from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize
+from quip_vllm.ops import LinearSpec, cuda_layout, cuda_shapes, dequantize, encode_lattice, encode_trellis
 from quip_vllm.ops.extension import require_cpu_library
 from quip_vllm.quantizer.rounding.encoders import code_rms
 from quip_vllm.transforms.hadamard import hadamard
@@ -412,6 +413,24 @@ def test_nearest_points_are_the_cpus(cuda):
     x = torch.randn(2001, 8, generator=torch.Generator().manual_seed(0))
     x[1000:] = (4 * x[1000:]).round() / 4
     assert torch.equal(OPS.cuda_encode_lattice(x), OPS.encode_lattice(x))
+
+
+def test_what_lies_on_a_gpu_is_searched_there(cuda):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for kind, prefix in ((torch.Tensor, ""), (OnGpu, "cuda_")):
+        seen = set()
+        targets, values, bits = searched("1mad", 8)
+        with Calls():
+            encode_trellis(targets[:1].as_subclass(kind), values.T, bits)
+            encode_lattice(torch.zeros(3, 8).as_subclass(kind))
+        assert {name for name in seen if "encode" in name} == {f"{prefix}encode_trellis", f"{prefix}encode_lattice"}
 
 
 def test_searches_of_nothing_and_of_what_is_refused(cuda):

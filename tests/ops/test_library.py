@@ -6,7 +6,7 @@ import torch
 from random_layers import random_layer
 
 from quip_vllm.formats.spec import FORMATS
-from quip_vllm.ops import LinearSpec
+from quip_vllm.ops import LinearSpec, extension
 from quip_vllm.ops.cpu import CpuBackend
 
 OPS = torch.ops.quip_vllm
@@ -105,3 +105,9 @@ def test_blocks_of_the_wrong_size_are_refused():
     arguments[1] = arguments[1][:-1]
     with pytest.raises(RuntimeError, match="blocks"):
         OPS.cpu_linear(*arguments)
+
+
+def test_a_gpu_without_its_library_is_named(monkeypatch):
+    monkeypatch.setattr(extension, "cuda_library_problem", lambda: "the compiled library is not there")
+    with pytest.raises(RuntimeError, match="the compiled library is not there"):
+        extension.require_cuda_library()

@@ -5,23 +5,29 @@
 Sums are in another order on it: torch has a fused attention for the CPU alone.
 """
 
+from collections import Counter
+
 import pytest
+import torch
 from elsewhere import DEVICE, Elsewhere
 
 from quip_vllm.evaluation.report import evaluate
 from quip_vllm.quantizer.planning import Target, make_plan_file
+from quip_vllm.quantizer.rounding.encoders import make_encoder
+from quip_vllm.quantizer.rounding.searchers import search_piece, spread
 from quip_vllm.quantizer.run import quantize
 
 THERE = str(DEVICE)
 PRODUCTS = {"mm", "bmm", "linear"}
+ROUNDING = {"linalg_cholesky_ex", "linalg_solve_triangular"}
 
 
-def both(what):
-    """what("cpu") and what(THERE), which has to compute there."""
+def both(what, also=frozenset()):
+    """what("cpu") and what(THERE), which has to compute there, with the ops `also` among others."""
     here = what("cpu")
     with Elsewhere() as mode:
         there = what(THERE)
-    assert mode.seen & PRODUCTS
+    assert mode.seen & PRODUCTS and mode.seen >= also
     return here, there
 
 
@@ -29,7 +35,8 @@ def both(what):
     ("architecture", "changes"),
     [
         ("Mistral", {"two_sided": True, "token_weights": 1.0, "tune": "full", "lm_head": 3, "embedding": 3}),
-        ("Mixtral", {"two_sided": True, "tune": "blocks"}),
+        ("Mixtral", {"code": "hyb", "two_sided": True, "tune": "blocks"}),
+        ("Llama", {"code": "grid", "rounding": "greedy", "tune": "refit"}),
         ("Llama", {"code": "grid", "bits": 4, "rounding": "discquant", "rounding_steps": 3}),
     ],
 )
@@ -39,12 +46,33 @@ def test_a_run(tiny_model, make_settings, tmp_path, architecture, changes):
     def run(device):
         return quantize(make_settings(model, device=device, **changes), tmp_path / device)
 
-    here, there = both(run)
+    here, there = both(run, ROUNDING if changes.get("rounding") != "discquant" else set())
     for one, other in zip(here["layers"], there["layers"], strict=True):
         assert one["name"] == other["name"] and one["proxy_loss"] == pytest.approx(other["proxy_loss"], rel=0.02)
     for one, other in zip(here["tuning"], there["tuning"], strict=True):
         for key in ("before", "after"):
             assert one[key] == pytest.approx(other[key], rel=0.05)
+
+
+def test_searchers_have_the_cpu():
+    class Here:
+        """One searcher, in this process."""
+
+        count, done = 1, Counter()
+
+        def search(self, code, bits, pieces):
+            return [search_piece(code, bits, piece, torch.get_num_threads()) for piece in pieces]
+
+    def search(device):
+        block = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)).to(device)
+        values, codes = spread(make_encoder("hyb", 2), Here()).encode(block)
+        assert values.device == codes["packed"].device == block.device
+        return values.cpu(), codes["packed"].cpu()
+
+    here = search("cpu")
+    with Elsewhere():
+        there = search(DEVICE)
+    assert all(map(torch.equal, here, there))
 
 
 def test_evaluation(tiny_model, quantized, tiny_text):
@@ -62,6 +90,6 @@ def test_a_plan(tiny_model, make_settings, tmp_path):
         settings = make_settings(tiny_model("Mistral", dtype="float32"), device=device)
         return make_plan_file(settings, Target(None, size=250_000), tmp_path / device)
 
-    here, there = both(plan)
+    here, there = both(plan, ROUNDING)
     bits = ({name: one["bits"] for name, one in made["layers"].items()} for made in (here, there))
     assert next(bits) == next(bits) and here["loss"] == pytest.approx(there["loss"], rel=1e-2)

@@ -217,9 +217,14 @@ def test_memory_that_ends_in_between(tiny_model, make_settings, tmp_path, monkey
     def allocate(*args):
         return torch.empty(1 << 60)
 
-    monkeypatch.setattr(run, "quantize_group", allocate)
-    with pytest.raises(ValueError, match=r"memory is too small .* GB.: give fewer --sequences, .* stays for --resume"):
-        quantize(make_settings(tiny_model()), tmp_path / "out")
+    def allocate_on_a_gpu(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for allocating, size in ((allocate, ".* GB"), (allocate_on_a_gpu, "on cpu")):
+        monkeypatch.setattr(run, "quantize_group", allocating)
+        said = rf"memory is too small \({size}\): give fewer --sequences, .* stays for --resume"
+        with pytest.raises(ValueError, match=said):
+            quantize(make_settings(tiny_model()), tmp_path / size)
 
 
 def test_further_layers_and_towers_are_kept(damaged, make_settings, tmp_path, caplog):

@@ -77,7 +77,7 @@ class Collector:
         """Removes the hooks and returns one object per group, in the order in which the layers ran."""
         for handle in self._handles:
             handle.remove()
-        return [group.on_cpu() for name, group in self._group_of.items() if group.names[0] == name]
+        return [group for name, group in self._group_of.items() if group.names[0] == name]
 
     def _keep(self, name: str, module: nn.Linear, out: Tensor) -> None:
         # Its difference from W x is a few percent of it: half precision would not leave enough of that.

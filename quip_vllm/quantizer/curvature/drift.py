@@ -29,11 +29,6 @@ class Drift:
         """Whether a batch was recorded."""
         return self.difference is not None or bool(self.crossed)
 
-    def on_cpu(self) -> "Drift":
-        """The same with its sums on the CPU."""
-        difference = None if self.difference is None else self.difference.cpu()
-        return Drift(difference, {name: crossed.cpu() for name, crossed in self.crossed.items()})
-
     def add(
         self, original: Tensor, x: Tensor, products: Mapping[str, Tensor] | None, weights: Tensor | None = None
     ) -> None:

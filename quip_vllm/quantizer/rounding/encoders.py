@@ -81,7 +81,7 @@ class LatticeEncoder:
 
 
 def _nearest_e81b(x: Tensor) -> Tensor:
-    table = e8p_residual.e81b_table()
+    table = e8p_residual.e81b_table().to(x.device)
     score = x @ table.T - table.square().sum(1) / 2
     return score.argmax(1, keepdim=True).to(torch.uint8)
 
@@ -95,13 +95,17 @@ class TrellisEncoder:
         self.bits, self.code = bits, code
         self.table = code.table(bits)
         self.values = code.values(self.table)
+        self._there: dict[torch.device, Tensor] = {}  # the same where blocks are
         self.rms = (HYB_RMS[bits] if code is HYB else TRELLIS_RMS) * code_rms(code, self.values)
 
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See Encoder."""
         sequences = weight_to_sequences(block).squeeze(1)
-        states = encode_trellis(sequences, self.values, self.bits)
-        values = self.values[states.long()].flatten(1)
+        if block.device not in self._there:
+            self._there[block.device] = self.values.to(block.device)
+        table = self._there[block.device]
+        states = encode_trellis(sequences, table, self.bits)
+        values = table[states.long()].flatten(1)
         packed = pack(states, self.bits, self.code.vector_dim)
         return sequences_to_weight(values[:, None]), {PACKED: packed}
 

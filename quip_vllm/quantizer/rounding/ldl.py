@@ -41,12 +41,10 @@ def feedback(hessian: Tensor, block: int) -> tuple[Tensor, float]:
         raise ValueError(
             f"a {k} x {k} Hessian has no Cholesky factor at damping {added:.3g}: check the calibration text"
         )
-    blocks = torch.arange(0, k, block)
-    diagonal = torch.stack([lower[i : i + block, i : i + block] for i in blocks.tolist()])
-    inverse = torch.linalg.solve_triangular(
-        diagonal, torch.eye(block, dtype=torch.float64).expand_as(diagonal), upper=False
-    )
+    diagonal = torch.stack([lower[i : i + block, i : i + block] for i in range(0, k, block)])
+    identity = torch.eye(block, dtype=torch.float64, device=hessian.device)
+    inverse = torch.linalg.solve_triangular(diagonal, identity.expand_as(diagonal), upper=False)
     factor = torch.einsum("nbi,bij->nbj", lower.view(k, k // block, block), inverse).reshape(k, k)
-    rows = torch.arange(k) // block
+    rows = torch.arange(k, device=hessian.device) // block
     factor[rows[:, None] <= rows[None, :]] = 0.0
     return factor.float(), added

@@ -57,13 +57,14 @@ class SpreadEncoder:
     def encode(self, block: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See Encoder."""
         tiles = block.unflatten(0, (-1, self.rows)).tensor_split(min(self._searchers.count, len(block) // self.rows))
-        pieces = [part.flatten(0, 1).numpy() for part in tiles]
+        pieces = [part.flatten(0, 1).cpu().numpy() for part in tiles]
         found = self._searchers.search(self._encoder.code.name, self._encoder.bits, pieces)
         for (name, _, _), piece in zip(found, pieces, strict=True):
             self._searchers.done[name] += piece.size
         values = np.concatenate([values for _, values, _ in found])
         codes = {key: np.concatenate([codes[key] for *_, codes in found]) for key in found[0][2]}
-        return torch.from_numpy(values), {key: torch.from_numpy(array) for key, array in codes.items()}
+        there = {key: torch.from_numpy(array).to(block.device) for key, array in codes.items()}
+        return torch.from_numpy(values).to(block.device), there
 
     def stored(self, codes: dict[str, Tensor]) -> dict[str, Tensor]:
         """See Encoder."""

@@ -100,4 +100,4 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not allocate."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

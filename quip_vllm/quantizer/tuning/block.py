@@ -41,7 +41,7 @@ class Vectors:
 
     def _dense(self, name: str, spec: LinearSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Takes a quantized layer out of `tensors`: U_n What U_k^T, su and sv."""
-        own = {one.name: tensors.pop(f"{name}.{one.name}") for one in tensor_specs(spec)}
+        own = {one.name: tensors.pop(f"{name}.{one.name}").to(self._source.device) for one in tensor_specs(spec)}
         su, sv = own[SU.name], own[SV.name]
         dense = dequantize(spec, own | {SU.name: torch.ones_like(su), SV.name: torch.ones_like(sv)})
         return dense.to(self._source.compute_dtype), su, sv
@@ -121,7 +121,7 @@ class TokenRows(Vectors):
     def __init__(self, name: str, spec: LinearSpec, tensors: Mapping[str, Tensor], source: LayeredModel):
         super().__init__(source)
         dense, su, sv = self._dense(name, spec, dict(tensors))
-        self._matrix = dense.to(source.device)
+        self._matrix = dense
         self._su, self._sv = f"{name}.{SU.name}", f"{name}.{SV.name}"
         self._train(self._su, su)
         self._train(self._sv, sv)

@@ -106,8 +106,8 @@ def _best_sv(hessian: Tensor, layer: Fit, product: Tensor, su: Tensor) -> Tensor
 
 def _best_su(hessian: Tensor, layers: Sequence[Fit], products: Sequence[Tensor], su: Tensor) -> Tensor:
     """The optimum given every sv, of (C^T D C o H) su = diag(C^T D V H), summed over the layers, C = diag(sv) A."""
-    matrix = torch.zeros(hessian.shape, dtype=torch.float64)
-    right = torch.zeros(len(su), dtype=torch.float64)
+    matrix = torch.zeros_like(hessian, dtype=torch.float64)
+    right = torch.zeros_like(su, dtype=torch.float64)
     for layer, product in zip(layers, products, strict=True):
         energy = max(_total(product * layer.wanted), TINY)
         scaled = layer.sv[:, None] * layer.turned
