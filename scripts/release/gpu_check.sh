@@ -8,6 +8,8 @@
 #   machine     GPU, driver, compiler, commit, what the doctor says
 #   build       the CUDA library, from these sources
 #   results     tests/ops/test_gpu.py, CUDA and Triton: results, determinism, streams, CUDA graphs, torch.compile, tuning
+#   searches    scripts/bench/bench_encode.py: the quantizer's searches, timed, and compared with the CPU's of float costs
+#   quantize    SmolLM2-135M quantized with --device cuda, timed: the lattice, and trellis codes
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
 #   bench       scripts/bench/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth;
 #               rotations in blocks of 128 in one launch and in several
@@ -15,7 +17,7 @@
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
 # exit status is 1 if one failed. --without-gpu runs what needs no GPU (machine) and lists the rest as skipped.
-# Needs `make venv BACKEND=cuda`, or PYTHON=another with torch's CUDA build, pytest and, for serve, vLLM and transformers;
+# Needs `make venv BACKEND=cuda`, or PYTHON=another with torch's CUDA build, pytest, transformers for quantize and serve, and vLLM for serve;
 # compute-sanitizer comes with the CUDA toolkit.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -28,11 +30,11 @@ gpu=yes
 for word in "$@"; do
   case "$word" in
     --without-gpu) gpu=no ;;
-    machine | build | results | sanitizer | bench | serve) steps+=("$word") ;;
-    *) echo "gpu_check: $word is no step: machine, build, results, sanitizer, bench, serve" >&2; exit 2 ;;
+    machine | build | results | searches | quantize | sanitizer | bench | serve) steps+=("$word") ;;
+    *) echo "gpu_check: $word is no step: machine, build, results, searches, quantize, sanitizer, bench, serve" >&2; exit 2 ;;
   esac
 done
-[ ${#steps[@]} -gt 0 ] || steps=(machine build results sanitizer bench serve)
+[ ${#steps[@]} -gt 0 ] || steps=(machine build results searches quantize sanitizer bench serve)
 if ! command -v "$python" > /dev/null; then
   echo "gpu_check: $python is not there: run make venv BACKEND=cuda, or set PYTHON" >&2
   exit 2
@@ -54,11 +56,23 @@ machine() {
 }
 build() { $python -m cmake -S kernels --preset release && $python -m cmake --build build/release --target install; }
 results() { $python -m pytest -q tests/ops/test_gpu.py --durations 10; }
+searches() {
+  QUIP_VLLM_CPU_TIER=portable $python scripts/bench/bench_encode.py --device cuda --sequences 4096 --csv $report/searches.csv \
+    --formats qtip-hyb-{1,2,3,4} qtip-1mad-{1,2,3,4,5,6,7,8}
+}
+quantize() {
+  $python scripts/demo/packaged_model.py $report/model &&
+    $python scripts/bench/bench_encode.py --device cuda --formats --model $report/model --calibration bundle \
+      --runs quip_sharp-2 qtip-hyb-2 qtip-1mad-4 --csv $report/quantize.csv
+  local status=$?
+  rm -rf $report/model
+  return $status
+}
 sanitizer() {
   local status=0
   for tool in memcheck racecheck; do
     compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_gpu.py \
-      -k 'rounds_like_torch and bfloat16 or embedding or one_launch_gives and hyb-2' || status=1
+      -k 'rounds_like_torch and bfloat16 or embedding or one_launch_gives and hyb-2 or searches' || status=1
   done
   return $status
 }

@@ -10,8 +10,9 @@ from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE
 from random_layers import RATE_IDS, RATES, random_layer
 
 from quip_vllm.formats import spec as specs
-from quip_vllm.ops import LinearSpec, dequantize
+from quip_vllm.ops import LinearSpec, dequantize, encode_lattice, encode_trellis
 from quip_vllm.ops.dispatch import backends
+from quip_vllm.ops.extension import require_cuda_library
 from quip_vllm.ops.triton import shapes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch sees")
@@ -169,6 +170,15 @@ def test_rows_of_an_embedding(backend, code, bits):
     prepared = backend.prepare(spec, tensors)
     found = prepared.embedding(torch.tensor([0, 44, 7], device="cuda"), torch.float32)
     assert relative(found, dequantize(spec, tensors)[[0, 44, 7]]) < FLOAT32_LINEAR
+
+
+def test_searches_are_the_cpus():
+    """The lattice's, and the trellis's at 8 bits, where every tier of the CPU has float costs."""
+    require_cuda_library()
+    x, targets = (torch.randn(n, m, generator=torch.Generator().manual_seed(0)) for n, m in ((4099, 8), (5, 256)))
+    values = specs.FORMATS["1mad"].values()
+    assert torch.equal(encode_lattice(x.cuda()).cpu(), encode_lattice(x))
+    assert torch.equal(encode_trellis(targets.cuda(), values.cuda(), 8).cpu(), encode_trellis(targets, values, 8))
 
 
 def test_a_bad_value_spoils_its_row_only(backend):

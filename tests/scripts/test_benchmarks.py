@@ -152,7 +152,15 @@ def test_encoders_are_measured(tmp_path, monkeypatch):
         ("e8p", "quip_sharp-2"),
         ("viterbi", "qtip-hyb-2"),
     ]
-    assert all(0 < float(row["distortion"]) < 1 for row in read_rows(out))
+    assert all(0 < float(row["distortion"]) < 1 and row["equal"] == "1" for row in read_rows(out))
+    assert all(row["device"] == "cpu" for row in read_rows(out))
+
+
+def test_a_portable_search_that_differs_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_encode, "cpu_tier", lambda: "portable")
+    monkeypatch.setattr(bench_encode, "lattice", lambda *_, **__: {"what": "e8p", "equal": 0.5})
+    given = ["--formats", "--threads", torch.get_num_threads(), "--csv", tmp_path / "encode.csv"]
+    assert run(bench_encode, monkeypatch, *given) == 1
 
 
 def test_kernels_are_measured(tmp_path, monkeypatch):

@@ -75,6 +75,8 @@ def test_every_step_runs_both_backends(tmp_path):
     assert ",: scripts/bench/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
     assert ",1: scripts/bench/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
     assert ",: -m cmake -S kernels --preset release" in lines
+    encoded = [line for line in lines if "scripts/bench/bench_encode.py --device cuda" in line]
+    assert ["searches.csv" in line or "--model build/gpu_report/model" in line for line in encoded] == [True, True]
     served = [line.split(":")[0] for line in lines if "scripts/bench/check_serving.py" in line]
     assert served == [",", "triton,"]
 
