@@ -43,6 +43,17 @@ def one_launch_rows() -> int:
     return int(wanted)
 
 
+def wide_rows() -> int:
+    """QUIP_VLLM_WIDE_ROWS: rows of x from which the CUDA backend decodes a tile once for up to 256 rows, where it can.
+
+    0, never, unless set: it has not run on a GPU. It comes before QUIP_VLLM_DENSE_ROWS.
+    """
+    wanted = os.environ.get("QUIP_VLLM_WIDE_ROWS") or "0"
+    if not wanted.isdecimal():
+        raise ValueError(f"QUIP_VLLM_WIDE_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
+    return int(wanted)
+
+
 def triton_tune() -> bool:
     """QUIP_VLLM_TRITON_TUNE: 1 takes the fastest shapes of the Triton kernels, timed at load; unset or 0: a table's."""
     wanted = os.environ.get("QUIP_VLLM_TRITON_TUNE") or "0"

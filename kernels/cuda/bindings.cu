@@ -59,6 +59,13 @@ GemmEntry entry_of(const CodeKernels& info, const std::string& code, int64_t bit
   return info.entry(int(bits));
 }
 
+// The kernel for many rows: wide_gemm, or wgmma_gemm, whose x lies in columns.
+WideEntry wide_entry_of(const GemmEntry& entry, const std::string& code, int64_t bits, bool columns) {
+  if (!columns) return entry.wide;
+  const auto found = wgmma_kernels().find({code, int(bits)});
+  return found == wgmma_kernels().end() ? WideEntry{} : found->second;
+}
+
 const uint32_t* packed_words(const Tensor& packed, const Tensor& x, int64_t tiles, int64_t chunks, int64_t bits) {
   const int64_t words = (tiles * chunks + kSpare) * kLanes * bits;
   return static_cast<const uint32_t*>(data_of(packed, x, ScalarType::Int, words, "packed"));
@@ -156,11 +163,14 @@ std::string multiply_dense(const Tensor& x, const GemmEntry& entry, const Gemm& 
 
 // x [m][k] -> [m][n], plus bias [n], if there is one. thread_blocks has the chunks of a split, and then warps along n
 // and depth for 1, up to 8, up to 16 and more rows. Up to one_launch_rows rows decode_gemm is the only launch, where it
-// can be. From dense_rows rows on (0 is never) the weight is decoded as a whole, and cuBLAS multiplies.
+// can be. From dense_rows rows on (0 is never) the weight is decoded as a whole, and cuBLAS multiplies. wide comes before
+// that: empty, or the rows from which wide_gemm multiplies, the most of them in a thread block, the chunks of a split
+// where one thread block has all rows (more rows fill a GPU, and k is whole), and 1 for wgmma_gemm in its place, else 0.
 Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table, const Tensor& su,
                    const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
                    std::vector<int64_t> output_sizes, std::optional<Tensor> bias, std::string code, int64_t bits,
-                   std::vector<int64_t> thread_blocks, int64_t one_launch_rows, int64_t dense_rows) {
+                   std::vector<int64_t> thread_blocks, int64_t one_launch_rows, int64_t dense_rows,
+                   std::vector<int64_t> wide) {
   const CodeKernels& info = kernels_of(code);
   const GemmEntry entry = entry_of(info, code, bits);
   const int64_t k = su.numel(), parts = int64_t(output_sizes.size());
@@ -189,15 +199,28 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   STD_TORCH_CHECK(entry.shared(rows_block, int(warps_n), int(depth), 0) > 0, "thread blocks of ", warps_n,
                   " warps along the outputs and depth ", depth, " are not compiled for ", code, " at ", bits,
                   " bits and ", m, " rows: take those of cuda_shapes.choose");
+  const bool columns = wide.size() == 4 && wide[3] == 1;
+  const WideEntry wide_entry = wide_entry_of(entry, code, bits, columns);
+  STD_TORCH_CHECK(
+      wide.empty() || (wide.size() == 4 && wide[0] > 0 && wide[1] > 0 && wide[1] <= kWideRows && wide[1] % 8 == 0 &&
+                       wide[2] > 0 && wide_entry.run && wide_entry.shared(int(wide[1]))),
+      "wide has ", wide.size(), " entries, for ", code, " at ", bits, " bits: it comes from cuda_shapes.choose_wide");
+  const bool is_wide = !wide.empty() && m >= wide[0];
+  // As few row blocks as there can be, of about as many rows each.
+  const int64_t row_blocks = is_wide ? (m + wide[1] - 1) / wide[1] : 0;
+  const int64_t row_block = is_wide ? ((m + row_blocks - 1) / row_blocks + 7) / 8 * 8 : kRowBlock;
 
   Gemm g{};
   g.packed = packed_words(packed, x, tiles, chunks, bits);
   g.table = table_of(table, x, info, code, info.table_per_part ? parts : 1);
   g.table_stride = info.table_per_part ? 4 * info.table_words : 0;
   g.m = int(m), g.tiles = int(tiles), g.chunks = int(chunks);
-  g.split_chunks = int(std::min<int64_t>(thread_blocks[0], chunks)),
+  g.split_chunks = int(std::min(row_blocks > 1 ? chunks
+                                : is_wide      ? wide[2]
+                                               : thread_blocks[0],
+                                chunks)),
   g.splits = int((chunks + g.split_chunks - 1) / g.split_chunks);
-  g.warps_n = int(warps_n), g.depth = int(depth);
+  g.warps_n = int(warps_n), g.depth = int(depth), g.row_block = int(row_block);
   if (info.table_per_part) {
     int64_t tile = 0;
     for (int64_t size : output_sizes) {
@@ -213,6 +236,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   in.x = values, in.type = type, in.su = floats(su, x, k, "su");
   in.rotation = rotation_of(bases[0], widths[0], k, x);
   in.m = int(m), in.k = int(k), in.chunks = int(chunks), in.order = info.order;
+  in.row_block = g.row_block, in.columns = is_wide && columns;
   const bool aligned = reinterpret_cast<uintptr_t>(in.x) % 16 == 0;
   in.slices = slices_of(m, aligned && in.rotation.p % kSlices == 0 && info.order != XOrder::kBytes);
   in.early = code.ends_with("_large");
@@ -237,18 +261,19 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   out.parts = int(parts), out.work /= out.slices;
 
   const device::Stream stream = current_stream(x);
-  if (dense_rows > 0 && m >= dense_rows && entry.dense && tiles * kTile * chunks * kChunk <= kDenseLimit) {
+  if (!is_wide && dense_rows > 0 && m >= dense_rows && entry.dense && tiles * kTile * chunks * kChunk <= kDenseLimit) {
     const std::string problem = multiply_dense(x, entry, g, in, out, stream);
     STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
     return y;
   }
 
-  const bool whole = g.splits == 1, within = fuses(g, out);
+  const bool whole = g.splits == 1, within = !is_wide && fuses(g, out);
   const bool alone = within && m <= one_launch_rows && aligned && in.rotation.q == 1 && in.rotation.p == kRun &&
                      entry.shared(rows_block, g.warps_n, g.depth, g.split_chunks) > 0;
   const bool fused = within && (whole || alone);
   if (alone) in.slices = g.splits * int(tiles), in.work = 0;  // totals of each thread block
-  Memory arranged(x, alone ? 0 : (m * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
+  const int64_t rows_of_x = std::max(m, row_blocks * row_block);
+  Memory arranged(x, alone ? 0 : (rows_of_x * chunks + kSpare * rows_block) * row_bytes(info.order) / 4);
   const int64_t sums = fused && whole ? 0 : g.splits * out.split_stride;
   Memory partial(x, sums + (alone ? tiles : 0));  // and behind the sums the counters of the only launch
   const RotationMemory memory(x, in, out);
@@ -260,7 +285,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   std::string problem;
   if (!alone) problem = rotate_in(in, stream);
   if (alone && !whole) problem = device::clear(g.arrivals, tiles * sizeof(uint32_t), stream);
-  if (problem.empty()) problem = entry.run(g, stream);
+  if (problem.empty()) problem = (is_wide ? wide_entry.run : entry.run)(g, stream);
   if (problem.empty() && !fused) problem = rotate_out(out, stream);
   STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
   return y;
@@ -339,6 +364,12 @@ Tensor cuda_encode_lattice(const Tensor& x) {
   return codes;
 }
 
+// The same of wide_gemm, or wgmma_gemm, with thread blocks of `rows` rows.
+int64_t cuda_wide_bytes(std::string code, int64_t bits, int64_t rows, bool columns) {
+  const WideEntry entry = wide_entry_of(entry_of(kernels_of(code), code, bits), code, bits, columns);
+  return entry.run ? entry.shared(int(rows)) : 0;
+}
+
 }  // namespace
 }  // namespace quip
 
@@ -350,4 +381,5 @@ STABLE_TORCH_LIBRARY_IMPL(quip_vllm, QUIP_DEVICE, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
   m.impl("cuda_shared_bytes", TORCH_BOX(&quip::cuda_shared_bytes));
+  m.impl("cuda_wide_bytes", TORCH_BOX(&quip::cuda_wide_bytes));
 }

@@ -16,10 +16,10 @@
 #pragma once
 #include <map>
 #include <string>
-#include <utility>
 
 #include "decode_rows.h"
 #include "input.h"
+#include "wide_gemm.h"
 
 namespace quip {
 
@@ -245,8 +245,7 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   SHARED(memory);
   constexpr int kStages = stages_of<Code>(kColumnTiles);
   const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;
-  int s = 0;
-  while (s + 1 < g.parts && int(blockIdx.x) >= g.part[s + 1].first_block) ++s;
+  const int s = part_of_block(g);
   const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
   const Code code(memory, table);
 
@@ -341,12 +340,7 @@ std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
 // Few is the code's kernels for up to 16 rows of x, and Many is those for more.
 template <class Few, class Many>
 std::string run_gemm(Gemm g, device::Stream stream) {
-  int blocks = 0;
-  for (int s = 0; s < g.parts; ++s) {
-    g.part[s].first_block = blocks;
-    blocks += (g.part[s].end_tile - g.part[s].first_tile + kRowTiles * g.warps_n - 1) / (kRowTiles * g.warps_n);
-  }
-  const int column_tiles = column_tiles_of(g.m);
+  const int blocks = place_parts(g, kRowTiles * g.warps_n), column_tiles = column_tiles_of(g.m);
   if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
   constexpr bool kChoice = has_depths<Few>(1);
   if constexpr (kCanBeAlone<Few>) {
@@ -383,13 +377,15 @@ struct GemmEntry {
   int (*shared)(int rows, int warps_n, int depth, int chunks);
   std::string (*rows)(const DecodeRows&, device::Stream);  // null with integers, as the next
   std::string (*dense)(const DecodeDense&, device::Stream);
+  WideEntry wide;
 };
 template <class Few, class Many>
 GemmEntry entry_for() {
   GemmEntry entry{};
   if constexpr (QUIP_RATES >> Many::bits & 1) {
-    entry = {run_gemm<Few, Many>, gemm_shared_bytes<Few, Many>, nullptr, nullptr};
+    entry.run = run_gemm<Few, Many>, entry.shared = gemm_shared_bytes<Few, Many>;
     if constexpr (Many::kOrder != XOrder::kBytes) entry.rows = run_rows<Many>, entry.dense = run_dense<Many>;
+    if constexpr (kCanBeWide<Many>) entry.wide = {run_wide<Many>, Wide<Many>::shared_bytes};
   }
   return entry;
 }

@@ -40,6 +40,12 @@ DEVICE int place_of(XOrder order, int c) {
   }
 }
 
+// The same from the first row's first byte, where each column of 8 numbers that operand B of a multiplication takes has
+// `rows` rows.
+DEVICE int place_in_columns(int place, int row, int rows) {
+  return ((place / kBlock * 4 + place / 4 % 4) * rows + row) * 16 + place / 16 % 4 * 4 + place % 4;
+}
+
 // A finite fp16 number in units of 2^-24.
 DEVICE int64_t fixed_point(uint16_t half) {
   const int exponent = half >> 10 & 31;

@@ -4,7 +4,9 @@
 // The launch between the rotations, one per code and bit width, is in decode_gemm.h.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <string>
+#include <utility>
 
 #include "../dtype.h"
 #include "device.h"
@@ -27,6 +29,8 @@ struct RotateIn {
   Rotation rotation;
   int m, k, chunks;
   XOrder order;
+  int row_block;       // rows that lie together in out
+  bool columns;        // whether in columns of 8 numbers, for wgmma_gemm
   int slices;          // 1 or kSlices (rotation.cu), which divides p; with int8 1
   bool early;          // whether decode_gemm may start as early as it can, see there
   int growth;          // log2 of q p, rounded up
@@ -70,6 +74,7 @@ struct Gemm {
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
   int warps_n, depth;        // thread_block.h
+  int row_block;             // rows of x that a thread block of wide_gemm has at most, a multiple of 8
   int parts;
   Part part[kMaxParts];
   int width;  // p of every part's output rotation, which the epilogue applies, or 0: it writes partial
@@ -150,6 +155,20 @@ struct EncodeLattice {
 
 std::string encode_trellis(const EncodeTrellis& e, device::Stream stream);
 std::string encode_lattice(EncodeLattice e, device::Stream stream);
+
+// A kernel for many rows; null where there is none. shared: bytes of a thread block, 0 where it cannot have so many rows.
+struct WideEntry {
+  std::string (*run)(Gemm, device::Stream);
+  int (*shared)(int rows);
+};
+
+// Those that multiply asynchronously, by code and bits (wgmma.cu).
+using WgmmaKernels = std::map<std::pair<std::string, int>, WideEntry>;
+inline WgmmaKernels& wgmma_kernels() {
+  static WgmmaKernels all;
+  return all;
+}
+
 std::string rotate_in(const RotateIn& r, device::Stream stream);
 std::string rotate_out(const RotateOut& r, device::Stream stream);
 

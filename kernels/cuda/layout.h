@@ -19,6 +19,8 @@
 // of 64.
 //
 //   x[row block][chunk][row][block ^ (row & 1)][t][16 bytes]     the exclusive or keeps shared memory free of conflicts
+//   of wgmma_gemm, whose row blocks are padded to one size
+//   x[row block][chunk][column of 8: half, multiplication, register][row][t][4 bytes]
 //
 //   columns of a half  trellis, fp16   16 bytes = multiplication 0, 1; register 0, 1; column c + 2 mul + 8 reg + 0, 1
 //                      lattice, fp16   16 bytes = columns 8 t .. 8 t + 7
@@ -44,5 +46,11 @@ enum class TileOrder { kOurs, kSwapped, kByRows };
 
 // Bytes of a row of x in a chunk.
 constexpr int row_bytes(XOrder order) { return order == XOrder::kBytes ? 4 * kBlock : 2 * kBlock; }
+
+// Operand B of an asynchronous product as the instruction has it: cores of 8 rows of 16 bytes, 128 bytes in all, from an
+// address in shared memory; `leading` bytes from a core's eight columns of k to the next eight, `stride` to the next rows.
+constexpr uint64_t matrix_of(uint32_t address, int leading, int stride) {
+  return uint64_t(address >> 4 & 0x3FFF) | uint64_t(leading >> 4 & 0x3FFF) << 16 | uint64_t(stride >> 4 & 0x3FFF) << 32;
+}
 
 }  // namespace quip

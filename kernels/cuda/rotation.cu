@@ -128,17 +128,18 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   if (!r.early) device::start_next();
   const RowScale scale = scale_of(largest, r.growth, bytes);
 
-  const int row0 = row / kRowBlock * kRowBlock, rows = min(kRowBlock, r.m - row0);
+  const int row0 = row / r.row_block * r.row_block, rows = r.columns ? r.row_block : min(r.row_block, r.m - row0);
   unsigned char* out = r.out + int64_t(row0) * r.chunks * row_bytes(r.order);
   int64_t total = 0;
   for (int i = threadIdx.x; i < r.chunks * kChunk / r.slices; i += blockDim.x) {
     const int c = i * r.slices + slice;
     const float value = c < k && scale.inverse != 0 ? v[i] * scale.inverse : 0;  // selected: 0 times a NaN is one
     const int place = place_of(r.order, c % kChunk);
-    unsigned char* to =
-        r.order == XOrder::kRows
-            ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
-            : out + (int64_t(c / kChunk) * rows + row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
+    unsigned char* const chunk = out + int64_t(c / kChunk) * rows * row_bytes(r.order);
+    unsigned char* const to = r.order == XOrder::kRows
+                                  ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
+                              : r.columns ? chunk + place_in_columns(place, row - row0, rows)
+                                          : chunk + (row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
     if (bytes) {
       const int q = device::to_int(value);
       *reinterpret_cast<uint32_t*>(to) = uint32_t(q & 0xFF) * 0x01010101u;

@@ -22,6 +22,9 @@ constexpr int kSpare = kWarpsK * kDeep;  // chunks behind a layer's last that th
 // Where decode_gemm rotates x itself: a warp rotates so many numbers, of at most so many rows.
 constexpr int kRun = 128, kFewRows = 16, kMostWarps = 16;
 
+// wide_gemm: warps of a thread block, and the most rows of x that it multiplies.
+constexpr int kWideWarps = 8, kWideRows = 256;
+
 // Column tiles of 8 rows of x that a kernel is compiled for.
 constexpr int column_tiles_of(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : 8; }
 
@@ -49,6 +52,11 @@ constexpr bool has_depths(int column_tiles) {
 template <class Code>
 constexpr bool kCanBeAlone =
     has_depths<Code>(1) && Code::kOrder != XOrder::kBytes && Code::kOrder != XOrder::kTilesByRows;
+
+// Whether a code has kernels for many rows: at the rates that are used most.
+template <class Code>
+constexpr bool kCanBeWide = Code::bits >= 2 && Code::bits <= 4 && !Code::kGathers &&
+                            (Code::kOrder == XOrder::kTrellis || Code::kOrder == XOrder::kLattice);
 
 // Whether there is a kernel for such thread blocks.
 template <class Code>

@@ -13,6 +13,8 @@
 #include <source_location>
 #include <string>
 
+#include "../cuda/layout.h"
+
 #define KERNEL(...) void
 #define DEVICE inline
 #define HOST_DEVICE inline
@@ -166,6 +168,25 @@ DEVICE void copy_wait() {
 }
 
 inline int multiprocessors() { return 2; }
+
+// Asynchronous products of a warpgroup. Deferred, they are multiplied when they are waited for, by what registers and
+// shared memory then hold.
+void products_begin();
+void products_commit();
+void wait_for_products(int pending, Site site);
+template <int pending>
+DEVICE void products_wait(Site site = Site::current()) {
+  wait_for_products(pending, site);
+}
+void show_copies();
+uint64_t describe(const void* b, int leading, int stride, Site site = Site::current());
+void start_product(float* d, const uint32_t* a, uint64_t b, int rows, Site site);
+template <int rows>
+DEVICE void multiply_add_async(float (&d)[rows / 8][4], const uint32_t (&a)[4], uint64_t b,
+                               Site site = Site::current()) {
+  static_assert(rows == 64 || rows == 128 || rows == 256);
+  start_product(&d[0][0], a, b, rows, site);
+}
 
 inline std::string clear(void* memory, size_t bytes, Stream) {
   std::memset(memory, 0, bytes);

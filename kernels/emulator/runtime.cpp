@@ -119,6 +119,13 @@ struct Copy {
   int group;
 };
 
+struct AsyncProduct {
+  float* d;
+  const uint32_t* a;
+  uint64_t b;
+  int rows, group;
+};
+
 struct Fiber {
   Context context;
   void* tsan = nullptr;
@@ -129,6 +136,10 @@ struct Fiber {
   std::vector<Copy> copies;  // under way, from `begun` on
   size_t begun = 0;
   int groups = 0;
+  bool hidden = false;                 // whether it copied since show_copies
+  std::vector<AsyncProduct> products;  // under way
+  int product_groups = 0;
+  bool begun_products = false;
 };
 
 enum class Order { kRoundRobin, kDepthFirst, kReverse, kRandom };
@@ -153,7 +164,8 @@ struct Launch {
   Context context = {};
   void* tsan = nullptr;
   std::vector<void*> tsan_ended = {};
-  bool last = false;  // of comes_last
+  bool last = false;    // of comes_last
+  bool hidden = false;  // whether a thread came to a barrier with copies that asynchronous products do not see
   std::string error = {};
 
   Fiber& self() { return fibers[size_t(thread)]; }
@@ -324,12 +336,16 @@ void run_block(Launch& l) {
   l.meetings = std::vector<Meeting>();  // new memory: an old token would order this block after the last
   for (int t = 0; t < l.block; t += 32) l.meetings.push_back({t, 32, true});
   l.meetings.push_back({0, l.block, false});
+  l.hidden = false;
   l.ready.assign(size_t(l.block + 63) / 64, 0);
   for (int t = 0; t < l.block; ++t) {
     Fiber& f = l.fibers[size_t(t)];
     f.copies.clear();
     f.begun = 0;
     f.groups = 0;
+    f.hidden = f.begun_products = false;
+    f.products.clear();
+    f.product_groups = 0;
     f.waits = nullptr;
     f.left = false;
     // Tops at different places of a page, or all of them would share a few lines of the cache.
@@ -413,7 +429,10 @@ void stop(const char* what, Site site) {
   abandon(l, std::string(what) + ", at " + place(site));
 }
 
-void sync_block(Site site) { meet(now->meetings.back(), "sync_block", site, true, nullptr, nullptr); }
+void sync_block(Site site) {
+  now->hidden |= now->self().hidden;
+  meet(now->meetings.back(), "sync_block", site, true, nullptr, nullptr);
+}
 
 // Blocks run one after another, so nothing is written in between. To ThreadSanitizer a block comes after those before.
 bool comes_last(uint32_t* counter, uint32_t count, Site site) {
@@ -462,8 +481,11 @@ const void* copy_starts(void* to, const void* from, Site site) {
   if (at % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     stop("copy_async between addresses that are not aligned to 16", site);
   if (at < start || at + 16 > start + size_t(l.shared_bytes)) stop("copy_async to a place outside shared memory", site);
-  if (l.eager) return from;
   Fiber& self = l.self();
+  if (l.eager) {
+    self.hidden = true;
+    return from;
+  }
   if (l.tsan) __tsan_switch_to_fiber(l.tsan, 1);  // the vector is the scheduler's
   if (self.begun > self.copies.size() / 2) {
     self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(self.begun));
@@ -480,10 +502,75 @@ bool copy_ends(int pending, void** to, const void** from) {
   *to = self.copies[self.begun].to;
   *from = self.copies[self.begun].from;
   ++self.begun;
+  self.hidden = true;
   return true;
 }
 
 void copy_commit() { ++now->self().groups; }
+
+void show_copies() { now->self().hidden = false; }
+
+uint64_t describe(const void* b, int leading, int stride, Site site) {
+  const std::ptrdiff_t at = static_cast<const unsigned char*>(b) - now->shared;
+  if (at < 0 || at >= now->shared_bytes || (at | leading | stride) % 16)
+    stop("describe of what is not in shared memory or not aligned to 16", site);
+  return matrix_of(uint32_t(at), leading, stride);
+}
+
+void products_begin() { now->self().begun_products = true; }
+void products_commit() {
+  ++now->self().product_groups;
+  now->self().begun_products = false;
+}
+
+// The 16 rows of a warp, by all columns of b. Sums as for multiply_add.
+static void multiply_async(void* const* lanes) {
+  const auto product = [&](int lane) -> const AsyncProduct& { return *static_cast<const AsyncProduct*>(lanes[lane]); };
+  const auto field = [b = product(0).b](int shift) { return int(b >> shift & 0x3FFF) << 4; };
+  double a[16][16];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i)
+      a[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = Halves::a(product(lane).a[i / 2], i % 2);
+  }
+  for (int column = 0; column < product(0).rows; ++column) {
+    double b[16];
+    for (int k = 0; k < 16; ++k) {
+      uint16_t half;
+      std::memcpy(&half,
+                  now->shared + field(0) + k / 8 * field(16) + column / 8 * field(32) + column % 8 * 16 + k % 8 * 2, 2);
+      b[k] = from_half(half);
+    }
+    for (int row = 0; row < 16; ++row) {
+      float& d = product(row % 8 * 4 + column % 8 / 2).d[column / 8 * 4 + row / 8 * 2 + column % 2];
+      double sum = d;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
+      d = float(sum);
+    }
+  }
+}
+
+void start_product(float* d, const uint32_t* a, uint64_t b, int rows, Site site) {
+  Launch& l = *now;
+  Fiber& self = l.self();
+  const auto field = [b](int shift) { return int(b >> shift & 0x3FFF) << 4; };
+  if (l.block % 128) stop("multiply_add_async in a block that is not whole warpgroups", site);
+  if (!self.begun_products) stop("multiply_add_async without products_begin since the last products_commit", site);
+  if (l.hidden) stop("multiply_add_async behind a barrier that a thread reached without show_copies", site);
+  if (field(0) + field(16) + (rows / 8 - 1) * field(32) + 128 > l.shared_bytes)
+    stop("multiply_add_async of what is outside shared memory", site);
+  AsyncProduct product{d, a, b, rows, self.product_groups};
+  meet_warp("multiply_add_async", site, &product, l.eager ? multiply_async : nullptr);
+  if (!l.eager) self.products.push_back(product);
+}
+
+// All lanes have started the same, in one order.
+void wait_for_products(int pending, Site site) {
+  Fiber& self = now->self();
+  size_t done = 0;
+  for (; done < self.products.size() && self.products[done].group < self.product_groups - pending; ++done)
+    meet_warp("products_wait", site, &self.products[done], multiply_async);
+  self.products.erase(self.products.begin(), self.products.begin() + std::ptrdiff_t(done));
+}
 
 std::string run(const char* name, dim3 grid, int block, int shared_bytes, void (*call)(const void*),
                 const void* kernel) {

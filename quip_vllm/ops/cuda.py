@@ -34,6 +34,7 @@ class CudaLayer(PreparedLayer):
         thread_blocks: what `cuda_shapes.choose` chose.
         one_launch_rows: rows of x up to which one launch does all; 0 is never.
         dense_rows: rows of x from which the whole weight is decoded first; 0 is never.
+        wide: empty, or rows of x from which a thread block takes up to 256, and what `cuda_shapes.choose_wide` chose.
     """
 
     backend = "cuda"
@@ -43,6 +44,7 @@ class CudaLayer(PreparedLayer):
     thread_blocks: list[int]
     one_launch_rows: int
     dense_rows: int
+    wide: list[int]
 
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         if bias is not None and sum(self.output_sizes) > self.spec.out_features:
@@ -62,6 +64,7 @@ class CudaLayer(PreparedLayer):
             self.thread_blocks,
             self.one_launch_rows,
             self.dense_rows,
+            self.wide,
         )
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -102,7 +105,7 @@ class CudaBackend:
         """See Backend."""
         check(spec, tensors)
         device = tensors[SV.name].device
-        gpu = _gpu(device)
+        gpu = gpu_of(device)
         kernels, sizes = _kernels(spec, gpu), _sizes(spec)
         prepared = {
             "packed": cuda_layout.packed_words(spec, tensors),
@@ -116,7 +119,8 @@ class CudaBackend:
             prepared[name] = rotation_base(order, not transpose, device)  # the kernels read the columns of each
         widths = [width for _, width in rotations(spec)]
         shape, one_launch = _shape(spec, kernels, gpu, envs.one_launch_rows())
-        return CudaLayer(spec, prepared, kernels, widths, sizes, shape, one_launch, envs.dense_rows())
+        wide = wide_of(spec, kernels, gpu, envs.wide_rows())
+        return CudaLayer(spec, prepared, kernels, widths, sizes, shape, one_launch, envs.dense_rows(), wide)
 
 
 def _sizes(spec: LinearSpec) -> list[int]:
@@ -126,12 +130,16 @@ def _sizes(spec: LinearSpec) -> list[int]:
     return [spec.out_features + -spec.out_features % spec.format.outputs_per_row]
 
 
-def _gpu(device: torch.device) -> cuda_shapes.Gpu:
+def gpu_of(device: torch.device) -> cuda_shapes.Gpu:
+    """What the choice of thread blocks needs of a GPU."""
     if device.type != "cuda":  # the emulator
         return cuda_shapes.Gpu(4, 99 * 1024, 100 * 1024)
     found: Any = torch.cuda.get_device_properties(device)  # whose stub lacks an attribute
     return cuda_shapes.Gpu(
-        found.multi_processor_count, found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        found.shared_memory_per_multiprocessor,
+        found.major == 9,
     )
 
 
@@ -157,6 +165,13 @@ def _shape(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu, one_launch_rows: i
     return shape, min(one_launch_rows, cuda_shapes.one_launch_rows(shape, problem, gpu))
 
 
+@cache
+def wide_of(spec: LinearSpec, code: str, gpu: cuda_shapes.Gpu, least: int) -> list[int]:
+    """The op's `wide` from `least` rows on; 0 is never."""
+    chosen = cuda_shapes.choose_wide(_problem(spec, code.removesuffix("_large")), gpu) if least else []
+    return [least, *chosen] if chosen else []
+
+
 def _problem(spec: LinearSpec, code: str, one_launch_rows: int = 0) -> cuda_shapes.Problem:
     tables = 3 if spec.bits == 3 else 2
     table_words = {"hyb": 512 * 16, "hyb_large": 1024 * 32, "e8p": tables * 256 * 16, "e8p_large": tables * 256 * 32}
@@ -171,4 +186,6 @@ def _problem(spec: LinearSpec, code: str, one_launch_rows: int = 0) -> cuda_shap
         _shared(code, spec.bits),
         0 if others or order > 1 else width,
         one_launch_rows if of_x == (1, cuda_shapes.RUN) else 0,
+        lambda *block: torch.ops.quip_vllm.cuda_wide_bytes(code, spec.bits, *block),
+        2 if spec.code == "e8p" and spec.bits > 2 else 1,
     )

@@ -10,10 +10,15 @@ but no parts of k either, which a layer of few outputs needs to occupy a GPU. Th
 Where x is rotated in blocks of 128, too, and the rows are few, the product can be the only launch: its thread blocks
 rotate what they multiply, each for itself, and the last to come adds the parts of k. That pays while rotating so often
 takes less than the launches that it saves.
+
+From some row on, if that is asked for, thread blocks of another kind multiply up to 256 rows at once (`choose_wide`).
+They add the products of k in another order, which is one for all row counts up to what a thread block takes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import ceil
 
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops.cuda_layout import CHUNK, SPARE_CHUNKS
@@ -41,17 +46,32 @@ RUN_INSTRUCTIONS, LARGEST_INSTRUCTIONS = 150, 30
 """There, of a warp, for 128 numbers of a row: to rotate them, and to find the row's largest (estimates)."""
 LAST_CYCLES = 3000
 """Until the counters are clear and a thread block, the last to come, has the others' sums (an estimate)."""
+WIDE_WARPS = 8
+"""Of a thread block for many rows, each of which decodes a share of its 8 tiles, or of 4 of a code of two stages."""
+WIDE_ROWS = (256, 128, 64)
+"""Rows of x that such a thread block multiplies: the most for which there is shared memory."""
+MULTIPLICATION_CYCLES, WGMMA_CYCLES = 2, 1
+"""Of a multiprocessor, for 16 outputs, 8 rows and 16 inputs (estimates)."""
+WIDE_SPLIT_CYCLES = 30
+"""What a part of k adds to the output rotation, a row of x (an estimate)."""
 EPILOGUE_CYCLES = 700
 """The output rotation in the epilogue: some seven barriers with a pass through shared memory each (an estimate)."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice depends on: multiprocessors, shared memory of a block and of a multiprocessor, in bytes."""
+    """What the choice depends on.
+
+    Attributes:
+        multiprocessors: how many.
+        shared_block, shared_multiprocessor: bytes of shared memory that each may have.
+        wgmma: whether it multiplies asynchronously; only compute capability 9.0 does in this way.
+    """
 
     multiprocessors: int
     shared_block: int
     shared_multiprocessor: int
+    wgmma: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,9 @@ class Problem:
         table_words: of the table that a block copies before it starts.
         width: of the output rotations, if all have one and no base; else 0.
         one_launch_rows: rows of x up to which one launch may do all; 0 where the input rotation does not allow it.
+        wide_shared: bytes of shared memory of a thread block for many rows, of (rows, whether by wgmma), 0 where no
+            kernel is compiled.
+        stages: of the code.
     """
 
     n: int
@@ -76,6 +99,8 @@ class Problem:
     shared: Callable[[int, int, int, int], int]
     width: int = 0
     one_launch_rows: int = 0
+    wide_shared: Callable[[int, bool], int] = lambda rows, wgmma: 0
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -191,3 +216,47 @@ def one_launch_rows(shape: list[int], problem: Problem, gpu: Gpu) -> int:
             break
         most = rows
     return most
+
+
+def wide_refusal(problem: Problem, gpu: Gpu, rows: int, wgmma: bool) -> str | None:
+    """Why no thread block multiplies so many rows at once, or None."""
+    if wgmma and not gpu.wgmma:
+        return "no wgmma: only GPUs of compute capability 9.0 have it"
+    shared = problem.wide_shared(rows, wgmma)
+    if shared == 0:
+        return f"no kernel for {rows} rows has this code at {problem.bits} bits: most codes have some at 2 to 4"
+    if shared > gpu.shared_block:
+        return f"{shared} bytes of shared memory: a block has {gpu.shared_block}"
+    return None
+
+
+def choose_wide(problem: Problem, gpu: Gpu) -> list[int]:
+    """The end of the op's `wide`, or [] if nothing can run.
+
+    Rows of a thread block, the chunks of a part of k where one thread block has all rows, and 1 for wgmma, which comes
+    first, else 0.
+    """
+    chunks = -(-problem.k // CHUNK)
+    parts = sorted({-(-chunks // splits) for splits in range(1, 33)})
+    for wgmma in (True, False):
+        for rows in WIDE_ROWS:
+            if wide_refusal(problem, gpu, rows, wgmma) is None:
+                return [rows, min(parts, key=partial(wide_cycles, problem, gpu, rows, wgmma)), int(wgmma)]
+    return []
+
+
+def wide_cycles(problem: Problem, gpu: Gpu, rows: int, wgmma: bool, split_chunks: int) -> float:
+    """The model for many rows: waves of thread blocks, one a multiprocessor, that decode and multiply.
+
+    With wgmma these overlap.
+    """
+    tiles = WIDE_WARPS // (1 if wgmma else problem.stages)
+    splits = ceil(ceil(problem.k / CHUNK) / split_chunks)
+    waves = ceil(ceil(problem.n / (TILE * tiles)) * splits / gpu.multiprocessors)
+    decode = tiles * CHUNK * TILE / 32 * problem.instructions / SCHEDULERS
+    cycles = WGMMA_CYCLES if wgmma else MULTIPLICATION_CYCLES
+    multiply = tiles * problem.stages * rows / 8 * (CHUNK / 16) * cycles
+    chunk = max(decode, multiply) if wgmma else decode + multiply
+    table = 4 * problem.table_words / (32 * SCHEDULERS)
+    work = waves * (START_CYCLES + table + split_chunks * chunk)
+    return work + splits * rows * WIDE_SPLIT_CYCLES * problem.n / 4096

@@ -20,10 +20,11 @@ _SCHEMAS = (
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, Tensor? bias, str code, int bits, int[] thread_blocks, "
-    "int one_launch_rows, int dense_rows) -> Tensor",
+    "int one_launch_rows, int dense_rows, int[] wide=[]) -> Tensor",
     "cuda_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth, int chunks) -> int",
+    "cuda_wide_bytes(str code, int bits, int rows, bool columns) -> int",
     "triton_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
     "triton_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, "

@@ -2,7 +2,7 @@
 """The fused linear layers on a GPU, beside cuBLAS in fp16 and the time to read the packed weights.
 
 Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...]
-           [--csv FILE] [--backends cuda triton] [--block 128]
+           [--csv FILE] [--backends cuda triton] [--block 128] [--ways]
 
 There is one row per format, size (outputs x inputs), number of rows and backend. The time is that of one call in a CUDA
 graph of calls, each with weights of its own: together four times what the GPU's cache holds, as the layers of a model
@@ -11,6 +11,9 @@ bytes divided by the bandwidth of a copying kernel, measured here. Ratios are to
 
 --block rotates in blocks. With 128, up to 16 rows are timed three times: with the launches that the backend chooses,
 and, of one choice of thread blocks, with one launch and apart.
+
+--ways times the CUDA backend by each way to multiply many rows: decode_gemm, which decodes a weight for each 64 rows;
+the dense weight and cuBLAS; wide_gemm and, on a GPU that has it, wgmma_gemm, which decode it for up to 256 rows.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_s
 from torch import Tensor
 from tqdm import tqdm
 
-from quip_vllm.ops.cuda import CudaLayer
+from quip_vllm.ops.cuda import CudaLayer, gpu_of, wide_of
 from quip_vllm.ops.cuda_layout import CHUNK
 from quip_vllm.ops.cuda_shapes import RUN
 from quip_vllm.ops.dispatch import Backend, backends
@@ -47,6 +50,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--block", type=int, help="rotations in blocks of this many; the full width unless given")
+    parser.add_argument("--ways", action="store_true", help="every way to multiply many rows, of the CUDA backend")
     parser.add_argument("--csv", type=Path, default=Path("build/cuda_kernels.csv"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -56,8 +60,9 @@ def main() -> int:
     shared |= origin("GPU")
     found = []
     for row in tqdm(list(_cases(args)), unit="layer"):
-        found += _measure(*row, args.block, args.rows, shared["copy_gb_s"])
-        write_rows(args.csv, COLUMNS, [{**entry, **shared} for entry in found])
+        for entry in _measure(*row, args, shared["copy_gb_s"]):
+            found.append({**entry, **shared})
+            write_rows(args.csv, COLUMNS, found)
     return 0
 
 
@@ -71,12 +76,12 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[Backend, str, int, int]]:
 
 
 def _measure(
-    backend: Backend, name: str, n: int, k: int, block: int | None, rows: list[int], copy_gb_s: float
-) -> list[dict[str, Any]]:
-    spec = FORMATS[name].spec(k, (n,), block)
+    backend: Backend, name: str, n: int, k: int, args: argparse.Namespace, copy_gb_s: float
+) -> Iterator[dict[str, Any]]:
+    spec = FORMATS[name].spec(k, (n,), args.block)
     if backend.refusal(spec) is not None:
         print(f"{backend.name} does not run {name}: {backend.refusal(spec)}", file=sys.stderr)
-        return []
+        return
     generator = torch.Generator().manual_seed(0)
     layer = random_layer(spec, random_signs(k, generator), generator)
     prepared = backend.prepare(spec, {key: tensor.cuda() for key, tensor in layer.items()})
@@ -86,18 +91,17 @@ def _measure(
         for _ in range(copies(packed))
     ]
     dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(copies(2 * n * k))]
-    found = []
-    for m in rows:
+    for m in args.rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
         cublas = seconds([partial(torch.matmul, x, weight.T) for weight in dense])
         bound = packed / (copy_gb_s * 1e9)
-        for launches, changes in launches_of(prepared, m).items():
+        ways = ways_of(prepared) if args.ways else launches_of(prepared, m)
+        for launches, changes in ways.items():
             ours = seconds([partial(replace(layer, **changes).linear, x) for layer in layers])
-            row = {"backend": backend.name, "format": name, "n": n, "k": k, "block": block, "rows": m}
+            row = {"backend": backend.name, "format": name, "n": n, "k": k, "block": args.block, "rows": m}
             row |= {"launches": launches, "packed_bytes": packed, "microseconds": ours * 1e6}
             row |= {"cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
-            found.append({**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours})
-    return found
+            yield {**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours}
 
 
 def launches_of(prepared: PreparedLayer, rows: int) -> dict[str, dict[str, Any]]:
@@ -111,6 +115,19 @@ def launches_of(prepared: PreparedLayer, rows: int) -> dict[str, dict[str, Any]]
             blocks = {"thread_blocks": [split, *[4, 2] * 3, many]}
             ways |= {"one": {**blocks, "one_launch_rows": 16}, "apart": {**blocks, "one_launch_rows": 0}}
     return ways
+
+
+def ways_of(prepared: PreparedLayer) -> dict[str, dict[str, Any]]:
+    """What to change of a layer, so that any number of rows is multiplied as each name says."""
+    if not isinstance(prepared, CudaLayer):
+        return {"chosen": {}}
+    gpu = gpu_of(torch.device("cuda"))
+    wide = {
+        name: wide_of(prepared.spec, prepared.kernels, replace(gpu, wgmma=wgmma), 1)
+        for name, wgmma in (("wide_gemm", False), ("wgmma_gemm", True))
+    }
+    ways = {name: {"wide": chosen} for name, chosen in wide.items() if chosen and chosen[-1] == (name == "wgmma_gemm")}
+    return {"decode_gemm": {"dense_rows": 0, "wide": []}, "dense": {"dense_rows": 1, "wide": []}, **ways}
 
 
 def copies(size: int) -> int:

@@ -12,7 +12,7 @@
 #   quantize    SmolLM2-135M quantized with --device cuda, timed: the lattice, and trellis codes
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
 #   bench       scripts/bench/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth;
-#               rotations in blocks of 128 in one launch and in several
+#               rotations in blocks of 128 in one launch and in several; every way to multiply 16 to 2048 rows
 #   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
@@ -72,7 +72,7 @@ sanitizer() {
   local status=0
   for tool in memcheck racecheck; do
     compute-sanitizer --tool $tool --error-exitcode 9 $python -m pytest -q -x tests/ops/test_gpu.py \
-      -k 'rounds_like_torch and bfloat16 or embedding or one_launch_gives and hyb-2 or searches' || status=1
+      -k 'rounds_like_torch and bfloat16 or embedding or one_launch_gives and hyb-2 or many_rows_in and hyb-2 or searches' || status=1
   done
   return $status
 }
@@ -82,6 +82,8 @@ bench() {
   $python scripts/bench/bench_cuda.py --backends cuda --block 128 --rows 1 2 4 8 16 --csv $report/cuda_blocks_apart.csv || status=1
   QUIP_VLLM_ONE_LAUNCH_ROWS=16 $python scripts/bench/bench_cuda.py --backends cuda --block 128 --rows 1 2 4 8 16 \
     --csv $report/cuda_blocks.csv || status=1
+  $python scripts/bench/bench_cuda.py --backends cuda --ways --rows 16 32 64 128 256 512 2048 \
+    --csv $report/cuda_ways.csv || status=1
   QUIP_VLLM_TRITON_TUNE=1 $python scripts/bench/bench_cuda.py --backends triton --csv $report/triton_tuned.csv || status=1
   return $status
 }

@@ -25,7 +25,7 @@ MANY_ROWS_REGISTERS = 255
 
 ARCHITECTURE = re.compile(r"^arch = (sm_\w+)", re.MULTILINE)
 USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
-MANY_ROWS = re.compile(r"decode_gemm_kernel\w+Li8ELi\d+ELb0EEEv")
+MANY_ROWS = re.compile(r"decode_gemm_kernel\w+Li8ELi\d+ELb0EEEv|(wide|wgmma)_gemm_kernel")
 
 
 @dataclass(frozen=True)

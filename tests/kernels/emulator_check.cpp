@@ -301,6 +301,45 @@ Answer integers() {
   return right ? "right" : "wrong";
 }
 
+// A warpgroup multiplies 64 x 16 by 16 x 64: b lies in two columns of 8 numbers, of 64 rows each.
+enum class Mistake { kNone, kNotBegun, kHidden, kNotWaited, kOutside };
+KERNEL(128) product_async_kernel(const uint16_t* a, const uint16_t* b, float* c, Mistake mistake) {
+  SHARED(shared);
+  const int t = int(threadIdx.x), row = t / 32 * 16 + t % 32 / 4, k = t % 4 * 2;
+  copy_async(shared + t * 16, b + t * 8);
+  copy_commit();
+  copy_wait<0>();
+  if (mistake != Mistake::kHidden) show_copies();
+  sync_block();
+  uint32_t words[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&words[i], a + (row + i % 2 * 8) * 16 + k + i / 2 * 8, 4);
+  float sums[8][4] = {};
+  if (mistake != Mistake::kNotBegun) products_begin();
+  const int column = mistake == Mistake::kOutside ? 2048 : 1024;
+  multiply_add_async<64>(sums, words, describe(shared, column, 128));
+  products_commit();
+  if (mistake == Mistake::kNotWaited) words[0] = 0;
+  products_wait<0>();
+  for (int i = 0; i < 32; ++i) c[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + k + i % 2] = sums[i / 4][i % 4];
+}
+
+template <Mistake mistake>
+Answer product_async() {
+  std::vector<uint16_t> a(64 * 16), b(2 * 64 * 8);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = to_half(float(i * 7 % 23) - 11), b[i] = to_half(float(i * 5 % 19) - 9);
+  std::vector<float> c(64 * 64);
+  const std::string error =
+      LAUNCH(product_async_kernel, dim3(1), 128, 2048, nullptr, a.data(), b.data(), c.data(), mistake);
+  bool right = true;
+  for (int i = 0; i < 64 * 64; ++i) {
+    float sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += from_half(a[size_t(i / 64 * 16 + k)]) * from_half(b[size_t(k / 8 * 512 + i % 64 * 8 + k % 8)]);
+    right &= c[size_t(i)] == sum;
+  }
+  return judge(error, right);
+}
+
 KERNEL(256) switches_kernel(uint32_t* out, int times) {
   uint32_t v = threadIdx.x;
   for (int i = 0; i < times; ++i) v = shuffle(v, int(v + 1));
@@ -328,6 +367,11 @@ const std::map<std::string, std::function<Answer()>> kChecks = {
     {"blocks_write_the_same_word", blocks_write_the_same_word},
     {"product_of_bytes", product_of_bytes},
     {"product_of_halves", product_of_halves},
+    {"product_async", product_async<Mistake::kNone>},
+    {"product_not_begun", product_async<Mistake::kNotBegun>},
+    {"product_of_hidden_copies", product_async<Mistake::kHidden>},
+    {"product_not_waited_for", product_async<Mistake::kNotWaited>},
+    {"product_outside", product_async<Mistake::kOutside>},
     {"divergent_shuffle", FAULT(divergent_kernel, 32)},
     {"lane_left", FAULT(lane_left_kernel, 32)},
     {"no_such_lane", FAULT(lane_left_kernel, 8)},

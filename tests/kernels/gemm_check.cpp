@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers;
-// decode_gemm alone, where it can be; and what the dense weight needs in its place. Prints a checksum a case, or the emulator's sentence.
+// decode_gemm alone, where it can be; wide_gemm in its place, where it can be; and what the dense weight needs. Prints a
+// checksum a case, or the emulator's sentence.
 //
 //   gemm_check CODE BITS ...      CODE: one of those that kernels/tests.cmake compiles
 #include <cstdio>
@@ -20,11 +21,14 @@ using namespace quip;
 constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is not whole
 
 // cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the
-// output rotation, of runs of 16, in decode_gemm's epilogue; alone: k in two parts, and decode_gemm rotates both sides.
-std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused, bool alone) {
+// output rotation, of runs of 16, in decode_gemm's epilogue; alone: k in two parts, and decode_gemm rotates both sides;
+// many: wide_gemm in two row blocks.
+std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused, bool alone,
+                bool many = false) {
   const int kK = alone ? 5 * kRun : ::kK;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
+  const int row_block = many ? (m / 2 + 7) / 8 * 8 : kRowBlock;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk;
   std::vector<uint32_t> packed((tiles * chunks + kSpare) * kLanes * bits), table(std::max(code.table_words, 1));
   for (auto& word : packed) word = random();
@@ -39,6 +43,7 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   Gemm g{};
   g.packed = packed.data(), g.x = aligned, g.table = table.data();
   g.m = m, g.tiles = tiles, g.chunks = chunks, g.warps_n = warps_n, g.depth = depth;
+  g.row_block = row_block;
   g.splits = fused && !alone ? 1 : 2, g.split_chunks = fused && !alone ? chunks : 8;
   g.parts = 1, g.part[0] = {0, 0, tiles};
   const bool bytes = code.order == XOrder::kBytes;
@@ -50,9 +55,9 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   const Rotation runs{base.data(), 1, 16}, wide{base.data(), 1, kRun};
   const Rotation of_x = alone ? wide : cut ? runs : Rotation{base.data(), 172, 4};
   const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = alone ? 7 : cut ? 4 : 10;
-  const RotateIn in{x.data(),      Type::kFloat,  su.data(), of_x,  m,      kK,
-                    chunks,        code.order,    in_slices, false, growth, aligned,
-                    scales.data(), totals.data(), nullptr,   work};
+  const RotateIn in{x.data(), Type::kFloat, su.data(),     of_x,          m,         kK,
+                    chunks,   code.order,   row_block,     false,         in_slices, false,
+                    growth,   aligned,      scales.data(), totals.data(), nullptr,   work};
   const Output output{510,       scales.data(), totals.data(), in_slices,    sv.data(),
                       sv.data(), y.data(),      Type::kFloat,  Type::kFloat, kN};
   if (fused) g.width = 16, g.unit = 1, g.out = output;
@@ -61,7 +66,7 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   out.part[0] = {cut ? runs : Rotation{base.data(), 20, 4}, 0, kN, 1};
   const GemmEntry entry = code.entry(bits);
   std::string problem = alone ? "" : rotate_in(in, {});
-  if (problem.empty()) problem = entry.run(g, {});
+  if (problem.empty()) problem = (many ? entry.wide.run : entry.run)(g, {});
   if (problem.empty() && !fused) problem = rotate_out(out, {});
   if (problem.empty() && entry.dense && !alone) {
     std::vector<uint16_t> weight(kN * chunks * kChunk);
@@ -93,6 +98,9 @@ int main(int count, char** words) {
         const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused, false);
         std::printf("%s %d, %d rows%s: %s\n", words[i], bits, m, fused ? ", fused" : "", answer.c_str());
       }
+      if (m > kFewRows && code.entry(bits).wide.run)
+        std::printf("%s %d, %d rows, wide: %s\n", words[i], bits, m,
+                    run(code, bits, m, 1, 1, false, false, false, true).c_str());
       if (m > kFewRows || !code.entry(bits).shared(m, 2, depth, 8)) continue;
       std::printf("%s %d, %d rows, one launch: %s\n", words[i], bits, m,
                   run(code, bits, m, 2, depth, false, true, true).c_str());

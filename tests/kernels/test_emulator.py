@@ -17,7 +17,7 @@ CHECK = ROOT / "tests" / "kernels" / "emulator_check.cpp"
 
 ORDERS = ("roundrobin", "depthfirst", "reverse", "random:1", "random:2")
 SCHEDULES = [f"{copies},{order}" for copies in ("deferred", "eager") for order in ORDERS]
-RIGHT = ("sum", "sums_in_os_threads", "pipeline", "pipeline_of_one", "pipeline_of_three", "exchange")
+RIGHT = ("sum", "sums_in_os_threads", "pipeline", "pipeline_of_one", "pipeline_of_three", "exchange", "product_async")
 PRODUCTS = ("product_of_bytes", "product_of_halves")
 SANITIZERS = {
     "thread": ("-O1", "-g", "-fsanitize=thread"),
@@ -61,6 +61,11 @@ def test_right_kernels_are_right_in_any_order(name, schedule):
 @pytest.mark.parametrize("name", (*PRODUCTS, "integers"))
 def test_arithmetic_is_that_of_a_plain_loop(name):
     assert answer(name) == "right"
+
+
+def test_a_product_takes_what_registers_hold_when_it_is_waited_for():
+    found = {schedule: answer("product_not_waited_for", schedule) for schedule in SCHEDULES}
+    assert found == {schedule: "wrong" if "deferred" in schedule else "right" for schedule in SCHEDULES}
 
 
 @pytest.mark.parametrize("name", ("no_sync_before_use", "no_sync_before_reuse", "no_wait", "no_sync_warp"))
@@ -124,6 +129,11 @@ FAULTS = {
     "copy_outside": (", thread 0: copy_async to a place outside shared memory, at ",),
     "misaligned_load": (", thread 0: load16 from an address that is not aligned to 16, at ",),
     "misaligned_store": (", thread 0: store16 to an address that is not aligned to 16, at ",),
+    "product_not_begun": (", thread 0: multiply_add_async without products_begin since the last products_commit, at ",),
+    "product_of_hidden_copies": (
+        ", thread 0: multiply_add_async behind a barrier that a thread reached without show_copies, at ",
+    ),
+    "product_outside": (", thread 0: multiply_add_async of what is outside shared memory, at ",),
     "misaligned_words": (", thread 0: load_words from an address that is not aligned to its loads, at ",),
 }
 

@@ -107,6 +107,35 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "encode_lattice",
         "nearest_points",
     ),
+    "no barrier behind the fragments": (
+        "wide_gemm.h",
+        "    W::store(a, fragments, warp);\n    device::sync_block();",
+        "    W::store(a, fragments, warp);",
+        "gemm_mul1_swapped",
+        "order_of_sums_of_many_rows and mul1",
+    ),
+    "rows of the neighbour": (
+        "input.h",
+        "* rows + row) * 16 + place / 16 % 4 * 4",
+        "* rows + (row ^ 1)) * 16 + place / 16 % 4 * 4",
+        "rotation",
+        "many_rows_in and mul1",
+    ),
+    "copies that no product sees": (
+        "wgmma_gemm.h",
+        "    device::show_copies();\n",
+        "",
+        "wgmma",
+        "many_rows_in and mul1",
+    ),
+    "registers of a product under way": (
+        "wgmma_gemm.h",
+        "products_wait<1>();",
+        "products_wait<2>();",
+        "wgmma",
+        "many_rows_in and mul1",
+    ),
+    "x of a product under way": ("wgmma_gemm.h", "kStages = 4;", "kStages = 3;", "wgmma", "many_rows_in and mul1"),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
 

@@ -205,6 +205,65 @@ def test_the_epilogue_gives_the_bits_of_a_launch_of_its_own(cuda, code, bits, k,
         assert relative(y, wanted) < HALF_ACTIVATIONS
 
 
+WIDE = [  # code, bits, whether in EXL3's order
+    ("1mad", 4, False),
+    ("3inst", 3, True),
+    ("e8p", 2, False),
+    ("e8p", 3, False),
+    ("e8p", 4, False),
+    ("grid", 2, False),
+    ("hyb", 2, False),
+    ("mcg", 2, True),
+    ("mul1", 3, False),
+]
+
+
+def many_rows(cuda, code, bits, swapped, m):
+    """Arguments of a layer of whole blocks of outputs and odd ones, in two parts; every other chunk of x is 0."""
+    order = TileOrder.MMA_SWAPPED if swapped else TileOrder.MMA
+    spec = LinearSpec(code, bits, 448, (192, 80 if code != "e8p" else 76), 4 if code == "e8p" else 16, tile_order=order)
+    x = rows(m, 448)
+    x.view(m, 7, 64)[:, 1::2] = 0
+    tensors = random_layer(spec)
+    shape = [8, *[1, 2] * 3, 1]
+    return arguments(cuda, spec, tensors, x, shape, bias=rows(1, sum(spec.output_sizes))[0]), dequantize(spec, tensors)
+
+
+def kinds(code, bits, most):
+    """The kernels for `most` rows in a thread block: 0 is wide_gemm's, 1 is wgmma_gemm's."""
+    return [wgmma for wgmma in (0, 1) if OPS.cuda_wide_bytes(code, bits, most, wgmma)]
+
+
+@pytest.mark.parametrize(("code", "bits", "swapped"), WIDE)
+def test_many_rows_in_a_thread_block(cuda, code, bits, swapped):
+    """Where every other chunk adds nothing, both products add in one order, so that they give the same bits."""
+    given, _ = many_rows(cuda, code, bits, swapped, 300)
+    x, wanted = given[0], OPS.cuda_linear(*given)
+    for m, most in ((17, 256), (64, 64), (65, 128), (256, 256), (300, 256), (300, 40)):
+        for wgmma in kinds(code, bits, most):
+            assert torch.equal(OPS.cuda_linear(x[:m].contiguous(), *given[1:], [17, most, 7, wgmma]), wanted[:m])
+
+
+@pytest.mark.parametrize(("code", "bits", "swapped"), [("hyb", 3, False), ("e8p", 3, False), ("mul1", 2, True)])
+def test_the_order_of_sums_of_many_rows_is_one(cuda, monkeypatch, code, bits, swapped):
+    """Of one part of k and of three, whatever the rows beside it, the threads' order, and how the rows are cut."""
+    given, weight = many_rows(cuda, code, bits, swapped, 66)
+    x = rows(66, 448)
+    for part in (7, 3):
+        y = OPS.cuda_linear(x, *given[1:], [9, 128, part, 0])
+        assert relative(y, x.double() @ weight.double().T + given[8].double()) < HALF_ACTIVATIONS
+        for wgmma in (0, 1):
+            assert torch.equal(OPS.cuda_linear(x[:9].contiguous(), *given[1:], [9, 128, part, wgmma]), y[:9])
+            for order in ("deferred", "eager", "depthfirst", "eager,reverse", "random:1"):
+                monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+                assert torch.equal(OPS.cuda_linear(x, *given[1:], [9, 128, part, wgmma]), y)
+            monkeypatch.delenv("QUIP_VLLM_EMULATOR")
+    whole = OPS.cuda_linear(x, *given[1:], [9, 128, 7, 0])
+    for wgmma in (0, 1):  # more rows than a thread block takes leave k whole
+        assert torch.equal(OPS.cuda_linear(x, *given[1:], [9, 24, 3, wgmma]), whole)
+    assert torch.equal(OPS.cuda_linear(x, *given[1:], [67, 128, 3, 0]), OPS.cuda_linear(x, *given[1:]))
+
+
 ONE_LAUNCH = [  # code, bits, whether in EXL3's order
     ("1mad", 2, False),
     ("hyb", 3, False),
@@ -471,10 +530,12 @@ def hyb_arguments(cuda):
         (11, [8, 3, 2, 3, 2, 3, 2, 1], "warps"),
         (11, [8, 1, 1, 1, 1, 1, 1, 1], "depth"),
         (11, [8], "thread_blocks"),
+        (14, [1, 256], "wide has 2 entries"),
+        (14, [1, 257, 8, 0], "choose_wide"),
     ],
 )
 def test_bad_arguments_are_refused_and_named(cuda, position, value, words):
-    given = hyb_arguments(cuda)
+    given = [*hyb_arguments(cuda), []]
     given[position] = value
     with pytest.raises(RuntimeError, match=words):
         OPS.cuda_linear(*given)
@@ -526,10 +587,11 @@ def test_compiles_as_one_graph(cuda, code):
 GPUS = {
     "A100": cuda_shapes.Gpu(108, 163 * 1024, 164 * 1024),
     "RTX 4090": cuda_shapes.Gpu(128, 99 * 1024, 100 * 1024),
+    "H200": cuda_shapes.Gpu(132, 227 * 1024, 228 * 1024, wgmma=True),
 }
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", ["A100", "RTX 4090"])
 @pytest.mark.parametrize(("code", "bits"), EVERY_RATE)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 8192), (16, 64), (28672, 8192), (5120, 13824)])
 def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n, k):
@@ -549,7 +611,7 @@ def test_thread_blocks_fit_the_gpu_and_cover_the_layer(cuda, gpu, code, bits, n,
         assert count >= 0.7 * GPUS[gpu].multiprocessors
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", ["A100", "RTX 4090"])
 def test_the_model_weighs_a_launch_against_parts_of_k(cuda, gpu):
     """Many outputs occupy a GPU without parts of k, few do not; an output rotation of full width has no choice.
 
@@ -564,7 +626,7 @@ def test_the_model_weighs_a_launch_against_parts_of_k(cuda, gpu):
     assert problem.width == 128  # one projection of a power of two: its full width is a block
 
 
-@pytest.mark.parametrize("gpu", list(GPUS))
+@pytest.mark.parametrize("gpu", ["A100", "RTX 4090"])
 def test_the_model_weighs_three_launches_against_rotating_in_each_thread_block(cuda, gpu):
     """Few rows take one launch, if both sides are rotated in blocks of 128; the setting takes it away."""
     from quip_vllm.ops.cuda import _shape
@@ -575,6 +637,25 @@ def test_the_model_weighs_three_launches_against_rotating_in_each_thread_block(c
         if found[block, most]:
             assert shape[1] % 4 == 0 and shape[2] == 2  # blocks of 128 outputs, of a depth that is compiled
     assert found[128, 16] >= found[128, 1] == 1 and not (found[128, 0] or found[64, 16] or found[None, 16])
+
+
+def test_many_rows_take_what_shared_memory_holds(cuda):
+    """And parts of k where the outputs are few; a code without such a kernel has no choice."""
+    from quip_vllm.ops.cuda import _problem
+
+    def choice(code, bits, n, gpu="A100"):
+        return cuda_shapes.choose_wide(_problem(LinearSpec(code, bits, 4096, (n,), 256), code), GPUS[gpu])
+
+    assert choice("1mad", 2, 27648) == choice("hyb", 2, 27648) == [256, 64, 0]  # two waves
+    assert choice("1mad", 2, 16896, "H200") == choice("hyb", 2, 16896, "H200") == [256, 64, 1]
+    assert choice("e8p", 3, 4096, "H200")[::2] == [128, 1] and choice("3inst", 3, 4096, "H200")[::2] == [256, 0]
+    assert choice("1mad", 4, 4096, "RTX 4090")[0] == 256 and choice("hyb", 4, 4096, "RTX 4090")[0] == 128
+    assert choice("e8p", 3, 4096, "RTX 4090")[0] == 128
+    assert choice("hyb", 2, 1024)[1] < 16
+    assert choice("lut", 2, 4096) == choice("1mad", 5, 4096) == []
+    problem = _problem(LinearSpec("hyb", 2, 4096, (4096,)), "hyb")
+    assert "a block has 101376" in cuda_shapes.wide_refusal(problem, GPUS["RTX 4090"], 256, False)
+    assert "9.0" in cuda_shapes.wide_refusal(problem, GPUS["RTX 4090"], 64, True)
 
 
 def test_a_candidate_is_refused_with_a_reason():

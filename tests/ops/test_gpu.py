@@ -11,6 +11,7 @@ from random_layers import RATE_IDS, RATES, random_layer
 
 from quip_vllm.formats import spec as specs
 from quip_vllm.ops import LinearSpec, dequantize, encode_lattice, encode_trellis
+from quip_vllm.ops.cuda import gpu_of, wide_of
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.extension import require_cuda_library
 from quip_vllm.ops.triton import shapes
@@ -121,6 +122,28 @@ def test_one_launch_gives_the_bits_of_three(backend, code, bits):
         x = rows(m, 4096).half()
         y = replace(together, one_launch_rows=0).linear(x)
         assert all(torch.equal(together.linear(x), y) for _ in range(1000 if bits == 2 else 10))
+
+
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_many_rows_in_a_thread_block(backend, code, bits):
+    """Of either kernel: the same bits whatever the rows, up to those of a thread block, and then of more."""
+    spec, tensors, prepared = layer(backend, code, bits, 4096, (4096, 1040), 16)
+    if backend.name != "cuda":
+        pytest.skip("such thread blocks are of the CUDA backend")
+    gpu, x, bias = gpu_of(torch.device("cuda")), rows(600, 4096), rows(1, 5136)[0]
+    ways = [wide_of(spec, prepared.kernels, one, 9) for one in (gpu, replace(gpu, wgmma=False))]
+    if not any(ways):
+        pytest.skip("no kernel for many rows has this code and rate")
+    wanted = x.double() @ dequantize(spec, tensors).double().T + bias.double()
+    for wide in ways:
+        many, most = replace(prepared, wide=wide), wide[1]
+        y = many.linear(x, bias)
+        assert relative(y, wanted) < HALF_ACTIVATIONS
+        assert torch.equal(many.linear(x[: most + 1].contiguous(), bias), y[: most + 1])
+        y = many.linear(x[:most].contiguous(), bias)
+        assert relative(y, wanted[:most]) < HALF_ACTIVATIONS
+        for m in (9, 17, 64, 65, 100, most) * 20:
+            assert torch.equal(many.linear(x[: min(m, most)].contiguous(), bias), y[:m])
 
 
 @pytest.mark.parametrize("m", [1, 12, 100])

@@ -44,6 +44,8 @@ def test_cuda(cuda, monkeypatch):
     assert not torch.equal(exact, rounded)
     first, second, *_ = check(cuda, monkeypatch, "QUIP_VLLM_DENSE_ROWS", "1")
     assert (first.dense_rows, second.dense_rows) == (256, 1)
+    first, second, *_ = check(cuda, monkeypatch, "QUIP_VLLM_WIDE_ROWS", "2")
+    assert not first.wide and second.wide[0] == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -71,6 +71,7 @@ def test_every_step_runs_both_backends(tmp_path):
     sanitized = [line for line in lines if "test_gpu.py" in line and "--tool" in line]
     assert len(sanitized) == 2 and not any(re.search("cuda|triton", line) for line in sanitized)  # in no -k: both
     assert sum("--block 128" in line for line in lines) == 2  # with one launch and without
+    assert sum("--ways" in line for line in lines) == 1
     assert ",: -m pytest -q tests/ops/test_gpu.py --durations 10" in lines
     assert ",: scripts/bench/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
     assert ",1: scripts/bench/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines

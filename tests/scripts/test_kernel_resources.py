@@ -51,7 +51,7 @@ def test_kernels_wait_once_for_the_launch_before_and_then_write(cuobjdump, tmp_p
     for cubin in tmp_path.iterdir():
         done = subprocess.run([str(disassembler), "-c", str(cubin)], check=True, capture_output=True, text=True)
         for name, body in re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", done.stdout, re.DOTALL):
-            if not re.search("rotate_in|rotate_out|decode_gemm|decode_dense|encode", name):
+            if not re.search("rotate_in|rotate_out|_gemm_kernel|decode_dense|encode", name):
                 continue
             before, *after = body.split("ACQBULK")
             assert len(after) == 1, f"{name} waits {len(after)} times"

@@ -219,9 +219,9 @@ def test_every_prepared_tensor_is_on_the_gpu(cuda, monkeypatch, code, bits):
     found = random_tensors(code, bits, 192, K)
     rotations.rotation_base.cache_clear()  # so that the matrix below it is made here, whatever ran before
     real = cuda.prepare(spec, found).tensors
-    gpu = cuda_module._gpu(torch.device("cpu"))
+    gpu = cuda_module.gpu_of(torch.device("cpu"))
     monkeypatch.setattr(cuda_module, "check", lambda spec, tensors: None)  # it reads values
-    monkeypatch.setattr(cuda_module, "_gpu", lambda device: gpu)
+    monkeypatch.setattr(cuda_module, "gpu_of", lambda device: gpu)
     # Constants are made on the CPU, outside of the fake world, and moved.
     table = cuda_layout.table(spec, found)
     monkeypatch.setattr(cuda_layout, "table", lambda spec, found: None if table is None else on_gpu(table))
