@@ -52,6 +52,12 @@ EXPERTS = {  # mixtures of experts
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+MIXERS = {  # a state space beside the attention, whose in_proj has 584 outputs: there is no such transform
+    "FalconH1": {
+        **{"mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 32},
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def save_model(folder, architecture="Llama", dtype="bfloat16", seed=0, **changes):
@@ -60,7 +66,7 @@ def save_model(folder, architecture="Llama", dtype="bfloat16", seed=0, **changes
 
     config_class = getattr(transformers, architecture + "Config")
     name = architecture.removesuffix("Text") + "ForCausalLM"
-    config = config_class(**{**COMMON, **(ARCHITECTURES | EXPERTS).get(architecture, {}), **changes})
+    config = config_class(**{**COMMON, **(ARCHITECTURES | EXPERTS | MIXERS).get(architecture, {}), **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, name)(config)
     for key, parameter in model.named_parameters():  # biases and norms start as constants: make them matter

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats.tensors import TensorSpec
+from quip_vllm.transforms.hadamard import filled
 
 
 class TileOrder(enum.Enum):
@@ -142,8 +143,18 @@ class LinearSpec:
 
     @property
     def stored_outputs(self) -> tuple[int, ...]:
-        """n of each part as stored, padding included."""
-        return tuple(n + -n % self.padded_to for n in self.output_sizes)
+        """n of each part as stored, padding included.
+
+        Outputs that have no full-width transform are filled up until they have one (`hadamard.filled`).
+        """
+        sizes = tuple(n + -n % self.padded_to for n in self.output_sizes)
+        whole = self.rotate_output and self.hadamard_block is None and self.output_chunks == 1
+        return tuple(map(filled, sizes)) if whole else sizes
+
+    @property
+    def filled(self) -> bool:
+        """Whether more outputs are stored than the layer has."""
+        return self.stored_outputs != self.output_sizes
 
     def check_sizes(self) -> None:
         """Raises ValueError unless the format can hold a layer of these sizes."""

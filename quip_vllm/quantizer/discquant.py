@@ -23,7 +23,7 @@ from quip_vllm.checkpoint.shards import read_shard, write_shard
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import fill_up
-from quip_vllm.quantizer.layer import generator_of, in_units, input_signs
+from quip_vllm.quantizer.layer import generator_of, in_units, input_signs, padded
 from quip_vllm.quantizer.rounding.encoders import GridEncoder, make_encoder
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.backward import Forward, Head
@@ -100,7 +100,7 @@ class _Linear:
         lower = at.floor().clamp_(0, self._encoder.last - 1)
         self._lower = lower.to(torch.uint8)
         self.slope = 1 - 2 * (at - lower).clamp_(0, 1)
-        self.x = torch.rand(weight.shape, generator=generator_of(seed, "x:" + name)).requires_grad_()
+        self.x = torch.rand(at.shape, generator=generator_of(seed, "x:" + name)).requires_grad_()
 
     def numbers(self) -> Tensor:
         """The numbers of the levels that are nearest to where the weights are now, uint8 [n, k]."""
@@ -109,13 +109,14 @@ class _Linear:
     def dense(self) -> Tensor:
         """The weight, float32 [n, k]."""
         values, spec = self._encoder.values(self._lower + self.x.detach()), self._spec
-        return unrotate_weight(values, self._su, self._sv, spec.hadamard_block, chunks=spec.chunks)
+        whole = unrotate_weight(values, self._su, self._sv, spec.hadamard_block, chunks=spec.chunks)
+        return whole[: spec.out_features]
 
     def see(self, gradient: Tensor | None) -> None:
         """Turns the gradient at the weight, None of an expert that no token reached, into that at x."""
-        gradient = torch.zeros_like(self.x) if gradient is None else gradient
+        gradient = torch.zeros_like(self.x) if gradient is None else padded(gradient.cpu().float(), self._spec)
         block, chunks = self._spec.hadamard_block, self._spec.chunks
-        self.x.grad = 2 * rotate_weight(gradient.cpu().float(), self._su, self._sv, block, chunks=chunks)
+        self.x.grad = 2 * rotate_weight(gradient, self._su, self._sv, block, chunks=chunks)
 
     @property
     def gradient(self) -> Tensor:

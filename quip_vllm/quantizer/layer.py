@@ -236,8 +236,13 @@ def _batches(
 
 
 def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int, encoder: Encoder) -> Rows:
-    """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored."""
+    """Rotates rows of a weight and divides them by their scales, which are rounded as they will be stored.
+
+    Rows of zeros fill a layer up to the outputs that it stores.
+    """
     mixed = spec.rotate_output
+    if mixed:
+        weight = padded(weight, spec)
     sv = (signs(len(weight), seed, "sv:" + name) if mixed else torch.ones(len(weight))).to(weight.device)
     turned = rotate_weight(weight, su, sv, spec.hadamard_block, mixed, spec.chunks)
     scale = scale_of(name, turned, spec, encoder)
@@ -246,10 +251,15 @@ def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int,
     return Rows(name, torch.where(column > 0, turned / column, 0.0), scale, sv * scale)
 
 
+def padded(matrix: Tensor, spec: LinearSpec) -> Tensor:
+    """A matrix with a row for each output of a layer, and rows of zeros for those that it stores beside them."""
+    return pad(matrix, (0, 0, 0, sum(spec.stored_outputs) - len(matrix)))
+
+
 def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: Rows, spec: LinearSpec) -> Tensor:
     """The Hessian of the outputs, float32 [n, n], with unit mean diagonal, damped and rotated as the weight's rows."""
     assert sensitivity.outputs is not None
-    hessian = sensitivity.outputs.to(rows.units.device, copy=True)
+    hessian = padded(padded(sensitivity.outputs.to(rows.units.device, copy=True), spec).T, spec)
     hessian.diagonal().add_(damping)
     return rotate_hessian(hessian, rows.sv.sign(), spec.hadamard_block, spec.output_chunks)
 

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
+from quip_vllm.checkpoint.cuts import Cut, cut_of
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
 from quip_vllm.quantizer.settings import Settings
 from quip_vllm.quantizer.source.mixture import Mixture
 from quip_vllm.quantizer.source.model import LayeredModel
+from quip_vllm.transforms.hadamard import block_size
 
 LINEAR_LATENT = ("minicpm3",)
 """Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
@@ -41,11 +43,14 @@ class Plan:
             name: LayerFormat(spec.code, spec.bits, input_chunks=spec.input_chunks, output_chunks=spec.output_chunks)
             for name, spec in self.specs.items()
         }
+        shapes = {name: (spec.out_features, spec.in_features) for name, spec in self.specs.items() if spec.filled}
         head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
         embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
         default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split)
         others = {name: stored for name, stored in formats.items() if stored != default}
-        return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding)
+        return CheckpointConfig(
+            default, settings.hadamard_block, self.kept, others, head, embedding, shapes=shapes
+        )
 
     def weights(self) -> int:
         """How many weights the quantized layers have."""
@@ -176,6 +181,11 @@ def _spec(
     n, k = shape
     spec = settings.spec(name, stored, n, k, rotate_output)
     problem = sizes_problem(spec)
+    if problem is None and spec.filled and cut_of(name) is Cut.OUTPUTS:
+        problem = (
+            f"its {n} outputs have no Hadamard transform, and vLLM fuses it with others; give --hadamard-block "
+            f"{block_size(n, n)}, or leave it out (--ignore)"
+        )
     if problem is not None:
         raise ValueError(f"{name} cannot be quantized: {problem}")
     return spec

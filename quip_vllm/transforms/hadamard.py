@@ -9,11 +9,17 @@ Blockwise: S_b / sqrt(b) on each contiguous run of b elements; symmetric, and no
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 
 from quip_vllm.transforms.hadamard_matrices import EXTRA_ORDERS, PUBLISHED_ORDERS, hadamard_matrix
+
+
+LARGEST = 180
+"""Rows of the matrices H_q that a size may be filled up for."""
 
 
 def factor(n: int) -> tuple[int, int]:
@@ -45,6 +51,22 @@ def factor(n: int) -> tuple[int, int]:
         f"size {n} has no full-width Hadamard transform: it has to be a power of two, or that times one of "
         f"{PUBLISHED_ORDERS + EXTRA_ORDERS}; {remedy}"
     )
+
+
+@functools.cache
+def filled(n: int) -> int:
+    """A size that has a full-width transform: n itself, or else the next multiple of 16 that has one.
+
+    Matrices H_q of more than LARGEST rows, which take too long, are not used for it.
+    """
+    if _has_factor(n, (*PUBLISHED_ORDERS, *EXTRA_ORDERS)):
+        return n
+    orders = [order for order in (*PUBLISHED_ORDERS, *EXTRA_ORDERS) if order <= LARGEST]
+    return next(size for size in itertools.count(n + -n % 16, 16) if _has_factor(size, orders))
+
+
+def _has_factor(n: int, orders: Iterable[int]) -> bool:
+    return any(n % order == 0 and _is_power_of_two(n // order) for order in (1, *orders))
 
 
 def block_size(n: int, block: int | None) -> int:

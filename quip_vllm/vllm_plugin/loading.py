@@ -38,7 +38,10 @@ class QuipParameter(Parameter):
         """Zeros for all parts; the widest dtype of any."""
         specs = [one for i in range(len(share.parts)) if (one := share.tensor(i, tensor_name)) is not None]
         widest = max((dtype for one in specs for dtype in one.dtypes), key=lambda dtype: dtype.itemsize)
-        return super().__new__(cls, torch.zeros(sum(_sizes(tensor_name, share)), dtype=widest), requires_grad=False)
+        every = tuple(range(len(share.parts)))
+        whole = _elements(tensor_name, share, every) if all(part.stored for part in share.parts) else 0
+        room = max(sum(_sizes(tensor_name, share)), whole)
+        return super().__new__(cls, torch.zeros(room, dtype=widest), requires_grad=False)
 
     def __init__(self, tensor_name: str, share: Share) -> None:
         self.tensor_name = tensor_name
@@ -57,20 +60,24 @@ class QuipParameter(Parameter):
         """This rank's share of the tensor that covered some parts, in the dtype of the file; a view where it can."""
         one = self.share.tensor(covered[0], self.tensor_name)
         assert one is not None  # it was loaded
-        rows = sum(self.share.stored(self.share.parts[i].size) for i in covered)
-        shape = one.shape(rows, self.share.stored(self.share.parts[covered[0]].in_features))
+        shape = _shape(one, self.share, covered)
         dtype = self.loaded[covered] if self.is_floating_point() else one.dtypes[0]
         return self.run(covered[0])[: math.prod(shape)].view(shape).to(dtype)
 
 
 def _sizes(name: str, share: Share) -> list[int]:
     """Elements of each part's tensor on this rank."""
-    specs = [share.tensor(i, name) for i in range(len(share.parts))]
-    shapes = [
-        one.shape(share.stored(part.size), share.stored(part.in_features)) if one else (0,)
-        for one, part in zip(specs, share.parts, strict=True)
-    ]
-    return [math.prod(shape) for shape in shapes]
+    return [_elements(name, share, (i,)) for i in range(len(share.parts))]
+
+
+def _elements(name: str, share: Share, covered: tuple[int, ...]) -> int:
+    """Elements of this rank's share of a tensor that covers some parts."""
+    one = share.tensor(covered[0], name)
+    return 0 if one is None else math.prod(_shape(one, share, covered))
+
+
+def _shape(one: TensorSpec, share: Share, covered: tuple[int, ...]) -> tuple[int, ...]:
+    return one.shape(share.rows(covered), share.stored(share.parts[covered[0]].in_features))
 
 
 def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[int, ...]) -> None:
@@ -88,7 +95,10 @@ def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[i
     share.check_split(covered)
     one = _checked(param, loaded_weight, covered)
     start = 0
-    for i in covered:
+    filled = share.filled(covered)
+    if filled:  # then it is not cut
+        param.run(covered[0])[: loaded_weight.numel()].view(loaded_weight.shape).copy_(loaded_weight)
+    for i in () if filled else covered:
         part = share.parts[i]
         piece = share.cut(one, loaded_weight, part, start + part.start, share.stored(part.held))
         target = param.run(i)[: _sizes(one.name, share)[i]]

@@ -10,15 +10,20 @@ CANDIDATES = 5
 
 
 def prompt_log_probabilities(
-    folder: Path, tokens: Sequence[int], memory: float = MEMORY, trust_remote_code: bool = False
+    folder: Path,
+    tokens: Sequence[int],
+    memory: float = MEMORY,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
 ) -> list[dict[int, float]]:
-    """Loads a checkpoint in vLLM in float32 and runs one prompt.
+    """Loads a checkpoint in vLLM and runs one prompt.
 
     Args:
         folder: the checkpoint.
         tokens: the prompt.
         memory: vLLM's ``gpu_memory_utilization``, on a CPU a share of its memory as well.
         trust_remote_code: whether Python code among the checkpoint's files may run.
+        dtype: of activations, as vLLM names it.
 
     Returns:
         For each position but the last, token -> natural log of its probability at the next one: of the most probable
@@ -34,7 +39,7 @@ def prompt_log_probabilities(
     try:
         llm = LLM(
             str(folder),
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             max_model_len=len(tokens) + 1,
             max_num_seqs=1,

@@ -111,7 +111,30 @@ class Share:
 
     def on_disk(self, covered: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and inputs that a tensor covers, as stored."""
-        return sum(self.stored(self.parts[i].outputs) for i in covered), self.stored(self.parts[covered[0]].inputs)
+        inputs = self.parts[covered[0]].inputs
+        outputs = sum(self.parts[i].outputs for i in covered)
+        stored = self.parts[covered[0]].stored
+        assert stored is not None  # there is no such tensor of an ordinary weight
+        spec = stored.spec(inputs, (outputs,), self.hadamard_block, self.rotate_output)
+        return sum(spec.stored_outputs), spec.stored_in
+
+    def rows(self, covered: tuple[int, ...]) -> int:
+        """Outputs of this rank's share of a tensor that covers some parts, as stored."""
+        return sum(self.spec(covered).stored_outputs)
+
+    def filled(self, covered: tuple[int, ...]) -> bool:
+        """Whether a tensor that covers some parts is filled up as a whole, because its outputs have no transform.
+
+        Raises:
+            ValueError: other parts of the layer follow it.
+        """
+        filled = self.rows(covered) > sum(self.stored(self.parts[i].size) for i in covered)
+        if filled and len(covered) not in (1, len(self.parts)):
+            raise ValueError(
+                f"{self.label(covered)} is filled up to {self.rows(covered)} outputs, and vLLM has it as one of several "
+                "of a layer: requantize with it among --ignore"
+            )
+        return filled
 
     def spec(self, covered: tuple[int, ...]) -> LinearSpec:
         """This rank's share of a tensor that covers some parts of equal format; they have one output rotation."""

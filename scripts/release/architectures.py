@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,11 +21,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from quip_vllm.evaluation.loading import dense_state
 from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
 from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 480
 SMALL = {
     "vocab_size": 272,
     "hidden_size": 128,
@@ -68,9 +70,31 @@ SMALL = {
     "vocab_size_per_layer_input": 272,
     "hidden_size_per_layer_input": 32,
     "laurel_rank": 16,
+    "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 128,
+    "moe_shared_expert_intermediate_size": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 128,
+    "linear_num_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_ssm": 256,
+    "mamba_d_state": 32,
+    "mamba_head_dim": 32,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "ssm_state_size": 32,
+    "swa_head_dim": 32,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "ngram_vocab_size_base": 1000,
 }
 """Set where an architecture's config, or one inside it, has the key."""
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+BLOCK = {"conv_dim": 128, "block_dim": 128, "block_ff_dim": 192, "block_auto_adjust_ff_dim": False}
 OWN = {
     "falcon": {
         "num_kv_heads": 2,
@@ -89,10 +113,13 @@ OWN = {
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
     "hy_v3": {"first_k_dense_replace": 1},
+    **{kind: HYBRID for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear")},
+    "granitemoehybrid": HYBRID,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
     "glm_moe_dsa": {"num_key_value_heads": 4},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], **BLOCK},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, **BLOCK},
     "mamba2": {"num_heads": 8},
     "minicpm3": {"num_key_value_heads": 4},
     "mixtral": {"sliding_window": None},
@@ -100,6 +127,7 @@ OWN = {
 }
 """What an architecture needs besides."""
 IGNORE = {kind: ("kv_b_proj",) for kind in OWN if OWN[kind].items() >= LATENT.items()}
+IGNORE |= {kind: ("dt_proj",) for kind in ("falcon_mamba", "jamba", "mamba")}
 """Layers that keep their weight, because vLLM does not multiply with them as with a linear layer."""
 
 
@@ -169,32 +197,54 @@ def verify(model_type):
             quantize(settings, out)
         except ValueError as error:
             return {"status": "refused", "why": words(error).replace(str(source), "MODEL")}
-        found = compared(out)
-        if found["status"] == "different":
-            without = compared(source)
-            if "difference" not in without:
-                found |= {"status": "failed", "why": f"different, and the unquantized model is {without}"}
-            elif without["difference"] > TOLERANCE:  # the two programs disagree about the model itself
-                found |= {"status": "different without us", "unquantized": without["difference"]}
-        return found
+        return compared(source, out, Path(name) / "dense")
 
 
-def compared(folder):
-    """The largest difference between vLLM and transformers on a model, or why there is none."""
+def compared(source, out, dense):
+    """How far a quantized model in vLLM is from the dequantized one in transformers, or else in vLLM.
+
+    `dense` is the folder for the latter. vLLM runs float32, or bfloat16 where it says that it must.
+    """
     try:
-        tokens, expected = expected_log_probabilities(folder)
+        tokens, expected = expected_log_probabilities(out)
     except ValueError as error:
-        return {"status": "no reference", "why": words(error).replace(str(folder), "OUT")}
+        return {"status": "no reference", "why": words(error).replace(str(out), "OUT")}
+    in_bf16 = {}
     try:
-        served = prompt_log_probabilities(folder, tokens)
+        try:
+            served = prompt_log_probabilities(out, tokens)
+        except RuntimeError as error:
+            if not re.search("bf16|bfloat16", str(error), re.IGNORECASE):
+                raise
+            in_bf16 = {"dtype": "bfloat16"}
+            served = prompt_log_probabilities(out, tokens, **in_bf16)
     except Exception as error:  # vLLM raises many kinds
-        said = words(error).replace(str(folder), "OUT")
+        said = words(error).replace(str(out), "OUT")
         if "failed to be inspected" in said:  # of which vLLM's log has the cause
-            said = import_problem(json.loads((folder / "config.json").read_text())["architectures"][0])
+            said = import_problem(json.loads((out / "config.json").read_text())["architectures"][0])
         status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
         return {"status": status, "why": said}
-    found = largest_difference(expected, served)
-    return {"status": "same" if found <= TOLERANCE else "different", "difference": found}
+    found = {"difference": largest_difference(expected, served), **in_bf16}
+    if found["difference"] <= TOLERANCE:
+        return {"status": "same", **found}
+    try:
+        save_dense(source, out, dense)
+        theirs = prompt_log_probabilities(dense, tokens, **in_bf16)
+    except Exception as error:
+        return {"status": "failed", "why": f"off by {found['difference']:.2g}, and dequantized: {words(error)}"}
+    without = largest_difference(expected, theirs)
+    between = max(abs(row[token] - one[token]) for row, one in zip(served, theirs) for token in row.keys() & one.keys())
+    found |= {"without": without, "between": between}
+    same = between <= (without if in_bf16 else TOLERANCE)  # in bf16 both are off by rounding, in ways of their own
+    return {"status": "same in vLLM" if same else "different", **found}
+
+
+def save_dense(source, out, dense):
+    """Writes the dequantized model, with the other files of the original."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(source, dense)
+    save_file(dense_state(out), dense / "model.safetensors", metadata={"format": "pt"})
 
 
 def import_problem(architecture):
@@ -318,15 +368,16 @@ def write_table(record, file):
         "`quip-vllm verify OUT` does it for a checkpoint of yours.",
         "",
         "* *same*: the two agree to the difference that is given.",
-        "* *different without us*: vLLM and transformers disagree about the unquantized model as well.",
+        "* *same in vLLM*: vLLM and transformers disagree about the dequantized model, by the second number; the quantized",
+        "  and the dequantized model agree in vLLM to the first. With bf16 behind them, vLLM takes no float32.",
         "* *refused*: `quip-vllm quantize` says why. *refused by vLLM*: the model does not start there.",
         "* *not in vLLM*: vLLM has no code of its own for it. *no tiny model*, *no reference*: transformers could not",
         "  make one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
-        "State-space models and others with convolutions are refused, and so are experts that transformers does not",
-        "stack as it does Qwen3-MoE's or GPT-OSS's; the sentence names the tensor. Models with latent attention were",
-        "quantized with `--ignore kv_b_proj`. vLLM's latent attention takes no float32 on a CPU with AMX, and its code",
-        "of some models reads keys that the config of transformers lacks.",
+        "Convolutions and what else is no matrix keep their weights. Experts that transformers does not stack as it does",
+        "Qwen3-MoE's or GPT-OSS's are refused; the sentence names the tensor. Models with latent attention were quantized",
+        "with `--ignore kv_b_proj`, those of Mamba's first version with `--ignore dt_proj`. vLLM's code of some models",
+        "reads keys that the config of transformers lacks.",
         "",
         f"Machine: {machine(sorted({one['processor'] for one in found.values() if 'processor' in one}))}.",
         "",
@@ -340,6 +391,8 @@ def write_table(record, file):
     ]
     for one in rows:
         said = f" to {one['difference']:.1g}" if "difference" in one else f": {one['why']}" if "why" in one else ""
+        if "between" in one:
+            said = f" to {one['between']:.1g}, {one['without']:.1g}" + (", bf16" if "dtype" in one else "")
         result = (one["status"] + said).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| {one['architecture']} | `{one['model_type']}` | {result} |")
     file.write_text("\n".join(lines) + "\n")

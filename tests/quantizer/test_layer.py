@@ -89,6 +89,16 @@ def test_feedback_beats_plain_rounding(code, block, head, monkeypatch):
     assert entry["proxy_loss"] < 0.8 * plain["proxy_loss"]
 
 
+@pytest.mark.parametrize("code", ["e8p", "hyb"])
+def test_outputs_without_a_transform_are_filled_up(code):
+    """The refit of the vectors leaves the error of the outputs that there are."""
+    weight = draw(528, K)
+    entry, tensors, restored = quantize(coloured(), {"a": weight}, code, 2, tune="refit")["a"]
+    assert len(tensors["sv"]) == 544 == 68 * 8 and restored.shape == weight.shape
+    assert entry["proxy_loss"] == loss(weight, restored, coloured())
+    assert entry["shape"] == [528, K] and entry["proxy_loss"] < 0.09
+
+
 @pytest.mark.parametrize("chunks", [(1, 4), (2, 1), (1, 1)])
 @pytest.mark.parametrize(("code", "tune"), [("e8p", "refit"), ("hyb", "none")])
 def test_rotations_in_chunks_of_either_side(code, tune, chunks):

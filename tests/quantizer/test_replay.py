@@ -108,13 +108,7 @@ def test_a_difference_is_found_in_every_size_of_batch(tiny_model, monkeypatch, r
 @pytest.mark.parametrize(
     ("architecture", "config", "what"),
     [
-        (
-            "Lfm2",
-            {"layer_types": ["conv", "full_attention"], "block_dim": 64},
-            "conv.conv.weight is a convolution of 3",
-        ),
         ("JetMoe", {}, "input_linear.weight is a stack of experts of 3"),
-        ("Rwkv", {"attention_hidden_size": 64}, "time_mix_key is no matrix of 3 dimensions"),
     ],
 )
 def test_what_is_no_linear_layer_is_named(tmp_path, architecture, config, what):

@@ -74,6 +74,21 @@ def test_a_split_model_is_tuned_and_can_be_cut(tiny_model, make_settings, tiny_t
     assert verdict(tmp_path, 4)["allowed"] == [1, 2]
 
 
+def test_a_state_space_is_tuned(tiny_model, make_settings, tiny_text, tmp_path):
+    """Its convolution stays, and its in_proj is filled up to outputs that can be rotated."""
+    model = tiny_model("FalconH1")
+    report = quantize(make_settings(model, two_sided=True, tune="full"), tmp_path)
+    original, dense, stored = weights(model), dense_state(tmp_path), weights(tmp_path)
+    assert len(report["layers"]) == 2 * 9 and {key: one.shape for key, one in dense.items()} == {
+        key: one.shape for key, one in original.items()
+    }
+    mixer = "model.layers.0.mamba"
+    assert len(stored[f"{mixer}.in_proj.sv"]) == 592 and len(original[f"{mixer}.in_proj.weight"]) == 584
+    assert torch.equal(stored[f"{mixer}.conv1d.weight"], original[f"{mixer}.conv1d.weight"])
+    (figures,) = evaluate([str(tmp_path)], [str(tiny_text)], str(model), 64, 4)["results"]
+    assert 0.0 < figures["kl_divergence"] < 0.3
+
+
 def test_files_and_report(quantized, tiny_model, make_settings):
     from transformers import AutoTokenizer
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numerics import FLOAT32_TRANSFORM, FLOAT64_TRANSFORM, relative
 
-from quip_vllm.transforms.hadamard import _matrix, block_size, factor, hadamard
+from quip_vllm.transforms.hadamard import _matrix, block_size, factor, filled, hadamard
 from quip_vllm.transforms.hadamard_matrices import EXTRA_ORDERS, PUBLISHED_ORDERS, hadamard_matrix
 
 
@@ -173,6 +173,14 @@ def test_gradient_is_the_transpose():
     x, weight = random(2, 40).requires_grad_(), random(2, 40, seed=1)
     (hadamard(x) * weight).sum().backward()
     assert relative(x.grad, hadamard(weight, transpose=True)) < FLOAT64_TRANSFORM
+
+
+@pytest.mark.parametrize(
+    ("n", "wanted"), [(584, 592), (528, 544), (18560, 18944), (3608, 3712), (576, 576), (4, 4), (41, 48)]
+)
+def test_sizes_are_filled_up_to_the_next_that_has_a_transform(n, wanted):
+    assert filled(n) == wanted
+    factor(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])

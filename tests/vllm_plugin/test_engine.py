@@ -134,6 +134,12 @@ def test_experts_that_the_files_stack(quantized, engine, architecture):
     assert_served(folder, answers(engine))
 
 
+def test_a_state_space_beside_attention(quantized, engine):
+    folder = quantized("FalconH1", served.HEADS, overrides=(("down_proj", 4),))
+    engine(served.start, folder, max_model_len=256)
+    assert_served(folder, answers(engine))
+
+
 @pytest.mark.exhaustive
 def test_two_ranks_with_experts_of_their_own(quantized, engine):
     folder = quantized("Qwen3Moe", served.HEADS, hadamard_block=32)

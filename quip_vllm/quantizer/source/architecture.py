@@ -64,7 +64,7 @@ def check_token(folder: Path, token: int, vocabulary: int) -> None:
 
 
 def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers. Raises ValueError unless all they hold are vectors and matrices."""
+    """Path and list of the decoder layers. Raises ValueError for experts that are stacked in an unknown way."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     lists = {
         name: module
@@ -82,15 +82,14 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
     matrices = [one for one in layers.named_parameters() if one[1].dim() > 1 and not one[0].startswith(ours)]
     for name, parameter in sorted(matrices, key=lambda one: one[1].dim() < 3):
         owner = layers.get_submodule(name.rpartition(".")[0])
-        experts = "expert" in name + type(owner).__name__.lower()
+        if "expert" not in name + type(owner).__name__.lower():
+            continue  # a linear layer, or a convolution and the like, which stays
         if parameter.dim() > 2:
-            what = "a convolution" if "Conv" in type(owner).__name__ else "no matrix"
-            what = "a stack of experts" if experts else what
             raise ValueError(
-                f"{path}.{name} is {what} of {parameter.dim()} dimensions: only models whose decoder layers hold plain "
-                "nn.Linear, and experts stacked as Qwen3-MoE stacks them, can be quantized"
+                f"{path}.{name} is a stack of experts of {parameter.dim()} dimensions: only models whose decoder layers "
+                "hold plain nn.Linear, and experts stacked as Qwen3-MoE stacks them, can be quantized"
             )
-        if experts and "shared" not in name:
+        if "shared" not in name:
             raise ValueError(
                 f"{path}.{name} belongs to a mixture of experts, of which only those that transformers stacks as it "
                 "does Qwen3-MoE's can be quantized: give another model"

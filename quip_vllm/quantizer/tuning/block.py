@@ -102,7 +102,8 @@ class Block(Vectors):
 
     def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            weight = Scaled.apply(module.weight, self._stored(f"{name}.{SU.name}"), self._stored(f"{name}.{SV.name}"))
+            su, sv = self._stored(f"{name}.{SU.name}"), self._stored(f"{name}.{SV.name}")[: module.out_features]
+            weight = Scaled.apply(module.weight, su, sv)
             return linear(x, weight, module.bias)
 
         return forward
