@@ -23,7 +23,7 @@ ALLOWED = {
     "checkpoint": {"formats", "transforms"},
     "ops": {"transforms", "formats", "envs"},
     "transforms": set(),
-    "formats": set(),
+    "formats": {"transforms"},
     "envs": set(),
 }
 ONLY_IN = {

@@ -48,9 +48,7 @@ class Plan:
         embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
         default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split)
         others = {name: stored for name, stored in formats.items() if stored != default}
-        return CheckpointConfig(
-            default, settings.hadamard_block, self.kept, others, head, embedding, shapes=shapes
-        )
+        return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding, shapes=shapes)
 
     def weights(self) -> int:
         """How many weights the quantized layers have."""

@@ -17,7 +17,6 @@ import torch
 
 from quip_vllm.transforms.hadamard_matrices import EXTRA_ORDERS, PUBLISHED_ORDERS, hadamard_matrix
 
-
 LARGEST = 180
 """Rows of the matrices H_q that a size may be filled up for."""
 

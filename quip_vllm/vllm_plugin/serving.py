@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 MEMORY = 0.2
 """The share of the machine's memory that vLLM may take: little beyond a model's weights is needed."""
@@ -14,7 +15,7 @@ def prompt_log_probabilities(
     tokens: Sequence[int],
     memory: float = MEMORY,
     trust_remote_code: bool = False,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> list[dict[int, float]]:
     """Loads a checkpoint in vLLM and runs one prompt.
 

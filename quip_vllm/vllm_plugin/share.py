@@ -131,8 +131,8 @@ class Share:
         filled = self.rows(covered) > sum(self.stored(self.parts[i].size) for i in covered)
         if filled and len(covered) not in (1, len(self.parts)):
             raise ValueError(
-                f"{self.label(covered)} is filled up to {self.rows(covered)} outputs, and vLLM has it as one of several "
-                "of a layer: requantize with it among --ignore"
+                f"{self.label(covered)} is filled up to {self.rows(covered)} outputs, and vLLM has it as one of "
+                "several of a layer: requantize with it among --ignore"
             )
         return filled
 

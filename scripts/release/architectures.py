@@ -113,7 +113,8 @@ OWN = {
     "glm4_moe": {"head_dim": 32},
     "glm4_moe_lite": {**LATENT, "first_k_dense_replace": 1},
     "hy_v3": {"first_k_dense_replace": 1},
-    **{kind: HYBRID for kind in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear")},
+    "qwen3_next": {**HYBRID, "num_experts_per_tok": 4},  # all, so that bf16 does not change the choice
+    **{kind: HYBRID for kind in ("qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear")},
     "granitemoehybrid": HYBRID,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
@@ -127,7 +128,7 @@ OWN = {
 }
 """What an architecture needs besides."""
 IGNORE = {kind: ("kv_b_proj",) for kind in OWN if OWN[kind].items() >= LATENT.items()}
-IGNORE |= {kind: ("dt_proj",) for kind in ("falcon_mamba", "jamba", "mamba")}
+IGNORE |= {"hy_v4": ("kv_b_proj",)} | {kind: ("dt_proj",) for kind in ("falcon_mamba", "jamba", "mamba")}
 """Layers that keep their weight, because vLLM does not multiply with them as with a linear layer."""
 
 
@@ -233,7 +234,8 @@ def compared(source, out, dense):
     except Exception as error:
         return {"status": "failed", "why": f"off by {found['difference']:.2g}, and dequantized: {words(error)}"}
     without = largest_difference(expected, theirs)
-    between = max(abs(row[token] - one[token]) for row, one in zip(served, theirs) for token in row.keys() & one.keys())
+    pairs = zip(served, theirs, strict=True)
+    between = max(abs(row[token] - one[token]) for row, one in pairs for token in row.keys() & one.keys())
     found |= {"without": without, "between": between}
     same = between <= (without if in_bf16 else TOLERANCE)  # in bf16 both are off by rounding, in ways of their own
     return {"status": "same in vLLM" if same else "different", **found}
@@ -302,6 +304,7 @@ def run(record, only):
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "QUIP_VLLM_ACTIVATIONS": "exact",  # in bf16, too
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     for kind in [kind for kind in todo if not only or kind in only]:
@@ -368,16 +371,17 @@ def write_table(record, file):
         "`quip-vllm verify OUT` does it for a checkpoint of yours.",
         "",
         "* *same*: the two agree to the difference that is given.",
-        "* *same in vLLM*: vLLM and transformers disagree about the dequantized model, by the second number; the quantized",
-        "  and the dequantized model agree in vLLM to the first. With bf16 behind them, vLLM takes no float32.",
+        "* *same in vLLM*: the quantized and the dequantized model agree in vLLM to the first number; vLLM and",
+        "  transformers disagree about the dequantized one, by the second. Where bf16 stands behind them, vLLM takes",
+        "  no float32.",
         "* *refused*: `quip-vllm quantize` says why. *refused by vLLM*: the model does not start there.",
         "* *not in vLLM*: vLLM has no code of its own for it. *no tiny model*, *no reference*: transformers could not",
         "  make one, or could not load the checkpoint. *failed*: the process ended without a result.",
         "",
-        "Convolutions and what else is no matrix keep their weights. Experts that transformers does not stack as it does",
-        "Qwen3-MoE's or GPT-OSS's are refused; the sentence names the tensor. Models with latent attention were quantized",
-        "with `--ignore kv_b_proj`, those of Mamba's first version with `--ignore dt_proj`. vLLM's code of some models",
-        "reads keys that the config of transformers lacks.",
+        "Convolutions and what else is no matrix keep their weights. Experts that transformers does not stack as it",
+        "does Qwen3-MoE's or GPT-OSS's are refused; the sentence names the tensor. Models with latent attention were",
+        "quantized with `--ignore kv_b_proj`, those of Mamba's first version with `--ignore dt_proj`. vLLM's code of",
+        "some models reads keys that the config of transformers lacks.",
         "",
         f"Machine: {machine(sorted({one['processor'] for one in found.values() if 'processor' in one}))}.",
         "",

@@ -86,8 +86,8 @@ def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
             continue  # a linear layer, or a convolution and the like, which stays
         if parameter.dim() > 2:
             raise ValueError(
-                f"{path}.{name} is a stack of experts of {parameter.dim()} dimensions: only models whose decoder layers "
-                "hold plain nn.Linear, and experts stacked as Qwen3-MoE stacks them, can be quantized"
+                f"{path}.{name} is a stack of experts of {parameter.dim()} dimensions: only models whose decoder "
+                "layers hold plain nn.Linear, and experts stacked as Qwen3-MoE stacks them, can be quantized"
             )
         if "shared" not in name:
             raise ValueError(
