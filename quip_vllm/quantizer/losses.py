@@ -118,7 +118,8 @@ class _Sums:
             for of_sequence, its in zip(g.view(-1, *g.shape[-2:]), rows.view(-1, *rows.shape[-2:]), strict=True):
                 self._squares[name] += float((of_sequence.T @ its).square().sum())
 
-        out.register_hook(add)
+        if out.requires_grad:  # not of a layer that only chooses, as sparse attention's
+            out.register_hook(add)
 
     def close(self) -> dict[str, tuple[Inputs, float]]:
         """Removes the hooks; of the layers that ran, the sums and how much the tokens of a sequence act together."""

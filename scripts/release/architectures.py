@@ -232,7 +232,8 @@ def compared(source, out, dense):
         save_dense(source, out, dense)
         theirs = prompt_log_probabilities(dense, tokens, **in_bf16)
     except Exception as error:
-        return {"status": "failed", "why": f"off by {found['difference']:.2g}, and dequantized: {words(error)}"}
+        said = words(error).replace(str(dense), "DENSE")
+        return {"status": "failed", "why": f"off by {found['difference']:.2g}, and the dequantized model: {said}"}
     without = largest_difference(expected, theirs)
     pairs = zip(served, theirs, strict=True)
     between = max(abs(row[token] - one[token]) for row, one in pairs for token in row.keys() & one.keys())

@@ -36,6 +36,17 @@ def test_two_tokens():
     assert there() is None  # no graph holds it
 
 
+def test_a_layer_that_only_chooses_has_no_sensitivity():
+    """As the indexer of sparse attention: its outputs become places, through which no gradient flows."""
+    linears = {"chooser": nn.Linear(4, 4), "other": nn.Linear(4, 2)}
+    collector = OutputCollector(linears, two_sided=True)
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        order = linears["chooser"](x).argsort(-1)
+    linears["other"](x.requires_grad_().gather(-1, order)).sum().backward()
+    assert list(collector.close()) == ["other"]
+
+
 def test_token_weights():
     squares = torch.rand(10_000)
     squares[7] = 1e6

@@ -98,6 +98,8 @@ class OutputCollector:
         return results
 
     def _see(self, name: str, x: Tensor, out: Tensor) -> None:
+        if not out.requires_grad:
+            return  # of a layer that only chooses, as sparse attention's: the loss does not feel it
         if name not in self._sums:
             reader = next((other for other, latest in self._latest.items() if latest is x), name)
             self._sums[name] = _Sums(self._sums[reader].reader if reader in self._sums else name)
