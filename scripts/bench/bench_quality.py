@@ -41,6 +41,7 @@ CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, fl
 for short, block in {"b64": "64", "b128": "128", "bmax": "1024"}.items():
     CONFIGURATIONS[f"qs2{short}d0"] = [*CONFIGURATIONS["qs2d0"], "--hadamard-block", block]
 for name in ("qs2", "qh2"):
+    CONFIGURATIONS[f"{name}fullx4"] = [*CONFIGURATIONS[f"{name}full"], "--sequences", "256"]
     CONFIGURATIONS[f"{name}.5"] = [*CONFIGURATIONS[name], "--bits", "2.5"]
     for source, (count, length) in AMOUNTS.items():
         amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]

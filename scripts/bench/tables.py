@@ -57,7 +57,7 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
-    ends |= {"w0": "tokens equal"}
+    ends |= {"w0": "tokens equal", "x4": "256 sequences"}
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -155,7 +155,7 @@ def default_calibration() -> str:
 def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
     rows = quality_rows()
-    return _qualities(lambda name: _kind(name) in ("", "full") and f"{name[:3]}full" in rows)
+    return _qualities(lambda name: _kind(name) in ("", "full", "fullx4") and f"{name[:3]}full" in rows)
 
 
 def _kind(name: str) -> str:
