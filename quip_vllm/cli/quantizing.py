@@ -143,7 +143,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, type=int, metavar="BITS", help=f"quantize the {layer} too; where head and embedding are tied, both"
         )
-    add_device(parser, "runs, is rounded and is trained")
+    add_device(parser, "runs, is rounded (on several: cuda:0,cuda:1) and is trained")
     add_trust(parser)
 
 

@@ -79,7 +79,7 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     """
     require_cpu_library()
     trust = settings.trust_remote_code
-    source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
+    source = LayeredModel(local_folder(settings.model, trust), trust, settings.devices[0])
     if source.device.type == "cuda":
         require_cuda_library()
     checks.check_window(settings, source)

@@ -29,8 +29,9 @@ from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs, fill_up
 from quip_vllm.quantizer.curvature.outputs import Sensitivity
+from quip_vllm.quantizer.devices import on_devices, usable_devices
 from quip_vllm.quantizer.discquant import Levels
-from quip_vllm.quantizer.layer import quantize_group
+from quip_vllm.quantizer.layer import Quantized, quantize_group
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
@@ -127,6 +128,7 @@ class Run:
         source: the model.
         plan: what becomes of each linear layer.
         searchers: who searches beside this process.
+        devices: where groups are rounded; the first runs the model.
         record: what is finished.
         amount: sequences of the calibration text, and tokens in each.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
@@ -142,7 +144,8 @@ class Run:
         require_cpu_library()
         self.settings, self.out, self.searchers = settings, out, searchers
         trust = settings.trust_remote_code
-        self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.device)
+        self.devices = usable_devices(settings.devices, searchers)
+        self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.devices[0])
         if self.source.device.type == "cuda":
             require_cuda_library()
         self.plan = make_plan(settings, self.source)
@@ -394,9 +397,13 @@ class Run:
         """A unit's tensors with weights replaced, its entries of the report, and the digest of its original."""
         tensors, entries = self.source.reader.read(names), []
         original = digest(sorted(tensors.items()))
-        for group in tqdm(groups, desc=f"{unit}: rounding", leave=False):
+
+        def rounded(group: Inputs) -> dict[str, Quantized]:
             weights = {name: tensors.pop(f"{name}.weight") for name in group.names}
-            results = quantize_group(group, weights, self.plan.specs, self.settings, known, levels, self.searchers)
+            return quantize_group(group, weights, self.plan.specs, self.settings, known, levels, self.searchers)
+
+        found = on_devices(self.devices, groups, rounded)
+        for results in tqdm(found, desc=f"{unit}: rounding", total=len(groups), leave=False):
             for name, result in results.items():
                 tensors |= {f"{name}.{key}": value for key, value in result.tensors.items()}
                 entries.append(result.entry)

@@ -65,7 +65,8 @@ class Settings:
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         plan: (name, code and bits or None) of every linear layer, and of head and embedding where it names them; the
             default, none at all, goes by the rest. Then `code` and `bits` are those of most layers.
-        device: torch's name of where the model runs, is rounded and is trained. DISCQUANT takes its steps on the CPU.
+        device: torch's name of where the model runs, is rounded and is trained, or several with commas between, which
+            round together. DISCQUANT takes its steps on the CPU.
         trust_remote_code: whether Python code among the model's files may run.
 
     Raises:
@@ -192,6 +193,11 @@ class Settings:
     def sources(self) -> list[str]:
         """The sources that `calibration` names."""
         return self.calibration.split(",")
+
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices, of which the first runs and trains the model."""
+        return self.device.split(",")
 
     @property
     def backward(self) -> bool:

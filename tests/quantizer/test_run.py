@@ -2,6 +2,8 @@
 """Whole runs on tiny models: every architecture, what is written, what a layer sees, what stays in memory."""
 
 import shutil
+import threading
+from types import SimpleNamespace
 
 import numerics
 import pytest
@@ -318,6 +320,36 @@ def test_one_layer_in_memory(tiny_model, make_settings, tmp_path, monkeypatch):
     quantize(make_settings(tiny_model("Llama", num_hidden_layers=3)), tmp_path)
     # Original, Hessians (of the first the same), and of all but the last, outputs: each has one batch.
     assert ran == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_several_devices_give_the_same_bytes(quantized, tiny_model, make_settings, tmp_path, monkeypatch):
+    """Two threads of this CPU, which round two groups at the same time."""
+    expected = (quantized() / "model.safetensors").read_bytes()
+    meeting, together = threading.Barrier(2, timeout=60), []
+
+    def both(group, *args):
+        if "q_proj" in group.names[0] or "o_proj" in group.names[0]:
+            together.append(meeting.wait())
+        return original(group, *args)
+
+    original = run.quantize_group
+    monkeypatch.setattr(run, "quantize_group", both)
+    quantize(make_settings(tiny_model(), device="cpu,cpu"), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == expected
+    assert sorted(together) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("device", "searchers", "said"),
+    [
+        ("cpu,meta", None, "--device is cpu,meta: devices of different kinds"),
+        ("cpu,cpu", SimpleNamespace(count=2), "--device is cpu,cpu, which search at the same time"),
+        ("cpu,", None, "--device is , which torch cannot use"),
+    ],
+)
+def test_devices_that_cannot_round_together_are_refused(tiny_model, make_settings, tmp_path, device, searchers, said):
+    with pytest.raises(ValueError, match=said):
+        quantize(make_settings(tiny_model(), device=device), tmp_path, searchers=searchers)
 
 
 def test_bytes_follow_the_settings(quantized, tiny_model, make_settings, tmp_path):

@@ -29,6 +29,11 @@ class Drift:
         """Whether a batch was recorded."""
         return self.difference is not None or bool(self.crossed)
 
+    def on(self, device: torch.device) -> "Drift":
+        """The same with its sums on a device."""
+        difference = None if self.difference is None else self.difference.to(device)
+        return Drift(difference, {name: crossed.to(device) for name, crossed in self.crossed.items()})
+
     def add(
         self, original: Tensor, x: Tensor, products: Mapping[str, Tensor] | None, weights: Tensor | None = None
     ) -> None:

@@ -2,7 +2,7 @@
 """Hessians E[x x^T]: one per activation, shared by the linear layers that read it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,10 @@ class Inputs:
     def of(cls, name: str, k: int, device: torch.device | None = None) -> "Inputs":
         """Of one layer with k inputs, before the first x, which will be on the device."""
         return cls([name], torch.zeros(k, k, dtype=torch.float64, device=device))
+
+    def on(self, device: torch.device) -> "Inputs":
+        """The same with its sums on a device."""
+        return replace(self, hessian=self.hessian.to(device), drift=self.drift.on(device))
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Adds a batch, [..., k]: the product in float32, the sum in float64.
