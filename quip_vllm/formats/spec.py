@@ -4,6 +4,7 @@
 import abc
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class LinearSpec:
         """k as stored, padding included."""
         return self.in_features + -self.in_features % self.padded_to
 
-    @property
+    @cached_property
     def stored_outputs(self) -> tuple[int, ...]:
         """n of each part as stored, padding included.
 

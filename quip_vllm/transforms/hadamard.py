@@ -52,7 +52,6 @@ def factor(n: int) -> tuple[int, int]:
     )
 
 
-@functools.cache
 def filled(n: int) -> int:
     """A size that has a full-width transform: n itself, or else the next multiple of 16 that has one.
 

@@ -224,7 +224,7 @@ def test_missing_tensor_is_named():
     [
         (LinearSpec("1mad", 2, 64, (24,)), "multiples of 16"),
         (LinearSpec("e8p", 2, 44, (16,)), "multiples of 8"),
-        (LinearSpec("e8p", 2, 64, (26,)), "--hadamard-block 2"),
+        (LinearSpec("e8p", 2, 264, (32,)), "--hadamard-block 8"),
         (LinearSpec("e8p", 2, 64, (13,), 4), "13"),
     ],
 )

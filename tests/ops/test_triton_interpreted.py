@@ -366,7 +366,7 @@ def test_refusals_say_why(monkeypatch):
     backend = TritonBackend()
     if not NEEDS_TRITON.args[0]:
         assert "multiples of 16" in backend.refusal(LinearSpec("1mad", 2, 64, (24,)))
-        assert "--hadamard-block 2" in backend.refusal(LinearSpec("e8p", 2, 64, (26,)))
+        assert "--hadamard-block 8" in backend.refusal(LinearSpec("e8p", 2, 264, (32,)))
         monkeypatch.setenv("QUIP_VLLM_ACTIVATIONS", "int8")
         assert "unset it" in backend.refusal(ONE_MAD)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
