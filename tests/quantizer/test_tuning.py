@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numerics
 import pytest
@@ -324,8 +325,9 @@ def test_a_run(tiny_model, tiny_text, tmp_path, tune, head):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {}])
-def test_head_and_embedding_are_trained(tiny_model, tiny_text, tmp_path, changes):
+def test_head_and_embedding_are_trained(tiny_model, tiny_text, tmp_path, monkeypatch, changes):
     """With all layers: the loss that the report tells is that of the finished checkpoint."""
+    monkeypatch.setattr(full, "NEAR", 0.01)  # the toy's loss is so small because its logits are
     folder = tiny_model("Llama", dtype="float32", **changes)
     settings = Settings(
         str(folder), "e8p", 2, calibration=str(tiny_text), sequences=8, sequence_length=64, lm_head=2, embedding=2
@@ -335,6 +337,21 @@ def test_head_and_embedding_are_trained(tiny_model, tiny_text, tmp_path, changes
     tokens = calibration_tokens(settings, folder, VOCABULARY)
     wanted, logits = (load_model(str(one))(tokens).logits for one in (folder, tmp_path / "out"))
     assert divergence(logits, wanted)[0] / tokens.numel() == pytest.approx(told["after"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("loss", "rate"), [(0.46, 2e-3), (0.023, 2e-4)])
+def test_a_model_that_is_near_is_trained_more_slowly(monkeypatch, tmp_path, loss, rate):
+    seen = []
+
+    def optimizer(vectors, rate, *args):
+        seen.append(rate)
+        raise InterruptedError
+
+    monkeypatch.setattr(full, "Optimizer", optimizer)
+    model = SimpleNamespace(loss=lambda batches: loss, vectors=list, scales=list)
+    with pytest.raises(InterruptedError):
+        tune_model(model, 8, 0, tmp_path / "state")
+    assert seen == [pytest.approx(rate)]
 
 
 def test_a_head_with_a_bias_is_not_trained(tiny_model, tiny_text, tmp_path):

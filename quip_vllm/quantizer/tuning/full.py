@@ -27,6 +27,8 @@ from quip_vllm.quantizer.tuning.optimizer import Optimizer
 EPOCHS = 2
 RATE = 2e-3
 """See Optimizer."""
+NEAR = 0.23
+"""Nats per token from which on the rate is RATE. A model that is nearer to the original wants proportionally less."""
 PATIENCE = 1
 """How many epochs in turn may be no better than the best one before the training ends."""
 
@@ -236,14 +238,13 @@ def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, 
         For the report: validation loss before and after, in nats a token, and how many epochs were trained.
     """
     train, validation = split(batches)
-    optimizer = Optimizer(model.vectors(), RATE, EPOCHS * len(train), model.scales())
-    losses: list[float] = []
-    if state.exists():
-        found = read_shard(state)
-        losses = found.pop("losses").tolist()
+    found = read_shard(state) if state.exists() else {}
+    losses = found.pop("losses").tolist() if found else [model.loss(validation)]
+    rate = RATE * min(1.0, losses[0] / NEAR)
+    optimizer = Optimizer(model.vectors(), rate, EPOCHS * len(train), model.scales())
+    if found:
         optimizer.load(found)
         model.place()
-    losses = losses or [model.loss(validation)]
     while len(losses) <= EPOCHS and len(losses) - losses.index(min(losses)) <= PATIENCE:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + len(losses)))
         with tqdm(order.tolist(), desc=f"tuning, epoch {len(losses)} of {EPOCHS}") as progress:
