@@ -38,9 +38,9 @@ class QuipParameter(Parameter):
         """Zeros for all parts; the widest dtype of any."""
         specs = [one for i in range(len(share.parts)) if (one := share.tensor(i, tensor_name)) is not None]
         widest = max((dtype for one in specs for dtype in one.dtypes), key=lambda dtype: dtype.itemsize)
-        every = tuple(range(len(share.parts)))
-        whole = _elements(tensor_name, share, every) if all(part.stored for part in share.parts) else 0
-        room = max(sum(_sizes(tensor_name, share)), whole)
+        room, every = sum(_sizes(tensor_name, share)), tuple(range(len(share.parts)))
+        if len({part.stored for part in share.parts}) == 1:  # one tensor may cover all, and be filled up as a whole
+            room = max(room, _elements(tensor_name, share, every))
         return super().__new__(cls, torch.zeros(room, dtype=widest), requires_grad=False)
 
     def __init__(self, tensor_name: str, share: Share) -> None:
@@ -94,20 +94,26 @@ def load_parameter(param: QuipParameter, loaded_weight: Tensor, covered: tuple[i
     share = param.share
     share.check_split(covered)
     one = _checked(param, loaded_weight, covered)
-    start = 0
-    filled = share.filled(covered)
-    if filled:  # then it is not cut
-        param.run(covered[0])[: loaded_weight.numel()].view(loaded_weight.shape).copy_(loaded_weight)
-    for i in () if filled else covered:
-        part = share.parts[i]
-        piece = share.cut(one, loaded_weight, part, start + part.start, share.stored(part.held))
-        target = param.run(i)[: _sizes(one.name, share)[i]]
-        target[: piece.numel()].view(piece.shape).copy_(piece)
-        target[piece.numel() :].zero_()
-        if one.follows in (Follows.INPUTS, Follows.PART):
-            break  # one for all that the tensor covers
-        start += share.stored(part.outputs)
+    target = param.run(covered[0])
+    if share.filled(covered):  # then it is not cut
+        target[: loaded_weight.numel()].view(loaded_weight.shape).copy_(loaded_weight)
+    else:
+        _copy_parts(target, one, loaded_weight, share, covered)
     param.loaded = {**param.loaded, covered: loaded_weight.dtype}
+
+
+def _copy_parts(target: Tensor, one: TensorSpec, loaded: Tensor, share: Share, covered: tuple[int, ...]) -> None:
+    """Copies this rank's share of each part that a tensor covers, one behind the other."""
+    start = 0
+    for i in covered:
+        part = share.parts[i]
+        piece = share.cut(one, loaded, part, start + part.start, share.stored(part.held))
+        room = math.prod(one.shape(share.stored(part.size), share.stored(part.in_features)))
+        target[: piece.numel()].view(piece.shape).copy_(piece)
+        target[piece.numel() : room].zero_()
+        if one.follows in (Follows.INPUTS, Follows.PART):
+            return  # one for all that the tensor covers
+        start, target = start + share.stored(part.outputs), target[room:]
 
 
 def _checked(param: QuipParameter, loaded: Tensor, covered: tuple[int, ...]) -> TensorSpec:

@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.reference import dequantize
 
 FORMATS = [("e8p", 2), ("e8p", 3), ("e8p", 4), ("1mad", 2), ("3inst", 3), ("hyb", 4), ("lut", 1), ("grid", 8)]
 SPLIT = [("e8p", 3), ("1mad", 3), ("hyb", 2)]
@@ -243,6 +244,17 @@ def test_several_parts_in_one_tensor(x):
     load(layer, qkv, (0, 1, 2))
     assert_close(apply(finish(layer), x), x @ torch.cat([dense(t, "hyb", 2) for t in (qkv, z)]).T)
     assert [call.prepared.spec.output_sizes for call in layer.quip_calls] == [(128, 64)]
+
+
+@pytest.mark.parametrize("sizes", [(328, 248), (328, 256), (256, 328)])
+def test_outputs_without_a_transform_in_one_tensor(x, sizes):
+    """328 have none: as a part of 576, which have one, and of 584, which are filled up as a whole."""
+    filled = {576: 576, 584: 592}[sum(sizes)]
+    tensors = random_tensors("e8p", 2, filled, K)
+    layer = build(MergedColumnParallelLinear, quant_config("e8p"), K, list(sizes))
+    load(layer, tensors, size=(sum(sizes), K))
+    spec = LinearSpec("e8p", 2, K, (sum(sizes),))
+    assert_close(apply(finish(layer), x), x @ dequantize(spec, tensors).T)
 
 
 def test_dummy_weights_need_no_checkpoint():
