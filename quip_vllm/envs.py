@@ -26,10 +26,7 @@ def dense_rows() -> int:
 
     256 unless set. 0 is never: then a row's bits do not depend on how many rows there are.
     """
-    wanted = os.environ.get("QUIP_VLLM_DENSE_ROWS") or "256"
-    if not wanted.isdecimal():
-        raise ValueError(f"QUIP_VLLM_DENSE_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
-    return int(wanted)
+    return _rows("QUIP_VLLM_DENSE_ROWS", 256)
 
 
 def one_launch_rows() -> int:
@@ -37,10 +34,7 @@ def one_launch_rows() -> int:
 
     0, never, unless set: it has not run on a GPU. 16 is the most that it can.
     """
-    wanted = os.environ.get("QUIP_VLLM_ONE_LAUNCH_ROWS") or "0"
-    if not wanted.isdecimal():
-        raise ValueError(f"QUIP_VLLM_ONE_LAUNCH_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
-    return int(wanted)
+    return _rows("QUIP_VLLM_ONE_LAUNCH_ROWS", 0)
 
 
 def wide_rows() -> int:
@@ -48,9 +42,13 @@ def wide_rows() -> int:
 
     0, never, unless set: it has not run on a GPU. It comes before QUIP_VLLM_DENSE_ROWS.
     """
-    wanted = os.environ.get("QUIP_VLLM_WIDE_ROWS") or "0"
+    return _rows("QUIP_VLLM_WIDE_ROWS", 0)
+
+
+def _rows(name: str, usual: int) -> int:
+    wanted = os.environ.get(name) or str(usual)
     if not wanted.isdecimal():
-        raise ValueError(f"QUIP_VLLM_WIDE_ROWS is {wanted!r}: give a number of rows, 0 for never, or unset it")
+        raise ValueError(f"{name} is {wanted!r}: give a number of rows, 0 for never, or unset it")
     return int(wanted)
 
 

@@ -153,9 +153,9 @@ class LinearSpec:
         return tuple(map(filled, sizes)) if whole else sizes
 
     @property
-    def filled(self) -> bool:
-        """Whether more outputs are stored than the layer has."""
-        return self.stored_outputs != self.output_sizes
+    def padded(self) -> bool:
+        """Whether stored sizes are larger than those that the layer has."""
+        return (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes)
 
     def check_sizes(self) -> None:
         """Raises ValueError unless the format can hold a layer of these sizes."""
@@ -175,10 +175,9 @@ class LinearSpec:
 
         As a clause. The reference backend has all.
         """
-        padded = (self.stored_in, self.stored_outputs) != (self.in_features, self.output_sizes)
         alone = len(self.output_sizes) == 1 and self.rotate_output
         properties = {
             f"tile order {self.tile_order.value}": self.tile_order not in (*self.format.kernel_orders, *orders),
-            "parts, or rows to look up, whose sizes are padded": padded and not alone,
+            "parts, or rows to look up, whose sizes are padded": self.padded and not alone,
         }
         return next((clause for clause, present in properties.items() if present), None)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from quip_vllm.ops.extension import usable_device
+from quip_vllm.ops.extension import require_cpu_library, require_cuda_library, usable_device
 from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.rounding.searchers import Searchers
 
@@ -16,11 +16,13 @@ T = TypeVar("T")
 
 
 def usable_devices(names: Sequence[str], searchers: Searchers | None = None) -> list[torch.device]:
-    """The devices of their names, as cuda:0 and cuda:1.
+    """The devices of their names, as cuda:0 and cuda:1, with the libraries that search there.
 
     Raises:
+        RuntimeError: a library is missing.
         ValueError: torch cannot use one, they are of different kinds, or there are searchers as well.
     """
+    require_cpu_library()
     devices = [usable_device(name) for name in names]
     kinds = {device.type for device in devices}
     if len(kinds) > 1:
@@ -33,6 +35,8 @@ def usable_devices(names: Sequence[str], searchers: Searchers | None = None) -> 
             f"--device is {','.join(names)}, which search at the same time, as --workers and --ray do: give one "
             "device, or neither of those"
         )
+    if "cuda" in kinds:
+        require_cuda_library()
     return devices
 
 

@@ -43,7 +43,7 @@ class Plan:
             name: LayerFormat(spec.code, spec.bits, input_chunks=spec.input_chunks, output_chunks=spec.output_chunks)
             for name, spec in self.specs.items()
         }
-        shapes = {name: (spec.out_features, spec.in_features) for name, spec in self.specs.items() if spec.filled}
+        shapes = {name: (spec.out_features, spec.in_features) for name, spec in self.specs.items() if spec.padded}
         head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
         embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
         default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split)
@@ -179,7 +179,7 @@ def _spec(
     n, k = shape
     spec = settings.spec(name, stored, n, k, rotate_output)
     problem = sizes_problem(spec)
-    if problem is None and spec.filled and cut_of(name) is Cut.OUTPUTS:
+    if problem is None and spec.padded and cut_of(name) is Cut.OUTPUTS:
         problem = (
             f"its {n} outputs have no Hadamard transform, and vLLM fuses it with others; give --hadamard-block "
             f"{block_size(n, n)}, or leave it out (--ignore)"

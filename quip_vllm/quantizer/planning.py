@@ -15,9 +15,9 @@ from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.checkpoint.hub import local_folder
 from quip_vllm.formats.spec import FORMATS, methods
 from quip_vllm.formats.tensors import layout
-from quip_vllm.ops.extension import require_cpu_library, require_cuda_library
 from quip_vllm.quantizer import checks
 from quip_vllm.quantizer.allocation import Choice, allocate, evenly
+from quip_vllm.quantizer.devices import usable_devices
 from quip_vllm.quantizer.losses import measure
 from quip_vllm.quantizer.noise import noisy_divergences
 from quip_vllm.quantizer.plan import bytes_of, make_plan
@@ -77,11 +77,8 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     Raises:
         ValueError: the target cannot be reached, or the model cannot be quantized.
     """
-    require_cpu_library()
-    trust = settings.trust_remote_code
-    source = LayeredModel(local_folder(settings.model, trust), trust, settings.devices[0])
-    if source.device.type == "cuda":
-        require_cuda_library()
+    trust, (device,) = settings.trust_remote_code, usable_devices(settings.devices[:1])
+    source = LayeredModel(local_folder(settings.model, trust), trust, str(device))
     checks.check_window(settings, source)
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)

@@ -24,7 +24,6 @@ from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files, load_tokenizer, loc
 from quip_vllm.checkpoint.store import digest, read_json, write_json
 from quip_vllm.formats.tensors import SU, tensor_specs
 from quip_vllm.ops import dequantize
-from quip_vllm.ops.extension import require_cpu_library, require_cuda_library
 from quip_vllm.quantizer import checks, record
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.inputs import Inputs, fill_up
@@ -141,13 +140,10 @@ class Run:
     record: Record
 
     def __init__(self, settings: Settings, out: Path, searchers: Searchers | None = None):
-        require_cpu_library()
         self.settings, self.out, self.searchers = settings, out, searchers
         trust = settings.trust_remote_code
         self.devices = usable_devices(settings.devices, searchers)
-        self.source = LayeredModel(local_folder(settings.model, trust), trust, settings.devices[0])
-        if self.source.device.type == "cuda":
-            require_cuda_library()
+        self.source = LayeredModel(local_folder(settings.model, trust), trust, str(self.devices[0]))
         self.plan = make_plan(settings, self.source)
         if self.source.beyond:
             named = ", ".join(self.source.beyond[:4]) + (", ..." if len(self.source.beyond) > 4 else "")

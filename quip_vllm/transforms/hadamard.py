@@ -17,6 +17,8 @@ import torch
 
 from quip_vllm.transforms.hadamard_matrices import EXTRA_ORDERS, PUBLISHED_ORDERS, hadamard_matrix
 
+ORDERS = (1, *PUBLISHED_ORDERS, *EXTRA_ORDERS)
+"""Those of the matrices H_q, in the order in which they are tried."""
 LARGEST = 180
 """Rows of the matrices H_q that a size may be filled up for."""
 
@@ -36,11 +38,9 @@ def factor(n: int) -> tuple[int, int]:
     """
     if n < 1:
         raise ValueError(f"Hadamard size {n} is not positive: give the length of the dimension to transform")
-    if _is_power_of_two(n):
-        return 1, n
-    for order in PUBLISHED_ORDERS + EXTRA_ORDERS:
-        if n % order == 0 and _is_power_of_two(n // order):
-            return order, n // order
+    order = _order(n, ORDERS)
+    if order is not None:
+        return order, n // order
     power = _power_of_two_part(n)
     if power == 1:
         remedy = "no power of two divides it either, so leave the layer unquantized"
@@ -48,7 +48,7 @@ def factor(n: int) -> tuple[int, int]:
         remedy = f"use --hadamard-block {power}, the largest power of two that divides it, or a smaller one"
     raise ValueError(
         f"size {n} has no full-width Hadamard transform: it has to be a power of two, or that times one of "
-        f"{PUBLISHED_ORDERS + EXTRA_ORDERS}; {remedy}"
+        f"{ORDERS[1:]}; {remedy}"
     )
 
 
@@ -57,14 +57,15 @@ def filled(n: int) -> int:
 
     Matrices H_q of more than LARGEST rows, which take too long, are not used for it.
     """
-    if _has_factor(n, (*PUBLISHED_ORDERS, *EXTRA_ORDERS)):
+    if _order(n, ORDERS):
         return n
-    orders = [order for order in (*PUBLISHED_ORDERS, *EXTRA_ORDERS) if order <= LARGEST]
-    return next(size for size in itertools.count(n + -n % 16, 16) if _has_factor(size, orders))
+    orders = [order for order in ORDERS if order <= LARGEST]
+    return next(size for size in itertools.count(n + -n % 16, 16) if _order(size, orders))
 
 
-def _has_factor(n: int, orders: Iterable[int]) -> bool:
-    return any(n % order == 0 and _is_power_of_two(n // order) for order in (1, *orders))
+def _order(n: int, orders: Iterable[int]) -> int | None:
+    """The first of some orders that divides a size with a power of two as quotient."""
+    return next((order for order in orders if n % order == 0 and _is_power_of_two(n // order)), None)
 
 
 def block_size(n: int, block: int | None) -> int:
