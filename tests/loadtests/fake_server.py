@@ -2,11 +2,13 @@
 """An OpenAI-compatible server that emits tokens at a known rate and remembers when it really did.
 
 Run as ``python fake_server.py FD``, FD being an inherited listening socket. Tokens are due at fixed times after the
-request came, so a late one does not delay the next; times are of ``time.perf_counter``.
+request came, so a late one does not delay the next; times are of ``time.perf_counter``, one clock for all processes.
+A header ``X-Asked`` (``stamped_requests.py``) brings the time at which the client began the request.
 """
 
 import asyncio
 import json
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from fastapi.responses import StreamingResponse
 
 TTFT_S = 0.4
 TBT_S = 0.05
+KEEP_ALIVE_S = 0.02  # also keeps the caches of both processes warm: one that slept for a second wakes slowly
 MODELS = ("steady", "pairs", "breaks")  # one token a chunk; two tokens a chunk; an error event after three tokens
 
 app = FastAPI()
@@ -41,10 +44,11 @@ async def recorded() -> list[dict[str, Any]]:
 async def generate(request: Request) -> StreamingResponse:
     """Streams ``max_tokens`` tokens, the first TTFT_S after the request and then one each TBT_S."""
     received = time.perf_counter()
+    asked = float(request.headers.get("X-Asked", received))
     body = await request.json()
     assert body["stream"] and body["stream_options"] == {"include_usage": True}
     prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
-    record = {"path": request.url.path, "received": received, "prompt": prompt, "tokens": 0, "sent": []}
+    record = {"path": request.url.path, "asked": asked, "received": received, "prompt": prompt, "tokens": 0, "sent": []}
     streams.append(record)
     return StreamingResponse(_emit(body, record), media_type="text/event-stream")
 
@@ -58,8 +62,10 @@ async def _emit(body: dict[str, Any], record: dict[str, Any]) -> AsyncIterator[s
         if body["model"] == "breaks" and token == 3:
             yield _event({"error": {"message": "engine died", "code": 500}})
             break
-        await asyncio.sleep(record["received"] + TTFT_S + token * TBT_S - time.perf_counter())
-        yield ": keep-alive\n\n"
+        due = record["received"] + TTFT_S + token * TBT_S
+        while (wait := due - time.perf_counter()) > 0:
+            await asyncio.sleep(min(wait, KEEP_ALIVE_S))
+            yield ": keep-alive\n\n"
         record["sent"].append(time.perf_counter())
         record["tokens"] += step
         text = "word " * step
@@ -76,4 +82,6 @@ def _event(payload: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, fd=int(sys.argv[1]), log_level="warning")
+    # uvicorn's own ``fd`` takes the socket for a Unix one: Nagle's algorithm stays on and holds chunks back.
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])

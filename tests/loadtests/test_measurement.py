@@ -50,7 +50,8 @@ def _get(url: str) -> Any:
 
 
 def _locust(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless", *options]
+    files = "loadtests/locustfile.py,tests/loadtests/stamped_requests.py"
+    command = [sys.executable, "-m", "locust", "-f", files, "--headless", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -71,25 +72,13 @@ def test_figures_equal_what_was_emitted(server: str, tmp_path: Path, profile: st
     done, metrics = _run(server, tmp_path, "--profile", profile, "--model", model, "--run-time", seconds, user)
     assert done.returncode == 0, done.stderr
     streams = _get(f"{server}/streams")
-
-    tokens = sum(stream["tokens"] for stream in streams)
-    began = min(stream["received"] for stream in streams)
-    ended = max(stream["sent"][-1] for stream in streams)
     step = 2 if model == "pairs" else 1
-    gaps = [
-        (after - before) / step
-        for stream in streams
-        for before, after in zip(stream["sent"], stream["sent"][1:], strict=False)
-    ]
-    known = {
-        "output_tokens_per_second": tokens / (ended - began),
-        "ttft_p50": 1000 * statistics.median(stream["sent"][0] - stream["received"] for stream in streams),
-        "tbt_p50": 1000 * statistics.median(gaps),
-    }
+    known = _emitted(streams, step)
     print({name: (round(value, 2), metrics[name]["value"]) for name, value in known.items()})
     for name, value in known.items():
         assert float(metrics[name]["value"]) == pytest.approx(value, rel=LOADTEST_RELATIVE), name
 
+    tokens = sum(stream["tokens"] for stream in streams)
     assert {stream["path"] for stream in streams} == {CHAT if user == "ChatCompletionsUser" else COMPLETIONS}
     assert len(streams) >= 2 * USERS
     assert len({stream["prompt"][:16] for stream in streams}) == len(streams)
@@ -97,11 +86,27 @@ def test_figures_equal_what_was_emitted(server: str, tmp_path: Path, profile: st
     assert int(metrics["output_tokens"]["value"]) == tokens == TOKENS * len(streams)
     assert int(metrics["failures"]["value"]) == int(metrics["answers_without_usage"]["value"]) == 0
     assert int(metrics["ttft_p50"]["samples"]) == len(streams)
-    assert int(metrics["tbt_p50"]["samples"]) == len(gaps) * step
+    assert int(metrics["tbt_p50"]["samples"]) == sum(len(stream["sent"]) - 1 for stream in streams) * step
     for kind in ("TTFT", "TBT"):
         assert re.search(rf"^{kind} +{CHAT if user == 'ChatCompletionsUser' else COMPLETIONS} ", done.stderr, re.M)
     if profile == "burst":
         _assert_bursts(sorted(stream["received"] for stream in streams))
+
+
+def _emitted(streams: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """The figures by when requests began and tokens were sent; ``step`` tokens per chunk."""
+    gaps = [
+        (after - before) / step
+        for stream in streams
+        for before, after in zip(stream["sent"], stream["sent"][1:], strict=False)
+    ]
+    began = min(stream["asked"] for stream in streams)
+    ended = max(stream["sent"][-1] for stream in streams)
+    return {
+        "output_tokens_per_second": sum(stream["tokens"] for stream in streams) / (ended - began),
+        "ttft_p50": 1000 * statistics.median_low(stream["sent"][0] - stream["asked"] for stream in streams),
+        "tbt_p50": 1000 * statistics.median(gaps),
+    }
 
 
 def _assert_bursts(received: list[float]) -> None:
