@@ -43,6 +43,12 @@ EXPERTS = {  # mixtures of experts
     "DeepseekV2": {**_DEEPSEEK, "topk_method": "group_limited_greedy"},
     "DeepseekV3": _DEEPSEEK,
     "GraniteMoe": {**_FEW, "intermediate_size": 32, "num_local_experts": 4},
+    "NemotronH": {  # without a gate, behind a state space
+        **_FEW,
+        **{"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 32, "head_dim": 16},
+        **{"mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 1},
+        "layers_block_type": ["linear_attention", "full_attention", "moe"],
+    },
     "GptOss": {
         **_FEW,
         "head_dim": 16,

@@ -27,7 +27,7 @@ _CUTS = {
         *("fc1", "fc_in", "c_fc", "dense_h_to_4h"),
     ),
     Cut.INPUTS: ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo"),
-    Cut.NOTHING: ("q_a_proj", "kv_a_proj_with_mqa"),
+    Cut.NOTHING: ("q_a_proj", "kv_a_proj_with_mqa", "fc1_latent_proj", "fc2_latent_proj"),
     Cut.JOINED: ("qkv_proj", "gate_up_proj"),
     Cut.REARRANGED: ("query_key_value",),
 }

@@ -2,6 +2,7 @@
 """A mixture of experts of which each expert has linear layers of its own, as the files of the hub have them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ INTERLEAVED_LEAVES = ("gate_up_proj", "down_proj")
 """The same where the outputs of gate and up take turns: the two are one linear layer. As in GPT-OSS."""
 STACKS = ("gate_up_proj", "down_proj")
 """The parameters of transformers' stacks; those of biases have _bias behind."""
+UNGATED = ("up_proj", "down_proj")
+"""The same of experts without a gate, and the linear layers of such an expert. As in Nemotron-H."""
 
 
 class Experts(nn.ModuleList):
     """Computes what a module computes that has the weights of all experts of a decoder layer in two stacks.
 
-    y_t = sum_e w_te down_e(act(gate_e(x_t), up_e(x_t))) over the experts e that are chosen for the token t. The names
-    of its parameters are like ``3.gate_proj.weight``.
+    y_t = sum_e w_te down_e(act(gate_e(x_t), up_e(x_t))) over the experts e that are chosen for the token t, or
+    down_e(act(up_e(x_t))) where these have no gate. The names of its parameters are like ``3.gate_proj.weight``.
 
     Args:
         stacked: such a module (`is_stack`); its weights are not kept.
@@ -28,6 +31,7 @@ class Experts(nn.ModuleList):
 
     Attributes:
         leaves: the same.
+        stacks: names of the stacks.
         transposed: whether the stacks hold the transposed weights.
         rows: int64, which rows of the hidden states the expert under work reads.
     """
@@ -36,17 +40,19 @@ class Experts(nn.ModuleList):
 
     def __init__(self, stacked: nn.Module, leaves: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.leaves = tuple(leaves or leaves_of(stacked))
+        self.leaves, self.stacks = tuple(leaves or leaves_of(stacked)), stacks_of(stacked)
         self.transposed, bias = bool(stacked.is_transposed), bool(stacked.has_bias)
-        down = stacked.get_parameter("down_proj")
-        count, hidden, inner = (len(down), *down.shape[:0:-1]) if self.transposed else down.shape
-        outer = 2 * inner // (len(self.leaves) - 1)
-        sizes = *[(hidden, outer)] * (len(self.leaves) - 1), (inner, hidden)
-        for _ in range(count):
+        first, down = (stacked.get_parameter(name) for name in self.stacks)
+        shapes = [one.shape[:0:-1] if self.transposed else one.shape[1:] for one in (first, down)]
+        (outer, hidden), (_, inner) = shapes
+        readers = len(self.leaves) - 1
+        sizes = *[(hidden, outer // readers)] * readers, (inner, hidden)
+        for _ in range(len(down)):
             linears = (nn.Linear(*of, bias=bias, device="meta", dtype=down.dtype) for of in sizes)
             self.append(nn.ModuleDict(dict(zip(self.leaves, linears, strict=True))))
-        # Of gate and up beside each other; it reads none of the weights.
-        self._activated: Callable[[Tensor], Tensor] = stacked._apply_gate  # type: ignore[assignment]
+        # Of what the first linear layers give, beside each other; it reads none of the weights.
+        own: Any = stacked
+        self._activated: Callable[[Tensor], Tensor] = own._apply_gate if own.has_gate else own.act_fn.forward
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """What the experts make of the tokens.
@@ -67,14 +73,23 @@ class Experts(nn.ModuleList):
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether a module is one of transformers 5 that stacks gates with ups, and downs, without or with biases."""
-    wanted = {*STACKS, *(f"{name}_bias" for name in STACKS if getattr(module, "has_bias", False))}
-    own = {name for name, _ in module.named_parameters(recurse=False)}
-    return own == wanted and getattr(module, "has_gate", False)
+    """Whether a module is one of transformers 5 that stacks ups, with gates or without, and downs; biases, too."""
+    if not hasattr(module, "has_gate"):
+        return False
+    stacks = stacks_of(module)
+    wanted = {*stacks, *(f"{name}_bias" for name in stacks if module.has_bias)}
+    return {name for name, _ in module.named_parameters(recurse=False)} == wanted
+
+
+def stacks_of(stacked: nn.Module) -> tuple[str, ...]:
+    """The names of the stacks of a module."""
+    return STACKS if stacked.has_gate else UNGATED
 
 
 def leaves_of(stacked: nn.Module) -> tuple[str, ...]:
     """The linear layers of an expert of a module with stacks."""
+    if not stacked.has_gate:
+        return UNGATED
     return LEAVES if stacked.is_concatenated else INTERLEAVED_LEAVES
 
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ DRAFT = "draft_model."
 
 PREPARED = ("sharded_state", "runai_streamer_sharded", "ipc_cache", "tensorizer")
 """Load formats that fill layers with what they held in another process, past the model's code."""
+
+POSTPONED = "quip_postponed"
+"""Marks what vLLM would have refused; see `postpone_refusal`."""
 
 LATENT = "kv_b_proj"
 """The layer from whose weight vLLM computes the matrices of multi-head latent attention."""
@@ -146,7 +150,14 @@ class QuipConfig(QuantizationConfig):
         self._carry_tensors()
         if isinstance(layer, RoutedExperts):
             formats = expert_formats(layer, prefix, self._stored, names_of(layer))
-            return None if formats is None else QuipExpertsMethod(self.checkpoint, layer, prefix, formats)
+            if formats is not None:
+                return QuipExpertsMethod(self.checkpoint, layer, prefix, formats)
+            if getattr(layer.moe_config, POSTPONED, False):
+                raise ValueError(
+                    f"{prefix} has experts without a gate, which vLLM does not run on this device with an ordinary "
+                    "weight: requantize without --ignore of the experts"
+                )
+            return None
         if isinstance(layer, VocabParallelEmbedding):
             return self._head_method(layer, prefix)
         if not isinstance(layer, LinearBase):
@@ -164,11 +175,12 @@ class QuipConfig(QuantizationConfig):
         return QuipLinearMethod(self.checkpoint, prefix, names, stored)
 
     def _carry_tensors(self) -> None:
-        """Prepares the classes of the model and of a draft for quantized tensors: see `carry_tensors`.
+        """Prepares vLLM's classes: see `carry_tensors`, for those of the model and of a draft, and `postpone_refusal`.
 
         Raises:
             ValueError: the load format leaves the model's code out.
         """
+        from vllm.model_executor.layers.fused_moe import FusedMoEConfig
         from vllm.model_executor.model_loader.utils import get_model_cls
 
         from quip_vllm.vllm_plugin.arrival import carry_tensors
@@ -182,6 +194,7 @@ class QuipConfig(QuantizationConfig):
                 "as they are prepared for one backend; serve the checkpoint that quip-vllm has written, without it"
             )
         self._carries = True
+        postpone_refusal(FusedMoEConfig)
         for described in (config.model_config, getattr(config.speculative_config, "draft_model_config", None)):
             if described is not None:
                 carry_tensors(get_model_cls(described))
@@ -239,6 +252,30 @@ class QuipConfig(QuantizationConfig):
         """Names on disk of the parts that vLLM fuses in this layer: q, k and v of qkv_proj."""
         parent, dot, leaf = prefix.rpartition(".")
         return tuple(parent + dot + name for name in self.packed_modules_mapping.get(leaf, [leaf]))
+
+
+def postpone_refusal(config_class: Any) -> None:
+    """Has vLLM build experts without a gate on a CPU, too, where a checkpoint of ours is served.
+
+    The last of the checks of its FusedMoEConfig refuses them, since its own kernels do not run them there. For experts
+    that keep their weight `QuipConfig.get_quant_method` does. Does nothing the second time.
+    """
+    check: Callable[[Any], None] = config_class.__post_init__
+    if getattr(check, POSTPONED, False):
+        return
+
+    @wraps(check)
+    def checked(self: Any) -> None:
+        try:
+            check(self)
+        except NotImplementedError:
+            config = get_current_vllm_config_or_none()
+            if self.is_act_and_mul or config is None or not isinstance(config.quant_config, QuipConfig):
+                raise
+            setattr(self, POSTPONED, True)
+
+    setattr(checked, POSTPONED, True)
+    config_class.__post_init__ = checked
 
 
 def renaming(mapper: "WeightsMapper") -> Callable[[str], str]:

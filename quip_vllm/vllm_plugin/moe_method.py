@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, relu, silu
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
@@ -30,6 +30,8 @@ WEIGHTS = ("w13_weight", "w2_weight")
 """The parameters that vLLM's code fills: of gates and ups, and of downs."""
 SIDES = ((GATE, UP), (DOWN,))
 """The matrices that each has of every expert."""
+UNGATED = ((GATE,), (DOWN,))
+"""The same of experts without a gate, of which vLLM gives the up the gate's name."""
 INTERLEAVED = (("gpt_oss_w13",), ("gpt_oss_w2",))
 """The same of GPT-OSS, where outputs of gate and up take turns in one matrix."""
 
@@ -105,7 +107,7 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.names = names_of(layer)
-        self.sides = INTERLEAVED if is_interleaved(layer) else SIDES
+        self.sides = INTERLEAVED if is_interleaved(layer) else SIDES if UP in self.names else UNGATED
         self.formats = formats
         self.activation = _activation(layer, prefix)
 
@@ -129,7 +131,7 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         outer, down = self.sides
         mapped = layer._map_global_expert_id_to_local_expert_id
         experts = sorted((e for e in range(layer.moe_config.num_experts) if mapped(e) >= 0), key=mapped)
-        outputs = size * len(SIDES[0]) // len(outer)
+        outputs = size if self.sides is UNGATED else size * len(SIDES[0]) // len(outer)
 
         def part(expert: int, shard: str) -> Part:
             name, stored = f"{self.prefix}.{expert}.{self.names[shard]}", self.formats[shard]
@@ -207,7 +209,8 @@ def names_of(layer: Any) -> dict[str, str]:
     """The names of the matrices of an expert, as vLLM's code of the model has those on disk, by vLLM's names."""
     if is_interleaved(layer):
         return {shard: weight for weight, (shard,) in zip(WEIGHTS, INTERLEAVED, strict=True)}
-    return {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
+    names = {GATE: layer.ckpt_gate_proj_name, UP: layer.ckpt_up_proj_name, DOWN: layer.ckpt_down_proj_name}
+    return {shard: name for shard, name in names.items() if name}  # without a gate there is no UP
 
 
 def is_interleaved(layer: Any) -> bool:
@@ -258,13 +261,19 @@ def _clamped(outer: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
+def _squared(outer: Tensor) -> Tensor:
+    """Of the outputs of up, where there is no gate."""
+    return relu(outer).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": partial(_gated, silu),
     "gelu": partial(_gated, gelu),
     "gelu_tanh": partial(_gated, partial(gelu, approximate="tanh")),
     "swigluoai": _clamped,
+    "relu2_no_mul": _squared,
 }
-"""Of the outputs of gate and up: by vLLM's names."""
+"""Of the outputs of gate and up, or of up: by vLLM's names."""
 
 
 def _activation(layer: Any, prefix: str) -> Callable[[Tensor], Tensor]:

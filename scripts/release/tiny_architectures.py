@@ -99,6 +99,7 @@ OWN = {
     "lfm2": {"layer_types": ["conv", "full_attention"], **BLOCK},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, **BLOCK},
     "mamba2": {"num_heads": 8},
+    "nemotron_h": {"n_groups": 1, "moe_latent_size": 64},
     "minicpm3": {"num_key_value_heads": 4},
     "mixtral": {"sliding_window": None},
     "zamba2": {"num_hidden_layers": 54},

@@ -48,6 +48,7 @@ def checkpoint(quantized, tiny_model, tmp_path):
             "untied embedding": lambda: quantized("Mistral", embedding=3, lm_head=4),
             "experts": lambda: quantized("Qwen2Moe", code="1mad", ignore=("layers.0.mlp.experts",)),
             "experts under other names": lambda: quantized("Mixtral"),
+            "experts without a gate": lambda: quantized("NemotronH"),
             "mixed": lambda: quantized("Qwen2", code="hyb", overrides=(("down_proj", 4),), ignore=("[qkv]_proj",)),
         }[kind]()
 
@@ -62,6 +63,7 @@ def checkpoint(quantized, tiny_model, tmp_path):
         "untied embedding",
         "experts",
         "experts under other names",
+        "experts without a gate",
         "mixed",
         "padded, with biases",
         "slices",
@@ -78,7 +80,11 @@ def test_logits_are_those_of_the_dequantized_model_and_files_survive(checkpoint,
     assert torch.equal(model.generate(IDS, **how), dense.generate(IDS, **how))
     model.save_pretrained(tmp_path / "saved")
     one, other = read_shard(folder / "model.safetensors"), read_shard(tmp_path / "saved" / "model.safetensors")
-    ours, theirs = (".mlp.", ".block_sparse_moe.") if "names" in kind else ("", "")
+    others = {
+        "experts under other names": (".mlp.", ".block_sparse_moe."),
+        "experts without a gate": ("model.", "backbone."),
+    }
+    ours, theirs = others.get(kind, ("", ""))
     modules = {name.replace(ours, theirs): module for name, module in model.named_modules()}
     layers = {name: layer for name, layer in modules.items() if isinstance(layer, StoredLayer)}
     quantized = {f"{name}.{leaf}" for name, layer in layers.items() for leaf in layer.state_dict()}

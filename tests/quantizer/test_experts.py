@@ -36,6 +36,12 @@ IGNORED = {name: ("kv_b_proj",) for name in ("DeepseekV2", "DeepseekV3")}
 """vLLM needs their dense weight."""
 
 
+def in_model(name, architecture):
+    """The name in transformers' model of what has a name in its files."""
+    renamed = {"Mixtral": ("block_sparse_moe", "mlp"), "NemotronH": ("backbone", "model")}
+    return name.replace(*renamed.get(architecture, ("", "")))
+
+
 def stacks(model):
     """Path -> module, of transformers' stacked experts."""
     return {path: one for path, one in model.named_modules() if path.endswith(".experts")}
@@ -52,22 +58,25 @@ def test_hessians_are_those_of_the_tokens_routed(tiny_model, architecture):
     path, (x, chosen, _) = list(seen.items())[-1]
     stack, source = whole.get_submodule(path), LayeredModel(folder)
     hidden, calls = source.first_hidden_states(TOKENS, 2)
-    with source.layer(0) as layer:
-        hidden = [run_layer(layer, one, calls[0]) for one in hidden]
-    (mixture,) = source.mixtures(1)
-    linears = {name: one for name, one in source.linears(1).items() if name in mixture.linears}
+    last = len(source.layers) - 1
+    for index in range(last):
+        with source.layer(index) as layer:
+            hidden = [run_layer(layer, one, calls[index]) for one in hidden]
+    (mixture,) = source.mixtures(last)
+    linears = {name: one for name, one in source.linears(last).items() if name in mixture.linears}
     collector = Collector(linears, {}, dict.fromkeys(mixture.linears, mixture.module))
-    with source.layer(1) as layer:
+    with source.layer(last) as layer:
         for one in hidden:
-            run_layer(layer, one, calls[1])
+            run_layer(layer, one, calls[last])
     groups = {tuple(group.names): group for group in collector.close()}
     assert len(groups) == 8 and set(groups) == {tuple(names) for readers in mixture.readers for names in readers}
-    assert "w1" in mixture.linears[0] if architecture == "Mixtral" else mixture.name == path
+    assert "w1" in mixture.linears[0] if architecture == "Mixtral" else in_model(mixture.name, architecture) == path
     for expert, (first, second) in enumerate(zip(*mixture.readers, strict=True)):
         rows = x[(chosen == expert).any(-1)].double()
-        outer = stack.gate_up_proj[expert].double()
+        outer = (stack.gate_up_proj if stack.has_gate else stack.up_proj)[expert].double()
         outer = rows @ (outer if stack.is_transposed else outer.T)
-        inner = stack._apply_gate(outer + stack.gate_up_proj_bias[expert] if stack.has_bias else outer)
+        outer = outer + stack.gate_up_proj_bias[expert] if stack.has_bias else outer
+        inner = stack._apply_gate(outer) if stack.has_gate else outer.relu() ** 2
         for names, read in ((first, rows), (second, inner)):
             group = groups[tuple(names)]
             assert group.tokens == len(rows) > 0
@@ -175,27 +184,29 @@ def test_a_run(tiny_model, make_settings, architecture, tmp_path):
     original = model(TOKENS).logits
     state, seen = model.state_dict(), 0
     for name, spec, tensors in read_layers(tmp_path):
-        path = (name.replace("block_sparse_moe", "mlp") if architecture == "Mixtral" else name).split(".experts.")
+        path = in_model(name, architecture).split(".experts.")
         dense = dequantize(spec, tensors)
         if len(path) == 1:
-            state[f"{name}.weight"].copy_(dense)
+            state[f"{path[0]}.weight"].copy_(dense)
             continue
         (number, leaf), seen = path[1].split("."), seen + 1
-        stack = state[f"{path[0]}.experts.{'down_proj' if leaf in ('down_proj', 'w2') else 'gate_up_proj'}"]
+        first = "up_proj" if architecture == "NemotronH" else "gate_up_proj"
+        stack = state[f"{path[0]}.experts.{'down_proj' if leaf in ('down_proj', 'w2') else first}"]
         stack = stack[int(number)].T if architecture == "GptOss" else stack[int(number)]
         halves = slice(0, len(stack) // 2), slice(len(stack) // 2, None)
         half = dict(zip(("gate_proj", "up_proj", "w1", "w3"), halves * 2, strict=True))
+        half = {} if architecture == "NemotronH" else half
         stack[half.get(leaf, slice(None))] = dense
-    assert seen == (8 if architecture == "GptOss" else 12) * len(stacks(model)) > 0
+    assert seen == (8 if architecture in ("GptOss", "NemotronH") else 12) * len(stacks(model)) > 0
     tolerance = {"rtol": numerics.FLOAT32_LAYERS, "atol": numerics.FLOAT32_LAYERS}
     torch.testing.assert_close(found, model(TOKENS).logits, **tolerance)
     assert 0 < numerics.relative(found, original) < 0.9
     config = CheckpointConfig.from_dict(read_json(tmp_path / "config.json")["quantization_config"])
     router = {"GptOss": "router", "GraniteMoe": "router.layer"}.get(architecture, "gate")
     routers = [path.replace("experts", router) for path in stacks(model)]
-    if architecture == "Mixtral":
-        routers = [path.replace("mlp", "block_sparse_moe") for path in routers]
-    assert set(routers) <= set(config.modules_to_not_convert) and config.layers == {}
+    assert set(routers) <= {in_model(name, architecture) for name in config.modules_to_not_convert}
+    padded = ["backbone.layers.0.mixer.in_proj"] if architecture == "NemotronH" else []
+    assert list(config.layers) == padded
     assert not [name for name in config.modules_to_not_convert if ".experts" in name]
     inside = [entry for entry in report["layers"] if ".experts." in entry["name"]]
     assert len(inside) == seen == len([one for one in inspect(tmp_path)["layers"] if ".experts." in one["name"]])

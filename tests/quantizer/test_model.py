@@ -27,7 +27,8 @@ def test_layer_by_layer_is_the_whole_model(tiny_model, architecture):
     folder = tiny_model(architecture, dtype="float32")
     source = LayeredModel(folder)
     assert source.compute_dtype == torch.float32 and source.stored_dtype() == "float32"
-    assert source.prefix == ("gpt_neox.layers" if architecture == "GPTNeoX" else "model.layers")
+    prefix = {"GPTNeoX": "gpt_neox", "NemotronH": "backbone"}.get(architecture, "model")
+    assert source.prefix == f"{prefix}.layers"
     assert source.other_linears == ["lm_head"]
     tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
     hidden, kwargs = source.first_hidden_states(tokens, 3)

@@ -134,8 +134,10 @@ def test_experts_that_the_files_stack(quantized, engine, architecture):
     assert_served(folder, answers(engine))
 
 
-def test_a_state_space_beside_attention(quantized, engine):
-    folder = quantized("FalconH1", served.HEADS, overrides=(("down_proj", 4),))
+@pytest.mark.parametrize("architecture", ["NemotronH", pytest.param("FalconH1", marks=pytest.mark.exhaustive)])
+def test_a_state_space_beside_attention(quantized, engine, architecture):
+    """In Nemotron-H with experts that have no gate, and read fewer values than the hidden states have."""
+    folder = quantized(architecture, served.HEADS, overrides=(("down_proj", 4),))
     engine(served.start, folder, max_model_len=256)
     assert_served(folder, answers(engine))
 

@@ -2,6 +2,7 @@
 """Quantized experts in vLLM: loaded by its own mapping, they compute what the weights of their tensors do."""
 
 import importlib.util
+from functools import partial
 from types import SimpleNamespace
 
 import exl3_files
@@ -11,17 +12,20 @@ import torch
 from numerics import SERVED_LOG_PROBABILITY
 from served_layers import SENT, assert_close, dense, finish, quant_config, random_tensors, served_difference
 from torch.nn.functional import gelu, silu
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
 from vllm.model_executor.models import gpt_oss
+from vllm.platforms import current_platform
 
 from quip_vllm.checkpoint.config import LayerFormat
 from quip_vllm.formats.spec import TileOrder
+from quip_vllm.vllm_plugin import config as plugin
 from quip_vllm.vllm_plugin import moe_method
 from quip_vllm.vllm_plugin.arrival import send
 
@@ -37,7 +41,7 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExpert
     """
     layer = kind.__new__(kind)
     torch.nn.Module.__init__(layer)
-    inner, hidden = shapes["gate_proj"]
+    inner, hidden = next(iter(shapes.values()))
     moe = {
         "num_experts": EXPERTS,
         "num_logical_experts": EXPERTS,
@@ -48,7 +52,7 @@ def routed(config, rank=0, size=1, shapes=SHAPES, names=NAMES, kind=RoutedExpert
         "tp_rank": rank,
         "tp_size": size,
         "moe_parallel_config": SimpleNamespace(use_ep=held is not None, dp_size=1, tp_rank=rank),
-        "is_act_and_mul": True,
+        "is_act_and_mul": names[2] is not None,
         "is_lora_enabled": False,
         "has_bias": False,
         "swiglu_limit": None,
@@ -237,6 +241,46 @@ def test_gates_that_take_turns_with_ups(ranks):
             inner = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
             wanted[row] += share * (weights[f"{e}.w2_weight"] @ inner + biases[f"{e}.w2_weight"])
     assert_close(sum(parts), wanted)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_experts_without_a_gate(ranks):
+    """Nemotron-H: ups whose outputs are squared where they are positive; the sum over ranks is the whole."""
+    shapes, names = {"up_proj": (96, 64), "down_proj": (64, 96)}, ("up_proj", "down_proj", None)
+    experts, parts, (x, routing, ids) = random_experts(shapes=shapes), [], inputs()
+    for rank in range(ranks):
+        config = quant_config(hadamard_block=16)
+        layer = routed(config, rank, ranks, shapes, names, activation=MoEActivation.RELU2_NO_MUL)
+        parts.append(apply(finish(arrive(layer, experts)), x, routing, ids))
+    weights, wanted = dense_experts(experts, block=16), torch.zeros_like(x)
+    for row, (shares, chosen) in enumerate(zip(routing, ids, strict=True)):
+        for share, e in zip(shares, chosen.tolist(), strict=True):
+            inner = (weights[f"{e}.up_proj"] @ x[row]).clamp(min=0) ** 2
+            wanted[row] += share * (weights[f"{e}.down_proj"] @ inner)
+    assert_close(sum(parts), wanted)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM has kernels of its own for them")
+def test_only_quantized_experts_may_lack_a_gate_on_a_cpu(monkeypatch):
+    of_no_matter = dict.fromkeys(("device", "routing_method", "in_dtype"))
+    sizes = dict.fromkeys(("num_experts", "experts_per_token", "num_local_experts", "num_logical_experts"), EXPERTS)
+    sizes |= {"hidden_dim": HIDDEN, "intermediate_size": INNER, "activation": MoEActivation.RELU2_NO_MUL}
+    alone = FusedMoEParallelConfig.make_no_parallel()
+    make = partial(FusedMoEConfig, moe_parallel_config=alone, **sizes, **of_no_matter)
+    ours = quant_config(modules_to_not_convert=("m.experts",))
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedMoEConfig, "__post_init__", FusedMoEConfig.__post_init__)  # restored afterwards
+        served = SimpleNamespace(quant_config=None)
+        patch.setattr(plugin, "get_current_vllm_config_or_none", lambda: served)
+        plugin.postpone_refusal(FusedMoEConfig)
+        with pytest.raises(NotImplementedError):
+            make()
+        served.quant_config = ours
+        described = make()
+    layer = routed(ours, names=("up_proj", "down_proj", None), activation=MoEActivation.RELU2_NO_MUL)
+    layer.moe_config = described
+    with pytest.raises(ValueError, match=r"^m.experts has experts without a gate, which vLLM does not run on"):
+        ours.get_quant_method(layer, "m.experts")
 
 
 def test_a_rotation_that_cannot_be_split_is_refused_before_loading():

@@ -9,7 +9,7 @@ import torch
 
 from quip_vllm.checkpoint.hub import rules_of_transformers
 from quip_vllm.checkpoint.store import CheckpointReader, Piece
-from quip_vllm.nn.experts import LEAVES, STACKS, Experts, made_of
+from quip_vllm.nn.experts import LEAVES, Experts, made_of
 
 
 def names_in_files(model: Any, reader: CheckpointReader) -> dict[str, str]:
@@ -69,7 +69,9 @@ def _split_stacks(model: Any, reader: CheckpointReader, renamed: Callable[[str],
         path, _, stack = renamed(stored)[0].rpartition(".")
         path = path if path in mixtures else f"{prefix}.{path}"
         experts = mixtures.get(path)
-        if experts is None or stack.removesuffix("_bias") not in STACKS or reader.shapes[stored][0] != len(experts):
+        if experts is None or stack.removesuffix("_bias") not in experts.stacks:
+            continue
+        if reader.shapes[stored][0] != len(experts):
             continue
         leaves, kind = made_of(stack, experts.leaves)
         begin, transposed = stored.removesuffix(stack).rstrip("."), experts.transposed and kind == "weight"

@@ -48,7 +48,7 @@ class Stub(nn.Module):
         super().__init__()
         self.output: Tensor | None = None
         self._returned = returned
-        for name in ("attention_type", "layer_type"):  # some models ask their layers which mask they want
+        for name in ("attention_type", "layer_type", "block_type"):  # some models ask their layers which mask they want
             if hasattr(original, name):
                 setattr(self, name, getattr(original, name))
 
