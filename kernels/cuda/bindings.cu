@@ -13,6 +13,7 @@
 #include "kernels.h"
 
 #if defined(__CUDACC__)
+#include <torch/csrc/stable/accelerator.h>
 // Of libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there, too.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #define QUIP_DEVICE CUDA
@@ -23,17 +24,22 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace quip {
 namespace {
 
-device::Stream current_stream([[maybe_unused]] const Tensor& x) {
+// The device of x is the current one while this lives, as launches want it; `stream` is torch's there.
+struct OnDevice {
 #if defined(__CUDACC__)
-  void* stream = nullptr;
-  const auto current = aoti_torch_get_current_cuda_stream;
-  STD_TORCH_CHECK(current != nullptr && !current(x.get_device_index(), &stream),
-                  "torch has no CUDA stream here: install a CUDA build of torch");
-  return static_cast<device::Stream>(stream);
+  explicit OnDevice(const Tensor& x) : guard(x.get_device_index()) {
+    void* current = nullptr;
+    const auto found = aoti_torch_get_current_cuda_stream;
+    STD_TORCH_CHECK(found != nullptr && !found(x.get_device_index(), &current),
+                    "torch has no CUDA stream here: install a CUDA build of torch");
+    stream = static_cast<device::Stream>(current);
+  }
+  torch::stable::accelerator::DeviceGuard guard;
 #else
-  return {};
+  explicit OnDevice(const Tensor&) {}
 #endif
-}
+  device::Stream stream{};
+};
 
 // The data of a tensor on the device of x, which loads of 16 bytes read.
 const void* data_of(const Tensor& t, const Tensor& x, ScalarType type, int64_t count, const char* name) {
@@ -260,7 +266,8 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   }
   out.parts = int(parts), out.work /= out.slices;
 
-  const device::Stream stream = current_stream(x);
+  const OnDevice on(x);
+  const device::Stream stream = on.stream;
   if (!is_wide && dense_rows > 0 && m >= dense_rows && entry.dense && tiles * kTile * chunks * kChunk <= kDenseLimit) {
     const std::string problem = multiply_dense(x, entry, g, in, out, stream);
     STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
@@ -318,7 +325,8 @@ Tensor cuda_embedding(const Tensor& ids, const Tensor& packed, std::optional<Ten
   out.out.scales = scales.floats, out.out.sv = floats(su, ids, k, "su");  // the offset is off already
   out.out.y = y.mutable_data_ptr(), out.out.type = type_of(y), out.out.n = int(k);
   out.scratch = fits(out.work) ? nullptr : scratch.floats;
-  const device::Stream stream = current_stream(ids);
+  const OnDevice on(ids);
+  const device::Stream stream = on.stream;
   std::string problem = entry.rows(d, stream);
   if (problem.empty()) problem = rotate_out(out, stream);
   STD_TORCH_CHECK(problem.empty(), "the kernels for ", code, " at ", bits, " bits did not run: ", problem);
@@ -346,7 +354,7 @@ Tensor cuda_encode_trellis(const Tensor& targets, const Tensor& values, int64_t 
   const Memory choices(targets, sizes.choices), costs(targets, sizes.costs);
   e.blocks = sizes.blocks, e.choices = reinterpret_cast<uint32_t*>(choices.floats), e.costs = costs.floats;
   e.states = states.mutable_data_ptr<int32_t>();
-  const std::string problem = encode_trellis(e, current_stream(targets));
+  const std::string problem = encode_trellis(e, OnDevice(targets).stream);
   STD_TORCH_CHECK(problem.empty(), "the trellis search did not run: ", problem);
   return states;
 }
@@ -359,7 +367,7 @@ Tensor cuda_encode_lattice(const Tensor& x) {
   e.x = floats(x, x, count * 8, "x"), e.count = count;
   if (count == 0) return codes;
   e.codes = codes.mutable_data_ptr<int16_t>();
-  const std::string problem = encode_lattice(e, current_stream(x));
+  const std::string problem = encode_lattice(e, OnDevice(x).stream);
   STD_TORCH_CHECK(problem.empty(), "the search of the lattice did not run: ", problem);
   return codes;
 }

@@ -62,8 +62,7 @@ def _searched(op: str, x: Tensor, *more: Any) -> Tensor:
         require_cpu_library()
         return getattr(torch.ops.quip_vllm, op)(*given).to(x.device)
     require_cuda_library()
-    with torch.cuda.device_of(x):
-        return getattr(torch.ops.quip_vllm, f"cuda_{op}")(*given)
+    return getattr(torch.ops.quip_vllm, f"cuda_{op}")(*given)
 
 
 def cpu_tier() -> str:

@@ -85,7 +85,9 @@ def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
     Raises:
         ValueError: no backend takes it, or a tensor is not what the spec asks for.
     """
-    return select_backend(spec, next(iter(tensors.values())).device).prepare(spec, tensors)
+    first = next(iter(tensors.values()))
+    with torch.cuda.device_of(first):
+        return select_backend(spec, first.device).prepare(spec, tensors)
 
 
 def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> PreparedExperts:

@@ -108,6 +108,16 @@ def test_a_thousand_runs_give_the_same_bits_on_any_stream(backend, code):
     assert all(torch.equal(other, y) for other in others)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="wants a second GPU")
+@pytest.mark.parametrize("code", ["hyb", "e8p"])
+def test_a_layer_on_another_gpu_than_the_current_one(backend, code):
+    spec, tensors, here = layer(backend, code, 2, 576, (192, 64))
+    with torch.cuda.device(1):  # as `ops.dispatch.prepare` does
+        there = backend.prepare(spec, {name: tensor.to("cuda:1") for name, tensor in tensors.items()})
+    x = rows(5, 576)
+    assert torch.equal(there.linear(x.to("cuda:1")).cpu(), here.linear(x).cpu())
+
+
 @pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
 def test_one_launch_gives_the_bits_of_three(backend, code, bits):
     """A thousand times, for the order in which thread blocks come differs."""

@@ -124,11 +124,13 @@ def _compile(layer: TritonLayer, device: torch.device) -> None:
 def _(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes):
     from quip_vllm.ops.triton import launch
 
-    return launch.linear(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes)
+    with torch.cuda.device_of(x):  # on which Triton launches
+        return launch.linear(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes)
 
 
 @torch.library.impl("quip_vllm::triton_embedding", ("cuda", "cpu"))
 def _(ids, packed, table, su, sv, base, width, code, bits, dtype):
     from quip_vllm.ops.triton import launch
 
-    return launch.embedding(ids, packed, table, su, sv, base, width, code, bits, dtype)
+    with torch.cuda.device_of(ids):
+        return launch.embedding(ids, packed, table, su, sv, base, width, code, bits, dtype)
