@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the bindings of both libraries ask of tensors. It is the only header with torch headers, all of the stable ABI.
 #pragma once
+#if defined(__CUDACC__)
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

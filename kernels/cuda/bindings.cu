@@ -13,7 +13,6 @@
 #include "kernels.h"
 
 #if defined(__CUDACC__)
-#include <torch/csrc/stable/accelerator.h>
 // Of libtorch_cuda, which a CPU build of torch lacks: weak, so that the library loads there, too.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #define QUIP_DEVICE CUDA
