@@ -43,6 +43,7 @@ EXPERTS = {  # mixtures of experts
     "DeepseekV2": {**_DEEPSEEK, "topk_method": "group_limited_greedy"},
     "DeepseekV3": _DEEPSEEK,
     "GraniteMoe": {**_FEW, "intermediate_size": 32, "num_local_experts": 4},
+    "Llama4Text": {**_FEW, "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size": 32},
     "NemotronH": {  # without a gate, behind a state space
         **_FEW,
         **{"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 32, "head_dim": 16},

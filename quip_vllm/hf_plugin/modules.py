@@ -126,7 +126,7 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: StoredLayer) -> Tensor:
         """y [..., n]."""
         ctx.layer = layer
-        return layer.prepare().linear(x)
+        return layer.prepare().linear(x).clone()  # no view: Llama 4 adds to it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -20,7 +20,7 @@ from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.formats.tensors import SU
 from quip_vllm.hf_plugin.modules import Embedding, Linear, Sliced, StoredLayer, TiedHead
-from quip_vllm.nn.experts import SHORT_LEAVES, Experts, is_stack, leaves_of
+from quip_vllm.nn.experts import SHORT_LEAVES, experts_of, layout_of
 
 
 class StoredConfig(QuantizationConfigMixin):
@@ -63,9 +63,10 @@ class Quantizer(HfQuantizer):
         renamed = rules_of_transformers(model)
         paths = {name: renamed(f"{name}.{SU.name}")[0].removesuffix(f".{SU.name}") for name in stored.specs}
         for path, module in list(model.named_modules()):
-            for leaves in (leaves_of(module), SHORT_LEAVES) if is_stack(module) else ():
+            layout = layout_of(module)
+            for leaves in (layout.leaves, SHORT_LEAVES) if layout else ():
                 if f"{path}.0.{leaves[0]}" in paths.values():
-                    model.set_submodule(path, Experts(module, leaves))
+                    model.set_submodule(path, experts_of(module, leaves))
         modules = dict(model.named_modules())
         slices = exl3.slices(stored.specs)
         for name, path in paths.items():

@@ -2,7 +2,8 @@
 """A mixture of experts of which each expert has linear layers of its own, as the files of the hub have them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,36 @@ STACKS = ("gate_up_proj", "down_proj")
 """The parameters of transformers' stacks; those of biases have _bias behind."""
 UNGATED = ("up_proj", "down_proj")
 """The same of experts without a gate, and the linear layers of such an expert. As in Nemotron-H."""
+SCALED = "Llama4TextExperts"
+"""The class of transformers that the router's weights reach on the inputs, see `ExpertsOfScaled`."""
+
+
+class Layout(NamedTuple):
+    """How a module of transformers stacks the weights of its experts.
+
+    Attributes:
+        gate: whether there are gates beside the ups.
+        bias: whether there are biases.
+        transposed: whether the stacks hold the transposed weights.
+        concatenated: whether ups are behind gates; else their outputs take turns.
+    """
+
+    gate: bool
+    bias: bool
+    transposed: bool
+    concatenated: bool
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of the stacks."""
+        return STACKS if self.gate else UNGATED
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The linear layers of an expert."""
+        if not self.gate:
+            return UNGATED
+        return LEAVES if self.concatenated else INTERLEAVED_LEAVES
 
 
 class Experts(nn.ModuleList):
@@ -26,8 +57,8 @@ class Experts(nn.ModuleList):
     down_e(act(up_e(x_t))) where these have no gate. The names of its parameters are like ``3.gate_proj.weight``.
 
     Args:
-        stacked: such a module (`is_stack`); its weights are not kept.
-        leaves: names of the linear layers of an expert, in the order of LEAVES; None for those of `leaves_of`.
+        stacked: such a module, which has a layout (`layout_of`); its weights are not kept.
+        leaves: names of the linear layers of an expert, in the order of LEAVES; None for those of the layout.
 
     Attributes:
         leaves: the same.
@@ -40,19 +71,24 @@ class Experts(nn.ModuleList):
 
     def __init__(self, stacked: nn.Module, leaves: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.leaves, self.stacks = tuple(leaves or leaves_of(stacked)), stacks_of(stacked)
-        self.transposed, bias = bool(stacked.is_transposed), bool(stacked.has_bias)
+        layout = layout_of(stacked)
+        assert layout is not None
+        self.leaves, self.stacks, self.transposed = tuple(leaves or layout.leaves), layout.stacks, layout.transposed
         first, down = (stacked.get_parameter(name) for name in self.stacks)
         shapes = [one.shape[:0:-1] if self.transposed else one.shape[1:] for one in (first, down)]
         (outer, hidden), (_, inner) = shapes
         readers = len(self.leaves) - 1
         sizes = *[(hidden, outer // readers)] * readers, (inner, hidden)
         for _ in range(len(down)):
-            linears = (nn.Linear(*of, bias=bias, device="meta", dtype=down.dtype) for of in sizes)
+            linears = (nn.Linear(*of, bias=layout.bias, device="meta", dtype=down.dtype) for of in sizes)
             self.append(nn.ModuleDict(dict(zip(self.leaves, linears, strict=True))))
         # Of what the first linear layers give, beside each other; it reads none of the weights.
         own: Any = stacked
-        self._activated: Callable[[Tensor], Tensor] = own._apply_gate if own.has_gate else own.act_fn.forward
+        self._activated: Callable[[Tensor], Tensor]
+        if not layout.gate:
+            self._activated = own.act_fn.forward
+        else:
+            self._activated = getattr(own, "_apply_gate", None) or partial(_gated, own.act_fn.forward)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """What the experts make of the tokens.
@@ -65,52 +101,72 @@ class Experts(nn.ModuleList):
         out = torch.zeros_like(hidden)
         for index in chosen.unique().tolist():
             self.rows, place = torch.where(chosen == index)
-            rows, x = self.rows, hidden[self.rows]
-            *first, down = self[index].values()
-            y = down(self._activated(torch.cat([one(x) for one in first], dim=-1)))
+            y = self._expert(index, hidden[rows := self.rows])
             out.index_add_(0, rows, (y * weights[rows, place, None]).to(out.dtype))
         return out
 
-
-def is_stack(module: nn.Module) -> bool:
-    """Whether a module is one of transformers 5 that stacks ups, with gates or without, and downs; biases, too."""
-    if not hasattr(module, "has_gate"):
-        return False
-    stacks = stacks_of(module)
-    wanted = {*stacks, *(f"{name}_bias" for name in stacks if module.has_bias)}
-    return {name for name, _ in module.named_parameters(recurse=False)} == wanted
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        expert: Any = self[index]
+        *first, down = expert.values()
+        y: Tensor = down(self._activated(torch.cat([one(x) for one in first], dim=-1)))
+        return y
 
 
-def stacks_of(stacked: nn.Module) -> tuple[str, ...]:
-    """The names of the stacks of a module."""
-    return STACKS if stacked.has_gate else UNGATED
+class ExpertsOfScaled(Experts):
+    """The same where the weights are on the inputs, as in Llama 4: y_t = sum_e down_e(act(gate_e(w_te x_t), ...))."""
+
+    def forward(self, scaled: Tensor) -> Tensor:  # type: ignore[override]
+        """Outputs [experts * tokens, hidden] of inputs w_te x_t of this shape, which are 0 for experts not chosen."""
+        x = scaled.view(len(self), -1, scaled.shape[-1])
+        out = torch.zeros_like(x)
+        for index, own in enumerate(x):
+            (self.rows,) = torch.where(own.any(-1))
+            if len(rows := self.rows):
+                out[index].index_add_(0, rows, self._expert(index, own[rows]))
+        return out.view(scaled.shape)
 
 
-def leaves_of(stacked: nn.Module) -> tuple[str, ...]:
-    """The linear layers of an expert of a module with stacks."""
-    if not stacked.has_gate:
-        return UNGATED
-    return LEAVES if stacked.is_concatenated else INTERLEAVED_LEAVES
+def layout_of(module: nn.Module) -> Layout | None:
+    """How a module stacks ups, with gates or without, and downs; None if it does nothing of the kind."""
+    if type(module).__name__ == SCALED:
+        return Layout(gate=True, bias=False, transposed=True, concatenated=True)
+    if not hasattr(module, "has_gate"):  # which all others of transformers 5 have
+        return None
+    own: Any = module
+    found = Layout(*map(bool, (own.has_gate, own.has_bias, own.is_transposed, own.is_concatenated)))
+    wanted = {*found.stacks, *(f"{name}_bias" for name in found.stacks if found.bias)}
+    return found if {name for name, _ in module.named_parameters(recurse=False)} == wanted else None
+
+
+def experts_of(stacked: nn.Module, leaves: Sequence[str] | None = None) -> Experts:
+    """Experts without values in the place of a module; see `Experts`."""
+    return (ExpertsOfScaled if type(stacked).__name__ == SCALED else Experts)(stacked, leaves)
+
+
+def _gated(act: Callable[[Tensor], Tensor], outer: Tensor) -> Tensor:
+    gate, up = outer.chunk(2, dim=-1)
+    return act(gate) * up
 
 
 def unstack(model: nn.Module) -> None:
     """Puts Experts without values in the place of every stack of a model."""
     for path, module in list(model.named_modules()):
-        if is_stack(module):
-            model.set_submodule(path, Experts(module))
+        if layout_of(module):
+            model.set_submodule(path, experts_of(module))
 
 
 def restack(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Puts the stacks of a model in the place of its experts' weights in a state dict, where it has these."""
     for path, module in model.named_modules():
-        if is_stack(module) and f"{path}.0.{leaves_of(module)[-1]}.weight" in state:
+        layout = layout_of(module)
+        if layout and f"{path}.0.{layout.leaves[-1]}.weight" in state:
             for stack, _ in module.named_parameters(recurse=False):
-                leaves, kind = made_of(stack, leaves_of(module))
+                leaves, kind = made_of(stack, layout.leaves)
                 own = [
                     torch.cat([state.pop(f"{path}.{expert}.{leaf}.{kind}") for leaf in leaves])
                     for expert in range(len(module.get_parameter(stack)))
                 ]
-                turned = bool(module.is_transposed) and kind == "weight"
+                turned = layout.transposed and kind == "weight"
                 state[f"{path}.{stack}"] = torch.stack([one.T if turned else one for one in own])
 
 

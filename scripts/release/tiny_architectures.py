@@ -96,6 +96,8 @@ OWN = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}, "d_model": 128},
     "glm_moe_dsa": {"num_key_value_heads": 4},
+    "llama4": {"text_config": {**SMALL, "num_experts_per_tok": 1}},
+    "llama4_text": {"num_experts_per_tok": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], **BLOCK},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, **BLOCK},
     "mamba2": {"num_heads": 8},

@@ -49,6 +49,7 @@ def checkpoint(quantized, tiny_model, tmp_path):
             "experts": lambda: quantized("Qwen2Moe", code="1mad", ignore=("layers.0.mlp.experts",)),
             "experts under other names": lambda: quantized("Mixtral"),
             "experts without a gate": lambda: quantized("NemotronH"),
+            "experts that the files stack": lambda: quantized("Llama4Text"),
             "mixed": lambda: quantized("Qwen2", code="hyb", overrides=(("down_proj", 4),), ignore=("[qkv]_proj",)),
         }[kind]()
 
@@ -64,6 +65,7 @@ def checkpoint(quantized, tiny_model, tmp_path):
         "experts",
         "experts under other names",
         "experts without a gate",
+        "experts that the files stack",
         "mixed",
         "padded, with biases",
         "slices",

@@ -55,7 +55,7 @@ def test_hessians_are_those_of_the_tokens_routed(tiny_model, architecture):
     for path, module in stacks(whole).items():
         module.register_forward_pre_hook(lambda _, args, path=path: seen.update({path: args}))
     whole(TOKENS)
-    path, (x, chosen, _) = list(seen.items())[-1]
+    path, (x, *routing) = list(seen.items())[-1]
     stack, source = whole.get_submodule(path), LayeredModel(folder)
     hidden, calls = source.first_hidden_states(TOKENS, 2)
     last = len(source.layers) - 1
@@ -72,11 +72,18 @@ def test_hessians_are_those_of_the_tokens_routed(tiny_model, architecture):
     assert len(groups) == 8 and set(groups) == {tuple(names) for readers in mixture.readers for names in readers}
     assert "w1" in mixture.linears[0] if architecture == "Mixtral" else in_model(mixture.name, architecture) == path
     for expert, (first, second) in enumerate(zip(*mixture.readers, strict=True)):
-        rows = x[(chosen == expert).any(-1)].double()
-        outer = (stack.gate_up_proj if stack.has_gate else stack.up_proj)[expert].double()
-        outer = rows @ (outer if stack.is_transposed else outer.T)
-        outer = outer + stack.gate_up_proj_bias[expert] if stack.has_bias else outer
-        inner = stack._apply_gate(outer) if stack.has_gate else outer.relu() ** 2
+        if routing:
+            rows = x[(routing[0] == expert).any(-1)].double()
+        else:  # a run of rows for each expert, of zeros where it is not chosen
+            rows = (own := x.chunk(4)[expert])[own.any(-1)].double()
+        outer = stack.get_parameter(mixture.module.stacks[0])[expert].double()
+        outer = rows @ (outer if mixture.module.transposed else outer.T)
+        if architecture == "Llama4Text":
+            inner = torch.nn.functional.silu(outer[:, :32]) * outer[:, 32:]
+        elif architecture == "NemotronH":
+            inner = outer.relu() ** 2
+        else:
+            inner = stack._apply_gate(outer + stack.gate_up_proj_bias[expert] if stack.has_bias else outer)
         for names, read in ((first, rows), (second, inner)):
             group = groups[tuple(names)]
             assert group.tokens == len(rows) > 0
@@ -192,7 +199,7 @@ def test_a_run(tiny_model, make_settings, architecture, tmp_path):
         (number, leaf), seen = path[1].split("."), seen + 1
         first = "up_proj" if architecture == "NemotronH" else "gate_up_proj"
         stack = state[f"{path[0]}.experts.{'down_proj' if leaf in ('down_proj', 'w2') else first}"]
-        stack = stack[int(number)].T if architecture == "GptOss" else stack[int(number)]
+        stack = stack[int(number)].T if architecture in ("GptOss", "Llama4Text") else stack[int(number)]
         halves = slice(0, len(stack) // 2), slice(len(stack) // 2, None)
         half = dict(zip(("gate_proj", "up_proj", "w1", "w3"), halves * 2, strict=True))
         half = {} if architecture == "NemotronH" else half
@@ -202,7 +209,7 @@ def test_a_run(tiny_model, make_settings, architecture, tmp_path):
     torch.testing.assert_close(found, model(TOKENS).logits, **tolerance)
     assert 0 < numerics.relative(found, original) < 0.9
     config = CheckpointConfig.from_dict(read_json(tmp_path / "config.json")["quantization_config"])
-    router = {"GptOss": "router", "GraniteMoe": "router.layer"}.get(architecture, "gate")
+    router = {"GptOss": "router", "GraniteMoe": "router.layer", "Llama4Text": "router"}.get(architecture, "gate")
     routers = [path.replace("experts", router) for path in stacks(model)]
     assert set(routers) <= {in_model(name, architecture) for name in config.modules_to_not_convert}
     padded = ["backbone.layers.0.mixer.in_proj"] if architecture == "NemotronH" else []

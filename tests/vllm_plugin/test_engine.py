@@ -127,7 +127,10 @@ def test_models_of_transformers_in_vllm(quantized, engine, architecture):
     assert_served(folder, answers(engine))
 
 
-@pytest.mark.parametrize("architecture", ["GptOss", pytest.param("GraniteMoe", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "architecture",
+    ["GptOss", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("GraniteMoe", "Llama4Text"))],
+)
 def test_experts_that_the_files_stack(quantized, engine, architecture):
     folder = quantized(architecture, served.HEADS, overrides=(("down_proj", 4),))
     engine(served.start, folder, max_model_len=256)
