@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second of checkpoints in vLLM's offline engine: decoding at several batch sizes, and one prefill.
 
-Usage: python scripts/bench/bench_serving.py NAME=FOLDER ... [--csv docs/benchmarks/cpu_serving.csv] [--rounds 2]
+Usage: python scripts/bench/bench_serving.py NAME=FOLDER|NAME=FILE.gguf ... [--csv docs/benchmarks/cpu_serving.csv]
+           [--rounds 2]
 
 Activations are bfloat16, or those of NAME=FOLDER@float32: a CPU without bf16 instructions may be faster with these.
 Each checkpoint runs in a process of its own, one after the other; --rounds N goes over all checkpoints N times, so that
 a slow spell of the machine does not hit one of them alone. The time of decoding is that of 33 new tokens less that of
 1. Each figure is the median over --repeats and rounds, with fresh prompts. Ratios are to the checkpoints named
 bf16 and gptq-int4 (--bf16, --int4). The CSV is written again after each process; a failure is a row with its error.
-vLLM's compile cache does not know the plugin's code, so it is off unless VLLM_DISABLE_COMPILE_CACHE says otherwise.
+A GGUF file runs in llama.cpp (pip install llama-cpp-python, which compiles it for this machine) on as many threads as
+vLLM computes on, with random tokens and without a sampler. vLLM's compile cache does not know the plugin's code, so it
+is off unless VLLM_DISABLE_COMPILE_CACHE says otherwise.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from benchmarking import ORIGIN, origin, write_rows
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 
 PROMPT, NEW = 32, 32
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 COLUMNS = ["name", "phase", "batch", "tokens_per_s", "lowest", "highest", "over_bf16", "over_int4", "samples"]
 COLUMNS += ["weights_bytes", "vllm", *ORIGIN, "error"]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
@@ -53,13 +57,13 @@ def main() -> int:
             raise ValueError(f"checkpoints are {args.checkpoints}: give NAME=FOLDER with a name of its own each")
         if unknown := set(dtypes.values()) - {"", "bfloat16", "float32"}:
             raise ValueError(f"the dtype of a checkpoint is {unknown.pop()}: give @float32, @bfloat16 or nothing")
-        size = {name: sum(CheckpointReader(folder).bytes_of.values()) for name, folder in folders.items()}
+        size = {name: _bytes(folder) for name, folder in folders.items()}
     except ValueError as error:
         print(f"bench_serving: {error}", file=sys.stderr)
         return 2
     found: dict[str, Rates] = {name: {} for name in folders}
     errors = dict.fromkeys(folders, "")
-    shared = {"vllm": importlib.metadata.version("vllm"), **origin("vLLM's default")}
+    shared = {"vllm": importlib.metadata.version("vllm"), **origin(os.environ.get(BIND, "vLLM's default"))}
     for turn in range(args.rounds):
         for name, folder in folders.items():
             print(f"== round {turn + 1} of {args.rounds}: {name}", flush=True)
@@ -109,6 +113,10 @@ def table(found: dict[str, Rates], errors: dict[str, str], bf16: str, int4: str)
         if errors[name]:
             rows.append({"name": name, "error": errors[name]})
     return rows
+
+
+def _bytes(place: Path) -> int:
+    return place.stat().st_size if place.suffix == ".gguf" else sum(CheckpointReader(place).bytes_of.values())
 
 
 def _run(args: argparse.Namespace, folder: Path, dtype: str, seed: int) -> tuple[Rates, str]:
@@ -161,35 +169,17 @@ def _last_error(log: Path) -> str:
 
 def _measure(args: argparse.Namespace) -> None:
     """The process of one checkpoint. Writes the rates after each workload and does not return."""
-    folder = args.checkpoints[0]
-    vocabulary = read_json(Path(folder) / "config.json")["vocab_size"]
-    from vllm import LLM, SamplingParams
-
-    draw = random.Random(args.seed)
-    llm = LLM(
-        folder,
-        dtype=args.dtype,
-        max_model_len=1024,
-        max_num_seqs=max(args.batches),
-        max_num_batched_tokens=max(2048, PROMPT * max(args.batches)),  # the largest batch is one prefill step
-        gpu_memory_utilization=args.memory,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        seed=0,
-    )
+    engine = LlamaCpp if args.checkpoints[0].endswith(".gguf") else Vllm
+    served, draw = engine(args), random.Random(args.seed)
 
     def generate(count: int, length: int) -> Callable[[int], float]:
         """The same prompts for different numbers of new tokens: new tokens -> seconds."""
-        prompts = [{"prompt_token_ids": draw.sample(range(vocabulary), length)} for _ in range(count)]
+        prompts = [draw.sample(range(served.vocabulary), length) for _ in range(count)]
 
         def run(new: int) -> float:
-            parameters = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
             begin = time.perf_counter()
-            outputs = llm.generate(prompts, parameters, use_tqdm=False)
-            taken = time.perf_counter() - begin
-            if not all(len(output.outputs[0].token_ids) == new for output in outputs):
-                raise RuntimeError(f"{folder}: vLLM did not give {new} tokens to each of {count} prompts")
-            return taken
+            served.generate(prompts, new)
+            return time.perf_counter() - begin
 
         return run
 
@@ -203,10 +193,96 @@ def _measure(args: argparse.Namespace) -> None:
         generate(batch, length)(2)  # warm-up
         rates[f"{phase} {batch}"] = [rate(phase, batch, length) for _ in range(args.repeats)]
         args.measure.write_text(json.dumps(rates))
-    llm.llm_engine.engine_core.shutdown()
+    served.close()
     # A thread of vLLM 0.32 that still watches the engine may abort the interpreter on its way out: leave without that.
     sys.stdout.flush()
     os._exit(0)
+
+
+class Vllm:
+    """A checkpoint in vLLM's offline engine."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from vllm import LLM
+
+        self.folder = args.checkpoints[0]
+        self.vocabulary = read_json(Path(self.folder) / "config.json")["vocab_size"]
+        self.llm = LLM(
+            self.folder,
+            dtype=args.dtype,
+            max_model_len=1024,
+            max_num_seqs=max(args.batches),
+            max_num_batched_tokens=max(2048, PROMPT * max(args.batches)),  # the largest batch is one prefill step
+            gpu_memory_utilization=args.memory,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            seed=0,
+        )
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Generates ``new`` tokens for each prompt, greedily."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        if not all(len(output.outputs[0].token_ids) == new for output in outputs):
+            raise RuntimeError(f"{self.folder}: vLLM did not give {new} tokens to each of {len(prompts)} prompts")
+
+    def close(self) -> None:
+        """Ends the engine's process."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, by its C interface: all prompts in one batch, then one batch per step."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            args.checkpoints[0].encode(), llama_cpp.llama_model_default_params()
+        )
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {args.checkpoints[0]}: its lines above say why")
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        options = llama_cpp.llama_context_default_params()
+        options.n_seq_max = max(args.batches)
+        options.n_batch = max(2048, PROMPT * max(args.batches))
+        options.n_ctx = max(args.batches) * max(args.prefill, PROMPT + NEW + 1)
+        options.kv_unified = True  # else a sequence gets its share of n_ctx only
+        options.n_threads = options.n_threads_batch = threads()
+        self.context = llama_cpp.llama_init_from_model(model, options)
+        self.batch = llama_cpp.llama_batch_init(options.n_batch, 0, 1)
+        print(llama_cpp.llama_print_system_info().decode(), flush=True)
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Evaluates the prompts and ``new`` - 1 steps more; the tokens of the steps are those of the prompts."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self._decode([(token, at, which, at + 1 == len(prompt)) for which, prompt in enumerate(prompts)
+                      for at, token in enumerate(prompt)])  # fmt: skip
+        for step in range(new - 1):
+            self._decode([(prompt[step % len(prompt)], len(prompt) + step, which, True)
+                          for which, prompt in enumerate(prompts)])  # fmt: skip
+
+    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
+        """One batch of (token, position, sequence, whether its logits are wanted)."""
+        self.batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            self.batch.token[i], self.batch.pos[i], self.batch.logits[i] = token, position, wanted
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, sequence
+        if self.api.llama_decode(self.context, self.batch):
+            raise RuntimeError(f"llama.cpp could not evaluate a batch of {len(tokens)} tokens")
+        self.api.llama_get_logits(self.context)  # waits for the result
+
+    def close(self) -> None:
+        """Nothing to end: the process leaves."""
+
+
+def threads() -> int:
+    """The threads on which vLLM computes where nothing is said: all cores but one, which its server keeps."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 if __name__ == "__main__":
