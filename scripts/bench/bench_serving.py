@@ -58,7 +58,7 @@ def main() -> int:
         if unknown := set(dtypes.values()) - {"", "bfloat16", "float32"}:
             raise ValueError(f"the dtype of a checkpoint is {unknown.pop()}: give @float32, @bfloat16 or nothing")
         size = {name: _bytes(folder) for name, folder in folders.items()}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench_serving: {error}", file=sys.stderr)
         return 2
     found: dict[str, Rates] = {name: {} for name in folders}

@@ -9,9 +9,13 @@ import bench_experts
 import bench_kernels
 import bench_serving
 import make_synthetic_checkpoint
+import make_synthetic_gguf
+import numpy as np
 import pytest
 import torch
 from benchmarking import FORMATS, origin, read_rows, write_rows
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 
@@ -171,3 +175,15 @@ def test_kernels_are_measured(tmp_path, monkeypatch):
     kernels = read_rows(tmp_path / "cpu_kernels.csv")
     assert len(kernels) == 2 * 3
     assert all(bool(row["share_of_bound"]) == (row["rows"] == "1" and row["format"] != "dense") for row in kernels)
+
+
+def test_gguf_files_have_the_shape_of_the_checkpoints(tmp_path):
+    file = tmp_path / "small.gguf"
+    shape = "--hidden 256 --mlp 512 --layers 1 --heads 4 --kv-heads 2 --vocab 96"
+    assert make_synthetic_gguf.main([str(file), "--type", "Q2_K", *shape.split()]) == 0
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    assert tensors["blk.0.ffn_down.weight"].shape.tolist() == [512, 256]  # inputs first, as GGUF has them
+    assert tensors["blk.0.attn_k.weight"].shape.tolist() == [256, 128]
+    assert tensors["token_embd.weight"].tensor_type.name == "Q4_K"
+    assert np.isfinite(dequantize(tensors["blk.0.ffn_up.weight"].data, GGMLQuantizationType.Q2_K)).all()
+    assert make_synthetic_gguf.main([str(file), "--type", "Q2_K"]) == 2
