@@ -63,10 +63,10 @@ class Quantizer(HfQuantizer):
         renamed = rules_of_transformers(model)
         paths = {name: renamed(f"{name}.{SU.name}")[0].removesuffix(f".{SU.name}") for name in stored.specs}
         for path, module in list(model.named_modules()):
-            layout = layout_of(module)
-            for leaves in (layout.leaves, SHORT_LEAVES) if layout else ():
-                if f"{path}.0.{leaves[0]}" in paths.values():
-                    model.set_submodule(path, experts_of(module, leaves))
+            if layout := layout_of(module):
+                for leaves in (layout.leaves, SHORT_LEAVES):
+                    if f"{path}.0.{leaves[0]}" in paths.values():
+                        model.set_submodule(path, experts_of(module, layout, leaves))
         modules = dict(model.named_modules())
         slices = exl3.slices(stored.specs)
         for name, path in paths.items():

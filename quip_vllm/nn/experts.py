@@ -19,7 +19,7 @@ STACKS = ("gate_up_proj", "down_proj")
 UNGATED = ("up_proj", "down_proj")
 """The same of experts without a gate, and the linear layers of such an expert. As in Nemotron-H."""
 SCALED = "Llama4TextExperts"
-"""The class of transformers that the router's weights reach on the inputs, see `ExpertsOfScaled`."""
+"""The class of transformers that says nothing of its layout."""
 
 
 class Layout(NamedTuple):
@@ -30,12 +30,14 @@ class Layout(NamedTuple):
         bias: whether there are biases.
         transposed: whether the stacks hold the transposed weights.
         concatenated: whether ups are behind gates; else their outputs take turns.
+        scaled: whether the router's weights reach the inputs, see `ExpertsOfScaled`.
     """
 
     gate: bool
     bias: bool
     transposed: bool
     concatenated: bool
+    scaled: bool = False
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -57,7 +59,8 @@ class Experts(nn.ModuleList):
     down_e(act(up_e(x_t))) where these have no gate. The names of its parameters are like ``3.gate_proj.weight``.
 
     Args:
-        stacked: such a module, which has a layout (`layout_of`); its weights are not kept.
+        stacked: such a module; its weights are not kept.
+        layout: its layout (`layout_of`).
         leaves: names of the linear layers of an expert, in the order of LEAVES; None for those of the layout.
 
     Attributes:
@@ -69,10 +72,8 @@ class Experts(nn.ModuleList):
 
     rows: Tensor
 
-    def __init__(self, stacked: nn.Module, leaves: Sequence[str] | None = None) -> None:
+    def __init__(self, stacked: nn.Module, layout: Layout, leaves: Sequence[str] | None = None) -> None:
         super().__init__()
-        layout = layout_of(stacked)
-        assert layout is not None
         self.leaves, self.stacks, self.transposed = tuple(leaves or layout.leaves), layout.stacks, layout.transposed
         first, down = (stacked.get_parameter(name) for name in self.stacks)
         shapes = [one.shape[:0:-1] if self.transposed else one.shape[1:] for one in (first, down)]
@@ -129,7 +130,7 @@ class ExpertsOfScaled(Experts):
 def layout_of(module: nn.Module) -> Layout | None:
     """How a module stacks ups, with gates or without, and downs; None if it does nothing of the kind."""
     if type(module).__name__ == SCALED:
-        return Layout(gate=True, bias=False, transposed=True, concatenated=True)
+        return Layout(gate=True, bias=False, transposed=True, concatenated=True, scaled=True)
     if not hasattr(module, "has_gate"):  # which all others of transformers 5 have
         return None
     own: Any = module
@@ -138,9 +139,9 @@ def layout_of(module: nn.Module) -> Layout | None:
     return found if {name for name, _ in module.named_parameters(recurse=False)} == wanted else None
 
 
-def experts_of(stacked: nn.Module, leaves: Sequence[str] | None = None) -> Experts:
+def experts_of(stacked: nn.Module, layout: Layout, leaves: Sequence[str] | None = None) -> Experts:
     """Experts without values in the place of a module; see `Experts`."""
-    return (ExpertsOfScaled if type(stacked).__name__ == SCALED else Experts)(stacked, leaves)
+    return (ExpertsOfScaled if layout.scaled else Experts)(stacked, layout, leaves)
 
 
 def _gated(act: Callable[[Tensor], Tensor], outer: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ def _gated(act: Callable[[Tensor], Tensor], outer: Tensor) -> Tensor:
 def unstack(model: nn.Module) -> None:
     """Puts Experts without values in the place of every stack of a model."""
     for path, module in list(model.named_modules()):
-        if layout_of(module):
-            model.set_submodule(path, experts_of(module))
+        if layout := layout_of(module):
+            model.set_submodule(path, experts_of(module, layout))
 
 
 def restack(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -57,18 +57,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, default=2, help="of our formats (default 2)")
     trellis = [format.name for format in methods()["qtip"] if format.quantized]
     parser.add_argument("--code", choices=trellis, default="1mad", help="of qtip (default 1mad)")
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--mlp", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=49152)
+    add_shape(parser)
     parser.add_argument("--experts", type=int, default=0, help="of each decoder layer (default none)")
     parser.add_argument("--top-k", type=int, default=4, help="experts that a token has (default 4)")
     parser.add_argument("--lm-head", type=int, metavar="BITS", help="quantize the tied embedding too")
     parser.add_argument("--hadamard-block", default="full", metavar="N|full", help="rotation (default full)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the model's shape; the default has 1.07e9 weights."""
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=8192)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=49152)
 
 
 def write_checkpoint(args: argparse.Namespace) -> None:

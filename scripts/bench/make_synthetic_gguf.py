@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from make_synthetic_checkpoint import add_shape
 
 SCALES = {
     "BF16": (), "Q4_0": (0,), "Q4_K": (0, 2), "Q2_K": (80, 82), "Q6_K": (208,), "IQ2_XXS": (0,), "IQ2_XS": (0,),
@@ -40,15 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="new file")
     parser.add_argument("--type", required=True, choices=list(SCALES), help="of the linear layers")
     parser.add_argument("--head", choices=list(SCALES), help="of the tied embedding (default Q4_K, or BF16 with BF16)")
-    for name, default in {
-        "hidden": 2048,
-        "mlp": 8192,
-        "layers": 16,
-        "heads": 32,
-        "kv-heads": 8,
-        "vocab": 49152,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_shape(parser)
     return parser
 
 
@@ -70,7 +63,7 @@ def write(args: argparse.Namespace) -> None:
     def matrix(name: str, n: int, k: int, kind: str) -> None:
         values, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
         if kind == "BF16":
-            data = (draw.standard_normal((n, k), dtype=np.float32) / k**0.5).view(np.uint32).__rshift__(16)
+            data = (draw.standard_normal((n, k), dtype=np.float32) / k**0.5).view(np.uint32) >> 16
             data = data.astype(np.uint16).view(np.uint8)
         else:
             blocks = draw.integers(0, 256, (n * k // values, size), dtype=np.uint8)

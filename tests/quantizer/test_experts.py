@@ -18,7 +18,7 @@ from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.layers import read_layers
 from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import check_complete, load_model
-from quip_vllm.nn.experts import Experts, unstack
+from quip_vllm.nn.experts import Experts, layout_of, unstack
 from quip_vllm.ops import dequantize
 from quip_vllm.quantizer import checks, run
 from quip_vllm.quantizer.curvature.collector import Collector
@@ -95,7 +95,7 @@ class Routed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.experts = Experts(Stack())
+        self.experts = Experts(stack := Stack(), layout_of(stack))
         for linear in self.experts.modules():
             if isinstance(linear, nn.Linear):
                 linear.weight = nn.Parameter(torch.randn(linear.weight.shape))
@@ -158,7 +158,7 @@ def test_few_tokens_are_filled_up_from_the_mean_over_experts():
     groups = [Inputs(of, x.T @ x, len(x)) for of, x in zip(names, rows, strict=False)]
     kept = [group.hessian.clone() for group in groups]
     other = Inputs(["attention"], torch.ones(7, 7, dtype=torch.float64), 1)
-    found = fill_up([other, *groups], [Mixture("experts", Experts(Stack()), (names, []))])
+    found = fill_up([other, *groups], [Mixture("experts", Experts(stack := Stack(), layout_of(stack)), (names, []))])
     assert [group.names for group in found] == [["attention"], *names]
     assert [(group.tokens, group.borrowed) for group in found] == [(1, 0), (9, 0), (3, 1), (0, 4)]
     mean = (kept[0] + kept[1]) / 12
