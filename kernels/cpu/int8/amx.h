@@ -16,7 +16,7 @@ constexpr int kTiles = 8, kTileRows = 16, kTileBytes = 64;
 
 thread_local uint8_t emulated_tiles[kTiles][kTileRows][kTileBytes];
 
-struct TileUnit {};
+struct [[maybe_unused]] TileUnit {};
 inline void finish_stores(const void*) {}
 
 inline void tile_load(int t, const void* from, int64_t stride) {

@@ -63,9 +63,11 @@ inline int64_t row_bytes(int64_t k) {
   return (k + Format::kColumns - 1) / Format::kColumns * Format::kBytes;
 }
 
-// Asks memory for bytes that will be read soon.
+// Asks memory for bytes that will be read soon, into the first-level cache, or, if later, into the second.
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
+template <int level = kFirstLevel>
 inline void fetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, level);
 }
 
 }  // namespace

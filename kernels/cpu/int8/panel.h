@@ -81,7 +81,7 @@ template <class Format, int M>
 void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, const int32_t* x, const Output& out,
               int64_t row0, int rows) {
   constexpr int kDecoded = vectors_of<Format>(), kPasses = kHalves / kDecoded;
-  constexpr int kSplit = kHalves > 1 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;  // chains of sums, to hide vpdpbusd's latency
+  constexpr int kSplit = kHalves > 1 ? 1 : M == 1 ? 4 : M <= 4 ? 2 : 1;  // chains of sums, to hide vpdpbusd's latency
   // A single pass asks for bytes a page ahead, because the CPU's own prefetching stops at the end of a page. Of several,
   // each asks for its share of the next block: the first alone would wait for memory, while the second reads none.
   constexpr int64_t kPage = 4096;
@@ -191,7 +191,8 @@ void many_rows(const Format& format, const uint8_t* const* blocks, int count, in
 
 #if defined(QUIP_AMX)
 // The same by tiles; of a split format one block of 16 rows. Up to 32 rows of x keep their sums in tiles, so their panels
-// may be short, which leaves the first-level cache to x.
+// may be short, which leaves the first-level cache to x. The bytes of the next panel are asked for here, since a loop full
+// of tiles looks too short a way ahead to hide the memory.
 template <class Format>
 void tiled_rows(const Format& format, const uint8_t* const* blocks, int count, int64_t k, const int32_t* x, int64_t m,
                 const Output& out, int64_t row0, int rows) {
@@ -201,6 +202,7 @@ void tiled_rows(const Format& format, const uint8_t* const* blocks, int count, i
   const int64_t depth = m <= kGroupRows ? 32 : 128, units = depth / Format::kQuads;
   const int64_t row_quads = quads_of<Format>(padded(k)), all = (k + Format::kColumns - 1) / Format::kColumns;
   const int64_t in_chunk = kChunk8 / Format::kColumns;
+  const int64_t panel_bytes = count * row_bytes<Format>(k);
   const TileUnit tile_unit;
   for (int64_t m0 = 0; m0 < m; m0 += kRowsTiled) {
     const int64_t m1 = std::min(m, m0 + kRowsTiled);
@@ -212,6 +214,7 @@ void tiled_rows(const Format& format, const uint8_t* const* blocks, int count, i
         for (int64_t u = u0; u < u1; ++u) {
           const uint8_t* unit = blocks[b] + u * Format::kBytes;
           Sums* at = panel + b * depth + (u - u0) * Format::kQuads;
+          fetch<kSecondLevel>(unit + panel_bytes, Format::kBytes);
           if constexpr (Format::kTwoBytes)
             format.decode(unit, [&](int byte, int quad, Sums v) { at[byte * depth + quad] = v; });
           else
