@@ -141,10 +141,11 @@ def test_activations(activation, function):
     assert_close(apply(layer, *inputs()), expected(dense_experts(experts), *inputs(), activation=function))
 
 
-def test_weights_of_the_router_may_be_on_the_inputs():
+@pytest.mark.parametrize("each", [1, 2])
+def test_weights_of_the_router_may_be_on_the_inputs(each):
     experts = random_experts()
     layer = finish(arrive(routed(quant_config(), on_input=True), experts))
-    assert_close(apply(layer, *inputs(each=1)), expected(dense_experts(experts), *inputs(each=1), on_input=True))
+    assert_close(apply(layer, *inputs(each=each)), expected(dense_experts(experts), *inputs(each=each), on_input=True))
 
 
 def test_names_and_formats_of_matrices_may_differ():
@@ -199,7 +200,7 @@ def test_the_sum_over_ranks_is_the_whole(code):
 
 @pytest.mark.parametrize("on_input", [False, True])
 def test_the_sum_over_ranks_with_experts_of_their_own_is_the_whole(on_input):
-    experts, parts, given = random_experts(), [], inputs(each=1 if on_input else 2)
+    experts, parts, given = random_experts(), [], inputs()
     for held in ([2, 0], [1]):
         layer = routed(quant_config(), held=held, on_input=on_input)
         for name, tensors in experts.items():
