@@ -11,6 +11,7 @@
 
 #include "../torch_checks.h"
 #include "fastest.h"
+#include "rows.h"
 
 namespace quip {
 namespace {
@@ -185,25 +186,9 @@ std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
   return panels;
 }
 
-// Which rows one of several layers multiplies: row order[i] of y is a product of row order[i] / repeats of x.
-struct Rows {
-  int64_t layer;
-  std::vector<int64_t> order;
-};
-
-constexpr int64_t kRowsAtOnce = 4096;  // of several layers, so that memory does not grow with all rows of a long prompt
-
-// The first of the layers behind `begin` whose rows are not computed together with those of `begin`.
-size_t batch_end(const std::vector<Rows>& layers, size_t begin) {
-  size_t end = begin, rows = 0;
-  do rows += layers[end++].order.size();
-  while (end < layers.size() && int64_t(rows + layers[end].order.size()) <= kRowsAtOnce);
-  return end;
-}
-
 // The weights of the parts of all layers are in `weights`, layer after layer.
 Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights,
-           const std::vector<Rows>& layers, int64_t repeats = 1) {
+           std::vector<Rows> layers, int64_t repeats = 1) {
   STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ",
                   activations, ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
@@ -225,6 +210,7 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   const int64_t rows_of_panel = int8 ? 2 * kTile : kTile;
   const std::vector<Panel> panels = panels_of(layer, rows_of_panel);
 
+  if (int8) layers = in_pieces(layers, kernels().int8_bytes(weights[0], 64) / 64);
   for (size_t begin = 0, end; begin < layers.size(); begin = end) {
     end = batch_end(layers, begin);
     const int64_t count = int64_t(end - begin);

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 from benchmarking import read_rows
-from tables import BASELINES, CPUS, FOLDER, Rows, bits_of, by_bits, label, quality_rows, serving_ratio
+from tables import CPUS, FOLDER, LLAMA, Rows, bits_of, by_bits, is_peer, label, quality_rows, serving_ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
@@ -48,13 +48,12 @@ def serving(end: str = "") -> Any:
         panel.set_xlabel("tokens per second")
         panel.margins(x=0.6)
         panel.set_xlim(left=0)
-        panel.set_yticks(
-            list(places.values()), [label(name).replace(", ", ",\n", name in BASELINES) for name in places]
-        )
+        panel.set_yticks(list(places.values()), [label(name).replace(", ", ",\n", is_peer(name)) for name in places])
     panels[0].invert_yaxis()
     dense = "the faster of bf16 and float32" if any(row["name"] == "float32" for row in rows) else "bf16"
+    peer = " and llama.cpp" if any(name.startswith(LLAMA) for name in names) else ""
     figure.suptitle(
-        f"vLLM {rows[0]['vllm'].partition('+')[0]}, one core of an {CPUS[end]}\n"
+        f"vLLM {rows[0]['vllm'].partition('+')[0]}{peer}, one core of an {CPUS[end]}\n"
         f"Llama shape of 1.07e9 random weights, our formats with a 4-bit output head; in brackets: times {dense}"
     )
     return figure
@@ -163,6 +162,7 @@ YTICKS["kl_divergence"] = (0.02, 2, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
 PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "cpu_serving": ("cpu_serving", serving),
     "cpu_serving_avx2": ("cpu_serving_avx2", lambda: serving("_avx2")),
+    "cpu_serving_amx": ("cpu_serving_amx", lambda: serving("_amx")),
     "cpu_kernels": ("cpu_kernels", kernels),
     "cpu_kernels_avx2": ("cpu_kernels_avx2", lambda: kernels("_avx2")),
     "cuda_kernels": ("cuda_kernels", cuda),

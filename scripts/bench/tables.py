@@ -19,6 +19,10 @@ EPYCS = ("", "_avx2")
 """Those on which serving and the searches were measured."""
 BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dense": "torch, bf16"}
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
+LLAMA = "llama.cpp-"
+"""Before the type in the name of a GGUF file's row."""
+WEIGHTS = 49152 * 2048 + 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
+"""Of the shape that is served; each is read once and multiplied once per token, the tied output head's too."""
 QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
 """By the beginning of a row's name in quality.csv."""
 
@@ -37,18 +41,27 @@ def label(name: str) -> str:
     """quip_sharp-2 -> quip_sharp, 2 bits; names of baselines as in BASELINES."""
     if name in BASELINES:
         return BASELINES[name]
+    if name.startswith(LLAMA):
+        return name.replace("-", " ")
     words, _, bits = name.rpartition("-")
     return f"{words.replace('-', ' ')}, {bits} bits"
 
 
 def bits_of(name: str) -> int:
     """The bits in a format's name; 16 for a baseline of 16 or 32 bits."""
-    return 4 if name == "gptq-int4" else int(name[-1]) if name[-2] == "-" else 16
+    if name.startswith(LLAMA) or name == "gptq-int4":
+        return int(re.sub(r"\D", "", name.removeprefix(LLAMA))[0])
+    return int(name[-1]) if name[-2] == "-" else 16
+
+
+def is_peer(name: str) -> bool:
+    """Whether a row is another program's format, not ours."""
+    return name in BASELINES or name.startswith(LLAMA)
 
 
 def by_bits(names: Iterable[str]) -> list[str]:
     """Peers beside each other: more bits first, other programs' formats before ours."""
-    return sorted(dict.fromkeys(names), key=lambda name: (-bits_of(name), name not in BASELINES))
+    return sorted(dict.fromkeys(names), key=lambda name: (-bits_of(name), not is_peer(name)))
 
 
 def quality_label(name: str) -> str:
@@ -91,6 +104,34 @@ def serving(end: str = "", names: Sequence[str] = ()) -> str:
         cells = [f"{fixed(speed[key])} ({ratio[key]:.1f}x)" for key in ((name, *work) for work in workloads)]
         lines.append([label(name), *cells, f"{megabytes[name]:.0f}"])
     return table(["weights", *titles, "MB"], lines)
+
+
+def serving_rates(end: str) -> str:
+    """What the tokens per second are per weight: billions read per second, and billions multiplied."""
+    rows = [row for row in read_rows(FOLDER / f"cpu_serving{end}.csv") if row["phase"]]
+    speed = {(row["name"], (row["phase"], row["batch"])): float(row["tokens_per_s"]) for row in rows}
+    works = list(dict.fromkeys(work for _, work in speed))
+    titles = {("decode", "1"): "batch 1: Gweights/s", ("prefill", "1"): "prefill of 400: GMAC/s"}
+    lines = [
+        [label(name), *(fixed(speed[name, work] * WEIGHTS / 1e9) for work in works)]
+        for name in by_bits(name for name, _ in speed)
+    ]
+    return table(["weights", *(titles.get(work, f"batch {work[1]}: GMAC/s") for work in works)], lines)
+
+
+def bind() -> str:
+    """Tokens per second by how vLLM's threads are bound."""
+    rows = [row for row in read_rows(FOLDER / "cpu_bind_amx.csv") if row["phase"]]
+    speed = {((r["name"], r["threads"]), (r["phase"], r["batch"])): float(r["tokens_per_s"]) for r in rows}
+    works = list(dict.fromkeys(work for _, work in speed))
+    titles = ["prefill of 400" if phase == "prefill" else f"batch {batch}" for phase, batch in works]
+    firsts: dict[str, tuple[str, str]] = {}
+    lines = []
+    for run in dict.fromkeys(run for run, _ in speed):
+        first = firsts.setdefault(run[0], run)
+        cells = [f"{fixed(speed[run, work])} ({speed[run, work] / speed[first, work]:.2f}x)" for work in works]
+        lines.append([label(run[0]), run[1], *cells])
+    return table(["weights", "`VLLM_CPU_OMP_THREADS_BIND`", *titles], lines)
 
 
 def kernels(end: str = "") -> str:
@@ -388,6 +429,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
+    "serving_amx": lambda: serving("_amx"),
+    "serving_rates_amx": lambda: serving_rates("_amx"),
+    "serving_experts": lambda: serving("_experts_amx"),
+    "bind": bind,
     "kernels": kernels,
     "kernels_avx2": lambda: kernels("_avx2"),
     "kernels_amx": lambda: kernels("_amx"),
@@ -403,6 +448,9 @@ TABLES: dict[str, Callable[[], str]] = {
         *(f"cpu_{what}{end}" for what in ("serving", "encode") for end in EPYCS),
         *(f"cpu_kernels{end}" for end in CPUS),
         "cpu_step_amx",
+        "cpu_serving_amx",
+        "cpu_serving_experts_amx",
+        "cpu_bind_amx",
     ),
     "experts": experts,
     "runs_other": lambda: runs("activations", "quantization", "experts"),
