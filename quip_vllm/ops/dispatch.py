@@ -12,6 +12,7 @@ from torch import Tensor
 from quip_vllm import envs
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU
+from quip_vllm.ops.huge_pages import collapse
 from quip_vllm.ops.prepared import PreparedExperts, PreparedLayer
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> P
         if any(one.tensors[name] is not first for one in layers[1:]) or name == SU.name:
             tensors[name] = torch.stack([one.tensors[name] for one in layers])
             own.add(name)
+            collapse(tensors[name])
     return PreparedExperts(layers[0].for_all(layers), tensors, frozenset(own))
 
 
