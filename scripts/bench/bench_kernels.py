@@ -24,6 +24,7 @@ from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_s
 from torch import Tensor
 
 from quip_vllm.ops import cpu_tier, select_backend
+from quip_vllm.ops.huge_pages import collapse
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "576x576", "1536x576"]
 CACHED = (16384, 2048)
@@ -76,9 +77,10 @@ def figures(name: str, n: int, k: int, m: int, time: float, size: int) -> dict[s
 
 
 def memory_bandwidth() -> float:
-    """GB/s, the better of a copy (reads and writes counted) and a sum of 256 MiB."""
+    """GB/s, the better of a copy (reads and writes counted) and a sum of 256 MiB, in huge pages as weights are."""
     source = torch.ones(64 * MIB, dtype=torch.float32)
-    target = torch.empty_like(source)
+    target = torch.zeros_like(source)
+    collapse(source), collapse(target)
     size = source.numel() * source.element_size()
     return max(2 * size / seconds(lambda: target.copy_(source)), size / seconds(source.sum)) / 1e9
 
