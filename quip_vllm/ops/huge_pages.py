@@ -9,7 +9,7 @@ from torch import Tensor
 SIZE = 2 << 20
 """Of a huge page of x86-64 and, with pages of 4 KiB, of arm64."""
 MADV_COLLAPSE = 25
-"""madvise(2), from Linux 6.1 on: whatever /sys/kernel/mm/transparent_hugepage/enabled says, but never."""
+"""Of madvise(2), from Linux 6.1 on. Unlike MADV_HUGEPAGE it moves memory that is in use, at once."""
 
 
 def collapse(tensor: Tensor) -> int:
