@@ -210,7 +210,7 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   const int64_t rows_of_panel = int8 ? 2 * kTile : kTile;
   const std::vector<Panel> panels = panels_of(layer, rows_of_panel);
 
-  if (int8) layers = in_pieces(layers, kernels().int8_bytes(weights[0], 64) / 64);
+  if (int8) layers = in_pieces(std::move(layers), ops.int8_bytes(weights[0], 64) / 64);
   for (size_t begin = 0, end; begin < layers.size(); begin = end) {
     end = batch_end(layers, begin);
     const int64_t count = int64_t(end - begin);

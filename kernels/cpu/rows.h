@@ -38,8 +38,10 @@ inline int64_t cached_bytes() {
 
 // The rows of each layer in pieces of about equal size, whose int8 numbers stay in the cache while every panel of the
 // weight is multiplied with them. A piece has at least 64 rows: the weight is decoded again for each.
-inline std::vector<Rows> in_pieces(const std::vector<Rows>& layers, int64_t bytes_of_row) {
+inline std::vector<Rows> in_pieces(std::vector<Rows> layers, int64_t bytes_of_row) {
   const int64_t most = std::max<int64_t>(64, cached_bytes() / bytes_of_row);
+  const auto fits = [&](const Rows& rows) { return int64_t(rows.order.size()) <= most; };
+  if (std::all_of(layers.begin(), layers.end(), fits)) return layers;
   std::vector<Rows> pieces;
   for (const Rows& rows : layers) {
     const int64_t m = int64_t(rows.order.size()), count = (m + most - 1) / most;

@@ -16,7 +16,6 @@ from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.formats.trellis_codes import HYB, LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
-from quip_vllm.ops.huge_pages import collapse
 from quip_vllm.ops.prepared import PreparedLayer
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 
@@ -178,7 +177,6 @@ class CpuBackend:
             **_tables(spec, tensors),
         }
         prepared |= {name: rotation_base(order, transpose) for name, order, _, transpose in bases(spec)}
-        collapse(prepared["packed"])
         widths = [width for _, width in rotations(spec)]
         grid = spec.code == "hyb" and _is_grid(prepared["table_integers"])
         layer = CpuLayer(spec, prepared, widths, sizes, envs.activations() or "", grid)

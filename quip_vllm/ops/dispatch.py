@@ -86,14 +86,15 @@ def prepare(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
     Raises:
         ValueError: no backend takes it, or a tensor is not what the spec asks for.
     """
-    first = next(iter(tensors.values()))
-    with torch.cuda.device_of(first):
-        return select_backend(spec, first.device).prepare(spec, tensors)
+    layer = _laid_out(spec, tensors)
+    for tensor in layer.tensors.values():
+        collapse(tensor)
+    return layer
 
 
 def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> PreparedExperts:
     """Layers of one spec, laid out as `prepare` lays out each, as one. Raises what that raises."""
-    layers = [prepare(spec, one) for one in experts]
+    layers = [_laid_out(spec, one) for one in experts]
     tensors, own = dict(layers[0].tensors), set()
     for name, first in tensors.items():
         if any(one.tensors[name] is not first for one in layers[1:]) or name == SU.name:
@@ -101,6 +102,12 @@ def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> P
             own.add(name)
             collapse(tensors[name])
     return PreparedExperts(layers[0].for_all(layers), tensors, frozenset(own))
+
+
+def _laid_out(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:
+    first = next(iter(tensors.values()))
+    with torch.cuda.device_of(first):
+        return select_backend(spec, first.device).prepare(spec, tensors)
 
 
 @cache

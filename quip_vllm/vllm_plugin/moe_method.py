@@ -189,15 +189,14 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         """
         m, t = topk_ids.shape
         ids, weights = topk_ids.long(), topk_weights.float()[..., None]
-        rows = x
         if layer.apply_router_weight_on_input:  # a row for each expert of a token
-            rows = (x[:, None] * topk_weights.to(x.dtype)[..., None]).view(m * t, -1)
+            x = (x[:, None] * topk_weights.to(x.dtype)[..., None]).view(m * t, -1)
             weights = torch.ones_like(weights)
         if layer.expert_map is not None:  # in the place of another rank's expert, one of this rank counts nothing
             ids = layer.expert_map.long()[ids]
             ids, weights = ids.clamp(min=0), weights * (ids >= 0)[..., None]
-        each = ids if rows is x else ids.view(-1, 1)
-        outer = torch.cat([call.linear(layer, rows, each) for call in layer.quip_w13_weight], dim=-1).view(m, t, -1)
+        of_rows = ids.view(x.shape[0], -1)
+        outer = torch.cat([call.linear(layer, x, of_rows) for call in layer.quip_w13_weight], dim=-1).view(m, t, -1)
         if layer.moe_config.has_bias:
             outer = outer + layer.w13_bias[ids]
         inner = self.activation(outer.view(m * t, -1))

@@ -23,7 +23,7 @@ import torch
 from benchmarking import COMMON, FORMATS, ORIGIN, origin, random_layer, random_signs, seconds, write_rows
 from torch import Tensor
 
-from quip_vllm.ops import cpu_tier, select_backend
+from quip_vllm.ops import cpu_tier, prepare
 from quip_vllm.ops.huge_pages import collapse
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "576x576", "1536x576"]
@@ -80,7 +80,8 @@ def memory_bandwidth() -> float:
     """GB/s, the better of a copy (reads and writes counted) and a sum of 256 MiB, in huge pages as weights are."""
     source = torch.ones(64 * MIB, dtype=torch.float32)
     target = torch.zeros_like(source)
-    collapse(source), collapse(target)
+    for one in (source, target):
+        collapse(one)
     size = source.numel() * source.element_size()
     return max(2 * size / seconds(lambda: target.copy_(source)), size / seconds(source.sum)) / 1e9
 
@@ -95,14 +96,12 @@ def decoding_speed(name: str) -> float:
 def quantized_layers(name: str, n: int, k: int, working_set: int) -> tuple[list[Layer], int]:
     """Layers of one format that fill ``working_set`` MiB (one at least), and the bytes of each in a checkpoint."""
     spec = FORMATS[name].spec(k, (n,), None)
-    backend = select_backend(spec, "cpu")
     generator = torch.Generator().manual_seed(0)
     tensors = random_layer(spec, random_signs(k, generator), generator)
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     def layer() -> Layer:
-        prepared = backend.prepare(spec, {name: tensor.clone() for name, tensor in tensors.items()})
-        return prepared.linear
+        return prepare(spec, {name: tensor.clone() for name, tensor in tensors.items()}).linear
 
     return [layer() for _ in range(_copies(size, working_set))], size
 

@@ -22,8 +22,6 @@ BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dens
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
 LLAMA = "llama.cpp-"
 """Before the type in the name of a GGUF file's row."""
-WEIGHTS = 49152 * 2048 + 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
-"""Of the shape that is served; each is read once and multiplied once per token, the tied output head's too."""
 QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
 """By the beginning of a row's name in quality.csv."""
 
@@ -86,9 +84,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
+def serving_speed(rows: Rows) -> dict[tuple[str, str, str], float]:
+    """(name, phase, batch) -> tokens per second."""
+    return {(row["name"], row["phase"], row["batch"]): float(row["tokens_per_s"]) for row in rows if row["phase"]}
+
+
+def workloads(rows: Rows) -> dict[tuple[str, str], str]:
+    """(phase, batch) -> what a table calls it."""
+    works = dict.fromkeys((row["phase"], row["batch"]) for row in rows if row["phase"])
+    return {work: "prefill of 400" if work[0] == "prefill" else f"batch {work[1]}" for work in works}
+
+
 def serving_ratio(rows: Rows) -> dict[tuple[str, str, str], float]:
     """(name, phase, batch) -> how many times the faster of bf16 and float32 of the same workload."""
-    speed = {(row["name"], row["phase"], row["batch"]): float(row["tokens_per_s"]) for row in rows if row["phase"]}
+    speed = serving_speed(rows)
     best = {key[1:]: value for key, value in sorted(speed.items(), key=lambda x: x[1]) if key[0] in ("bf16", "float32")}
     return {key: value / best[key[1:]] for key, value in speed.items()}
 
@@ -96,45 +105,41 @@ def serving_ratio(rows: Rows) -> dict[tuple[str, str, str], float]:
 def serving(end: str = "", names: Sequence[str] = ()) -> str:
     """Tokens per second of each checkpoint and workload, and the ratio to the faster dense model."""
     rows = [row for row in read_rows(FOLDER / f"cpu_serving{end}.csv") if row["phase"]]
-    ratio, speed = serving_ratio(rows), {(row["name"], row["phase"], row["batch"]): row["tokens_per_s"] for row in rows}
+    ratio, speed, works = serving_ratio(rows), serving_speed(rows), workloads(rows)
     megabytes = {row["name"]: int(row["weights_bytes"]) / 1e6 for row in rows}
-    workloads = list(dict.fromkeys((row["phase"], row["batch"]) for row in rows))
-    titles = ["prefill of 400" if phase == "prefill" else f"batch {batch}" for phase, batch in workloads]
     lines = []
     for name in names or by_bits(megabytes):
-        cells = [f"{fixed(speed[key])} ({ratio[key]:.1f}x)" for key in ((name, *work) for work in workloads)]
+        cells = [f"{fixed(speed[key])} ({ratio[key]:.1f}x)" for key in ((name, *work) for work in works)]
         lines.append([label(name), *cells, f"{megabytes[name]:.0f}"])
-    return table(["weights", *titles, "MB"], lines)
+    return table(["weights", *works.values(), "MB"], lines)
 
 
 def serving_rates(end: str) -> str:
     """What the tokens per second are per weight: billions read per second, and billions multiplied."""
     rows = [row for row in read_rows(FOLDER / f"cpu_serving{end}.csv") if row["phase"]]
-    speed = {(row["name"], (row["phase"], row["batch"])): float(row["tokens_per_s"]) for row in rows}
-    works = list(dict.fromkeys(work for _, work in speed))
-    titles = {("decode", "1"): "batch 1: Gweights/s", ("prefill", "1"): "prefill of 400: GMAC/s"}
+    weights = next(int(row["weights_bytes"]) for row in rows if row["name"] == "bf16") / 2
+    speed, works = serving_speed(rows), workloads(rows)
     lines = [
-        [label(name), *(fixed(speed[name, work] * WEIGHTS / 1e9) for work in works)]
-        for name in by_bits(name for name, _ in speed)
+        [label(name), *(fixed(speed[(name, *work)] * weights / 1e9) for work in works)]
+        for name in by_bits(row["name"] for row in rows)
     ]
-    return table(["weights", *(titles.get(work, f"batch {work[1]}: GMAC/s") for work in works)], lines)
+    units = ("Gweights/s" if work == ("decode", "1") else "GMAC/s" for work in works)
+    return table(["weights", *(f"{title}: {unit}" for title, unit in zip(works.values(), units, strict=True))], lines)
 
 
 def bind() -> str:
     """Tokens per second by how vLLM's threads are bound; the mean of several runs."""
-    found: dict[tuple[tuple[str, str], tuple[str, str]], list[float]] = {}
-    for r in read_rows(FOLDER / "cpu_bind_amx.csv"):
-        found.setdefault(((r["name"], r["threads"]), (r["phase"], r["batch"])), []).append(float(r["tokens_per_s"]))
-    speed = {key: fmean(values) for key, values in found.items()}
-    works = list(dict.fromkeys(work for _, work in speed))
-    titles = ["prefill of 400" if phase == "prefill" else f"batch {batch}" for phase, batch in works]
-    firsts: dict[str, tuple[str, str]] = {}
+    rows = read_rows(FOLDER / "cpu_bind_amx.csv")
+    found: dict[tuple[str, tuple[str, str]], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["threads"], (row["phase"], row["batch"])), []).append(float(row["tokens_per_s"]))
+    speed, works = {key: fmean(values) for key, values in found.items()}, workloads(rows)
+    threads = list(dict.fromkeys(row["threads"] for row in rows))
     lines = []
-    for run in dict.fromkeys(run for run, _ in speed):
-        first = firsts.setdefault(run[0], run)
-        cells = [f"{fixed(speed[run, work])} ({speed[run, work] / speed[first, work]:.2f}x)" for work in works]
-        lines.append([label(run[0]), run[1], *cells])
-    return table(["weights", "`VLLM_CPU_OMP_THREADS_BIND`", *titles], lines)
+    for own in threads:
+        cells = [f"{fixed(speed[own, work])} ({speed[own, work] / speed[threads[0], work]:.2f}x)" for work in works]
+        lines.append([label(rows[0]["name"]), own, *cells])
+    return table(["weights", "`VLLM_CPU_OMP_THREADS_BIND`", *works.values()], lines)
 
 
 def kernels(end: str = "") -> str:
