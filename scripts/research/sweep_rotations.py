@@ -27,13 +27,9 @@ GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-ROTATIONS = {
-    "full": {},
-    "split 2": {"split": 2},
-    "split 3": {"split": 3},
-    "split 8": {"split": 8},
-    "blocks of 64": {"hadamard_block": 64},
-}
+ROTATIONS = {"full": {}} | {f"split {count}": {"split": count} for count in (2, 3, 4, 8)}
+ROTATIONS |= {f"blocks of {size}": {"hadamard_block": size} for size in (128, 64)}
+"""Those that the model's sizes do not allow are left out."""
 
 
 @torch.no_grad()
@@ -51,9 +47,7 @@ def main(model: str, *texts: str) -> int:
             )
             for names in groups
         ]
-        count = WINDOWS[text == texts[0]]
-        ids = AutoTokenizer.from_pretrained(model)(Path(text).read_text(encoding="utf-8"))["input_ids"]
-        for window in torch.tensor(ids[: count * LENGTH]).view(count, 1, LENGTH):
+        for window in windows(model, Path(text).read_text(encoding="utf-8"), WINDOWS[text == texts[0]]):
             network(window)
         for handle in handles:
             handle.remove()
@@ -63,7 +57,11 @@ def main(model: str, *texts: str) -> int:
             settings = Settings(model, "e8p", 2, seed=seed, two_sided=False, tune="none", **changes)
             for names in groups:
                 weights = {name: network.get_submodule(name).weight.data for name in names}
-                specs = {name: settings.spec(name, LayerFormat("e8p", 2), *w.shape) for name, w in weights.items()}
+                try:
+                    specs = {name: settings.spec(name, LayerFormat("e8p", 2), *w.shape) for name, w in weights.items()}
+                except ValueError as error:
+                    print(f"{rotation}: {error}", file=sys.stderr)
+                    break
                 inputs = Inputs(names, hessians[texts[0], names[0]], WINDOWS[True] * LENGTH)
                 for name, found in quantize_group(inputs, weights, specs, settings).items():
                     lost["proxy"].append(found.entry["proxy_loss"])
@@ -71,8 +69,18 @@ def main(model: str, *texts: str) -> int:
                     for text in texts[1:]:
                         hessian = hessians[text, names[0]]
                         lost[text].append(energy(error, hessian) / energy(weights[name], hessian))
-        print(rotation, *(f"{mean(of):.5f}" for of in lost.values()), flush=True)
+        if len(lost["proxy"]) == len(SEEDS) * sum(map(len, groups)):
+            print(rotation, *(f"{mean(of):.5f}" for of in lost.values()), flush=True)
     return 0
+
+
+def windows(model: str, text: str, count: int) -> torch.Tensor:
+    """Token ids [count, 1, LENGTH]; where the tokenizer sets a token before a text, each begins with it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    start = tokenizer("")["input_ids"]
+    own = LENGTH - len(start)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: count * own]
+    return torch.cat([torch.tensor([[start]] * count, dtype=torch.long), torch.tensor(ids).view(count, 1, own)], dim=-1)
 
 
 def square(x: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,7 @@ def run(spec, tensors, x, guarded, split_chunks=None):
     return layer.linear(guarded.copy(x, shift=x.element_size()))
 
 
+@pytest.mark.long
 @NEEDS_TRITON
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's process")
 def test_in_the_interpreter(request):

@@ -11,6 +11,7 @@ import torch.utils.backend_registration as registration
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="this torch has no devices in Python"
 )

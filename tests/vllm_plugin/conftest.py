@@ -4,7 +4,6 @@
 import importlib.util
 
 import pytest
-from engine import Engine
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -24,14 +23,6 @@ def set_rank(monkeypatch):
 
     set_rank(0, 1)
     return set_rank
-
-
-@pytest.fixture(scope="session")
-def engine():
-    """The process in which vLLM serves one model after another: see engine.py."""
-    made = Engine()
-    yield made
-    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -87,6 +87,7 @@ def eagle(folder):
     return folder
 
 
+@pytest.mark.long
 def test_speculation_changes_no_answer(quantized, engine, tmp_path):
     """The draft model is the model itself, so that nearly every token that it proposes is taken."""
     folder = quantized(model=served.HEADS, **MIXED)

@@ -69,6 +69,7 @@ def folders(make_settings, tiny_model, tmp_path):
     return dict(zip(RANKS, [tmp_path / name for name in names], strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_served_tokens_of_several_ranks_are_those_of_the_dequantized_model(folders, tmp_path):
     jobs = [(kind, *one) for kind, ranks in RANKS.items() for one in ranks]

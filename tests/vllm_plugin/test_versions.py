@@ -50,6 +50,7 @@ def test_the_versions_are_those_of_the_installation():
     assert OLDEST[1] == f"0.{first}.0" and NEWEST[1] == f"0.{int(behind) - 1}.0"
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("release", [OLDEST, NEWEST], ids=["oldest", "newest"])
 def test_the_plugins_tests_pass(release):
