@@ -192,9 +192,23 @@ def activations() -> str:
     return table([*header, "KL of the weights to bf16, nats"], lines)
 
 
-def quality(commit: bool = False) -> str:
+def quality() -> str:
+    """The best that was measured of every format, and nearest rounding, by bits."""
+    rows = quality_rows()
+    best = {}  # of each format, in the order of the kinds
+    for kind in ("one", "", "full", "fullx4"):
+        best |= {name.removesuffix(kind): name for name in rows if _kind(name) == kind}
+    return _qualities(lambda name: name in best.values() or is_nearest(name), commit=False)
+
+
+def formats() -> str:
     """Every format and nearest rounding, by bits, not tuned."""
-    return _qualities(lambda name: _kind(name) in ("", "one", "g64"), commit)
+    return _qualities(lambda name: _kind(name) in ("", "one") or is_nearest(name))
+
+
+def is_nearest(name: str) -> bool:
+    """Whether a row of quality.csv is nearest rounding's."""
+    return name.startswith("rtn")
 
 
 def default_calibration() -> str:
@@ -432,7 +446,7 @@ def runs(*files: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
-    "quality_commits": lambda: quality(commit=True),
+    "formats": formats,
     "default_calibration": default_calibration,
     "tuned": tuned,
     "gemma": gemma,
