@@ -382,32 +382,14 @@ def experts() -> str:
 
 def step() -> str:
     """Tokens per second of each kind of step, the ratio to bf16, and where the time goes, in shares."""
-    speeds = _step_speeds()
-    lines = []
-    for row in read_rows(FOLDER / "cpu_step_amx.csv"):
-        key = row["name"], row["workload"]
+    rows, lines = read_rows(FOLDER / "cpu_step_amx.csv"), []
+    time = {(row["name"], row["workload"]): float(row["milliseconds"]) for row in rows}
+    for (name, work), row in zip(time, rows, strict=True):
+        spent = time[name, work]
+        speed = f"{fixed(1000 * int(work.split()[1]) / spent)} ({time['bf16', work] / spent:.1f}x)"
         shares = [f"{float(row[part]):.0%}" for part in SHARES]
-        lines.append([label(key[0]), key[1], speeds[key], fixed(row["milliseconds"]), *shares])
+        lines.append([label(name), work, speed, fixed(spent), *shares])
     return table(["weights", "step", "tokens per second", "ms", *SHARES], lines)
-
-
-def step_short() -> str:
-    """The tokens per second alone."""
-    speeds = _step_speeds()
-    names, works = (list(dict.fromkeys(keys)) for keys in zip(*speeds, strict=True))
-    titles = {work: work.replace("decode", "batch").replace("prefill", "prefill of") for work in works}
-    return table(
-        ["weights", *titles.values()], [[label(name), *(speeds[name, work] for work in works)] for name in names]
-    )
-
-
-def _step_speeds() -> dict[tuple[str, str], str]:
-    """Tokens per second, and how many times those of bf16, by weights and step."""
-    time = {(r["name"], r["workload"]): float(r["milliseconds"]) for r in read_rows(FOLDER / "cpu_step_amx.csv")}
-    return {
-        (name, work): f"{fixed(1000 * int(work.split()[1]) / spent)} ({time['bf16', work] / spent:.1f}x)"
-        for (name, work), spent in time.items()
-    }
 
 
 def workers() -> str:
@@ -444,6 +426,10 @@ def runs(*files: str) -> str:
     return table(["figures", "machine", "threads", "version", "commit", "command"], lines)
 
 
+AMX_SHORT = ["bf16", "gptq-int4", "llama.cpp-Q4_0", "quip_sharp-4", "qtip-hyb-4", "llama.cpp-Q2_K", "llama.cpp-IQ2_XS"]
+AMX_SHORT += ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-2"]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "formats": formats,
@@ -459,6 +445,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
     "serving_amx": lambda: serving("_amx"),
+    "serving_amx_short": lambda: serving("_amx", AMX_SHORT),
     "serving_rates_amx": lambda: serving_rates("_amx"),
     "serving_experts": lambda: serving("_experts_amx"),
     "bind": bind,
@@ -466,7 +453,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_avx2": lambda: kernels("_avx2"),
     "kernels_amx": lambda: kernels("_amx"),
     "step": step,
-    "step_short": step_short,
     "encode": encode,
     "activations": activations,
     "quantization": quantization,
