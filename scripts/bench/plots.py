@@ -6,13 +6,14 @@ from typing import Any
 
 import matplotlib
 from benchmarking import read_rows
-from tables import CPUS, FOLDER, LLAMA, Rows, bits_of, by_bits, is_peer, label, quality_rows, serving_ratio
+from tables import CPUS, FOLDER, LLAMA, bits_of, by_bits, is_peer, label, quality_rows, serving_ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 COLOURS = {"quip_sharp": "#0072B2", "1mad": "#D55E00", "3inst": "#E69F00", "hyb": "#009E73", "lut": "#CC79A7"}
+COLOURS |= {"quip": "#56B4E9", "plan": "black"}
 GREY = "#8C8C8C"
 """Okabe and Ito's palette: told apart by colour-blind readers too. Grey is what others' formats have."""
 MARKERS = {2: "o", 3: "^", 4: "s"}
@@ -126,21 +127,34 @@ def cuda() -> Any:
 
 
 def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
-    """One figure by another: our formats and nearest rounding, at the whole bits."""
-    rows: Rows = list(quality_rows().values())
+    """One figure by another: our formats, as rounded and as tuned, and nearest rounding."""
+    rows = quality_rows()
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D")}
-    lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:")
+    lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D"), "qg": ("quip", "s-")}
+    lines |= {
+        "qp": ("bits by plan", "P"),
+        "rtn": ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:"),
+    }
+
+    def points(names: list[str]) -> list[tuple[float, float]]:
+        """Of the last of the names that was measured, if any was."""
+        found = [(float(rows[name][x]), float(rows[name][y])) for name in names if name in rows]
+        return [(at * (1e-6 if x == "bytes" else 1), height) for at, height in found[-1:]]
+
+    stars = []
     for start, (name, style) in lines.items():
         names = [f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 2.5, 3, 4)]
-        chosen = {name if name in quality_rows() else f"{name}one" for name in names}
-        scale = 1e-6 if x == "bytes" else 1
-        points = sorted((float(row[x]) * scale, float(row[y])) for row in rows if row["name"] in chosen)
-        text = name if name[0] in "qn" else f"qtip {name}"
-        panel.plot(*zip(*points, strict=True), style, color=colour(name), label=text, markersize=5)
+        rounded = [point for name in names for point in points([f"{name}one", name])]
+        stars += [(*point, colour(name)) for own in names for point in points([f"{own}full", f"{own}fullx4"])]
+        text = f"qtip {name}" if name in ("1mad", "hyb") else name
+        if rounded:
+            panel.plot(*zip(*rounded, strict=True), style, color=colour(name), label=text, markersize=5)
+    for at, height, hue in stars:
+        panel.plot(at, height, "*", color=hue, markersize=9)
+    panel.plot([], [], "*", color=GREY, markersize=9, label="tuned")
     panel.set_yscale("log")
     if y == "perplexity":
-        reference = float(rows[0]["reference_perplexity"])
+        reference = float(next(iter(rows.values()))["reference_perplexity"])
         panel.axhline(reference, color="black", linestyle="--", linewidth=1, label="bf16")
     low, high, ticks = YTICKS[y]
     panel.set_ylim(low, high)
@@ -156,7 +170,7 @@ def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
 AXES = {"bits_per_weight": "stored bits per weight of the linear layers", "bytes": "all tensors of the checkpoint, MB"}
 AXES |= {"perplexity": "perplexity", "kl_divergence": "KL divergence from bf16, nats"}
 YTICKS = {"perplexity": (16, 120, [16, 18, 20, 25, 30, 40, 60, 100])}
-YTICKS["kl_divergence"] = (0.02, 2, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
+YTICKS["kl_divergence"] = (0.01, 2, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2])
 
 
 PLOTS: dict[str, tuple[str, Callable[[], Any]]] = {

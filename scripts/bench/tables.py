@@ -222,6 +222,22 @@ def tuned() -> str:
     return _qualities(lambda name: _kind(name) in ("", "full", "fullx4") and f"{name[:3]}full" in rows)
 
 
+def planned() -> str:
+    """Bits by plan against the straight line, in bytes of the whole checkpoint, between whole bits of the same method."""
+    names, lines = ["qt3", "qp2.5", "qh2"], []
+    by_text = [quality_rows(text) for text in TEXTS.values()]
+    size = {name: int(by_text[0][name]["bytes"]) for name in names}
+    loss = {name: [float(rows[name]["kl_divergence"]) for rows in by_text] for name in names}
+    share = (size["qp2.5"] - size["qh2"]) / (size["qt3"] - size["qh2"])
+    line = [share * more + (1 - share) * less for more, less in zip(loss["qt3"], loss["qh2"], strict=True)]
+    for name in names:
+        lines.append([quality_label(name), f"{size[name] / 1e6:.1f}", *(fixed(kl, 3) for kl in loss[name])])
+    gains = (1 - found / wanted for found, wanted in zip(loss["qp2.5"], line, strict=True))
+    cells = [f"{fixed(kl, 3)} (plan: {gain:.0%} less)" for kl, gain in zip(line, gains, strict=True)]
+    lines.insert(2, ["the line between 2 and 3 bits", f"{size['qp2.5'] / 1e6:.1f}", *cells])
+    return table(["format", "MB in all", *(f"KL, {name}" for name in TEXTS)], lines)
+
+
 def roundings() -> str:
     """The scalar grid by every rounding."""
     return _qualities(lambda name: name.startswith("qg"))
@@ -440,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drift": drift,
     "rotations": rotations,
     "chunks": chunks,
+    "planned": planned,
     "roundings": roundings,
     "serving": serving,
     "serving_avx2": lambda: serving("_avx2"),
