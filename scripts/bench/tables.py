@@ -223,7 +223,7 @@ def tuned() -> str:
 
 
 def planned() -> str:
-    """Bits by plan against the straight line, in bytes of the whole checkpoint, between whole bits of the same method."""
+    """Bits by plan against the straight line, by bytes of the whole checkpoint, between whole bits of the method."""
     names, lines = ["qt3", "qp2.5", "qh2"], []
     by_text = [quality_rows(text) for text in TEXTS.values()]
     size = {name: int(by_text[0][name]["bytes"]) for name in names}
