@@ -107,7 +107,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
     own, other, three, levels = seen
     assert (levels.code, levels.two_sided, levels.drift_correction, levels.rounding_steps) == ("grid", False, 0.0, 5)
     assert (own.token_weights, levels.token_weights) == (0.2, 0.0)
-    assert own.two_sided and (own.rounding, own.drift_correction, own.rounding_steps) == ("ldlq", 0.35, None)
+    assert own.two_sided and (own.rounding, own.drift_correction, own.rounding_steps) == ("ldlq", 0.2, None)
     assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "bundle", 64, 1024)
     assert three.code == "1mad"
     assert own.lm_head is None

@@ -112,7 +112,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--drift-correction",
         type=float,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.35; with "
+        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.2; with "
         "discquant 0)",
     )
     parser.add_argument(

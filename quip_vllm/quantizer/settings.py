@@ -54,7 +54,7 @@ class Settings:
         rounding: one of ROUNDINGS.
         rounding_steps: how many steps DISCQUANT takes; None for the others.
         drift_correction: the share of the correction of `curvature.drift` that is applied. All of it is too much
-            (docs/benchmarks/quality.md). None is 0 with DISCQUANT, which knows all errors, and 0.35 with the others.
+            (docs/benchmarks/quality.md). None is 0 with DISCQUANT, which knows all errors, and 0.2 with the others.
         token_weights: share of what a token counts in the Hessians that is as much as the loss feels the layer's output
             there; for the rest all tokens count the same. None is 0.2 where `two_sided` is, else 0.
         two_sided: whether rounding feeds errors back along the outputs, too, by Hessians of theirs. None is whether
@@ -146,7 +146,7 @@ class Settings:
         whole = self.rounding == DISCQUANT
         self._default("two_sided", self.rounding == LDLQ)
         self._default("token_weights", 0.2 if self.two_sided else 0.0)
-        self._default("drift_correction", 0.0 if whole else 0.35)
+        self._default("drift_correction", 0.0 if whole else 0.2)
         self._default("rounding_steps", ROUNDING_STEPS if whole else None)
         if self.two_sided and self.rounding != LDLQ:
             raise ValueError(

@@ -46,17 +46,19 @@ for name in ("qs2", "qh2"):
         amount = ["--calibration", source, "--sequences", str(count), "--sequence-length", str(length)]
         for end in ("", "full"):
             CONFIGURATIONS[f"{name}{source}{end}"] = [*CONFIGURATIONS[f"{name}{end}"], *amount]
-for rounding in ROUNDINGS:
-    for bits in (3, 4):
-        grid = ["--method", "quip", "--bits", str(bits), "--tune", "none"]
-        CONFIGURATIONS[f"qg{bits}{'' if rounding == LDLQ else rounding}"] = [*grid, "--rounding", rounding]
+for bits in (3, 4):
+    for rounding in ROUNDINGS:
+        grid = ["--method", "quip", "--bits", str(bits), "--tune", "none", "--rounding", rounding]
+        CONFIGURATIONS[f"qg{bits}{'' if rounding == LDLQ else rounding}"] = grid
+    CONFIGURATIONS[f"qg{bits}discquant"] += ["--drift-correction", "0"]
 CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-sided"] for bits in (3, 4)}
 CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
 CONFIGURATIONS["qs2split3"] = [*CONFIGURATIONS["qs2"], "--split", "3"]
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
-SEQUENCES, LENGTH = 64, 1024
-"""Calibration, unless the row says otherwise."""
+CONFIGURATIONS |= {f"{name}d20": [*CONFIGURATIONS[name], "--drift-correction", "0.2"] for name in ("qs2", "qh2bundle")}
+SEQUENCES, LENGTH, DRIFT = 64, 1024, 0.35
+"""Calibration and the share of drift correction, unless the row says otherwise. The share was the default before."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]
 COLUMNS += ["arguments", "windows", *ORIGIN]
 """Minutes and peak memory are those of `quip-vllm quantize`, where it ran in one piece; DIR/NAME.json keeps them."""
@@ -76,6 +78,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME", choices=names)
     args = parser.parse_args()
     usual = ["--calibration", args.calibration, "--sequences", str(SEQUENCES), "--sequence-length", str(LENGTH)]
+    usual += ["--drift-correction", str(DRIFT)]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     if args.csv.exists():
         rows = {(row["name"], row["text"]): dict(row) for row in read_rows(args.csv)}

@@ -70,7 +70,9 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
-    ends |= {"w0": "tokens equal", "x4": "256 sequences"} | {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
+    ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2"} | {
+        rounding: f"`{rounding}`" for rounding in ROUNDINGS
+    }
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -238,11 +240,6 @@ def planned() -> str:
     return table(["format", "MB in all", *(f"KL, {name}" for name in TEXTS)], lines)
 
 
-def roundings() -> str:
-    """The scalar grid by every rounding."""
-    return _qualities(lambda name: name.startswith("qg"))
-
-
 def _kind(name: str) -> str:
     """qs2full -> full, what a row's name says beyond format and bits."""
     return re.sub(r"^[a-z]+[0-9.]+", "", name)
@@ -292,14 +289,14 @@ def _perplexity_and_kl(row: dict[str, str]) -> str:
 
 
 def drift() -> str:
-    """The default drift correction against none, rounded on one side."""
+    """Drift correction against none, rounded on one side."""
     rows = quality_rows()
     lines = []
     for name in (name for name in rows if name.endswith("d0") and name.replace("d0", "one") in rows):
         one = rows[name.replace("d0", "one")]
         cells = [_perplexity_and_kl(row) for row in (rows[name], one)]
         lines.append([quality_label(name), *cells, fixed(one["mean_proxy_loss"], 4)])
-    return table(["format", "none: perplexity (KL)", "0.35, the default", "mean proxy loss at 0.35"], lines)
+    return table(["format", "none: perplexity (KL)", "0.35", "mean proxy loss at 0.35"], lines)
 
 
 def rotations() -> str:
@@ -457,7 +454,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "rotations": rotations,
     "chunks": chunks,
     "planned": planned,
-    "roundings": roundings,
     "serving": serving,
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),

@@ -39,9 +39,9 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("rounding", "two_sided", "drift", "steps"),
     [
-        ("ldlq", True, 0.35, None),
-        ("nearest", False, 0.35, None),
-        ("greedy", False, 0.35, None),
+        ("ldlq", True, 0.2, None),
+        ("nearest", False, 0.2, None),
+        ("greedy", False, 0.2, None),
         ("discquant", False, 0.0, 64),
     ],
 )
