@@ -299,6 +299,17 @@ def drift() -> str:
     return table(["format", "none: perplexity (KL)", "0.35", "mean proxy loss at 0.35"], lines)
 
 
+def shares() -> str:
+    """The default share of drift correction beside the one before it, rounded on two sides."""
+    by_text = [quality_rows(text) for text in TEXTS.values()]
+    lines = []
+    for name in (name for name in by_text[0] if name.endswith("d20")):
+        for own, share in ((name, "0.2"), (name.removesuffix("d20"), "0.35")):
+            found = [fixed(rows[own]["kl_divergence"], 3) for rows in by_text]
+            lines.append([quality_label(own.removesuffix("d20")), share, *found])
+    return table(["format", "share", *(f"KL, {name}" for name in TEXTS)], lines)
+
+
 def rotations() -> str:
     """quip_sharp at 2 bits without drift correction, by rotation."""
     names = {"qs2d0": "full width", "qs2b64d0": "blocks of 64", "qs2b128d0": "blocks of at most 128"}
@@ -451,6 +462,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemma": gemma,
     "sides": sides,
     "drift": drift,
+    "shares": shares,
     "rotations": rotations,
     "chunks": chunks,
     "planned": planned,
