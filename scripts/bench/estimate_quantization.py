@@ -3,12 +3,12 @@
 
 Usage: python scripts/bench/estimate_quantization.py [--csv docs/benchmarks/quantization.csv] [--hidden 2048]
 
-`quip-vllm quantize --method quip_sharp --bits 2` runs on three models of two layers and random weights: one of half the
-width of a 7B model, and one of a quarter of it with few and with more calibration tokens. The measured time is the CPU
-time of one thread between the files of the first and the second layer, that is one layer of a long run. It has three
-parts: forward passes and Hessians, by weights and tokens; the search, by weights, at the speed that bench_encode
-measures in the same run; and the rest, matrix products and factorisations, by the cube of the width. No whole run is
-measured.
+`quip-vllm quantize --method quip_sharp --bits 2 --no-two-sided --tune none` runs on three models of two layers and
+random weights: one of half the width of a 7B model, and one of a quarter of it with few and with more calibration
+tokens. The measured time is the CPU time of one thread between the files of the first and the second layer, that is one
+layer of a long run. It has three parts: forward passes and Hessians, by weights and tokens; the search, by weights, at
+the speed that bench_encode measures in the same run; and the rest, matrix products and factorisations, by the cube of
+the width. No whole run is measured.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,13 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
         draw = torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))
         text.write_text(" ".join(map(str, draw.tolist())))
         command = [sys.executable, "-m", "quip_vllm.cli", "quantize", str(model), str(out), "--method", "quip_sharp"]
-        command += ["--tune", "none"]
+        command += ["--tune", "none", "--no-two-sided"]
         command += ["--bits", "2", "--calibration", str(text), "--sequences", str(tokens // SEQUENCE)]
         one = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen([*command, "--sequence-length", str(SEQUENCE)], stderr=subprocess.DEVNULL, env=one)
         moments: list[float] = []
         while True:
-            layers = len([file for file in out.rglob("*.safetensors") if file.name != "calibration.safetensors"])
+            layers = len(glob(f"{out}/.quantize/layer-*.safetensors"))  # none where the folder is gone already
             moments += [_cpu_seconds(process.pid)] * (layers - len(moments))
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             if ended:

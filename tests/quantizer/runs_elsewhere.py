@@ -6,6 +6,7 @@ Sums are in another order on it: torch has a fused attention for the CPU alone.
 """
 
 from collections import Counter
+from statistics import median
 
 import pytest
 import torch
@@ -47,8 +48,12 @@ def test_a_run(tiny_model, make_settings, tmp_path, architecture, changes):
         return quantize(make_settings(model, device=device, **changes), tmp_path / device)
 
     here, there = both(run, ROUNDING if changes.get("rounding") != "discquant" else set())
+    apart = []
     for one, other in zip(here["layers"], there["layers"], strict=True):
-        assert one["name"] == other["name"] and one["proxy_loss"] == pytest.approx(other["proxy_loss"], rel=0.02)
+        assert one["name"] == other["name"]
+        apart.append(abs(one["proxy_loss"] / other["proxy_loss"] - 1))
+    # One code that float32 turns over changes the loss of an expert of 59 tokens by 5 %, and nothing else.
+    assert median(apart) < 1e-3 and max(apart) < 0.1
     for one, other in zip(here["tuning"], there["tuning"], strict=True):
         for key in ("before", "after"):
             assert one[key] == pytest.approx(other[key], rel=0.05)
