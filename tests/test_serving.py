@@ -76,13 +76,14 @@ def untied(model, folder):
 def quantize(model, out, code, bits, *more):
     text = ["--calibration", "LICENSE", "--sequences", "4", "--sequence-length", "256"]
     rate = ["--method", FORMATS[code].method, "--bits", str(bits), "--code", code]
-    call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), "--tune", "none", *rate, *text, *more)
+    rate += ["--tune", "full" if bits == 2 else "none"]
+    call(str(BIN / "quip-vllm"), "quantize", str(model), str(out), *rate, *text, *more)
     return out
 
 
 def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layers, tmp_path):
     parts = ["--lm-head", "4", "--ignore", "k_proj", "up_proj"]  # parts of what vLLM fuses are left out
-    checkpoint = quantize(first_layers, tmp_path / "out", "e8p", 2, "--tune", "full", *parts)
+    checkpoint = quantize(first_layers, tmp_path / "out", "e8p", 2, *parts)
     result = tmp_path / "figures.json"
     call(sys.executable, "scripts/bench/check_serving.py", str(checkpoint), "--json", str(result))
     figures = json.loads(result.read_text())

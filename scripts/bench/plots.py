@@ -131,26 +131,22 @@ def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
     rows = quality_rows()
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     lines = {"qs": ("quip_sharp", "o-"), "qt": ("1mad", "o-"), "qh": ("hyb", "D"), "qg": ("quip", "s-")}
-    lines |= {
-        "qp": ("bits by plan", "P"),
-        "rtn": ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:"),
-    }
+    lines |= {"qp": ("bits by plan", "P")}
+    lines["rtn"] = ("nearest rounding, groups of 64\n(2 bits: far above, not shown)", "^:")
+    scale = 1e-6 if x == "bytes" else 1
 
-    def points(names: list[str]) -> list[tuple[float, float]]:
-        """Of the last of the names that was measured, if any was."""
-        found = [(float(rows[name][x]), float(rows[name][y])) for name in names if name in rows]
-        return [(at * (1e-6 if x == "bytes" else 1), height) for at, height in found[-1:]]
+    def point(*names: str) -> list[float]:
+        """Where the last of the rows that was measured lies; nowhere if none was."""
+        row = next((rows[name] for name in reversed(names) if name in rows), None)
+        return [float(row[x]) * scale, float(row[y])] if row else []
 
-    stars = []
     for start, (name, style) in lines.items():
         names = [f"{start}{bits}{'g64' * (start == 'rtn')}" for bits in (2, 2.5, 3, 4)]
-        rounded = [point for name in names for point in points([f"{name}one", name])]
-        stars += [(*point, colour(name)) for own in names for point in points([f"{own}full", f"{own}fullx4"])]
         text = f"qtip {name}" if name in ("1mad", "hyb") else name
-        if rounded:
+        if rounded := [*filter(None, (point(f"{own}one", own) for own in names))]:
             panel.plot(*zip(*rounded, strict=True), style, color=colour(name), label=text, markersize=5)
-    for at, height, hue in stars:
-        panel.plot(at, height, "*", color=hue, markersize=9)
+        for star in filter(None, (point(f"{own}full", f"{own}fullx4") for own in names)):
+            panel.plot(*star, "*", color=colour(name), markersize=9, zorder=3)
     panel.plot([], [], "*", color=GREY, markersize=9, label="tuned")
     panel.set_yscale("log")
     if y == "perplexity":

@@ -37,6 +37,11 @@ def quality_rows(text: str = WIKITEXT, csv: str = "quality") -> dict[str, dict[s
     return {row["name"]: row for row in read_rows(FOLDER / f"{csv}.csv") if row["text"] == text}
 
 
+def divergences(name: str) -> list[float]:
+    """The KL divergence of a row of quality.csv on each of TEXTS."""
+    return [float(quality_rows(text)[name]["kl_divergence"]) for text in TEXTS.values()]
+
+
 def label(name: str) -> str:
     """quip_sharp-2 -> quip_sharp, 2 bits; names of baselines as in BASELINES."""
     if name in BASELINES:
@@ -70,9 +75,8 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
-    ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2"} | {
-        rounding: f"`{rounding}`" for rounding in ROUNDINGS
-    }
+    ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2"}
+    ends |= {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
     return ", ".join([f"{QUALITY[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
 
@@ -198,19 +202,14 @@ def quality() -> str:
     """The best that was measured of every format, and nearest rounding, by bits."""
     rows = quality_rows()
     best = {}  # of each format, in the order of the kinds
-    for kind in ("one", "", "full", "fullx4"):
+    for kind in ("g64", "one", "", "full", "fullx4"):
         best |= {name.removesuffix(kind): name for name in rows if _kind(name) == kind}
-    return _qualities(lambda name: name in best.values() or is_nearest(name), commit=False)
+    return _qualities(lambda name: name in best.values(), commit=False)
 
 
 def formats() -> str:
     """Every format and nearest rounding, by bits, not tuned."""
-    return _qualities(lambda name: _kind(name) in ("", "one") or is_nearest(name))
-
-
-def is_nearest(name: str) -> bool:
-    """Whether a row of quality.csv is nearest rounding's."""
-    return name.startswith("rtn")
+    return _qualities(lambda name: _kind(name) in ("", "one", "g64"))
 
 
 def default_calibration() -> str:
@@ -227,9 +226,8 @@ def tuned() -> str:
 def planned() -> str:
     """Bits by plan against the straight line, by bytes of the whole checkpoint, between whole bits of the method."""
     names, lines = ["qt3", "qp2.5", "qh2"], []
-    by_text = [quality_rows(text) for text in TEXTS.values()]
-    size = {name: int(by_text[0][name]["bytes"]) for name in names}
-    loss = {name: [float(rows[name]["kl_divergence"]) for rows in by_text] for name in names}
+    size = {name: int(quality_rows()[name]["bytes"]) for name in names}
+    loss = {name: divergences(name) for name in names}
     share = (size["qp2.5"] - size["qh2"]) / (size["qt3"] - size["qh2"])
     line = [share * more + (1 - share) * less for more, less in zip(loss["qt3"], loss["qh2"], strict=True)]
     for name in names:
@@ -301,12 +299,10 @@ def drift() -> str:
 
 def shares() -> str:
     """The default share of drift correction beside the one before it, rounded on two sides."""
-    by_text = [quality_rows(text) for text in TEXTS.values()]
     lines = []
-    for name in (name for name in by_text[0] if name.endswith("d20")):
-        for own, share in ((name, "0.2"), (name.removesuffix("d20"), "0.35")):
-            found = [fixed(rows[own]["kl_divergence"], 3) for rows in by_text]
-            lines.append([quality_label(own.removesuffix("d20")), share, *found])
+    for name in (name.removesuffix("d20") for name in quality_rows() if name.endswith("d20")):
+        for end, share in {"d20": "0.2", "": "0.35"}.items():
+            lines.append([quality_label(name), share, *(fixed(kl, 3) for kl in divergences(name + end))])
     return table(["format", "share", *(f"KL, {name}" for name in TEXTS)], lines)
 
 
@@ -327,9 +323,8 @@ def chunks() -> str:
     """quip_sharp at 2 bits by the defaults of rounding, in whole rows and in chunks."""
     lines = []
     for name, words in {"qs2": "whole rows", "qs2split3": "`--split 3`"}.items():
-        rows = [quality_rows(text)[name] for text in TEXTS.values()]
-        found = [fixed(row["kl_divergence"], 3) for row in rows]
-        lines.append([words, fixed(rows[0]["perplexity"], 2), *found, fixed(rows[0]["mean_proxy_loss"], 4)])
+        row, found = quality_rows()[name], [fixed(kl, 3) for kl in divergences(name)]
+        lines.append([words, fixed(row["perplexity"], 2), *found, fixed(row["mean_proxy_loss"], 4)])
     return table(["rotation", "perplexity", *(f"KL, {name}" for name in TEXTS), "mean proxy loss"], lines)
 
 

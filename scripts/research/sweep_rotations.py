@@ -6,13 +6,14 @@ Usage: python scripts/research/sweep_rotations.py LLAMA CALIBRATION.txt TEXT.txt
 
 import sys
 from collections import defaultdict
-from pathlib import Path
+from dataclasses import replace
 from statistics import mean
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quip_vllm.checkpoint.config import LayerFormat
+from quip_vllm.evaluation.windows import windows_of
 from quip_vllm.ops.reference import dequantize
 from quip_vllm.quantizer.curvature.inputs import Inputs
 from quip_vllm.quantizer.layer import quantize_group
@@ -39,6 +40,8 @@ def main(model: str, *texts: str) -> int:
     config.num_hidden_layers = LAYERS[-1] + 1
     network = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32).eval().model
     groups = [[f"layers.{layer}.{name}" for name in group] for layer in LAYERS for group in GROUPS]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    starts = bool(tokenizer("")["input_ids"])  # the tokenizer sets a token before a text
     hessians: dict[tuple[str, str], torch.Tensor] = {}
     for text in texts:
         handles = [
@@ -47,40 +50,32 @@ def main(model: str, *texts: str) -> int:
             )
             for names in groups
         ]
-        for window in windows(model, Path(text).read_text(encoding="utf-8"), WINDOWS[text == texts[0]]):
-            network(window)
+        for window in windows_of(text, tokenizer, LENGTH, WINDOWS[text == texts[0]], starts):
+            network(window[None])
         for handle in handles:
             handle.remove()
+    weights = {name: network.get_submodule(name).weight.data for names in groups for name in names}
     for rotation, changes in ROTATIONS.items():
+        usual = Settings(model, "e8p", 2, two_sided=False, tune="none", **changes)
+        try:
+            specs = {name: usual.spec(name, LayerFormat("e8p", 2), *weight.shape) for name, weight in weights.items()}
+        except ValueError as error:
+            print(f"{rotation}: {error}", file=sys.stderr)
+            continue
         lost = defaultdict(list)
         for seed in SEEDS:
-            settings = Settings(model, "e8p", 2, seed=seed, two_sided=False, tune="none", **changes)
+            settings = replace(usual, seed=seed)
             for names in groups:
-                weights = {name: network.get_submodule(name).weight.data for name in names}
-                try:
-                    specs = {name: settings.spec(name, LayerFormat("e8p", 2), *w.shape) for name, w in weights.items()}
-                except ValueError as error:
-                    print(f"{rotation}: {error}", file=sys.stderr)
-                    break
                 inputs = Inputs(names, hessians[texts[0], names[0]], WINDOWS[True] * LENGTH)
-                for name, found in quantize_group(inputs, weights, specs, settings).items():
+                own, of_group = ({name: all_[name] for name in names} for all_ in (weights, specs))
+                for name, found in quantize_group(inputs, own, of_group, settings).items():
                     lost["proxy"].append(found.entry["proxy_loss"])
                     error = weights[name] - dequantize(specs[name], found.tensors)
                     for text in texts[1:]:
                         hessian = hessians[text, names[0]]
                         lost[text].append(energy(error, hessian) / energy(weights[name], hessian))
-        if len(lost["proxy"]) == len(SEEDS) * sum(map(len, groups)):
-            print(rotation, *(f"{mean(of):.5f}" for of in lost.values()), flush=True)
+        print(rotation, *(f"{mean(of):.5f}" for of in lost.values()), flush=True)
     return 0
-
-
-def windows(model: str, text: str, count: int) -> torch.Tensor:
-    """Token ids [count, 1, LENGTH]; where the tokenizer sets a token before a text, each begins with it."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    start = tokenizer("")["input_ids"]
-    own = LENGTH - len(start)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: count * own]
-    return torch.cat([torch.tensor([[start]] * count, dtype=torch.long), torch.tensor(ids).view(count, 1, own)], dim=-1)
 
 
 def square(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ Sums are in another order on it: torch has a fused attention for the CPU alone.
 """
 
 from collections import Counter
-from statistics import median
 
 import pytest
 import torch
@@ -36,7 +35,8 @@ def both(what, also=frozenset()):
     ("architecture", "changes"),
     [
         ("Mistral", {"two_sided": True, "token_weights": 1.0, "tune": "full", "lm_head": 3, "embedding": 3}),
-        ("Mixtral", {"code": "hyb", "two_sided": True, "tune": "blocks"}),
+        # At a share of 0.2 float32 turns one code of an expert of 59 tokens over, which changes its loss by 5 %.
+        ("Mixtral", {"code": "hyb", "two_sided": True, "tune": "blocks", "drift_correction": 0.35}),
         ("Llama", {"code": "grid", "rounding": "greedy", "tune": "refit"}),
         ("Llama", {"code": "grid", "bits": 4, "rounding": "discquant", "rounding_steps": 3}),
     ],
@@ -48,12 +48,8 @@ def test_a_run(tiny_model, make_settings, tmp_path, architecture, changes):
         return quantize(make_settings(model, device=device, **changes), tmp_path / device)
 
     here, there = both(run, ROUNDING if changes.get("rounding") != "discquant" else set())
-    apart = []
     for one, other in zip(here["layers"], there["layers"], strict=True):
-        assert one["name"] == other["name"]
-        apart.append(abs(one["proxy_loss"] / other["proxy_loss"] - 1))
-    # One code that float32 turns over changes the loss of an expert of 59 tokens by 5 %, and nothing else.
-    assert median(apart) < 1e-3 and max(apart) < 0.1
+        assert one["name"] == other["name"] and one["proxy_loss"] == pytest.approx(other["proxy_loss"], rel=0.02)
     for one, other in zip(here["tuning"], there["tuning"], strict=True):
         for key in ("before", "after"):
             assert one[key] == pytest.approx(other[key], rel=0.05)
