@@ -3,8 +3,8 @@
 
 Usage: python scripts/bench/figures.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->` (tables.TABLES). Each PNG carries a digest of its CSV
-and of plots.py; tests/scripts/test_figures.py compares both.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; tables_of_quality.py and tables_of_speed.py have them.
+Each PNG carries a digest of its CSV and of plots.py; tests/scripts/test_figures.py compares both.
 """
 
 import hashlib
@@ -13,9 +13,14 @@ import sys
 from pathlib import Path
 
 import plots
+import tables_of_quality
+import tables_of_speed
+from benchmarking import ROOT
 from matplotlib import pyplot as plt
-from tables import FOLDER, PAGES, TABLES
+from tables import FOLDER
 
+TABLES = {**tables_of_quality.TABLES, **tables_of_speed.TABLES}
+PAGES = [ROOT / "README.md", *(FOLDER / f"{page}.md" for page in ("cpu", "quality", "cuda", "encode"))]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KEY = "Source"
 """PNG text entry that holds the digest."""

@@ -6,7 +6,9 @@ from typing import Any
 
 import matplotlib
 from benchmarking import read_rows
-from tables import CPUS, FOLDER, LLAMA, bits_of, by_bits, is_peer, label, quality_rows, serving_ratio
+from tables import CPUS, FOLDER, LLAMA, bits_of, by_bits, is_peer, label
+from tables_of_quality import quality_rows
+from tables_of_speed import serving_ratio
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  # after the choice of the backend
