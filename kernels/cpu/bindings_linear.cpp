@@ -41,7 +41,7 @@ struct Linear {
       const int64_t q = bases[i].size(0), p = widths[i];
       check_rotation(q, p, i ? output_sizes[i - 1] : k);
       rotations.push_back({floats(bases[i], q * q, "base"), q, p});
-      scratch = std::max(scratch, q * p);
+      scratch = std::max(scratch, rotation_scratch(q));
     }
   }
 };
@@ -362,7 +362,7 @@ Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tens
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const Kernels& ops = kernels();
   torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    Memory row(su_, k), scratch(su_, order * width);
+    Memory row(su_, k), scratch(su_, rotation_scratch(order));
     for (int64_t i = begin; i < end; ++i) {
       ops.decode_row(weight, rows[i], row.floats);
       for (int64_t c = 0; c < k; ++c) row.floats[c] *= sv[rows[i]];

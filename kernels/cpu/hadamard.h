@@ -21,9 +21,29 @@ inline Floats stage(Floats x) {
   return shuffle<partner<h>>(x) + x * sign;
 }
 
-// Unnormalised Sylvester transform of p values, p a power of two. A stage of distance h pairs i and i ^ h. One pass
-// over memory does two stages.
-inline void butterflies(float* v, int64_t p) {
+// The stages of distance h, 2 h .. between the 2^count runs of h values that v has, and a factor.
+template <int count>
+inline void stages(float* v, int64_t h, float factor) {
+  constexpr int runs = 1 << count;
+  for (int64_t i = 0; i < h; i += kRegisterLanes) {
+    RegisterFloats x[runs];  // in registers: every loop over it is unrolled
+    unrolled<runs>([&](auto r) { x[r] = load<RegisterFloats>(v + r * h + i); });
+    unrolled<count>([&](auto s) {
+      unrolled<runs>([&](auto r) {
+        constexpr int other = r | 1 << s;
+        if constexpr (r != other) {
+          const RegisterFloats sum = x[r] + x[other];
+          x[other] = x[r] - x[other], x[r] = sum;
+        }
+      });
+    });
+    unrolled<runs>([&](auto r) { store(v + r * h + i, x[r] * factor); });
+  }
+}
+
+// Unnormalised Sylvester transform of p values, p a power of two, times a factor. A stage of distance h pairs i and
+// i ^ h. One pass over memory does up to three stages.
+inline void butterflies(float* v, int64_t p, float factor) {
   if (p < kLanes) {
     for (int64_t h = 1; h < p; h *= 2)
       for (int64_t i = 0; i < p; ++i)
@@ -31,45 +51,56 @@ inline void butterflies(float* v, int64_t p) {
           float a = v[i], b = v[i + h];
           v[i] = a + b, v[i + h] = a - b;
         }
+    for (int64_t i = 0; i < p; ++i) v[i] *= factor;
     return;
   }
-  for (int64_t i = 0; i < p; i += kLanes) store(v + i, stage<8>(stage<4>(stage<2>(stage<1>(load<Floats>(v + i))))));
-  int64_t h = kLanes;
-  for (; 2 * h < p; h *= 4)
-    for (int64_t start = 0; start < p; start += 4 * h)
-      for (int64_t i = start; i < start + h; i += kLanes) {
-        Floats a = load<Floats>(v + i), b = load<Floats>(v + i + h);
-        Floats c = load<Floats>(v + i + 2 * h), d = load<Floats>(v + i + 3 * h);
-        Floats s = a + b, t = a - b, u = c + d, w = c - d;
-        store(v + i, s + u), store(v + i + h, t + w), store(v + i + 2 * h, s - u), store(v + i + 3 * h, t - w);
-      }
-  if (h < p)
-    for (int64_t i = 0; i < h; i += kLanes) {
-      Floats a = load<Floats>(v + i), b = load<Floats>(v + i + h);
-      store(v + i, a + b), store(v + i + h, a - b);
+  const float only = p == kLanes ? factor : 1.0f;
+  for (int64_t i = 0; i < p; i += kLanes)
+    store(v + i, stage<8>(stage<4>(stage<2>(stage<1>(load<Floats>(v + i))))) * only);
+  for (int64_t h = kLanes, next; h < p; h = next) {
+    const int count = 8 * h <= p ? 3 : 4 * h <= p ? 2 : 1;
+    next = h << count;
+    const float last = next == p ? factor : 1.0f;
+    for (int64_t start = 0; start < p; start += next)
+      with_count<3>(count, [&](auto own) { stages<own>(v + start, h, last); });
+  }
+}
+
+// Multiplies a few columns of the q runs of p values by a matrix. Each sum goes from the first run to the last.
+template <class V>
+inline void multiply_columns(float* v, const float* matrix, int64_t q, int64_t p, float* columns) {
+  constexpr int kTogether = 4, kWidth = sizeof(V) / sizeof(float);
+  // Together in memory: runs that are a power of two apart would take each other's place in the cache.
+  for (int64_t b = 0; b < q; ++b) store(columns + b * kWidth, load<V>(v + b * p));
+  const auto sums = [&](int64_t a, auto count) __attribute__((always_inline)) {
+    V sum[count];
+    unrolled<count>([&](auto j) { sum[j] = V{}; });
+    for (int64_t b = 0; b < q; ++b) {
+      const V x = load<V>(columns + b * kWidth);
+      unrolled<count>([&](auto j) { sum[j] += matrix[(a + j) * q + b] * x; });
     }
+    unrolled<count>([&](auto j) { store(v + (a + j) * p, sum[j]); });
+  };
+  int64_t a = 0;
+  for (; a + kTogether <= q; a += kTogether) sums(a, std::integral_constant<int, kTogether>());
+  for (; a < q; ++a) sums(a, std::integral_constant<int, 1>());
 }
 
 inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {
   const auto [base, q, p] = rotation;
   if (q * p == 1) return;
   const float scale = 1.0f / std::sqrt(float(q * p));
+  float* const matrix = scratch + q * kLanes;
+  if (q > 1)
+    for (int64_t i = 0; i < q * q; ++i) matrix[i] = base[i] * scale;
   for (int64_t start = 0; start < n; start += q * p) {
     float* v = row + start;
-    for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p);
-    if (q == 1) {
-      for (int64_t i = 0; i < p; ++i) v[i] *= scale;
-      continue;
-    }
-    for (int64_t a = 0; a < q; ++a) {
-      float* out = scratch + a * p;
-      std::fill(out, out + p, 0.0f);
-      for (int64_t b = 0; b < q; ++b) {
-        const float factor = base[a * q + b] * scale;
-        for (int64_t i = 0; i < p; ++i) out[i] += factor * v[b * p + i];
-      }
-    }
-    std::copy(scratch, scratch + q * p, v);
+    for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p, q == 1 ? scale : 1.0f);
+    if (q == 1) continue;
+    int64_t i = 0;
+    for (; i + kRegisterLanes <= p; i += kRegisterLanes)
+      multiply_columns<RegisterFloats>(v + i, matrix, q, p, scratch);
+    for (; i < p; ++i) multiply_columns<float>(v + i, matrix, q, p, scratch);
   }
 }
 

@@ -43,9 +43,12 @@ struct Rotation {
   int64_t q, p;
 };
 
+// Floats of scratch that a rotation wants, for the matrix and a few columns; what lies behind them stays aligned.
+inline int64_t rotation_scratch(int64_t q) { return q > 1 ? (q * (q + 16) + 15) / 16 * 16 : 0; }
+
 struct Kernels {
   const char* name;
-  // out[0..k) = rotation of x * su. x has k elements of `type`; scratch holds q*p floats.
+  // out[0..k) = rotation of x * su. x has k elements of `type`; scratch holds rotation_scratch(q) floats.
   void (*rotate_in)(const void* x, Type type, const float* su, int64_t k, Rotation rotation, float* out,
                     float* scratch);
   // out = sv * rotation of row[0..n), as `type`. The row is overwritten.

@@ -87,6 +87,9 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
   constexpr int64_t kPage = 4096;
   const int64_t block_bytes = row_bytes<Format>(k);
   const uint8_t* const ahead = block + (kPasses == 1 ? kPage : block_bytes + first * block_bytes / kPasses);
+  // Many rows take so long for a unit that the CPU looks no further: its sums would wait for look-ups. So the unit behind
+  // is decoded meanwhile.
+  constexpr bool kBehind = kHalves == 1 && M > 4;
   for (int64_t chunk = 0; chunk < out.chunks; ++chunk) {
     constexpr int kSums = M * kDecoded * kSplit;
     Sums sum[kSums];  // in registers: every loop over it is unrolled
@@ -94,21 +97,31 @@ void few_rows(const Format& format, const uint8_t* block, int first, int64_t k, 
     for (int i = 0; i < kSums; ++i) sum[i] = no_sums();
     const int64_t begin = chunk * kChunk8 / Format::kColumns;
     const int64_t end = (std::min(k, (chunk + 1) * kChunk8) + Format::kColumns - 1) / Format::kColumns;
+    [[maybe_unused]] alignas(64) Sums decoded[2][kBehind ? Format::kQuads : 1];
+    if constexpr (kBehind)
+      format.decode(block + begin * Format::kBytes, [&](int quad, Sums v) { decoded[begin % 2][quad] = v; });
     for (int64_t u = begin; u < end; ++u) {
       const int32_t* quads = x + u * Format::kQuads * M;
-      fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
-      decode(format, block + u * Format::kBytes, first,
-             [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
+      const auto multiply = [&](int vector, int quad, auto weights) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-               for (int r = 0; r < M; ++r) {
-                 Sums& share = sum[(vector * M + r) * kSplit + quad % kSplit];
-                 const int32_t* at = quads + quad * M + r;
-                 if constexpr (requires { weights.quad; })
-                   share = multiply_add(share, weights, at, M);
-                 else
-                   share = multiply_add<is_wide<Format>()>(share, weights, *at);
-               }
-             });
+        for (int r = 0; r < M; ++r) {
+          Sums& share = sum[(vector * M + r) * kSplit + quad % kSplit];
+          const int32_t* at = quads + quad * M + r;
+          if constexpr (requires { weights.quad; })
+            share = multiply_add(share, weights, at, M);
+          else
+            share = multiply_add<is_wide<Format>()>(share, weights, *at);
+        }
+      };
+      fetch(ahead + u * Format::kBytes / kPasses, Format::kBytes / kPasses);
+      if constexpr (kBehind)
+        format.decode(block + std::min(u + 1, end - 1) * Format::kBytes,
+                      [&](int quad, Sums v) __attribute__((always_inline)) {
+                        decoded[(u + 1) % 2][quad] = v;
+                        multiply(0, quad, decoded[u % 2][quad]);
+                      });
+      else
+        decode(format, block + u * Format::kBytes, first, multiply);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M * kDecoded; ++i) {
