@@ -56,7 +56,8 @@ CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"
 CONFIGURATIONS["qs2split3"] = [*CONFIGURATIONS["qs2"], "--split", "3"]
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
-CONFIGURATIONS |= {f"{name}d20": [*CONFIGURATIONS[name], "--drift-correction", "0.2"] for name in ("qs2", "qh2bundle")}
+for name in ("qs2", "qh2bundle", "qh2bundlefull"):
+    CONFIGURATIONS[f"{name}d20"] = [*CONFIGURATIONS[name], "--drift-correction", "0.2"]
 SEQUENCES, LENGTH, DRIFT = 64, 1024, 0.35
 """Calibration and the share of drift correction, unless the row says otherwise. The share was the default before."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]
