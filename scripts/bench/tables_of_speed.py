@@ -207,15 +207,17 @@ def machines() -> str:
     return table(["model", "machines of 64 cores", "search: hours", "the rest: hours", "in all"], lines)
 
 
-AMX_SHORT = ["bf16", "gptq-int4", "llama.cpp-Q4_0", "quip_sharp-4", "qtip-hyb-4", "llama.cpp-Q2_K", "llama.cpp-IQ2_XS"]
-AMX_SHORT += ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-2"]
+SHORT = ["bf16", "gptq-int4", "llama.cpp-Q4_0", "quip_sharp-4", "qtip-hyb-4", "llama.cpp-Q2_K", "llama.cpp-IQ2_XS"]
+SHORT += ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-2"]
 
 TABLES: dict[str, Callable[[], str]] = {
     "serving": serving,
+    "serving_short": lambda: serving("", SHORT),
+    "serving_rates": lambda: serving_rates(""),
     "serving_avx2": lambda: serving("_avx2"),
     "serving_avx2_short": lambda: serving("_avx2", ["bf16", "float32", "quip_sharp-4", "quip_sharp-2", "qtip-hyb-2"]),
     "serving_amx": lambda: serving("_amx"),
-    "serving_amx_short": lambda: serving("_amx", AMX_SHORT),
+    "serving_amx_short": lambda: serving("_amx", SHORT),
     "serving_rates_amx": lambda: serving_rates("_amx"),
     "serving_experts": lambda: serving("_experts_amx"),
     "bind": bind,
