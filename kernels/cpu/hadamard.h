@@ -98,8 +98,7 @@ inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {
     for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p, q == 1 ? scale : 1.0f);
     if (q == 1) continue;
     int64_t i = 0;
-    for (; i + kRegisterLanes <= p; i += kRegisterLanes)
-      multiply_columns<RegisterFloats>(v + i, matrix, q, p, scratch);
+    for (; i + kRegisterLanes <= p; i += kRegisterLanes) multiply_columns<RegisterFloats>(v + i, matrix, q, p, scratch);
     for (; i < p; ++i) multiply_columns<float>(v + i, matrix, q, p, scratch);
   }
 }
