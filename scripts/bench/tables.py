@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tables of the pages have in common: names, numbers, Markdown, and where the figures come from."""
+"""What the tables of the pages have in common: names, numbers and Markdown."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-from benchmarking import ROOT, read_rows
+from benchmarking import ROOT
 
 FOLDER = ROOT / "docs" / "benchmarks"
 Rows = list[dict[str, str]]
@@ -53,18 +53,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def runs(*files: str) -> str:
-    """Where the figures of some CSV files come from: one row per machine and commit."""
-    lines = []
-    for file in files:
-        seen: dict[tuple[str, ...], None] = {}
-        for row in read_rows(FOLDER / f"{file}.csv"):
-            cpu = next((CPUS[end] for end in reversed(CPUS) if file.startswith("cpu_") and file.endswith(end)), "")
-            machine = row.get("gpu") or cpu or row["machine"]
-            version = f"vLLM {row['vllm']}" if row.get("vllm") else f"torch {row['torch']}" if row.get("torch") else ""
-            command = f"`{row['command']}`" if row.get("command") else ""
-            seen[machine, row.get("threads", ""), version, row["commit"], command] = None
-        lines += [[f"[{file}.csv]({file}.csv)", *key] for key in seen]
-    return table(["figures", "machine", "threads", "version", "commit", "command"], lines)

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from benchmarking import read_rows
 from profile_serving import SHARES
-from tables import CPUS, FOLDER, Rows, by_bits, fixed, label, runs, table
+from tables import CPUS, FOLDER, Rows, by_bits, fixed, label, table
 
 EPYCS = ("", "_avx2")
 """Ends of the CSV files of those CPUs on which serving and the searches were measured."""
@@ -205,6 +205,21 @@ def machines() -> str:
     columns = ("search_hours", "rest_hours", "hours")
     lines = [[row["what"], row["machines"], *(fixed(row[column]) for column in columns)] for row in rows]
     return table(["model", "machines of 64 cores", "search: hours", "the rest: hours", "in all"], lines)
+
+
+def runs(*files: str) -> str:
+    """Where the figures of some CSV files come from: one row per machine and commit."""
+    lines = []
+    for file in files:
+        seen: dict[tuple[str, ...], None] = {}
+        for row in read_rows(FOLDER / f"{file}.csv"):
+            cpu = next((CPUS[end] for end in reversed(CPUS) if file.startswith("cpu_") and file.endswith(end)), "")
+            machine = row.get("gpu") or cpu or row["machine"]
+            version = f"vLLM {row['vllm']}" if row.get("vllm") else f"torch {row['torch']}" if row.get("torch") else ""
+            command = f"`{row['command']}`" if row.get("command") else ""
+            seen[machine, row.get("threads", ""), version, row["commit"], command] = None
+        lines += [[f"[{file}.csv]({file}.csv)", *key] for key in seen]
+    return table(["figures", "machine", "threads", "version", "commit", "command"], lines)
 
 
 SHORT = ["bf16", "gptq-int4", "llama.cpp-Q4_0", "quip_sharp-4", "qtip-hyb-4", "llama.cpp-Q2_K", "llama.cpp-IQ2_XS"]

@@ -2,8 +2,8 @@
 // The product with int8 activations. All products and sums are integers, so a result depends neither on threads nor on
 // other rows.
 //
-//   few rows    Each vector is multiplied as it is decoded. Or nothing is multiplied, and products are looked up in
-//               tables of each row of x (lattice_avx2.h).
+//   few rows    Each vector is multiplied as it is decoded, or while that of the next unit is. Or nothing is multiplied,
+//               and products are looked up in tables of each row of x (lattice_avx2.h).
 //   many rows   32 rows of the weight, 128 vectors deep, are decoded to a panel that stays in cache. It is multiplied
 //               with groups of up to kGroup rows of x, or with AMX (amx.h) tile by tile: 16 rows of x and 64 columns.
 //
