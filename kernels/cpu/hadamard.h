@@ -90,13 +90,15 @@ inline void rotate(float* row, int64_t n, Rotation rotation, float* scratch) {
   const auto [base, q, p] = rotation;
   if (q * p == 1) return;
   const float scale = 1.0f / std::sqrt(float(q * p));
+  if (q == 1) {  // the scratch may be null
+    for (int64_t start = 0; start < n; start += p) butterflies(row + start, p, scale);
+    return;
+  }
   float* const matrix = scratch + q * kLanes;
-  if (q > 1)
-    for (int64_t i = 0; i < q * q; ++i) matrix[i] = base[i] * scale;
+  for (int64_t i = 0; i < q * q; ++i) matrix[i] = base[i] * scale;
   for (int64_t start = 0; start < n; start += q * p) {
     float* v = row + start;
-    for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p, q == 1 ? scale : 1.0f);
-    if (q == 1) continue;
+    for (int64_t a = 0; a < q; ++a) butterflies(v + a * p, p, 1.0f);
     int64_t i = 0;
     for (; i + kRegisterLanes <= p; i += kRegisterLanes) multiply_columns<RegisterFloats>(v + i, matrix, q, p, scratch);
     for (; i < p; ++i) multiply_columns<float>(v + i, matrix, q, p, scratch);

@@ -87,7 +87,7 @@ std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int
   std::vector<int32_t> totals(m * chunks), arranged(int8 ? ops.int8_bytes(w, m) / 4 : 0);
   int8_t* x8 = reinterpret_cast<int8_t*>(arranged.data());
   parallel(threads, m, [&](int64_t r) {
-    std::vector<float> scratch(w.k);
+    std::vector<float> scratch(rotation_scratch(in.q));
     float* row = rotated.data() + r * stride;
     ops.rotate_in(layer.x.data() + r * w.k, Type::kFloat, layer.su.data(), w.k, in, row, scratch.data());
     if (int8) ops.int8_quantize(w, row, r, m, x8, &scales[r], &totals[r * chunks]);
@@ -99,7 +99,7 @@ std::vector<float> linear(const Kernels& ops, const Layer& layer, bool int8, int
       ops.panel(w, j * rows, rotated.data(), stride, m, product.data(), w.n);
   });
   parallel(threads, m, [&](int64_t r) {
-    std::vector<float> scratch(w.n);
+    std::vector<float> scratch(rotation_scratch(out.q));
     ops.rotate_out(product.data() + r * w.n, w.n, out, layer.sv.data(), Type::kFloat, y.data() + r * w.n,
                    scratch.data());
   });
