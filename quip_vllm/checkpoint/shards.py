@@ -60,8 +60,14 @@ class _Entry(NamedTuple):
     pieces: Callable[[], Iterable[Any]]
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one safetensors file, whole or not at all. Equal tensors make equal bytes."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], lasting: bool = True) -> None:
+    """Writes one safetensors file, whole or not at all. Equal tensors make equal bytes.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        lasting: whether it is on the disk when this returns, so that it outlives the machine's end.
+    """
 
     def entry(tensor: Tensor) -> _Entry:
         def pieces() -> Iterator[Any]:
@@ -69,7 +75,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
         return _Entry(_NAMES[tensor.dtype], list(tensor.shape), tensor.numel() * tensor.itemsize, pieces)
 
-    _write(path, {name: entry(tensor) for name, tensor in tensors.items()})
+    _write(path, {name: entry(tensor) for name, tensor in tensors.items()}, lasting)
 
 
 def copy_shard(path: Path, files: Mapping[str, Path], stored_as: Mapping[str, str] | None = None) -> None:
@@ -155,7 +161,7 @@ def _pieces(path: Path, begin: int, size: int) -> Callable[[], Iterator[bytes]]:
     return pieces
 
 
-def _write(path: Path, entries: Mapping[str, _Entry]) -> None:
+def _write(path: Path, entries: Mapping[str, _Entry], lasting: bool = True) -> None:
     """Sorts tensors by size of element, so that each begins at a multiple of its element, then by name."""
     ordered = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -166,7 +172,7 @@ def _write(path: Path, entries: Mapping[str, _Entry]) -> None:
         end += one.size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with replacing(path) as file:
+    with replacing(path, lasting) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in ordered:
             for piece in entries[name].pieces():

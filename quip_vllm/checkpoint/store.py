@@ -239,17 +239,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes ``path`` when the block ends, whole and on the disk; after an error it does not.
+def replacing(path: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+    """A file to write that becomes ``path`` when the block ends, whole; after an error it does not.
 
     It has ordinary permissions: those that the process's umask leaves.
+
+    Args:
+        path: of the file.
+        lasting: whether it is on the disk by then, and not only with the operating system.
     """
     fresh = path.with_name(path.name + ".tmp")
     try:
         with open(fresh, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         os.replace(fresh, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
 from quip_vllm.quantizer.tuning import blocks, full
-from quip_vllm.quantizer.tuning.block import Block, Scaled, TokenRows
+from quip_vllm.quantizer.tuning.block import Block, Product, Scaled, TokenRows
 from quip_vllm.quantizer.tuning.full import Model, divergence, tune_model, tune_together
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
@@ -82,6 +82,18 @@ def test_gradients_of_the_scaled_weight():
     assert torch.autograd.gradcheck(
         lambda u, v: Scaled.apply(matrix, u, v), (su.requires_grad_(), sv.requires_grad_()), rtol=1e-6, atol=1e-8
     )
+
+
+def test_gradients_of_the_product():
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 5, 24), (32, 24), (24,), (32,)
+    x, matrix, su, sv = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    assert numerics.relative(Product.apply(x, matrix, su, sv), x @ Scaled.apply(matrix, su, sv).T) < 1e-15
+    wanted = [x.requires_grad_(), su.requires_grad_(), sv.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda t, u, v: Product.apply(t, matrix, u, v), wanted, rtol=1e-6, atol=1e-8)
+    su.data[3] = sv.data[5] = 0
+    Product.apply(x, matrix, su, sv).square().sum().backward()
+    assert su.grad[3] == sv.grad[5] == 0 and all(one.grad.isfinite().all() for one in wanted)
 
 
 def test_gradient_of_the_divergence():

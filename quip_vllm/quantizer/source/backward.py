@@ -17,8 +17,9 @@ from quip_vllm.checkpoint.shards import read_shard, write_shard
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import Calls, run_layer
 
-LOGITS = 1 << 24
-"""Logits that are in memory at a time: 64 MiB in float32, of which a handful of copies is alive."""
+LOGITS = 1 << 22
+"""Logits that are in memory at a time: 16 MiB in float32, of which a handful of copies is alive. With more of them a
+CPU's cache is too small, and with 32 MiB every tensor is memory that the kernel has to clear."""
 
 Layers = Callable[[int], AbstractContextManager[nn.Module]]
 """Index -> the layer, in memory inside the block, as `LayeredModel.layer` gives it."""
@@ -53,7 +54,7 @@ class Forward:
         hidden, self.calls = source.first_hidden_states(tokens, batch)
         folder.mkdir(parents=True, exist_ok=True)
         for index in tqdm(range(len(source.layers)), desc="forward", unit="layer", leave=False):
-            write_shard(self._file(index), {f"{i:06d}": x.cpu() for i, x in enumerate(hidden)})
+            write_shard(self._file(index), {f"{i:06d}": x.cpu() for i, x in enumerate(hidden)}, lasting=False)
             with self.layers(index) as layer:
                 hidden = [run_layer(layer, x, self.calls[index]) for x in hidden]
         self.outputs = hidden

@@ -103,8 +103,8 @@ class Block(Vectors):
     def _forward(self, name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             su, sv = self._stored(f"{name}.{SU.name}"), self._stored(f"{name}.{SV.name}")[: module.out_features]
-            weight = Scaled.apply(module.weight, su, sv)
-            return linear(x, weight, module.bias)
+            y = Product.apply(x, module.weight, su, sv)
+            return y if module.bias is None else y + module.bias
 
         return forward
 
@@ -157,6 +157,35 @@ class Scaled(torch.autograd.Function):
         matrix, su, sv = ctx.saved_tensors
         product = gradient * matrix
         return None, product.T.mv(sv), product.mv(su)
+
+
+class Product(torch.autograd.Function):
+    """x (diag(sv) A diag(su))^T, with gradients of x, su and sv that do without the one of the weight.
+
+    With g = dloss/dy, they are dloss/dsv = sum g y / sv and dloss/dsu = sum x dloss/dx / su, over all tokens. The
+    gradient of an element that is 0 is 0 here: it stays.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, su: Tensor, sv: Tensor) -> Tensor:
+        """[..., n] of x [..., k], a matrix [n, k], su [k] and sv [n]."""
+        weight = (matrix * su).mul_(sv[:, None])
+        y = linear(x, weight)
+        ctx.save_for_backward(x, y, weight, su, sv)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        """The gradients of x, su and sv."""
+        x, y, weight, su, sv = ctx.saved_tensors
+        below = gradient @ weight
+        return below, None, _over_tokens(x * below, su), _over_tokens(gradient * y, sv)
+
+
+def _over_tokens(products: Tensor, vector: Tensor) -> Tensor:
+    """The sum over all dimensions but the last, divided by a vector; 0 where that is 0."""
+    total = products.flatten(0, -2).sum(0, dtype=torch.promote_types(products.dtype, torch.float32))
+    return torch.where(vector == 0, 0.0, total / vector).to(vector.dtype)
 
 
 class _Called(nn.Module):
