@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "dtype.h"
@@ -68,15 +67,6 @@ inline int64_t searched_components(const Tensor& values, int64_t bits) {
                   " bits: 1 or 2 components and at most 8 bits a step are searched");
   return dim;
 }
-
-// Floats from torch's allocator for one call.
-struct Memory {
-  Tensor tensor;
-  float* floats;
-  Memory(const Tensor& like, int64_t count)
-      : tensor(torch::stable::new_empty(like, {std::max<int64_t>(count, 1)}, ScalarType::Float)),
-        floats(tensor.mutable_data_ptr<float>()) {}
-};
 
 }  // namespace
 }  // namespace quip

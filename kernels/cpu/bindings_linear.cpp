@@ -2,6 +2,7 @@
 // The ops of a quantized layer: checks, threads, and the calls of the kernels.
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -44,6 +45,15 @@ struct Linear {
       scratch = std::max(scratch, rotation_scratch(q));
     }
   }
+};
+
+// Floats for one call, from the start of a cache line on. Torch's own come by its dispatcher, which takes a microsecond.
+struct Memory {
+  float* const floats;
+  explicit Memory(int64_t count)
+      : floats(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}))) {}
+  ~Memory() { ::operator delete(floats, std::align_val_t{64}); }
+  Memory(const Memory&) = delete;
 };
 
 // ---- The weight ----
@@ -186,9 +196,9 @@ std::vector<Panel> panels_of(const Linear& layer, int64_t rows) {
   return panels;
 }
 
-// The weights of the parts of all layers are in `weights`, layer after layer.
-Tensor run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights,
-           std::vector<Rows> layers, int64_t repeats = 1) {
+// Writes [m * repeats, n] of `out_type`. The weights of the parts of all layers are in `weights`, layer after layer.
+void run(const Tensor& x, const Linear& layer, const std::string& activations, const std::vector<Weight>& weights,
+         std::vector<Rows> layers, int64_t repeats, Type out_type, void* y) {
   STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ",
                   activations, ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
@@ -196,7 +206,6 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
                   x.numel(), " elements: the op wants a contiguous [m, ", layer.k, "]");
   const int64_t k = layer.k, n = layer.n, parts = int64_t(layer.output_sizes.size());
-  Tensor y = torch::stable::new_empty(x, {x.size(0) * repeats, n});
   const Kernels& ops = kernels();
   std::vector<int64_t> starts{0};
   for (int64_t size : layer.output_sizes) starts.push_back(starts.back() + size);
@@ -205,7 +214,8 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
                   ": use exact ones");
   const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
   const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), x.numel(), item, "x"));
-  char* out = static_cast<char*>(y.mutable_data_ptr());
+  char* out = static_cast<char*>(y);
+  const int64_t out_item = out_type == Type::kFloat ? 4 : 2;
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
   const int64_t rows_of_panel = int8 ? 2 * kTile : kTile;
   const std::vector<Panel> panels = panels_of(layer, rows_of_panel);
@@ -225,13 +235,12 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
       owner.insert(owner.end(), m, int64_t(l - begin));
     }
     const int64_t m = first.back();
-    Memory rotated(x, int8 ? 0 : m * stride), product(x, m * n), scales(x, m * (1 + chunks));
-    Memory arranged(x, first8.back() / 4);
+    Memory rotated(int8 ? 0 : m * stride), product(m * n), scales(m * (1 + chunks)), arranged(first8.back() / 4);
     int8_t* x8 = reinterpret_cast<int8_t*>(arranged.floats);
     int32_t* totals = reinterpret_cast<int32_t*>(scales.floats + m);
 
     torch::stable::parallel_for(0, m, 1, [&](int64_t from, int64_t to) {
-      Memory scratch(x, layer.scratch + stride);
+      Memory scratch(layer.scratch + stride);
       for (int64_t r = from; r < to; ++r) {
         const int64_t l = owner[r], own = r - first[l];
         const Rows& rows = layers[begin + l];
@@ -263,7 +272,7 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
     });
 
     torch::stable::parallel_for(0, m * parts, 1, [&](int64_t from, int64_t to) {
-      Memory scratch(x, layer.scratch + n);
+      Memory scratch(layer.scratch + n);
       float* row = scratch.floats + layer.scratch;
       for (int64_t j = from; j < to; ++j) {
         const int64_t r = j / parts, i = j % parts, l = owner[r], own = first[l + 1] - first[l];
@@ -275,12 +284,11 @@ Tensor run(const Tensor& x, const Linear& layer, const std::string& activations,
           std::copy(piece, piece + width, row + row0);
           for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(piece + width + c);  // of the next row
         }
-        ops.rotate_out(row, size, layer.rotations[i + 1], layer.sv + rows.layer * n + starts[i], type,
-                       out + (rows.order[r - first[l]] * n + starts[i]) * item, scratch.floats);
+        ops.rotate_out(row, size, layer.rotations[i + 1], layer.sv + rows.layer * n + starts[i], out_type,
+                       out + (rows.order[r - first[l]] * n + starts[i]) * out_item, scratch.floats);
       }
     });
   }
-  return y;
 }
 
 // For each layer that a row of `ids` names, which rows those are.
@@ -300,22 +308,53 @@ std::vector<Rows> rows_of(const Tensor& ids, int64_t m, int64_t count) {
   return found;
 }
 
+// The sums of `count` rows each, times their shares, as rows [tokens, n] of `type`.
+void sum_up(float* rows, const float* shares, int64_t tokens, int64_t count, int64_t n, Type type, void* out) {
+  const int64_t item = type == Type::kFloat ? 4 : 2;
+  const std::vector<float> ones(n, 1.0f);
+  torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* const sum = rows + t * count * n;
+      for (int64_t c = 0; c < n; ++c) sum[c] *= shares[t * count];
+      for (int64_t i = 1; i < count; ++i)
+        for (int64_t c = 0; c < n; ++c) sum[c] += shares[t * count + i] * sum[i * n + c];
+      kernels().rotate_out(sum, n, {nullptr, 1, 1}, ones.data(), type, static_cast<char*>(out) + t * n * item, nullptr);
+    }
+  });
+}
+
 // ---- The ops ----
 
 // Several layers of equal sizes, one tensor behind the other: row i of ids [m, t] names those that multiply row i of x.
-// Returns [m * t, n].
-Tensor cpu_experts(const Tensor& x, const Tensor& ids, const Tensor& packed, std::optional<Tensor> table,
-                   std::optional<Tensor> table_integers, std::optional<Tensor> table_units, const Tensor& su,
-                   const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
+// Returns [m * t, n]; with shares, float32 [tokens, s] where tokens * s = m * t, the sums of s rows each, times these.
+Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> shares, const Tensor& packed,
+                   std::optional<Tensor> table, std::optional<Tensor> table_integers, std::optional<Tensor> table_units,
+                   const Tensor& su, const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
                    std::vector<int64_t> output_sizes, std::string code, int64_t bits, std::string activations,
                    bool grid) {
   STD_TORCH_CHECK(su.dim() == 2 && su.size(0) > 0, "su has ", su.dim(),
                   " dimensions: the op wants a row for each layer");
   const int64_t count = su.size(0);
   const Linear layer(su, sv, bases, widths, output_sizes, count);
-  return run(x, layer, activations,
-             all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, count),
-             rows_of(ids, x.size(0), count), ids.size(1));
+  std::vector<Rows> rows = rows_of(ids, x.size(0), count);
+  const std::vector<Weight> weights =
+      all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, count);
+  const auto write = [&](Type type, void* y) {
+    run(x, layer, activations, weights, std::move(rows), ids.size(1), type, y);
+  };
+  if (!shares) {
+    Tensor y = torch::stable::new_empty(x, {ids.numel(), layer.n});
+    write(type_of(x), y.mutable_data_ptr());
+    return y;
+  }
+  STD_TORCH_CHECK(shares->dim() == 2 && shares->size(1) > 0, "shares has ", shares->dim(),
+                  " dimensions: the op wants [tokens, s]");
+  const float* share = floats(*shares, ids.numel(), "shares");
+  Memory each(ids.numel() * layer.n);
+  write(Type::kFloat, each.floats);
+  Tensor y = torch::stable::new_empty(x, {shares->size(0), layer.n});
+  sum_up(each.floats, share, shares->size(0), shares->size(1), layer.n, type_of(y), y.mutable_data_ptr());
+  return y;
 }
 
 Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> table,
@@ -328,7 +367,10 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> t
       all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, 1);
   std::vector<int64_t> order(x.dim() > 0 ? x.size(0) : 0);
   std::iota(order.begin(), order.end(), 0);
-  return run(x, layer, activations, weights, order.empty() ? std::vector<Rows>{} : std::vector<Rows>{{0, order}});
+  Tensor y = torch::stable::new_empty(x, {int64_t(order.size()), layer.n});
+  run(x, layer, activations, weights, order.empty() ? std::vector<Rows>{} : std::vector<Rows>{{0, order}}, 1,
+      type_of(x), y.mutable_data_ptr());
+  return y;
 }
 
 // The tiers that multiply 1, 16 and many rows with int8 activations, by name and in this order.
@@ -362,7 +404,7 @@ Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tens
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const Kernels& ops = kernels();
   torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    Memory row(su_, k), scratch(su_, rotation_scratch(order));
+    Memory row(k), scratch(rotation_scratch(order));
     for (int64_t i = begin; i < end; ++i) {
       ops.decode_row(weight, rows[i], row.floats);
       for (int64_t c = 0; c < k; ++c) row.floats[c] *= sv[rows[i]];

@@ -132,6 +132,15 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
 #endif
 }
 
+// Floats from torch's allocator for one call.
+struct Memory {
+  Tensor tensor;
+  float* floats;
+  Memory(const Tensor& like, int64_t count)
+      : tensor(torch::stable::new_empty(like, {std::max<int64_t>(count, 1)}, ScalarType::Float)),
+        floats(tensor.mutable_data_ptr<float>()) {}
+};
+
 // What the rotations write beside their results, while it is needed.
 struct RotationMemory {
   Memory scales, totals, in_scratch, out_scratch;

@@ -105,8 +105,10 @@ class CpuLayer(PreparedLayer):
         y = torch.ops.quip_vllm.cpu_linear(x, *self._weight(tensors))
         return y if bias is None else y[:, : self.spec.out_features] + bias
 
-    def _rows_of_experts(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor], own: frozenset[str]) -> Tensor:
-        return torch.ops.quip_vllm.cpu_experts(x, ids, *self._weight(tensors))
+    def _rows_of_experts(
+        self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
+    ) -> Tensor:
+        return torch.ops.quip_vllm.cpu_experts(x, ids, shares, *self._weight(tensors))
 
     def for_all(self, layers: Sequence[PreparedLayer]) -> "CpuLayer":
         """See PreparedLayer."""

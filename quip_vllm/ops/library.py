@@ -10,9 +10,9 @@ _SCHEMAS = (
     "cpu_linear(Tensor x, Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, Tensor su, "
     "Tensor sv, Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations, bool grid) "
     "-> Tensor",
-    "cpu_experts(Tensor x, Tensor ids, Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, "
-    "Tensor su, Tensor sv, Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, str activations, "
-    "bool grid) -> Tensor",
+    "cpu_experts(Tensor x, Tensor ids, Tensor? shares, Tensor packed, Tensor? table, Tensor? table_integers, "
+    "Tensor? table_units, Tensor su, Tensor sv, Tensor[] bases, int[] widths, int[] output_sizes, str code, int bits, "
+    "str activations, bool grid) -> Tensor",
     "cpu_fastest(Tensor packed, Tensor? table, Tensor? table_integers, Tensor? table_units, int[] output_sizes, int k, "
     "str code, int bits, bool grid) -> str",
     "cpu_lattice_blocks(Tensor codes, Tensor? residual_codes, int[] output_sizes, int bits) -> Tensor",
@@ -47,8 +47,8 @@ def _(x, packed, table, table_integers, table_units, su, sv, bases, widths, outp
 
 
 @torch.library.register_fake("quip_vllm::cpu_experts")
-def _(x, ids, packed, table, table_integers, table_units, su, sv, bases, widths, output_sizes, *constants):
-    return x.new_empty(ids.shape[0] * ids.shape[1], sum(output_sizes))
+def _(x, ids, shares, packed, table, table_integers, table_units, su, sv, bases, widths, output_sizes, *constants):
+    return x.new_empty(ids.shape[0] * ids.shape[1] if shares is None else shares.shape[0], sum(output_sizes))
 
 
 @torch.library.register_fake("quip_vllm::cuda_linear")

@@ -67,8 +67,10 @@ class PreparedLayer(abc.ABC):
         """The choices that hold for several layers of this spec, of which this is one; without tensors."""
         return replace(self, tensors={})
 
-    def _rows_of_experts(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor], own: frozenset[str]) -> Tensor:
-        """`PreparedExperts.linear` of contiguous rows [m, stored k] -> [m * t, n or more]: a call an expert."""
+    def _rows_of_experts(
+        self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
+    ) -> Tensor:
+        """`PreparedExperts.linear` of contiguous rows [m, stored k] -> [rows, n or more]: a call per expert."""
         count = len(tensors[min(own)])
         sorted_ids, order = ids.flatten().sort(stable=True)
         y: list[Tensor] = []
@@ -76,7 +78,10 @@ class PreparedLayer(abc.ABC):
             if len(rows):
                 tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
                 y.append(self._rows(x[rows // ids.shape[1]], None, tensors_of))
-        return torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
+        rows = torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
+        if shares is None:
+            return rows
+        return (rows.view(*shares.shape, rows.shape[1]).float() * shares[..., None]).sum(1).to(x.dtype)
 
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -101,20 +106,25 @@ class PreparedExperts:
     tensors: Mapping[str, Tensor]
     own: frozenset[str]
 
-    def linear(self, x: Tensor, ids: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, ids: Tensor, shares: Tensor | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """`PreparedLayer.linear` of the experts that each row names.
 
         Args:
             x: [m, k], float16, bfloat16 or float32.
             ids: int64 [m, t], numbers of experts.
+            shares: float32 [tokens, s] with as many elements as `ids`: s results in turn, times these, are summed.
             tensors: in place of its own, the same names, shapes and dtypes.
 
         Returns:
-            [m, t, n] in x's dtype.
+            [m, t, n] in x's dtype; with shares the sums, [tokens, n].
 
         Raises:
             RuntimeError: there is no expert of some number.
         """
         tensors, spec = self.tensors if tensors is None else tensors, self.layer.spec
-        y = self.layer._rows_of_experts(self.layer._stored(x), ids.contiguous(), tensors, self.own)
-        return y[:, : spec.out_features].reshape(*ids.shape, spec.out_features)
+        shares = None if shares is None else shares.contiguous()
+        y = self.layer._rows_of_experts(self.layer._stored(x), ids.contiguous(), shares, tensors, self.own)
+        y = y[:, : spec.out_features]
+        return y.reshape(*ids.shape, spec.out_features) if shares is None else y

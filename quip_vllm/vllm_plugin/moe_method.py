@@ -85,9 +85,10 @@ class ExpertsCall:
     prepared: PreparedExperts
     attributes: tuple[tuple[str, str], ...]
 
-    def linear(self, layer: torch.nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+    def linear(self, layer: torch.nn.Module, x: Tensor, ids: Tensor, shares: Tensor | None = None) -> Tensor:
         """See `PreparedExperts.linear`."""
-        return self.prepared.linear(x, ids, {name: getattr(layer, attribute) for name, attribute in self.attributes})
+        tensors = {name: getattr(layer, attribute) for name, attribute in self.attributes}
+        return self.prepared.linear(x, ids, shares, tensors)
 
 
 class QuipExpertsMethod(FusedMoEMethodBase):
@@ -188,23 +189,23 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         On several ranks a rank's share of the sum. Shared experts are vLLM's to add.
         """
         m, t = topk_ids.shape
-        ids, weights = topk_ids.long(), topk_weights.float()[..., None]
+        ids, weights = topk_ids.long(), topk_weights.float()
         if layer.apply_router_weight_on_input:  # a row for each expert of a token
             x = (x[:, None] * topk_weights.to(x.dtype)[..., None]).view(m * t, -1)
             weights = torch.ones_like(weights)
         if layer.expert_map is not None:  # in the place of another rank's expert, one of this rank counts nothing
             ids = layer.expert_map.long()[ids]
-            ids, weights = ids.clamp(min=0), weights * (ids >= 0)[..., None]
+            ids, weights = ids.clamp(min=0), weights * (ids >= 0)
         of_rows = ids.view(x.shape[0], -1)
-        outer = torch.cat([call.linear(layer, x, of_rows) for call in layer.quip_w13_weight], dim=-1).view(m, t, -1)
+        outers = [call.linear(layer, x, of_rows) for call in layer.quip_w13_weight]
+        outer = (outers[0] if len(outers) == 1 else torch.cat(outers, dim=-1)).view(m, t, -1)
         if layer.moe_config.has_bias:
             outer = outer + layer.w13_bias[ids]
-        inner = self.activation(outer.view(m * t, -1))
-        y = torch.cat([call.linear(layer, inner, ids.view(-1, 1)) for call in layer.quip_w2_weight], dim=-1)
-        y = y.view(m, t, -1)
+        (down,) = layer.quip_w2_weight
+        y = down.linear(layer, self.activation(outer.view(m * t, -1)), ids.view(-1, 1), weights)
         if layer.moe_config.has_bias:
-            y = y + layer.w2_bias[ids]
-        return (y.float() * weights).sum(1).to(x.dtype)
+            y = y + (layer.w2_bias[ids].float() * weights[..., None]).sum(1).to(x.dtype)
+        return y
 
 
 def names_of(layer: Any) -> dict[str, str]:

@@ -23,7 +23,8 @@ def backend(request, monkeypatch):
 def chosen(count, rows, each, seed=0):
     """int64 [rows, each], different experts in a row."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(count, generator=generator)[:each] for _ in range(rows)])
+    found = [torch.randperm(count, generator=generator)[:each] for _ in range(rows)]
+    return torch.stack(found) if found else torch.zeros(0, each, dtype=torch.int64)
 
 
 def compare(spec, count, x, ids):
@@ -49,12 +50,25 @@ def test_every_format(backend, code, bits, dtype):
 
 @pytest.mark.parametrize(("rows", "each"), [(1, 1), (1, 5), (70, 1), (33, 3), (0, 2)])
 def test_rows_and_experts_of_a_row(backend, rows, each):
-    ids = chosen(6, rows, each) if rows else torch.zeros(0, each, dtype=torch.int64)
-    compare(LinearSpec("1mad", 2, 64, (32,), 16), 6, torch.randn(rows, 64), ids)
+    compare(LinearSpec("1mad", 2, 64, (32,), 16), 6, torch.randn(rows, 64), chosen(6, rows, each))
 
 
 def test_a_row_may_name_an_expert_twice(backend):
     compare(LinearSpec("hyb", 2, 64, (32,)), 3, torch.randn(4, 64), torch.tensor([[2, 2], [0, 1], [1, 1], [2, 0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "each"), [(1, 4), (7, 3), (2, 1), (0, 2)])
+def test_sums_over_the_experts_of_a_token(backend, dtype, tokens, each):
+    """The rows of one token lie in turn: a row per expert, as a mixture's second matrices have them."""
+    spec = LinearSpec("e8p", 2, 64, (72,))
+    experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(5)])
+    x, ids = torch.randn(tokens * each, 64).to(dtype), chosen(5, tokens * each, 1)
+    shares = torch.rand(tokens, each)
+    wanted = (experts.linear(x, ids).view(tokens, each, 72).double() * shares[..., None]).sum(1)
+    found = experts.linear(x, ids, shares)
+    assert found.dtype == dtype and found.shape == (tokens, 72)
+    assert not tokens or relative(found, wanted) < FLOAT32_LINEAR + 2 * ROUNDED_ONCE[str(dtype)]
 
 
 def test_padded_sizes(backend):
@@ -100,7 +114,7 @@ def test_a_table_that_is_no_grid_among_grids(monkeypatch):
 def arguments():
     spec = LinearSpec("hyb", 2, 64, (32, 16))
     experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])
-    return [torch.randn(2, 64), chosen(3, 2, 2), *experts.layer._weight(experts.tensors)]
+    return [torch.randn(2, 64), chosen(3, 2, 2), torch.rand(2, 2), *experts.layer._weight(experts.tensors)]
 
 
 def test_opcheck_and_one_graph(monkeypatch):
@@ -120,9 +134,11 @@ def test_opcheck_and_one_graph(monkeypatch):
         (1, torch.tensor([[0, -1], [0, 1]]), "id -1"),
         (1, torch.tensor([[0, 1]]), "ids"),
         (1, torch.zeros(2, 2, dtype=torch.int32), "ids"),
-        (2, torch.zeros(7, dtype=torch.int16), "packed"),
-        (6, torch.zeros(64), "su has 1 dimensions"),
-        (7, torch.zeros(3, 40), "sv"),
+        (2, torch.rand(2, 1), "shares has 2 elements"),
+        (2, torch.rand(4), "shares has 1 dimensions"),
+        (3, torch.zeros(7, dtype=torch.int16), "packed"),
+        (7, torch.zeros(64), "su has 1 dimensions"),
+        (8, torch.zeros(3, 40), "sv"),
     ],
 )
 def test_bad_arguments_are_refused_and_named(monkeypatch, position, value, words):
