@@ -64,7 +64,7 @@ inline void check_rotation(int64_t q, int64_t p, int64_t length) {
 inline int64_t searched_components(const Tensor& values, int64_t bits) {
   const int64_t dim = values.dim() == 2 ? values.size(0) : 0;
   STD_TORCH_CHECK((dim == 1 || dim == 2) && bits >= 1 && bits * dim <= 8, "values of ", dim, " components at ", bits,
-                  " bits: 1 or 2 components and at most 8 bits a step are searched");
+                  " bits: 1 or 2 components and at most 8 bits per step are searched");
   return dim;
 }
 

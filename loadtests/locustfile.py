@@ -43,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(profile="chat", stop_timeout="120")  # locust's own options: let answers under way finish
     group = parser.add_argument_group("Load test", "--profile is one of chat (default), long_prompt, burst")
     group.add_argument("--model", default="", help="Model to ask for (default: the first of /v1/models)")
-    group.add_argument("--max-tokens", type=int, default=0, help="Output tokens a request (default: the profile's)")
+    group.add_argument("--max-tokens", type=int, default=0, help="Output tokens per request (default: the profile's)")
     group.add_argument("--seed", type=int, default=0, help="Same seed, same prompts (default: 0)")
     group.add_argument("--metrics-csv", default="", help="File for the figures (default: only print them)")
 

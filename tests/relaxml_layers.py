@@ -96,7 +96,7 @@ def states(stream, step):
 
 
 def values(mode, x, table=None):
-    """float [steps, weights a step] of states of 16 bits, or for lut of as many as the table has rows for."""
+    """float [steps, weights per step] of states of 16 bits, or for lut of as many as the table has rows for."""
     x = x.astype(numpy.uint64)
     if mode == "lut":
         return table.astype(numpy.float64)[(x >> numpy.uint64(16 - log2(len(table)))).astype(int)]

@@ -2,7 +2,7 @@
 // What a kernel may use of the machine. nvcc gets it from ptx.h, the only file with inline PTX; a C++ compiler gets the
 // same names from kernels/emulator, which runs the same kernels on a CPU.
 //
-//   KERNEL(threads)        before a kernel's name, in place of __global__ void: at most that many threads a block
+//   KERNEL(threads)        before a kernel's name, in place of __global__ void: at most that many threads per block
 //   KERNEL(threads, n)     and few enough registers for n such blocks in a multiprocessor
 //   DEVICE                 before every other function of the device; HOST_DEVICE where the host calls it, too
 //   SHARED(name)           unsigned char* name: the block's shared memory, all dynamic, 16-byte aligned; indeterminate

@@ -9,7 +9,7 @@
 //   next[g] = least over c of cost[(g >> kv) + c (G >> kv)] + |x - value of g + c G|^2
 //
 // A thread makes fours of neighbouring overlaps, which read neighbouring values. It holds the next costs in registers
-// until all threads have read the old ones, so one array is enough: 64 KiB at two bits a step, which every GPU lends a
+// until all threads have read the old ones, so one array is enough: 64 KiB at two bits per step, which every GPU lends a
 // block. One bit would take twice the registers and the memory: two arrays lie in global memory then, and take turns. The
 // thread's choices of a step are one word.
 #include <algorithm>
@@ -28,7 +28,7 @@ constexpr int threads_of(int kv) { return kStates / 4 / fours_of(kv) >> kv; }
 
 struct Walk {
   const float* values;  // [dim][65536]
-  float *cost, *next;   // [G]: the same array, but at one bit a step
+  float *cost, *next;   // [G]: the same array, but at one bit per step
   uint32_t* choices;    // [steps][threads]: c of each overlap, kv bits each, the thread's first one lowest
   int kv;
 };

@@ -144,7 +144,7 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
             LayerFormat(_code(parameters), bits).check()  # type: ignore[arg-type]  # that is what is checked
             if bits * parameters["V"] > parameters["L"]:
                 raise ValueError(
-                    f"quip_params has {key} {bits}, with V {parameters['V']} more bits a step than the "
+                    f"quip_params has {key} {bits}, with V {parameters['V']} more bits per step than the "
                     f"{parameters['L']} of a state: {DAMAGED}"
                 )
 

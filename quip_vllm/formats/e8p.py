@@ -52,7 +52,7 @@ def abs_table() -> torch.Tensor:
 @functools.cache
 @torch.inference_mode(False)
 def packed_abs_table() -> torch.Tensor:
-    """Returns `abs_table` in 32 bits a row, the 1 KiB table that kernels keep at hand.
+    """Returns `abs_table` in 32 bits per row, the 1 KiB table that kernels keep at hand.
 
     Nibble j (bits 4j..4j+3) is 2 v + 8 for component NIBBLE_COMPONENT[j]: 3, 5, 7, 9, 11, 13 for -5/2 .. 5/2. To negate
     a nibble, XOR it with 14.

@@ -97,7 +97,7 @@ register(Lattice())
 def _check_residual(codes: torch.Tensor, residual_codes: torch.Tensor | None, bits: int) -> None:
     expected = {2: None, 3: torch.uint8, 4: torch.int16}
     if bits not in expected:
-        raise ValueError(f"bits={bits}: QuIP# has 2, 3 and 4 bits a weight; choose one of these")
+        raise ValueError(f"bits={bits}: QuIP# has 2, 3 and 4 bits per weight; choose one of these")
     found = None if residual_codes is None else residual_codes.dtype
     if found is not expected[bits]:
         raise ValueError(

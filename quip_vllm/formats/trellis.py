@@ -10,7 +10,7 @@ s * step_bits with step_bits = bits * vector_dim; a step yields vector_dim weigh
     word  0  [b0 ........................... b15][b16 ...  word 1
 
 The first bit of a window is the most significant of the state, and likewise of the word. So consecutive states share
-16 - step_bits bits, none if step_bits is 16, and exactly `bits` bits a weight are stored: 16 * bits words a tile.
+16 - step_bits bits, none if step_bits is 16, and exactly `bits` bits per weight are stored: 16 * bits words per tile.
 """
 
 import torch

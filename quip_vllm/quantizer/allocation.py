@@ -14,7 +14,7 @@ STEPS = 100_000
 Choice = LayerFormat | None
 """A layer's format; None keeps its weight."""
 Losses = Mapping[str, Mapping[Choice, float]]
-"""Layer -> choice -> what it adds to the KL divergence, in nats a token."""
+"""Layer -> choice -> what it adds to the KL divergence, in nats per token."""
 Sizes = Mapping[str, Mapping[Choice, int]]
 """Layer -> choice -> its size, in any unit."""
 
@@ -26,7 +26,7 @@ def allocate(losses: Losses, sizes: Sizes, budget: int) -> dict[str, Choice]:
     answer depends on nothing but the arguments.
 
     Args:
-        losses: one entry a layer, in the order of the model.
+        losses: one entry per layer, in the order of the model.
         sizes: of the same layers and formats.
         budget: in the unit of the sizes.
 

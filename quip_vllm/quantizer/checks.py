@@ -79,7 +79,7 @@ def check_memory(settings: Settings, source: LayeredModel, count: int) -> None:
         wanted += BYTES * inside
         if wanted > free:
             raise ValueError(
-                f"--rounding {DISCQUANT} holds the whole model, {BYTES} bytes a weight, and needs about "
+                f"--rounding {DISCQUANT} holds the whole model, {BYTES} bytes per weight, and needs about "
                 f"{amount(wanted)} of memory, and {amount(free)} are free: give another --rounding, or a "
                 "smaller model"
             )

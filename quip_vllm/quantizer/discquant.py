@@ -188,7 +188,7 @@ class _Model:
                     one.x.data.clamp_(0, 1)
 
     def _gradients(self, index: int) -> float:
-        """Leaves the gradients of a batch's divergence at every x; returns it, in nats a token."""
+        """Leaves the gradients of a batch's divergence at every x; returns it, in nats per token."""
         total, tokens = 0.0, self._tokens[index]
         for weights, linears in zip(self._weights, self.linears, strict=True):
             for name, one in linears.items():

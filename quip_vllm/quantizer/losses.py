@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each layer adds to the KL divergence in each format: one pass backwards, and a sample of its rows rounded.
 
-The second-order model of the KL divergence, in nats a token: for errors E of a layer's weight, x_t its input and g_t
+The second-order model of the KL divergence, in nats per token: for errors E of a layer's weight, x_t its input and g_t
 the gradient, at its output, of the cross entropy of labels drawn from the model itself,
 
     KL = 1/2T sum_s (sum_t g_t . E x_t)^2  ~  c/2T sum_t mean_j(g_tj^2) |E x_t|^2  =  c/2 tr(E H E^T)
@@ -57,7 +57,7 @@ def measure(
         folder: for the hidden states of all layers, which are removed.
 
     Returns:
-        (layer -> format -> nats a token; linear layer -> what noise of variance 1 in every weight would add).
+        (layer -> format -> nats per token; linear layer -> what noise of variance 1 in every weight would add).
 
     Raises:
         ValueError: a layer never ran on the tokens.

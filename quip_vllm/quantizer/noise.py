@@ -19,7 +19,7 @@ from quip_vllm.quantizer.source.replay import run_layer
 def noisy_divergences(
     source: LayeredModel, tokens: Tensor, batch: int, variances: Sequence[Mapping[str, float]], seed: int
 ) -> list[float]:
-    """KL(original || noisy model), nats a token, for each mapping of linear layers to the variance of their noise.
+    """KL(original || noisy model), nats per token, for each mapping of linear layers to the variance of their noise.
 
     All get the same normal numbers, times their own deviations, so their differences are not those of two draws.
 

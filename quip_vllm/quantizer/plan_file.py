@@ -61,7 +61,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     for row, bits in rows.items():
         cells = [bits.get(column, "").rjust(len(column)) for column in columns] if "" not in bits else [bits[""]]
         lines.append("  ".join([row.rjust(width), *cells]).rstrip())
-    lines.append(f"{plan['bits']:.3f} bits a weight in the decoder layers, {plan['bytes']:,} bytes in all")
+    lines.append(f"{plan['bits']:.3f} bits per weight in the decoder layers, {plan['bytes']:,} bytes in all")
     figures = f"estimated KL divergence {plan['loss']:.4g}"
     if plan.get("even") is not None:
         figures += (

@@ -31,8 +31,8 @@ def draw(plan: Mapping[str, Any], file: Path) -> None:
     for i, one in enumerate(layers.values()):
         losses = [row["loss"] for row in one["losses"]]
         below.plot([i, i], [min(losses), max(losses)], color="lightgrey", linewidth=1, zorder=0)
-    above.set(ylabel="bits", title=f"{plan['settings']['model']}: {plan['bits']:.3f} bits a weight")
-    below.set(ylabel="KL divergence, nats a token", xlabel="layers in the order of the model", yscale="log")
+    above.set(ylabel="bits", title=f"{plan['settings']['model']}: {plan['bits']:.3f} bits per weight")
+    below.set(ylabel="KL divergence, nats per token", xlabel="layers in the order of the model", yscale="log")
     above.legend(ncols=4, fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)

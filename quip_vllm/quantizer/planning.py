@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a target, bits a weight or bytes in all, to a plan: code and bits of every layer (docs/quantizer.md)."""
+"""From a target, bits per weight or bytes in all, to a plan: code and bits of every layer (docs/quantizer.md)."""
 
 import logging
 import math
@@ -59,7 +59,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.bits is not None and not LEAST <= self.bits <= MOST:
-            raise ValueError(f"--bits is {self.bits:g}: give bits a weight from {LEAST:g} to {MOST:g}")
+            raise ValueError(f"--bits is {self.bits:g}: give bits per weight from {LEAST:g} to {MOST:g}")
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ class _Planner:
         return self.weights.get(name, 0) * stored.bits if stored is not None else 0
 
     def _bits_of_size(self, ladder: Sequence[LayerFormat]) -> float:
-        """About how many bits a weight a size leaves for the linear layers, where head and embedding have 4."""
+        """About how many bits per weight a size leaves for the linear layers, where head and embedding have 4."""
         four = {name: min(of, key=lambda one: abs(one.bits - 4)) for name, of in self.formats.items()}
         left = (self.target.size or 0) - self.other_bytes - sum(self.bytes(*one) for one in four.items())
         return min(max(8 * left / max(1, sum(self.weights.values())), ladder[0].bits), ladder[-1].bits)
@@ -202,7 +202,7 @@ class _Planner:
             )
         method, bits = FORMATS[self.settings.code].method, [one.bits for one in ladder]
         return (
-            f"--bits is {self.target.bits:g}, and {method} makes {bits[0]} to {bits[-1]} bits a weight, --override "
+            f"--bits is {self.target.bits:g}, and {method} makes {bits[0]} to {bits[-1]} bits per weight, --override "
             "excepted: give bits between, or another --method"
         )
 

@@ -122,7 +122,7 @@ def _copies(size: int, working_set: int) -> int:
 
 @torch.inference_mode()
 def measure(layers: list[Layer], k: int, rows: list[int]) -> dict[int, float]:
-    """Rows -> seconds a call, over the layers in turn."""
+    """Rows -> seconds per call, over the layers in turn."""
     turn = itertools.cycle(layers)
     found = {}
     for m in rows:

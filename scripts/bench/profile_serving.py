@@ -24,7 +24,15 @@ from benchmarking import ORIGIN, origin, write_rows
 WORKLOADS = {"decode 1": (32, 1, 17), "decode 16": (32, 16, 17), "prefill 400": (400, 1, 1)}
 """Name -> tokens of a prompt, prompts, new tokens of each."""
 PARTS = {
-    "linear": ("quip_vllm::cpu_linear", "aten::linear", "aten::mm", "aten::addmm", "_C::onednn_mm"),
+    "linear": (
+        "quip_vllm::cpu_linear",
+        "quip_vllm::cpu_experts",
+        "aten::linear",
+        "aten::mm",
+        "aten::addmm",
+        "_C::onednn_mm",
+        "_C::cpu_fused_moe",
+    ),
     "embedding": ("quip_vllm::cpu_embedding", "aten::embedding"),
     "attention": ("vllm::unified_attention_with_output", "vllm::unified_kv_cache_update"),
 }

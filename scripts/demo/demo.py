@@ -96,7 +96,7 @@ def _wait_until_healthy(process: subprocess.Popen, address: str) -> None:
 
 
 def ask(address: str) -> float:
-    """Streams one answer to the screen; returns output tokens a second after the first."""
+    """Streams one answer to the screen; returns output tokens per second after the first."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none")
     print(f"\n> {QUESTION}\n", flush=True)
     stream = client.chat.completions.create(

@@ -239,7 +239,7 @@ def changed(folder, tmp_path, tensors=None, config=None):
         ("lut", lambda m, p: p.update(L=12), "quip_params has tlut_bits 16: with decode_mode lut 12 is read"),
         ("lut", lambda m, p: p.update(L=12, tlut_bits=12), "has tlut torch.float16"),
         ("lut", lambda m, p: p.update(V=3), "quip_params has V 3: with decode_mode lut 1 or 2 is read"),
-        ("lut", lambda m, p: p.update(L=3, tlut_bits=3), "K 4, with V 1 more bits a step than the 3 of a state"),
+        ("lut", lambda m, p: p.update(L=3, tlut_bits=3), "K 4, with V 1 more bits per step than the 3 of a state"),
         ("quantlut", lambda m, p: p.update(tlut_bits=True), "has tlut_bits True: with decode_mode quantlut 1 to 16"),
         ("2mad", lambda m, p: p.update(V=2), "quip_params has V 2: with decode_mode 2mad 1 is read"),
         ("hyb", lambda m, p: p.update(decode_mode="1mad"), "quip_params has V 2: with decode_mode 1mad 1 is read"),

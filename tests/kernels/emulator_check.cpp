@@ -62,7 +62,7 @@ Answer sums_in_os_threads() {
   return "right";
 }
 
-// Each thread copies 16 bytes a step and reads what another one copied.
+// Each thread copies 16 bytes per step and reads what another one copied.
 constexpr int kCopiers = 64, kSteps = 7;
 
 template <int kStages, bool kSyncBeforeUse, bool kSyncBeforeReuse, bool kWait = true>
@@ -350,7 +350,8 @@ Answer switches() {
   const auto start = std::chrono::steady_clock::now();
   const std::string error = LAUNCH(switches_kernel, dim3(1), 256, 0, nullptr, out, 20000);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return judge(error, true) + ": " + std::to_string(256 * 20000 / seconds / 1e6) + " million resumed threads a second";
+  return judge(error, true) + ": " + std::to_string(256 * 20000 / seconds / 1e6) +
+         " million resumed threads per second";
 }
 
 const std::map<std::string, std::function<Answer()>> kChecks = {

@@ -425,7 +425,7 @@ SEARCHED = [("hyb", 1), ("hyb", 2), *[("1mad", bits) for bits in (1, 2, 3, 4, 8)
 
 
 def searched(code, bits):
-    """Arguments of a search of three sequences, more than the emulated GPU has thread blocks at up to 4 bits a step.
+    """Arguments of a search of three sequences, more than the emulated GPU has thread blocks at up to 4 bits per step.
 
     With hyb all numbers are multiples of a half, so that many walks cost the same.
     """

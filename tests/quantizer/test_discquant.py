@@ -132,5 +132,5 @@ def test_too_little_memory_is_said_before(tiny_model, make_settings, tmp_path, m
 
     monkeypatch.setattr(checks.psutil, "virtual_memory", Memory)
     monkeypatch.setattr(Levels, "__init__", lambda *_: pytest.fail("the work began"))
-    with pytest.raises(ValueError, match=r"--rounding discquant holds the whole model, 29 bytes a weight, .*another"):
+    with pytest.raises(ValueError, match=r"--rounding discquant holds the whole model, 29 bytes per weight, .*another"):
         quantize(settings, tmp_path / "out")

@@ -105,8 +105,8 @@ def read(made, folder):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ((1.9,), "--bits is 1.9, and quip_sharp makes 2 to 4 bits a weight, --override excepted: give bits between"),
-        ((4.5,), "--bits is 4.5, and quip_sharp makes 2 to 4 bits a weight"),
+        ((1.9,), "--bits is 1.9, and quip_sharp makes 2 to 4 bits per weight, --override excepted: give bits between"),
+        ((4.5,), "--bits is 4.5, and quip_sharp makes 2 to 4 bits per weight"),
         ((None, 20_000), "--size is 20,000 bytes, and the smallest formats make [2-9].,...: give at least that"),
     ],
 )
@@ -117,7 +117,7 @@ def test_targets_out_of_reach(plan, target, message):
 
 def test_a_target_has_a_range():
     for bits in (1.4, 8.1):
-        with pytest.raises(ValueError, match=f"--bits is {bits}: give bits a weight from 1.5 to 8"):
+        with pytest.raises(ValueError, match=f"--bits is {bits}: give bits per weight from 1.5 to 8"):
             Target(bits)
 
 

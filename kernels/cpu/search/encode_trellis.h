@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the search of trellis sequences: 16-bit costs where the tier has them, else floats.
 #pragma once
-#include <vector>
+#include <memory>
 
 #include "viterbi.h"
 #include "viterbi16.h"
@@ -18,8 +18,8 @@ template <int KV, int V>
 void encode(const float* targets, int64_t count, const float* values, int32_t* states) {
   [[maybe_unused]] constexpr bool kCosts16 = KV / V <= 4;  // beyond, errors are too small for 16-bit costs
   constexpr int64_t kSteps = kSequence / V, kBytes[] = {2 * kCosts * 4, kSteps * (kStates >> KV), V * kStates * 2};
-  std::vector<Line> work((kBytes[0] + kBytes[1] + kBytes[2]) / 64);
-  uint8_t* const first = work.data()->bytes;
+  const std::unique_ptr<Line[]> work(new Line[(kBytes[0] + kBytes[1] + kBytes[2]) / 64]);  // without zeros
+  uint8_t* const first = work[0].bytes;
   float* const costs = reinterpret_cast<float*>(first);
   const Search search{values, costs, costs + kCosts, first + kBytes[0]};
 #if defined(QUIP_COSTS16)

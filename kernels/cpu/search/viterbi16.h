@@ -200,12 +200,20 @@ void search16(Search16 s, const int16_t* target, int first, int64_t overlap, int
   trace_back<KV, kSteps>(s.cost, s.choice, overlap, states);
 }
 
-// Rounds values to integers, and returns which integer 1 would be.
+// Rounds values, a multiple of 16, to integers, and returns which integer 1 would be.
 inline float to_integers(const float* values, int64_t count, int16_t* out) {
+  RegisterFloats most = {};
+  for (int64_t i = 0; i < count; i += kRegisterLanes) {
+    const RegisterFloats v = load<RegisterFloats>(values + i), size = v < 0 ? -v : v;
+    most = size > most ? size : most;
+  }
   float largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
+  for (int i = 0; i < kRegisterLanes; ++i) largest = std::max(largest, most[i]);
   const float unit = kUnit / largest;
-  for (int64_t i = 0; i < count; ++i) out[i] = int16_t(std::lrintf(values[i] * unit));
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), _mm256_set1_ps(unit)));
+    store(out + i, _mm_packs_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)));
+  }
   return unit;
 }
 

@@ -11,7 +11,7 @@ through shared memory.)
 The words are those of the CUDA kernels, for the same reason: each lane finds its windows in its own words and in those
 of the next lane, which are loaded once more, for Triton has no shuffle. Tables are looked up in global memory, by way
 of L1, for no kernel can fill shared memory before a loop and look up in it. A look-up with its 64-bit address costs
-two to three instructions, and LUT has one a weight, HYB half of one, the lattice a quarter of one a stage.
+two to three instructions, and LUT has one per weight, HYB half of one, the lattice a quarter of one per stage.
 
 `zero` is a uint32 of which the compiler does not know that it is 0. A mask combined with it stays in a register, and
 what comes after the mask is the same instruction, which has room for one constant; a plain mask takes one of its own.

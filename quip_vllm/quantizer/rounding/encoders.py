@@ -94,7 +94,7 @@ class TrellisEncoder:
     def __init__(self, code: TrellisCode, bits: int):
         self.bits, self.code = bits, code
         self.table = code.table(bits)
-        self.values = code.values(self.table)
+        self.values = code.values(self.table).T.contiguous().T  # in the order in which the search reads them
         self._there: dict[torch.device, Tensor] = {}  # the same where blocks are
         self.rms = (HYB_RMS[bits] if code is HYB else TRELLIS_RMS) * code_rms(code, self.values)
 

@@ -238,7 +238,7 @@ def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, 
         state: a file that holds the state after each epoch, from which a killed run goes on.
 
     Returns:
-        For the report: validation loss before and after, in nats a token, and how many epochs were trained.
+        For the report: validation loss before and after, in nats per token, and how many epochs were trained.
     """
     train, validation = split(batches)
     found = read_shard(state) if state.exists() else {}
