@@ -222,7 +222,7 @@ void run(const Tensor& x, const Linear& layer, const std::string& activations, c
 
   if (int8) layers = in_pieces(std::move(layers), ops.int8_bytes(weights[0], 64) / 64);
   for (size_t begin = 0, end; begin < layers.size(); begin = end) {
-    end = batch_end(layers, begin);
+    end = batch_end(layers, begin, n);
     const int64_t count = int64_t(end - begin);
     std::vector<int64_t> first{0}, first8{0};  // of each layer, its first row and byte among those of the batch
     std::vector<int64_t> owner;                // of each row

@@ -17,13 +17,15 @@ struct Rows {
   std::vector<int64_t> order;
 };
 
-constexpr int64_t kRowsAtOnce = 4096;  // of several layers, so that memory does not grow with all rows of a long prompt
+// Products that are in memory at once, those of one layer's rows excepted: 16 MiB. An allocation of 32 MiB and more is
+// fresh memory each time, which takes longer than to write it.
+constexpr int64_t kProductsAtOnce = 1 << 22;
 
-// The first of the layers behind `begin` whose rows are not computed together with those of `begin`.
-inline size_t batch_end(const std::vector<Rows>& layers, size_t begin) {
+// The first of the layers behind `begin` whose rows are not computed together with those of `begin`, of n outputs each.
+inline size_t batch_end(const std::vector<Rows>& layers, size_t begin, int64_t n) {
   size_t end = begin, rows = 0;
   do rows += layers[end++].order.size();
-  while (end < layers.size() && int64_t(rows + layers[end].order.size()) <= kRowsAtOnce);
+  while (end < layers.size() && int64_t(rows + layers[end].order.size()) * n <= kProductsAtOnce);
   return end;
 }
 
