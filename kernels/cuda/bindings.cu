@@ -2,6 +2,7 @@
 // The torch ops over the launches: checks and memory. The only file here with torch headers (stable ABI).
 //
 // nvcc registers them for CUDA tensors. A C++ compiler, with the emulator, registers the same ops for CPU tensors.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
