@@ -176,9 +176,9 @@ def experts() -> str:
     return table(["weights", *(f"{m} row{'s' if m != '1' else ''}: ms" for m in counts)], lines)
 
 
-def step() -> str:
+def step(file: str) -> str:
     """Tokens per second of each kind of step, the ratio to bf16, and where the time goes, in shares."""
-    rows, lines = read_rows(FOLDER / "cpu_step_amx.csv"), []
+    rows, lines = read_rows(FOLDER / f"{file}.csv"), []
     time = {(row["name"], row["workload"]): float(row["milliseconds"]) for row in rows}
     for (name, work), row in zip(time, rows, strict=True):
         spent = time[name, work]
@@ -239,7 +239,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "kernels_avx2": lambda: kernels("_avx2"),
     "kernels_amx": lambda: kernels("_amx"),
-    "step": step,
+    "step": lambda: step("cpu_step_amx"),
+    "step_experts": lambda: step("cpu_step_experts"),
     "encode": encode,
     "quantization": quantization,
     "measured_layers": measured_layers,
@@ -249,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(f"cpu_{what}{end}" for what in ("serving", "encode") for end in EPYCS),
         *(f"cpu_kernels{end}" for end in CPUS),
         "cpu_step_amx",
+        "cpu_step_experts",
         "cpu_serving_amx",
         "cpu_serving_experts_amx",
         "cpu_bind_amx",
