@@ -4,8 +4,9 @@
 Usage: python scripts/research/sweep_tuning.py MODEL CHECKPOINT TEXT [TEXT ...] --rate RATE [--epochs N]
            [--block-rate RATE --block-epochs N]
 
-CHECKPOINT is a folder of `quip-vllm quantize MODEL CHECKPOINT --tune none` or `refit`; its calibration text is trained on. With
---block-epochs each decoder layer is trained first, then all together. Two windows of 2048 tokens of each text count.
+CHECKPOINT is a folder of `quip-vllm quantize MODEL CHECKPOINT --tune none` or `--tune refit`; its calibration text is
+trained on. With --block-epochs each decoder layer is trained first, then all together. Two windows of 2048 tokens of
+each text count.
 """
 
 import argparse
