@@ -53,6 +53,8 @@ inline Type type_of(const Tensor& x, const char* name = "x") {
   return Type::kFloat;
 }
 
+inline int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
 // A rotation in runs of q * p elements must divide a row of `length` elements.
 inline void check_rotation(int64_t q, int64_t p, int64_t length) {
   const bool divides = q > 0 && p > 0 && (p & (p - 1)) == 0 && length > 0 && length % q == 0 && length / q % p == 0;

@@ -202,7 +202,7 @@ void run(const Tensor& x, const Linear& layer, const std::string& activations, c
   STD_TORCH_CHECK(activations.empty() || activations == "exact" || activations == "int8", "activations is ",
                   activations, ": give exact, int8, or nothing for int8 where it is there and x is no float32");
   const Type type = type_of(x);
-  const int64_t item = type == Type::kFloat ? 4 : 2;
+  const int64_t item = bytes_of(type);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.k && x.is_contiguous(), "x has ", x.dim(), " dimensions and ",
                   x.numel(), " elements: the op wants a contiguous [m, ", layer.k, "]");
   const int64_t k = layer.k, n = layer.n, parts = int64_t(layer.output_sizes.size());
@@ -215,7 +215,7 @@ void run(const Tensor& x, const Linear& layer, const std::string& activations, c
   const bool int8 = takes && (activations == "int8" || (activations.empty() && type != Type::kFloat));
   const char* in = static_cast<const char*>(data_of(x, x.scalar_type(), x.numel(), item, "x"));
   char* out = static_cast<char*>(y);
-  const int64_t out_item = out_type == Type::kFloat ? 4 : 2;
+  const int64_t out_item = bytes_of(out_type);
   const int64_t stride = (k + 63) / 64 * 64, chunks = (stride + kChunk8 - 1) / kChunk8;
   const int64_t rows_of_panel = int8 ? 2 * kTile : kTile;
   const std::vector<Panel> panels = panels_of(layer, rows_of_panel);
@@ -310,7 +310,7 @@ std::vector<Rows> rows_of(const Tensor& ids, int64_t m, int64_t count) {
 
 // The sums of `count` rows each, times their shares, as rows [tokens, n] of `type`.
 void sum_up(float* rows, const float* shares, int64_t tokens, int64_t count, int64_t n, Type type, void* out) {
-  const int64_t item = type == Type::kFloat ? 4 : 2;
+  const int64_t item = bytes_of(type);
   const std::vector<float> ones(n, 1.0f);
   torch::stable::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -339,21 +339,19 @@ Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> sha
   std::vector<Rows> rows = rows_of(ids, x.size(0), count);
   const std::vector<Weight> weights =
       all_weights(packed, table, table_integers, table_units, layer, code, bits, grid, count);
-  const auto write = [&](Type type, void* y) {
-    run(x, layer, activations, weights, std::move(rows), ids.size(1), type, y);
-  };
+  const int64_t each = ids.numel();
   if (!shares) {
-    Tensor y = torch::stable::new_empty(x, {ids.numel(), layer.n});
-    write(type_of(x), y.mutable_data_ptr());
+    Tensor y = torch::stable::new_empty(x, {each, layer.n});
+    run(x, layer, activations, weights, std::move(rows), ids.size(1), type_of(x), y.mutable_data_ptr());
     return y;
   }
   STD_TORCH_CHECK(shares->dim() == 2 && shares->size(1) > 0, "shares has ", shares->dim(),
                   " dimensions: the op wants [tokens, s]");
-  const float* share = floats(*shares, ids.numel(), "shares");
-  Memory each(ids.numel() * layer.n);
-  write(Type::kFloat, each.floats);
+  const float* share = floats(*shares, each, "shares");
+  Memory products(each * layer.n);
+  run(x, layer, activations, weights, std::move(rows), ids.size(1), Type::kFloat, products.floats);
   Tensor y = torch::stable::new_empty(x, {shares->size(0), layer.n});
-  sum_up(each.floats, share, shares->size(0), shares->size(1), layer.n, type_of(y), y.mutable_data_ptr());
+  sum_up(products.floats, share, shares->size(0), shares->size(1), layer.n, type_of(y), y.mutable_data_ptr());
   return y;
 }
 
@@ -400,7 +398,7 @@ Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tens
                     n - 1);
   Tensor y = torch::stable::new_empty(su_, {m, k}, dtype);
   const Type type = type_of(y);
-  const int64_t bytes = k * (type == Type::kFloat ? 4 : 2);
+  const int64_t bytes = k * bytes_of(type);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const Kernels& ops = kernels();
   torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {

@@ -205,7 +205,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   Tensor y = torch::stable::new_empty(x, {m, n});
   if (m == 0) return y;
   const Type type = type_of(x);
-  const int64_t item = type == Type::kFloat ? 4 : 2;
+  const int64_t item = bytes_of(type);
   const void* const values = data_of(x, x.scalar_type(), m * k, item, "x");
   STD_TORCH_CHECK(thread_blocks.size() == 8 && thread_blocks[0] > 0, "thread_blocks has ", thread_blocks.size(),
                   " entries: it comes from cuda_shapes.choose");

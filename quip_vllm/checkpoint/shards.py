@@ -66,7 +66,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], lasting: bool = True)
     Args:
         path: the file.
         tensors: by name.
-        lasting: whether it is on the disk when this returns, so that it outlives the machine's end.
+        lasting: whether it is on the disk when this returns, so that it survives a crash of the machine.
     """
 
     def entry(tensor: Tensor) -> _Entry:

@@ -78,10 +78,10 @@ class PreparedLayer(abc.ABC):
             if len(rows):
                 tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
                 y.append(self._rows(x[rows // ids.shape[1]], None, tensors_of))
-        rows = torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
+        found = torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
         if shares is None:
-            return rows
-        return (rows.view(*shares.shape, rows.shape[1]).float() * shares[..., None]).sum(1).to(x.dtype)
+            return found
+        return (found.view(*shares.shape, found.shape[1]).float() * shares[..., None]).sum(1).to(x.dtype)
 
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -149,7 +149,7 @@ class Scaled(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor, su: Tensor, sv: Tensor) -> Tensor:
         """[n, k] of a matrix [n, k], su [k] and sv [n]."""
         ctx.save_for_backward(matrix, su, sv)
-        return (matrix * su).mul_(sv[:, None])
+        return _scaled(matrix, su, sv)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
@@ -169,7 +169,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, su: Tensor, sv: Tensor) -> Tensor:
         """[..., n] of x [..., k], a matrix [n, k], su [k] and sv [n]."""
-        weight = (matrix * su).mul_(sv[:, None])
+        weight = _scaled(matrix, su, sv)
         y = linear(x, weight)
         ctx.save_for_backward(x, y, weight, su, sv)
         return y
@@ -180,6 +180,10 @@ class Product(torch.autograd.Function):
         x, y, weight, su, sv = ctx.saved_tensors
         below = gradient @ weight
         return below, None, _over_tokens(x * below, su), _over_tokens(gradient * y, sv)
+
+
+def _scaled(matrix: Tensor, su: Tensor, sv: Tensor) -> Tensor:
+    return (matrix * su).mul_(sv[:, None])
 
 
 def _over_tokens(products: Tensor, vector: Tensor) -> Tensor:

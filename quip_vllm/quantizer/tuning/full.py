@@ -222,9 +222,8 @@ def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     """KL(softmax(wanted) || softmax(logits)), summed over all but the last dimension, and its gradient at `logits`."""
     log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
     p = log_p.exp()
-    total = (
-        log_p.sub_(log_q).mul_(p).sum(-1).sum(dtype=torch.float64)
-    )  # a sum of all in float64 takes as long as the rest
+    # A sum of all of them in float64 would take as long as the rest.
+    total = log_p.sub_(log_q).mul_(p).sum(-1).sum(dtype=torch.float64)
     return float(total), log_q.exp_().sub_(p)
 
 
