@@ -3,12 +3,12 @@
 
 Usage: python scripts/bench/estimate_quantization.py [--csv docs/benchmarks/quantization.csv] [--hidden 2048]
 
-`quip-vllm quantize --method quip_sharp --bits 2 --no-two-sided --tune none` runs on three models of two layers and
-random weights: one of half the width of a 7B model, and one of a quarter of it with few and with more calibration
+`quip-vllm quantize --method quip_sharp --bits 2 --no-two-sided --tune none` runs on three models of three layers
+and random weights: one of half the width of a 7B model, and one of a quarter of it with few and with more calibration
 tokens. The measured time is the CPU time of one thread between the files of the first and the second layer, that is one
-layer of a long run. It has three parts: forward passes and Hessians, by weights and tokens; the search, by weights, at
-the speed that bench_encode measures in the same run; and the rest, matrix products and factorisations, by the cube of
-the width. No whole run is measured.
+layer of a long run; while the third is worked on, the files stay. The time has three parts: forward passes and
+Hessians, by weights and tokens; the search, by weights, at the speed that bench_encode measures in the same run; and
+the rest, matrix products and factorisations, by the cube of the width. No whole run is measured.
 """
 
 import argparse
@@ -37,7 +37,8 @@ FEW, MORE = SEQUENCE, 9 * SEQUENCE
 """Calibration tokens of the measured runs."""
 TOKENS = (16384, 65536, 524288)
 """Calibration tokens of the computed runs: self-written text's default, quality.md's, and a file's default."""
-VOCABULARY = 256
+VOCABULARY, LAYERS = 256, 3
+"""Of the measured models."""
 NAMES = ["quip_sharp-2", "qtip-hyb-2", "qtip-1mad-4"]
 COLUMNS = [
     "kind",
@@ -98,7 +99,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     large, small = (
-        Shape(f"layer of {h}", h, 7 * h // 2, h // 4, 2, VOCABULARY) for h in (args.hidden, args.hidden // 2)
+        Shape(f"layer of {h}", h, 7 * h // 2, h // 4, LAYERS, VOCABULARY) for h in (args.hidden, args.hidden // 2)
     )
     searches = {"quip_sharp-2": bench_encode.lattice(1 << 16, time.process_time)}
     searches |= {name: bench_encode.viterbi(FORMATS[name], 256, time.process_time) for name in NAMES[1:]}
@@ -108,7 +109,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for shape, tokens in ((small, FEW), (small, MORE), (large, FEW)):
         seconds, memory = measure(shape, tokens)
-        row = {"kind": "measured", "model": shape.name, "format": NAMES[0], "tokens": tokens, "layers": 2}
+        row = {"kind": "measured", "model": shape.name, "format": NAMES[0], "tokens": tokens, "layers": LAYERS}
         rows.append(
             row | {"layer_mweights": shape.weights / 1e6, "seconds_per_layer": seconds, "memory_gb": memory / 1e9}
         )
@@ -135,7 +136,7 @@ def measure(shape: Shape, tokens: int) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as scratch:
         model, out, text = (Path(scratch) / name for name in ("model", "out", "text.txt"))
         sizes = {"hidden": shape.hidden, "mlp": shape.mlp, "heads": 32, "kv-heads": 8}
-        sizes |= {"layers": 2, "vocab": VOCABULARY}
+        sizes |= {"layers": LAYERS, "vocab": VOCABULARY}
         flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         if make_synthetic_checkpoint.main([str(model), "--format", "bf16", *flags]):
             raise ValueError(f"the layer of {shape.hidden} cannot be made: see the message above")

@@ -17,5 +17,5 @@ def test_costs_are_found_again():
 
 
 def test_a_layer_is_measured():
-    seconds, memory = estimate.measure(Shape("tiny", 256, 896, 32, 2, estimate.VOCABULARY), FEW)
+    seconds, memory = estimate.measure(Shape("tiny", 256, 896, 32, estimate.LAYERS, estimate.VOCABULARY), FEW)
     assert 0 < seconds < 60 and memory > 2**27

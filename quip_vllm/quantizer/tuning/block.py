@@ -172,7 +172,7 @@ class Product(torch.autograd.Function):
         weight = _scaled(matrix, su, sv)
         y = linear(x, weight)
         ctx.save_for_backward(x, y, weight, su, sv)
-        return y
+        return y.clone()  # Falcon adds to it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
