@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the CUDA kernels are caught: each mutation makes a part of tests/ops/test_emulated.py fail."""
+"""Mistakes in the CUDA kernels are caught: each mutation makes a part of tests/ops/test_emulated*.py fail."""
 
 import subprocess
 import sys
@@ -152,7 +152,8 @@ def mutated_library(folder, objects, file, old, new, unit):
 
 
 def outcome(library, tests):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/ops/test_emulated.py"]
+    files = [str(one) for one in sorted(ROOT.glob("tests/ops/test_emulated*.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(
         [*command, "-k", tests, "--cuda-library", str(library)], cwd=ROOT, capture_output=True, text=True
     )
