@@ -110,7 +110,7 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
     assert own.two_sided and (own.rounding, own.drift_correction, own.rounding_steps) == ("ldlq", 0.2, None)
     assert (own.code, own.calibration, own.sequences, own.sequence_length) == ("hyb", "bundle", 64, 1024)
     assert three.code == "1mad"
-    assert own.lm_head is None
+    assert own.lm_head is None and own.epochs == 1
     assert (other.code, other.sequences, other.sequence_length, other.hadamard_block) == ("e8p", 256, 2048, None)
 
 
@@ -141,6 +141,8 @@ def test_defaults(tiny_model, tmp_path, monkeypatch):
         (["--rounding", "greedy"], "rounding is greedy, which moves single weights, and a weight of code e8p"),
         (["--rounding", "nearest", "--two-sided"], "rounding is nearest, which feeds nothing back along outputs"),
         (["--rounding-steps", "9"], "rounding_steps is 9 with rounding ldlq: give at least 1, with discquant"),
+        (["--tune", "full", "--epochs", "0"], "epochs is 0 with tune full: give at least 1, with full"),
+        (["--tune", "blocks", "--epochs", "2"], "epochs is 2 with tune blocks: give at least 1, with full"),
         (["--resume"], "holds no unfinished run: leave --resume away"),
         (["--device", "abacus"], "--device is abacus, which torch cannot use here"),
     ],

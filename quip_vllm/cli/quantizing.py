@@ -12,6 +12,7 @@ from quip_vllm.quantizer.plan_file import Planned, most_common
 from quip_vllm.quantizer.settings import (
     AMOUNTS,
     BUNDLE,
+    EPOCHS,
     ROUNDING_STEPS,
     ROUNDINGS,
     SELF,
@@ -137,6 +138,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="what is fitted to the codes: nothing; su and sv by least squares (refit); and norms, by training of each "
         "decoder layer (blocks), and of all together (full), which takes longest (default %(default)s)",
     )
+    parser.add_argument("--epochs", type=int, metavar="N", help=f"of full (default {EPOCHS})")
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     for option, layer in (("--lm-head", "output head"), ("--embedding", "input embedding")):
@@ -253,6 +255,7 @@ def _settings(args: argparse.Namespace, code: str, bits: int, planned: Planned =
         two_sided=args.two_sided,
         hessians=args.hessians,
         tune=args.tune,
+        epochs=args.epochs,
         lm_head=args.lm_head,
         embedding=args.embedding,
         device=args.device,

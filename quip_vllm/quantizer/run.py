@@ -328,8 +328,9 @@ class Run:
 
         head = rows(HEAD, self.plan.head)
         embedding = head if self.source.tied else rows(EMBEDDING, self.plan.embedding)
+        seed, epochs = self.settings.seed, self.settings.epochs or 0
         tensors, told = tune_together(
-            self.source, self.plan.specs, read, batches, self.originals, folder, self.settings.seed, head, embedding
+            self.source, self.plan.specs, read, batches, self.originals, folder, seed, epochs, head, embedding
         )
         self.record.write(TUNED, tensors, [], "", [{"name": self.source.prefix, **told}])
         shutil.rmtree(folder)

@@ -28,6 +28,8 @@ AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
 """The same for all other sources."""
+EPOCHS = 1
+"""Of FULL, unless the user says otherwise."""
 BATCH_TOKENS = 2048
 """Per batch: few enough that the allocator reuses a layer's temporaries instead of mapping fresh pages."""
 
@@ -61,6 +63,7 @@ class Settings:
             `rounding` is LDLQ.
         hessians: folder where the backward pass leaves what these two need, or has left it. None keeps nothing.
         tune: one of TUNINGS.
+        epochs: at most how often FULL goes through the calibration text; None for the others.
         lm_head: bits of the output head. None keeps its weight.
         embedding: bits of the input embedding. None keeps its weight. Where the two are tied, either says both.
         plan: (name, code and bits or None) of every linear layer, and of head and embedding where it names them; the
@@ -92,6 +95,7 @@ class Settings:
     two_sided: bool = None  # type: ignore[assignment]
     hessians: str | None = None
     tune: str = FULL
+    epochs: int | None = None
     lm_head: int | None = None
     embedding: int | None = None
     plan: Planned = ()
@@ -138,6 +142,9 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
         if self.tune not in TUNINGS:
             raise ValueError(f"tune is {self.tune!r}: it must be one of {', '.join(TUNINGS)}")
+        self._default("epochs", EPOCHS if self.tune == FULL else None)
+        if self.epochs is not None and (self.tune != FULL or self.epochs < 1):
+            raise ValueError(f"epochs is {self.epochs} with tune {self.tune}: give at least 1, with {FULL}")
 
     def _check_rounding(self) -> None:
         """Fills in what depends on `rounding`; raises ValueError for what does not go with it."""

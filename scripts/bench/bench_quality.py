@@ -34,7 +34,7 @@ METHODS = {"qs": ["--method", "quip_sharp"], "qt": ["--method", "qtip", "--code"
 METHODS["qh"] = ["--method", "qtip", "--code", "hyb"]
 WHOLE = {f"{name}{bits}": [*method, "--bits", str(bits)] for name, method in METHODS.items() for bits in (2, 3, 4)}
 CONFIGURATIONS = {name: [*flags, "--tune", "none"] for name, flags in WHOLE.items()}
-CONFIGURATIONS |= {f"{name}full": [*flags, "--tune", "full"] for name, flags in WHOLE.items()}
+CONFIGURATIONS |= {f"{name}full": [*flags, "--tune", "full", "--epochs", "2"] for name, flags in WHOLE.items()}
 ONE_SIDED = {name: [*flags, "--no-two-sided"] for name, flags in CONFIGURATIONS.items() if name in WHOLE}
 CONFIGURATIONS |= {f"{name}one": flags for name, flags in ONE_SIDED.items()}
 CONFIGURATIONS |= {f"{name}d0": [*flags, "--drift-correction", "0"] for name, flags in ONE_SIDED.items()}
@@ -53,11 +53,15 @@ for bits in (3, 4):
     CONFIGURATIONS[f"qg{bits}discquant"] += ["--drift-correction", "0"]
 CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-sided"] for bits in (3, 4)}
 CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
-CONFIGURATIONS["qs2split3"] = [*CONFIGURATIONS["qs2"], "--split", "3"]
+CUTS = {"split2": ["--split", "2"], "split3": ["--split", "3"], "b128": ["--hadamard-block", "128"]}
+for short, flags in CUTS.items():
+    CONFIGURATIONS[f"qs2{short}"] = [*CONFIGURATIONS["qs2"], *flags]
+CONFIGURATIONS |= {f"qs2{short}s1": [*CONFIGURATIONS[f"qs2{short}"], "--seed", "1"] for short in ("", *CUTS)}
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
 for name in ("qs2", "qh2bundle", "qh2bundlefull"):
     CONFIGURATIONS[f"{name}d20"] = [*CONFIGURATIONS[name], "--drift-correction", "0.2"]
+CONFIGURATIONS["qh2bundlefulld20e1"] = [*CONFIGURATIONS["qh2bundlefulld20"], "--epochs", "1"]
 SEQUENCES, LENGTH, DRIFT = 64, 1024, 0.35
 """Calibration and the share of drift correction, unless the row says otherwise. The share was the default before."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of quality, from quality.csv and the like."""
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -22,9 +23,9 @@ def quality_rows(text: str = WIKITEXT, csv: str = "quality") -> dict[str, dict[s
     return {row["name"]: row for row in read_rows(FOLDER / f"{csv}.csv") if row["text"] == text}
 
 
-def divergences(name: str) -> list[float]:
-    """The KL divergence of a row of quality.csv on each of TEXTS."""
-    return [float(quality_rows(text)[name]["kl_divergence"]) for text in TEXTS.values()]
+def divergences(name: str, csv: str = "quality") -> list[float]:
+    """The KL divergence of a row of quality.csv, or of one like it, on each of TEXTS."""
+    return [float(quality_rows(text, csv)[name]["kl_divergence"]) for text in TEXTS.values()]
 
 
 def quality_label(name: str) -> str:
@@ -33,7 +34,7 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
-    ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2"}
+    ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2", "e1": "one epoch"}
     ends |= {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
     return ", ".join([f"{FORMATS[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
@@ -99,7 +100,7 @@ def _kind(name: str) -> str:
 
 def gemma() -> str:
     """Gemma 3 270M by the command line's default calibration."""
-    return _qualities(lambda name: True, csv="quality_gemma", dense=536.2)
+    return _qualities(lambda name: _kind(name).startswith(tuple(AMOUNTS)), csv="quality_gemma", dense=536.2)
 
 
 def _qualities(chosen: Callable[[str], bool], commit: bool = True, csv: str = "quality", dense: float = 269.1) -> str:
@@ -179,12 +180,18 @@ def rotations() -> str:
 
 
 def chunks() -> str:
-    """quip_sharp at 2 bits by the defaults of rounding, in whole rows and in chunks."""
+    """quip_sharp at 2 bits by the defaults of rounding, in whole rows, in chunks and in blocks, by model and seed."""
+    rotations = {"": "whole rows", "split2": "`--split 2`", "split3": "`--split 3`", "b128": "blocks of at most 128"}
+    models = {"SmolLM2 135M": "quality", "Gemma 3 270M": "quality_gemma"}
     lines = []
-    for name, words in {"qs2": "whole rows", "qs2split3": "`--split 3`"}.items():
-        row, found = quality_rows()[name], [fixed(kl, 3) for kl in divergences(name)]
-        lines.append([words, fixed(row["perplexity"], 2), *found, fixed(row["mean_proxy_loss"], 4)])
-    return table(["rotation", "perplexity", *(f"KL, {name}" for name in TEXTS), "mean proxy loss"], lines)
+    for (model, csv), seed, (short, words) in itertools.product(models.items(), (0, 1), rotations.items()):
+        name, rows = f"qs2{short}{'s1' if seed else ''}", quality_rows(csv=csv)
+        if name in rows:
+            found = [fixed(kl, 3) for kl in divergences(name, csv)]
+            loss = fixed(rows[name]["mean_proxy_loss"], 4)
+            lines.append([model, str(seed), words, fixed(rows[name]["perplexity"], 2), *found, loss])
+    texts = (f"KL, {name}" for name in TEXTS)
+    return table(["model", "seed", "rotation", "perplexity", *texts, "mean proxy loss"], lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

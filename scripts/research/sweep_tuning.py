@@ -24,7 +24,7 @@ from quip_vllm.evaluation.windows import windows_of
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.quantizer.plan import make_plan
 from quip_vllm.quantizer.run import REPORT
-from quip_vllm.quantizer.settings import NONE, Settings
+from quip_vllm.quantizer.settings import EPOCHS, NONE, Settings
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.quantizer.source.replay import run_layer
@@ -41,12 +41,12 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("texts", nargs="+", help="files of kinds that no table reports on")
-    parser.add_argument("--rate", type=float, default=full.RATE)
-    parser.add_argument("--epochs", type=int, default=full.EPOCHS)
+    parser.add_argument("--rate", type=float, default=full.RATE, help="of a single epoch")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--block-rate", type=float, default=blocks.RATE)
     parser.add_argument("--block-epochs", type=int, default=0)
     args = parser.parse_args()
-    full.RATE, full.EPOCHS, blocks.RATE, blocks.EPOCHS = args.rate, args.epochs, args.block_rate, args.block_epochs
+    full.RATE, blocks.RATE, blocks.EPOCHS = args.rate, args.block_rate, args.block_epochs
     told = read_json(args.checkpoint / REPORT)["settings"]
     same = {key: told[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed")}
     settings = Settings(str(args.model), **same, tune=NONE)
@@ -81,7 +81,7 @@ def main() -> int:
         tell(units, plain, "each layer trained:")
     with tempfile.TemporaryDirectory() as folder:
         trained, _ = full.tune_together(
-            source, specs, units.__getitem__, tokens, originals, Path(folder), settings.seed
+            source, specs, units.__getitem__, tokens, originals, Path(folder), settings.seed, args.epochs
         )
     outer = {name: trained.pop(name) for name in source.outer_vectors()}
     tell([{name: trained.get(name, unit[name]) for name in unit} for unit in units], outer, "all trained:")

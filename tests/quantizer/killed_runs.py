@@ -96,11 +96,12 @@ def start(settings, out, resume, prepare):
 
 def main(model, text, folder, tune):
     amount = {"calibration": text, "sequences": 8, "sequence_length": 48}
-    settings = Settings(model, "e8p", 3, **amount, token_weights=1.0, two_sided=True, lm_head=4, tune=tune)
+    both = {"token_weights": 1.0, "two_sided": True}
+    settings = Settings(model, "e8p", 3, **amount, **both, lm_head=4, tune=tune, epochs=2 if tune == FULL else None)
     shards.SHARD_BYTES = 24_000  # a layer and a half
     if tune == FULL:
         quantizer_settings.BATCH_TOKENS = 48  # eight batches
-        full.PATIENCE = full.EPOCHS  # whatever the epochs give
+        full.PATIENCE = settings.epochs  # whatever the epochs give
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}

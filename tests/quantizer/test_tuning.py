@@ -269,13 +269,12 @@ class Stopped(Exception):
 @torch.no_grad()
 def test_trained_together_and_stopped_and_resumed(units, tmp_path, monkeypatch):
     folder, specs, tensors = units()
-    monkeypatch.setattr(full, "EPOCHS", 4)
-    monkeypatch.setattr(full, "RATE", 1e-2)
+    monkeypatch.setattr(full, "RATE", 4e-2)
 
     def tuned(name):
         source = LayeredModel(folder)
         return tune_together(
-            source, specs, tensors.__getitem__, TOKENS.split(3), originals(source, 2), tmp_path / name, 0
+            source, specs, tensors.__getitem__, TOKENS.split(3), originals(source, 2), tmp_path / name, 0, 4
         )
 
     trained, told = tuned("whole")
@@ -304,7 +303,7 @@ def test_worse_together_is_dropped(units, tmp_path, monkeypatch):
     monkeypatch.setattr(full, "RATE", 30.0)
     _, made, model = whole(units, tmp_path / "inputs")
     before = {name: vector.detach().clone() for block in made for name, vector in block.vectors.items()}
-    told = tune_model(model, 3, 0, tmp_path / "state.safetensors")
+    told = tune_model(model, 3, 0, 2, tmp_path / "state.safetensors")
     assert told["after"] == told["before"] and told["epochs"] == full.PATIENCE
     assert all(torch.equal(vector, before[name]) for block in made for name, vector in block.vectors.items())
 
@@ -354,6 +353,7 @@ def test_head_and_embedding_are_trained(tiny_model, tiny_text, tmp_path, changes
 
 @pytest.mark.parametrize(("loss", "rate"), [(0.46, 2e-3), (0.023, 2e-4)])
 def test_a_model_that_is_near_is_trained_more_slowly(monkeypatch, tmp_path, loss, rate):
+    """And each of two epochs, half as fast as a single one."""
     seen = []
 
     def optimizer(vectors, rate, *args):
@@ -363,7 +363,7 @@ def test_a_model_that_is_near_is_trained_more_slowly(monkeypatch, tmp_path, loss
     monkeypatch.setattr(full, "Optimizer", optimizer)
     model = SimpleNamespace(loss=lambda batches: loss, vectors=list, scales=list)
     with pytest.raises(InterruptedError):
-        tune_model(model, 8, 0, tmp_path / "state")
+        tune_model(model, 8, 0, 2, tmp_path / "state")
     assert seen == [pytest.approx(rate)]
 
 

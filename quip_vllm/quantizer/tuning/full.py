@@ -24,11 +24,10 @@ from quip_vllm.quantizer.tuning.block import Block, TokenRows, Vectors
 from quip_vllm.quantizer.tuning.blocks import split
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
 
-EPOCHS = 2
-RATE = 2e-3
-"""See Optimizer."""
+RATE = 4e-3
+"""See Optimizer; of a single epoch. Each of several has so much less."""
 NEAR = 0.23
-"""Nats per token from which on the rate is RATE. A model that is nearer to the original wants proportionally less."""
+"""Nats per token from which on the rate is that. A model that is nearer to the original wants proportionally less."""
 PATIENCE = 1
 """How many epochs in turn may be no better than the best one before the training ends."""
 
@@ -187,6 +186,7 @@ def tune_together(
     targets: Sequence[Tensor],
     folder: Path,
     seed: int,
+    epochs: int,
     head: TokenRows | None = None,
     embedding: TokenRows | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -200,6 +200,7 @@ def tune_together(
         targets: see Model.
         folder: for the dense weights of the layers and the state of the training; a killed run finds both there.
         seed: of the order of the batches.
+        epochs: the most there are.
         head: see Model.
         embedding: see Model.
 
@@ -214,7 +215,7 @@ def tune_together(
         block.weights = partial(_OnDisk, file)
         blocks.append(block)
     model = Model(source, blocks, tokens, targets, folder / "inputs", head, embedding)
-    told = tune_model(model, len(tokens), seed, folder / "state.safetensors")
+    told = tune_model(model, len(tokens), seed, epochs, folder / "state.safetensors")
     return model.stored(), told
 
 
@@ -227,13 +228,14 @@ def divergence(logits: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
     return float(total), log_q.exp_().sub_(p)
 
 
-def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, Any]:
+def tune_model(model: Model, batches: int, seed: int, epochs: int, state: Path) -> dict[str, Any]:
     """Trains a model; its vectors end as the best that the validation loss has met, or as they were.
 
     Args:
         model: changed.
         batches: of its text.
         seed: of their order.
+        epochs: the most there are.
         state: a file that holds the state after each epoch, from which a killed run goes on.
 
     Returns:
@@ -242,14 +244,14 @@ def tune_model(model: Model, batches: int, seed: int, state: Path) -> dict[str, 
     train, validation = split(batches)
     found = read_shard(state) if state.exists() else {}
     losses = found.pop("losses").tolist() if found else [model.loss(validation)]
-    rate = RATE * min(1.0, losses[0] / NEAR)
-    optimizer = Optimizer(model.vectors(), rate, EPOCHS * len(train), model.scales())
+    rate = RATE / epochs * min(1.0, losses[0] / NEAR)
+    optimizer = Optimizer(model.vectors(), rate, epochs * len(train), model.scales())
     if found:
         optimizer.load(found)
         model.place()
-    while len(losses) <= EPOCHS and len(losses) - losses.index(min(losses)) <= PATIENCE:
+    while len(losses) <= epochs and len(losses) - losses.index(min(losses)) <= PATIENCE:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + len(losses)))
-        with tqdm(order.tolist(), desc=f"tuning, epoch {len(losses)} of {EPOCHS}") as progress:
+        with tqdm(order.tolist(), desc=f"tuning, epoch {len(losses)} of {epochs}") as progress:
             for i in progress:
                 loss = model.step(train[i])
                 optimizer.step()
