@@ -2,10 +2,11 @@
 # What tests run: the CUDA kernels on a CPU, and the programs of tests/kernels. Sanitizers come with the preset's flags.
 set(PROGRAMS ${ROOT}/tests/kernels)
 set_source_files_properties(${CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
-# The runtime tells the thread sanitizer of its fibers itself.
-set_source_files_properties(emulator/runtime.cpp PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
+# The emulator tells the thread sanitizer of its fibers itself.
+set(EMULATOR emulator/scheduler.cpp emulator/instructions.cpp)
+set_source_files_properties(${EMULATOR} PROPERTIES COMPILE_OPTIONS -fno-sanitize=thread)
 
-add_library(quip_vllm_cuda MODULE ${CUDA_SOURCES} emulator/runtime.cpp)
+add_library(quip_vllm_cuda MODULE ${CUDA_SOURCES} ${EMULATOR})
 target_compile_options(quip_vllm_cuda PRIVATE -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -ffp-contract=off)
 target_link_libraries(quip_vllm_cuda PRIVATE stable_torch)
 
@@ -14,7 +15,7 @@ target_link_libraries(quip_vllm_cuda PRIVATE stable_torch)
 set(QUIP_RATES 0x1FE CACHE STRING "The rates at which gemm_check has kernels, a bit each")
 set(QUIP_KINDS 1mad 1mad_bytes 3inst_swapped hyb lut pairs_by_rows grid e8p CACHE STRING "The codes of gemm_check")
 list(TRANSFORM QUIP_KINDS REPLACE "(.+)" "cuda/gemm_\\1.cu" OUTPUT_VARIABLE KINDS)
-add_executable(gemm_check ${KINDS} cuda/rotation.cu emulator/runtime.cpp ${PROGRAMS}/gemm_check.cpp)
+add_executable(gemm_check ${KINDS} cuda/rotation.cu ${EMULATOR} ${PROGRAMS}/gemm_check.cpp)
 target_include_directories(gemm_check PRIVATE cuda)
 target_compile_definitions(gemm_check PRIVATE QUIP_RATES=${QUIP_RATES})
 target_compile_options(gemm_check PRIVATE -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The machine of device.h on a CPU. A C++20 compiler compiles the kernels against this file, and runtime.cpp runs them,
+// The machine of device.h on a CPU. A C++20 compiler compiles the kernels against this file; scheduler.cpp runs them,
 // one fiber per CUDA thread. What a GPU leaves undefined is an error here, or it turns up as a wrong result.
 //
 //   QUIP_VLLM_EMULATOR   two words with a comma: when copy_async copies, "deferred" (when waited for) or "eager" (at

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNTIME = ROOT / "kernels" / "emulator" / "runtime.cpp"
+EMULATOR = [ROOT / "kernels" / "emulator" / f"{name}.cpp" for name in ("scheduler", "instructions")]
 CHECK = ROOT / "tests" / "kernels" / "emulator_check.cpp"
 
 ORDERS = ("roundrobin", "depthfirst", "reverse", "random:1", "random:2")
@@ -27,16 +27,16 @@ SANITIZERS = {
 
 @functools.cache
 def build(sanitizer=None):
-    """ThreadSanitizer must not see the runtime, which it would take for one thread that does everything."""
+    """ThreadSanitizer must not see the emulator, which it would take for one thread that does everything."""
     kept = tempfile.TemporaryDirectory(prefix="emulator")
     folder = Path(kept.name)
     flags = SANITIZERS.get(sanitizer, ("-O2",))
     compiler = (os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror")
-    runtime = folder / "runtime.o"
-    runtime_flags = ("-O2",) if sanitizer == "thread" else flags
-    subprocess.run([*compiler, *runtime_flags, "-c", RUNTIME, "-o", runtime], check=True)
+    own_flags = ("-O2",) if sanitizer == "thread" else flags
+    subprocess.run([*compiler, *own_flags, "-c", *EMULATOR], cwd=folder, check=True)
+    objects = [folder / f"{file.stem}.o" for file in EMULATOR]
     include = f"-I{ROOT / 'kernels' / 'cuda'}"
-    subprocess.run([*compiler, *flags, include, CHECK, runtime, "-o", folder / "check", "-pthread"], check=True)
+    subprocess.run([*compiler, *flags, include, CHECK, *objects, "-o", folder / "check", "-pthread"], check=True)
     return folder / "check", kept
 
 
