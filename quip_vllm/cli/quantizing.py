@@ -96,10 +96,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         type=int,
-        default=Settings.split,
         metavar="R",
         help="rotate each of R equal chunks of the side that tensor parallelism cuts by itself, so that vLLM can serve "
-        "on R ranks or a divisor of R (default %(default)s)",
+        "on R ranks or a divisor of R (default 8, 4 or 2 where that leaves each chunk 128 numbers, else 1: whole rows)",
     )
     parser.add_argument(
         "--rounding",
@@ -173,7 +172,10 @@ def _quantize(args: argparse.Namespace) -> int:
         print(f"{name} searched {weights / 1e6:.1f} million weights")
     print(f"serve it with: vllm serve {args.out} --gpu-memory-utilization 0.5")
     print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
-    if settings.split == 1 and settings.hadamard_block is None:
+    split = report["settings"]["split"]
+    if split > 1:
+        print(f"(on up to {split} tensor-parallel ranks, since {split} chunks of a row are rotated one by one)")
+    elif settings.hadamard_block is None:
         print("(on one tensor-parallel rank, since rotations cover whole rows: --split R makes a model for R)")
     return 0
 

@@ -4,10 +4,10 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Embedding, Head, LayerFormat
-from quip_vllm.checkpoint.cuts import Cut, cut_of
+from quip_vllm.checkpoint.cuts import Cut, chunked, cut_of
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
@@ -16,6 +16,11 @@ from quip_vllm.quantizer.source.mixture import Mixture
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.transforms.hadamard import block_size
 
+SPLITS = (8, 4, 2)
+NARROWEST = 128
+"""Into how many chunks rotations are cut where the user names no number: the most that leave each this many numbers.
+A model of such sizes can be served on so many ranks, and the loss grows by less than it does from seed to seed
+(docs/benchmarks/quality.md#rotation)."""
 LINEAR_LATENT = ("minicpm3",)
 """Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
 
@@ -46,7 +51,7 @@ class Plan:
         shapes = {name: (spec.out_features, spec.in_features) for name, spec in self.specs.items() if spec.padded}
         head = None if self.head is None else Head(self.head, formats.pop(self.head), tied)
         embedding = None if self.embedding is None else Embedding(self.embedding, formats.pop(self.embedding))
-        default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split)
+        default = LayerFormat(settings.code, settings.bits, output_chunks=settings.split or 1)
         others = {name: stored for name, stored in formats.items() if stored != default}
         return CheckpointConfig(default, settings.hadamard_block, self.kept, others, head, embedding, shapes=shapes)
 
@@ -105,6 +110,36 @@ def make_plan(settings: Settings, source: LayeredModel) -> Plan:
         raise ValueError(f"no linear layer of {settings.model} is left to quantize: give a narrower --ignore")
     first = {} if embedding is None else {embedding: of_tokens.pop(embedding)}
     return Plan(first | specs | of_tokens, tuple(kept), head, embedding)
+
+
+def with_split(settings: Settings, source: LayeredModel) -> Settings:
+    """The settings with a number of chunks, where they name none: one of SPLITS, or 1 where no other fits the model.
+
+    Raises:
+        ValueError: as `make_plan`.
+    """
+    if settings.split is not None:
+        return settings
+    specs = make_plan(settings, source).specs
+    heads = getattr(source.config.get_text_config(), "num_attention_heads", 0)
+    experts = any(source.mixtures(index) for index in range(len(source.layers)))  # whose shares are not cut by chunks
+
+    def fits(ranks: int) -> bool:
+        return heads % ranks == 0 and all(
+            _chunks_fit(name, spec, ranks) for name, spec in specs.items() if spec.rotate_output
+        )
+
+    return replace(settings, split=1 if experts else next(filter(fits, SPLITS), 1))
+
+
+def _chunks_fit(name: str, spec: LinearSpec, ranks: int) -> bool:
+    """Whether a layer has so many equal chunks along what vLLM cuts of it, and none is narrower than NARROWEST."""
+    n, k = spec.out_features, spec.in_features
+    try:
+        stored = chunked(name, LayerFormat(spec.code, spec.bits), n, k, ranks)
+    except ValueError:
+        return False
+    return n // stored.output_chunks >= NARROWEST <= k // stored.input_chunks or cut_of(name) is Cut.NOTHING
 
 
 def _token_rows(

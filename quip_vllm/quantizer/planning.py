@@ -20,7 +20,7 @@ from quip_vllm.quantizer.allocation import Choice, allocate, evenly
 from quip_vllm.quantizer.devices import usable_devices
 from quip_vllm.quantizer.losses import measure
 from quip_vllm.quantizer.noise import noisy_divergences
-from quip_vllm.quantizer.plan import bytes_of, make_plan
+from quip_vllm.quantizer.plan import bytes_of, make_plan, with_split
 from quip_vllm.quantizer.settings import Settings, default_code
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -79,6 +79,7 @@ def make_plan_file(settings: Settings, target: Target, folder: Path) -> dict[str
     """
     trust, (device,) = settings.trust_remote_code, usable_devices(settings.devices[:1])
     source = LayeredModel(local_folder(settings.model, trust), trust, str(device))
+    settings = with_split(settings, source)
     checks.check_window(settings, source)
     planner = _Planner(settings, target, source)
     tokens = calibration_tokens(settings, source.folder, source.vocabulary)

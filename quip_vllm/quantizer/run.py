@@ -31,7 +31,7 @@ from quip_vllm.quantizer.curvature.outputs import Sensitivity
 from quip_vllm.quantizer.devices import on_devices, usable_devices
 from quip_vllm.quantizer.discquant import Levels
 from quip_vllm.quantizer.layer import Quantized, quantize_group
-from quip_vllm.quantizer.plan import make_plan
+from quip_vllm.quantizer.plan import make_plan, with_split
 from quip_vllm.quantizer.plan_file import read_plan
 from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
@@ -140,11 +140,12 @@ class Run:
     record: Record
 
     def __init__(self, settings: Settings, out: Path, searchers: Searchers | None = None):
-        self.settings, self.out, self.searchers = settings, out, searchers
+        self.out, self.searchers = out, searchers
         trust = settings.trust_remote_code
         self.devices = usable_devices(settings.devices, searchers)
         self.source = LayeredModel(local_folder(settings.model, trust), trust, str(self.devices[0]))
-        self.plan = make_plan(settings, self.source)
+        self.settings = with_split(settings, self.source)
+        self.plan = make_plan(self.settings, self.source)
         if self.source.beyond:
             named = ", ".join(self.source.beyond[:4]) + (", ..." if len(self.source.beyond) > 4 else "")
             _LOG.warning("the model has no modules %s, which its files hold: they are copied as they are", named)

@@ -49,7 +49,8 @@ class Settings:
         seed: of the signs, the choice of sequences and the self-written text.
         hadamard_block: None for full-width rotations, else their largest block.
         split: over how many tensor-parallel ranks the layers can be cut: full-width rotations act on that many equal
-            chunks of the side that is cut (`checkpoint.cuts`), one by one.
+            chunks of the side that is cut (`checkpoint.cuts`), one by one. None is what `plan.with_split` chooses, and
+            whole rows until then.
         ignore: regular expressions, searched in module names; a layer that one matches keeps its weight.
         overrides: (regular expression, bits) pairs; the last that matches a module name counts.
         damping: what is added to a Hessian's diagonal, relative to its mean.
@@ -84,7 +85,7 @@ class Settings:
     sequence_length: int = None  # type: ignore[assignment]
     seed: int = 0
     hadamard_block: int | None = None
-    split: int = 1
+    split: int | None = None
     ignore: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
     damping: float = 0.01
@@ -131,7 +132,9 @@ class Settings:
             raise ValueError(
                 "a plan says the bits of every layer: leave --ignore, --override, --lm-head and --embedding away"
             )
-        if self.split < 1 or (self.split > 1 and self.hadamard_block is not None):
+        if self.hadamard_block is not None:
+            self._default("split", 1)
+        if self.split is not None and (self.split < 1 or (self.split > 1 and self.hadamard_block is not None)):
             raise ValueError(
                 f"split is {self.split}: give a number of ranks, and no --hadamard-block, whose blocks can be split"
             )
@@ -230,7 +233,7 @@ class Settings:
         Raises:
             ValueError: it is not known how vLLM cuts the layer, or its sizes cannot be cut.
         """
-        if self.split > 1 and rotate_output:
+        if self.split is not None and self.split > 1 and rotate_output:
             stored = chunked(name, stored, n, k, self.split)
         return stored.spec(k, (n,), self.hadamard_block, rotate_output)
 

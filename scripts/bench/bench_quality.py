@@ -53,10 +53,11 @@ for bits in (3, 4):
     CONFIGURATIONS[f"qg{bits}discquant"] += ["--drift-correction", "0"]
 CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-sided"] for bits in (3, 4)}
 CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
-CUTS = {"split2": ["--split", "2"], "split3": ["--split", "3"], "b128": ["--hadamard-block", "128"]}
+CUTS = {"": ["--split", "1"], "split2": ["--split", "2"], "split3": ["--split", "3"]}
+CUTS["b128"] = ["--hadamard-block", "128"]
 for short, flags in CUTS.items():
     CONFIGURATIONS[f"qs2{short}"] = [*CONFIGURATIONS["qs2"], *flags]
-CONFIGURATIONS |= {f"qs2{short}s1": [*CONFIGURATIONS[f"qs2{short}"], "--seed", "1"] for short in ("", *CUTS)}
+CONFIGURATIONS |= {f"qs2{short}s1": [*CONFIGURATIONS[f"qs2{short}"], "--seed", "1"] for short in CUTS}
 EQUAL = ("qs2", "qh2", "qh2full", "qh2bundle", "qh2bundlefull")
 CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] for name in EQUAL}
 for name in ("qs2", "qh2bundle", "qh2bundlefull"):

@@ -48,7 +48,7 @@ def main() -> int:
     args = parser.parse_args()
     full.RATE, blocks.RATE, blocks.EPOCHS = args.rate, args.block_rate, args.block_epochs
     told = read_json(args.checkpoint / REPORT)["settings"]
-    same = {key: told[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed")}
+    same = {key: told[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed", "split")}
     settings = Settings(str(args.model), **same, tune=NONE)
     source, reader = LayeredModel(args.model), CheckpointReader(args.checkpoint)
     specs = make_plan(settings, source).specs

@@ -4,7 +4,7 @@
 import pytest
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
-from quip_vllm.quantizer.plan import make_plan
+from quip_vllm.quantizer.plan import make_plan, with_split
 from quip_vllm.quantizer.source.model import LayeredModel
 
 
@@ -56,6 +56,27 @@ def test_rotations_that_can_be_split(plan):
         config.layer_format(name).spec(64, (64,), None).chunks == spec.chunks for name, spec in found.specs.items()
     )
     assert {name.rpartition(".")[2] for name in config.layers} == {"v_proj", "o_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "changes", "split"),
+    [
+        ("Llama", {}, {}, 4),
+        ("Llama", {}, {"split": 1}, 1),
+        ("Llama", {}, {"hadamard_block": 64}, 1),
+        ("Llama", {"num_key_value_heads": 4}, {}, 2),  # 256 outputs
+        ("Llama", {"num_key_value_heads": 1}, {}, 1),
+        ("Llama", {"num_key_value_heads": 1}, {"ignore": ("[kv]_proj",)}, 4),
+        ("Llama", {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 6}, {}, 2),
+        ("Phi3", {}, {}, 1),
+        ("Qwen3Moe", {"moe_intermediate_size": 512}, {}, 1),
+    ],
+)
+def test_the_chunks_of_a_model_that_nobody_names(plan, architecture, config, changes, split):
+    """The most that leave each 128 numbers, if the heads are a multiple; a mixture of experts has none."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 8}
+    _, settings, source = plan(architecture, {**sizes, "num_key_value_heads": 8, **config}, **changes)
+    assert with_split(settings, source).split == split
 
 
 @pytest.mark.parametrize(
