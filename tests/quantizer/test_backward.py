@@ -18,6 +18,7 @@ def test_gradients_are_those_of_the_whole_model(tiny_model, tmp_path, monkeypatc
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(backward, "LOGITS", 3 * 7 * 272)  # seven positions of three sequences
+    monkeypatch.setattr(backward, "ROWS", 1)
     folder = tiny_model(architecture, dtype="float32", tie_word_embeddings=tied)
     source = LayeredModel(folder)
     tokens = torch.randint(0, 256, (5, 40), generator=torch.Generator().manual_seed(0))
