@@ -91,7 +91,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--hadamard-block",
         default="full",
         metavar="N|full",
-        help="rotate whole rows (full, default) or blocks of at most N (a power of two), as tensor parallelism needs",
+        help="rotate whole rows or their chunks (full, default; see --split), or blocks of at most N, a power of two",
     )
     parser.add_argument(
         "--split",
