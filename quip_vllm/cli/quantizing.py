@@ -98,7 +98,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="rotate each of R equal chunks of the side that tensor parallelism cuts by itself, so that vLLM can serve "
-        "on R ranks or a divisor of R (default 8, 4 or 2 where that leaves each chunk 128 numbers, else 1: whole rows)",
+        "on R ranks or a divisor of R (default 8, 4 or 2 where that leaves each chunk 256 numbers, else 1: whole rows)",
     )
     parser.add_argument(
         "--rounding",

@@ -17,10 +17,9 @@ from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.transforms.hadamard import block_size
 
 SPLITS = (8, 4, 2)
-NARROWEST = 128
+NARROWEST = 256
 """Into how many chunks rotations are cut where the user names no number: the most that leave each this many numbers.
-A model of such sizes can be served on so many ranks, and the loss grows by less than it does from seed to seed
-(docs/benchmarks/quality.md#rotation)."""
+Chunks of 128 cost a layer a hundredth of its loss, and whole models more (docs/benchmarks/quality.md#rotation)."""
 LINEAR_LATENT = ("minicpm3",)
 """Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
 

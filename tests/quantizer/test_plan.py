@@ -64,7 +64,7 @@ def test_rotations_that_can_be_split(plan):
         ("Llama", {}, {}, 4),
         ("Llama", {}, {"split": 1}, 1),
         ("Llama", {}, {"hadamard_block": 64}, 1),
-        ("Llama", {"num_key_value_heads": 4}, {}, 2),  # 256 outputs
+        ("Llama", {"num_key_value_heads": 4}, {}, 2),  # 512 outputs
         ("Llama", {"num_key_value_heads": 1}, {}, 1),
         ("Llama", {"num_key_value_heads": 1}, {"ignore": ("[kv]_proj",)}, 4),
         ("Llama", {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 6}, {}, 2),
@@ -73,8 +73,8 @@ def test_rotations_that_can_be_split(plan):
     ],
 )
 def test_the_chunks_of_a_model_that_nobody_names(plan, architecture, config, changes, split):
-    """The most that leave each 128 numbers, if the heads are a multiple; a mixture of experts has none."""
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 8}
+    """The most that leave each 256 numbers, if the heads are a multiple; a mixture of experts has none."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_attention_heads": 8}
     _, settings, source = plan(architecture, {**sizes, "num_key_value_heads": 8, **config}, **changes)
     assert with_split(settings, source).split == split
 
