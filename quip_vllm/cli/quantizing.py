@@ -137,7 +137,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="what is fitted to the codes: nothing; su and sv by least squares (refit); and norms, by training of each "
         "decoder layer (blocks), and of all together (full), which takes longest (default %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help=f"of full (default {EPOCHS})")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"how often --tune full goes through the calibration text, at most (default {EPOCHS})",
+    )
     parser.add_argument("--ignore", nargs="+", default=[], metavar="REGEX", help="layers to leave as they are")
     parser.add_argument("--override", nargs="+", default=[], metavar="REGEX=BITS", help="other bits for some layers")
     for option, layer in (("--lm-head", "output head"), ("--embedding", "input embedding")):
