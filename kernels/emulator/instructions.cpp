@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a thread of a kernel can do on the emulator (emulator.h) beside plain C++: meet others, shuffle, copy, multiply.
 #include <cstring>
-#include <utility>
 
 #include "runtime.h"
 

@@ -13,9 +13,11 @@ from quip_vllm.quantizer.settings import (
     AMOUNTS,
     BUNDLE,
     EPOCHS,
+    NARROWEST,
     ROUNDING_STEPS,
     ROUNDINGS,
     SELF,
+    SPLITS,
     TEXT_AMOUNT,
     TUNINGS,
     Settings,
@@ -98,7 +100,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="rotate each of R equal chunks of the side that tensor parallelism cuts by itself, so that vLLM can serve "
-        "on R ranks or a divisor of R (default 8, 4 or 2 where that leaves each chunk 256 numbers, else 1: whole rows)",
+        f"on R ranks or a divisor of R (default {', '.join(map(str, SPLITS))}: the first that leaves each chunk "
+        f"{NARROWEST} numbers; else 1, whole rows)",
     )
     parser.add_argument(
         "--rounding",

@@ -11,15 +11,11 @@ from quip_vllm.checkpoint.cuts import Cut, chunked, cut_of
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import layout
 from quip_vllm.ops.rotations import sizes_problem
-from quip_vllm.quantizer.settings import Settings
+from quip_vllm.quantizer.settings import NARROWEST, SPLITS, Settings
 from quip_vllm.quantizer.source.mixture import Mixture
 from quip_vllm.quantizer.source.model import LayeredModel
 from quip_vllm.transforms.hadamard import block_size
 
-SPLITS = (8, 4, 2)
-NARROWEST = 256
-"""Into how many chunks rotations are cut where the user names no number: the most that leave each this many numbers.
-Chunks of 128 cost a layer a hundredth of its loss, and whole models more (docs/benchmarks/quality.md#rotation)."""
 LINEAR_LATENT = ("minicpm3",)
 """Models with latent attention that vLLM computes with `kv_b_proj` as a linear layer."""
 
@@ -119,16 +115,15 @@ def with_split(settings: Settings, source: LayeredModel) -> Settings:
     """
     if settings.split is not None:
         return settings
-    specs = make_plan(settings, source).specs
+    if any(source.mixtures(index) for index in range(len(source.layers))):  # shares of experts are not cut by chunks
+        return replace(settings, split=1)
+    rotated = {name: spec for name, spec in make_plan(settings, source).specs.items() if spec.rotate_output}
     heads = getattr(source.config.get_text_config(), "num_attention_heads", 0)
-    experts = any(source.mixtures(index) for index in range(len(source.layers)))  # whose shares are not cut by chunks
 
     def fits(ranks: int) -> bool:
-        return heads % ranks == 0 and all(
-            _chunks_fit(name, spec, ranks) for name, spec in specs.items() if spec.rotate_output
-        )
+        return heads % ranks == 0 and all(_chunks_fit(name, spec, ranks) for name, spec in rotated.items())
 
-    return replace(settings, split=1 if experts else next(filter(fits, SPLITS), 1))
+    return replace(settings, split=next(filter(fits, SPLITS), 1))
 
 
 def _chunks_fit(name: str, spec: LinearSpec, ranks: int) -> bool:
@@ -138,7 +133,7 @@ def _chunks_fit(name: str, spec: LinearSpec, ranks: int) -> bool:
         stored = chunked(name, LayerFormat(spec.code, spec.bits), n, k, ranks)
     except ValueError:
         return False
-    return n // stored.output_chunks >= NARROWEST <= k // stored.input_chunks or cut_of(name) is Cut.NOTHING
+    return min(n // stored.output_chunks, k // stored.input_chunks) >= NARROWEST or cut_of(name) is Cut.NOTHING
 
 
 def _token_rows(

@@ -28,6 +28,10 @@ AMOUNTS = {BUNDLE: (64, 1024), SELF: (64, 256)}
 """Sequences, and tokens in each, unless the user says otherwise."""
 TEXT_AMOUNT = (256, 2048)
 """The same for all other sources."""
+SPLITS = (8, 4, 2)
+NARROWEST = 256
+"""Into how many chunks rotations are cut, unless the user says otherwise: the most that leave each this many numbers.
+Chunks of 128 cost a layer a hundredth of its loss, and whole models more (docs/benchmarks/quality.md#rotation)."""
 EPOCHS = 1
 """Of FULL, unless the user says otherwise."""
 BATCH_TOKENS = 2048

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = [ROOT / "kernels" / "emulator" / f"{name}.cpp" for name in ("scheduler", "instructions")]
+EMULATOR = sorted((ROOT / "kernels" / "emulator").glob("*.cpp"))
 CHECK = ROOT / "tests" / "kernels" / "emulator_check.cpp"
 
 ORDERS = ("roundrobin", "depthfirst", "reverse", "random:1", "random:2")
