@@ -12,8 +12,9 @@
 // last of a few outputs' blocks to come adds the parts of k and rotates the outputs.
 //
 // The order of summation of an output depends on chunks and splits alone: neither on m nor on other rows, nor on which
-// block comes last. The only atomics count blocks.
+// block comes last. The only atomics count blocks (and rows, in routing.cu).
 #pragma once
+#include <algorithm>
 #include <map>
 #include <string>
 
@@ -70,14 +71,15 @@ struct Loader {
   unsigned x_bytes;                                                     // of x in a stage
   int x_units;                                                          // of 16 bytes in this warp's part
 
-  DEVICE Loader(const Gemm& g, int tile0, int end_tile, const unsigned char* x_, int rows, int begin, int warp) {
+  DEVICE Loader(const Gemm& g, const uint32_t* packed, int tile0, int end_tile, const unsigned char* x_, int rows,
+                int begin, int warp) {
     const int lane = device::lane_index(), warps = blockDim.x / kLanes;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int unit = i * kLanes + lane,
                 block = unit / kTileUnits;  // [chunk][tile]; beyond the last tile the last again
       const int64_t first = int64_t(min(tile0 + block % kRowTiles, end_tile - 1)) * g.chunks + begin + warp / g.warps_n;
-      from[i] = g.packed + (first + block / kRowTiles * kWarpsK) * (chunk_bytes<Code>() / 4) + unit % kTileUnits * 4;
+      from[i] = packed + (first + block / kRowTiles * kWarpsK) * (chunk_bytes<Code>() / 4) + unit % kTileUnits * 4;
     }
     to = warp * kDepth * kRowTiles * chunk_bytes<Code>() + 16 * lane;
     x_bytes = kWarpsK * kDepth * rows * row_bytes(Code::kOrder);
@@ -246,18 +248,24 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   constexpr int kStages = stages_of<Code>(kColumnTiles);
   const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;
   const int s = part_of_block(g);
-  const void* table = static_cast<const char*>(g.table) + s * g.table_stride;
+  int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0), expert = 0;
+  if (g.routed) {
+    row0 = g.blocks[blockIdx.z];
+    if (row0 < 0) return;
+    rows = g.routed[row0].rows, expert = max(g.routed[row0].expert, 0);
+  }
+  const void* table = static_cast<const char*>(g.table) + s * g.table_stride + expert * g.expert_table;
   const Code code(memory, table);
 
   const int end_tile = g.part[s].end_tile;
   const int tile0 = g.part[s].first_tile +
                     ((int(blockIdx.x) - g.part[s].first_block) * g.warps_n + warp - warp_k * g.warps_n) * kRowTiles;
-  const int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0);
   const int split = g.split_chunks, begin = min(int(blockIdx.y) * split, g.chunks);
   const int chunks = min(split, g.chunks - begin);
   constexpr int kStageChunks = kWarpsK * kDepth, kAhead = (kStages - 1) * kStageChunks;
-  Loader<Code, kDepth, kColumnTiles> loader(
-      g, tile0, end_tile, g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin, warp);
+  Loader<Code, kDepth, kColumnTiles> loader(g, g.packed + expert * g.expert_words, tile0, end_tile,
+                                            g.x + int64_t(row0) * g.chunks * row_bytes(Code::kOrder), rows, begin,
+                                            warp);
   const int size = stage_bytes<Code>(kAlone ? 0 : rows, g.warps_n, kDepth);
   RowMemory* const own = reinterpret_cast<RowMemory*>(memory + Code::kTableBytes);
   unsigned char* const ring = memory + Code::kTableBytes + (kAlone ? sizeof(RowMemory) : 0);
@@ -331,16 +339,16 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
 
 template <class Code, int kColumnTiles, int kDepth, bool kAlone = false>
 std::string launch_gemm(const Gemm& g, int blocks, device::Stream stream) {
-  const int rows = g.m < kRowBlock ? g.m : kRowBlock;
-  const dim3 grid(blocks, g.splits, (g.m + kRowBlock - 1) / kRowBlock);
+  const dim3 grid(blocks, g.splits, g.routed ? g.block_count : (g.m + kRowBlock - 1) / kRowBlock);
   return LAUNCH((decode_gemm_kernel<Code, kColumnTiles, kDepth, kAlone>), grid, g.warps_n * kWarpsK * kLanes,
-                shared_bytes<Code>(rows, g.warps_n, kDepth, kAlone ? g.split_chunks : 0), stream, g);
+                shared_bytes<Code>(std::min(g.m, g.row_block), g.warps_n, kDepth, kAlone ? g.split_chunks : 0), stream,
+                g);
 }
 
 // Few is the code's kernels for up to 16 rows of x, and Many is those for more.
 template <class Few, class Many>
 std::string run_gemm(Gemm g, device::Stream stream) {
-  const int blocks = place_parts(g, kRowTiles * g.warps_n), column_tiles = column_tiles_of(g.m);
+  const int blocks = place_parts(g, kRowTiles * g.warps_n), column_tiles = column_tiles_of(std::min(g.m, g.row_block));
   if (column_tiles == 8) return launch_gemm<Many, 8, 1>(g, blocks, stream);
   constexpr bool kChoice = has_depths<Few>(1);
   if constexpr (kCanBeAlone<Few>) {

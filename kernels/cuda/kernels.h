@@ -21,24 +21,42 @@ struct Rotation {
   int q, p;
 };
 
+// A row that an expert multiplies. Rows lie in the order of the experts, those of one in blocks of at most so many.
+struct RoutedRow {
+  int result;       // its number in ids, and in y
+  int expert;       // -1: there is none of that number, and the result is NaN
+  int first, rows;  // of its block
+};
+
+// ids [count] -> the rows in this order, and where blocks of them begin.
+struct Route {
+  const int64_t* ids;
+  int count, experts, row_block;
+  RoutedRow* rows;  // [count]
+  int* blocks;      // [block_count]: the first row of each, and -1 behind the last
+  int block_count;  // the most that there can be
+};
+
 // x [m][k] -> activations of decode_gemm, and one scale and one sum per row.
 struct RotateIn {
   const void* x;
   Type type;
-  const float* su;  // [k]
+  const float* su;  // [k], or [experts][k]
   Rotation rotation;
   int m, k, chunks;
   XOrder order;
-  int row_block;       // rows that lie together in out
-  bool columns;        // whether in columns of 8 numbers, for wgmma_gemm
-  int slices;          // 1 or kSlices (rotation.cu), which divides p; with int8 1
-  bool early;          // whether decode_gemm may start as early as it can, see there
-  int growth;          // log2 of q p, rounded up
-  unsigned char* out;  // layout.h
-  float* scales;       // [m]: rotated x = scale * out
-  int64_t* totals;     // [m][slices]: sums of out, exact: of int8, or in units of 2^-24
-  float* scratch;      // [m][slices][work] where shared memory is too small, else null
-  int work;            // floats of a slice: k / slices, twice that if q > 1
+  int row_block;            // rows that lie together in out
+  bool columns;             // whether in columns of 8 numbers, for wgmma_gemm
+  int slices;               // 1 or kSlices (rotation.cu), which divides p; with int8 1
+  bool early;               // whether decode_gemm may start as early as it can, see there
+  int growth;               // log2 of q p, rounded up
+  unsigned char* out;       // layout.h
+  float* scales;            // [m]: rotated x = scale * out
+  int64_t* totals;          // [m][slices]: sums of out, exact: of int8, or in units of 2^-24
+  float* scratch;           // [m][slices][work] where shared memory is too small, else null
+  int work;                 // floats of a slice: k / slices, twice that if q > 1
+  const RoutedRow* routed;  // [m], or null where there are no experts, as below
+  int results;              // of a row of x
 };
 
 // Where sums become outputs (output.h).
@@ -47,11 +65,12 @@ struct Output {
   const float* scales;    // [m], of rotate_in
   const int64_t* totals;  // [m][slices], of rotate_in
   int slices;
-  const float* sv;   // [n]
+  const float* sv;   // [n], or [experts][n]
   const void* bias;  // [n], or null
   void* y;           // [m][n]
   Type bias_type, type;
   int n;
+  const RoutedRow* routed;  // as in RotateIn
 };
 
 // The tiles of a part of the layer. Those of a thread block belong to one part.
@@ -64,17 +83,21 @@ struct Part {
 struct Gemm {
   const uint32_t* packed;  // layout.h
   const unsigned char* x;
-  const void* table;     // of the code: [parts] for HYB, one for LUT and lattice, else null
-  int64_t table_stride;  // bytes from a part's table to the next
-  RotateIn in;           // with an x where this is the only launch: thread blocks rotate what they multiply, and
-                         // totals is [blocks of outputs][m][splits]
-  uint32_t* arrivals;    // [blocks of outputs], 0 before: the last block of a few outputs to come adds the parts of
-                         // k, in order, if there are several
-  float* partial;        // the bits of int32 for int8 activations
+  const void* table;        // of the code: [parts] for HYB, one for LUT and lattice, else null
+  int64_t table_stride;     // bytes from a part's table to the next
+  const RoutedRow* routed;  // as in RotateIn
+  const int* blocks;        // of rows, as in Route
+  int block_count;
+  int64_t expert_words, expert_table;  // words of packed and bytes of table from an expert's to the next
+  RotateIn in;         // with an x where this is the only launch: thread blocks rotate what they multiply, and
+                       // totals is [blocks of outputs][m][splits]
+  uint32_t* arrivals;  // [blocks of outputs], 0 before: the last block of a few outputs to come adds the parts of
+                       // k, in order, if there are several
+  float* partial;      // the bits of int32 for int8 activations
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
   int warps_n, depth;        // thread_block.h
-  int row_block;             // rows of x that a thread block of wide_gemm has at most, a multiple of 8
+  int row_block;             // rows of x that a thread block has at most, a multiple of 8
   int parts;
   Part part[kMaxParts];
   int width;  // p of every part's output rotation, which the epilogue applies, or 0: it writes partial
@@ -169,6 +192,7 @@ inline WgmmaKernels& wgmma_kernels() {
   return all;
 }
 
+std::string route(const Route& r, device::Stream stream);
 std::string rotate_in(const RotateIn& r, device::Stream stream);
 std::string rotate_out(const RotateOut& r, device::Stream stream);
 

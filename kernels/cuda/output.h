@@ -98,9 +98,13 @@ DEVICE float centred(const Output& out, int32_t sum, int64_t total) {
 
 // Writes an element of y. A rotated sum is multiplied by unit, the row's scale and sv.
 DEVICE void write(const Output& out, float unit, int row, int column, float sum) {
-  const float added = out.bias ? read(out.bias, out.bias_type, column) : 0;
-  const float v = fmaf(sum, unit * out.scales[row] * out.sv[column], added);
-  const int64_t i = int64_t(row) * out.n + column;
+  const float added = out.bias ? read(out.bias, out.bias_type, column) : 0, scale = unit * out.scales[row];
+  int64_t sv = column, i = int64_t(row) * out.n + column;
+  if (out.routed) {
+    sv += int64_t(max(out.routed[row].expert, 0)) * out.n;
+    i = int64_t(out.routed[row].result) * out.n + column;
+  }
+  const float v = fmaf(sum, scale * out.sv[sv], added);
   if (out.type == Type::kFloat)
     static_cast<float*>(out.y)[i] = v;
   else

@@ -221,6 +221,9 @@ DEVICE void start_next() {
 #endif
 }
 
+// Adds to a number in shared memory that other threads add to, and returns what it was.
+DEVICE int add(int* number, int v) { return atomicAdd(number, v); }
+
 // Whether the calling block is the last of `count` to come here; all its threads call it. What the others wrote before
 // is then there for it. The counter begins with 0.
 DEVICE bool comes_last(uint32_t* counter, uint32_t count) {

@@ -89,6 +89,12 @@ DEVICE T reduce(T v, T* memory, F f) {
   return v;
 }
 
+// Where there are no experts.
+DEVICE RoutedRow plain_row(const RotateIn& r, int row) {
+  const int first = row / r.row_block * r.row_block;
+  return {row, 0, first, r.columns ? r.row_block : min(r.row_block, r.m - first)};
+}
+
 KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   SHARED(memory);
   const int row = blockIdx.x, slice = blockIdx.y, k = r.k, count = k / r.slices;
@@ -98,17 +104,20 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   float largest = 0;
   device::wait_for_writes();  // before the next may start: what it reads at once may have been written just now
   if (r.early) device::start_next();
+  const RoutedRow own = r.routed ? r.routed[row] : plain_row(r, row);
+  const int64_t x_row = int64_t(r.routed ? own.result / r.results : row) * k;
+  const float* const su = r.su + int64_t(max(own.expert, 0)) * k;
   if (r.slices == 1) {
     for (int i = threadIdx.x; i < k; i += blockDim.x) {
-      v[i] = read(r.x, r.type, int64_t(row) * k + i) * r.su[i];
+      v[i] = read(r.x, r.type, x_row + i) * su[i];
       largest = larger(largest, v[i]);
     }
   } else {
     slice_of(v, k, slice, [&](int i, float (&e)[8]) {
-      float su[8];
-      read_eight(r.x, r.type, int64_t(row) * k + i, e), read_floats(r.su + i, su);
+      float signs[8];
+      read_eight(r.x, r.type, x_row + i, e), read_floats(su + i, signs);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) e[j] *= su[j], largest = larger(largest, e[j]);
+      for (int j = 0; j < 8; ++j) e[j] *= signs[j], largest = larger(largest, e[j]);
     });
   }
   device::sync_block();
@@ -125,11 +134,12 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
     largest = rotated;
   }
   largest = reduce(largest, reinterpret_cast<float*>(memory), larger);
+  if (own.expert < 0) largest = device::float_of(0x7FC00000u);
   if (!r.early) device::start_next();
   const RowScale scale = scale_of(largest, r.growth, bytes);
 
-  const int row0 = row / r.row_block * r.row_block, rows = r.columns ? r.row_block : min(r.row_block, r.m - row0);
-  unsigned char* out = r.out + int64_t(row0) * r.chunks * row_bytes(r.order);
+  const int in_block = row - own.first, rows = own.rows;
+  unsigned char* out = r.out + int64_t(own.first) * r.chunks * row_bytes(r.order);
   int64_t total = 0;
   for (int i = threadIdx.x; i < r.chunks * kChunk / r.slices; i += blockDim.x) {
     const int c = i * r.slices + slice;
@@ -138,8 +148,8 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
     unsigned char* const chunk = out + int64_t(c / kChunk) * rows * row_bytes(r.order);
     unsigned char* const to = r.order == XOrder::kRows
                                   ? r.out + (int64_t(row) * r.chunks + c / kChunk) * row_bytes(r.order) + place
-                              : r.columns ? chunk + place_in_columns(place, row - row0, rows)
-                                          : chunk + (row - row0) * row_bytes(r.order) + (place ^ (row & 1) * kBlock);
+                              : r.columns ? chunk + place_in_columns(place, in_block, rows)
+                                          : chunk + in_block * row_bytes(r.order) + (place ^ (in_block & 1) * kBlock);
     if (bytes) {
       const int q = device::to_int(value);
       *reinterpret_cast<uint32_t*>(to) = uint32_t(q & 0xFF) * 0x01010101u;
@@ -158,7 +168,7 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
 
 KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   SHARED(memory);
-  const int s = blockIdx.x, row = blockIdx.y, slice = blockIdx.z;
+  const int row = blockIdx.x, s = blockIdx.y, slice = blockIdx.z;
   const RotateOut::RotatedPart& part = r.part[s];
   float* v = reinterpret_cast<float*>(memory);
   if (r.scratch) v = r.scratch + ((int64_t(row) * r.parts + s) * r.slices + slice) * r.work;
@@ -213,7 +223,7 @@ std::string rotate_in(const RotateIn& r, device::Stream stream) {
 
 std::string rotate_out(const RotateOut& r, device::Stream stream) {
   const int bytes = r.scratch ? 16 : r.work * int(sizeof(float));
-  return LAUNCH(rotate_out_kernel, dim3(r.parts, r.m, r.slices), threads_of(r.work * r.slices), bytes, stream, r);
+  return LAUNCH(rotate_out_kernel, dim3(r.m, r.parts, r.slices), threads_of(r.work * r.slices), bytes, stream, r);
 }
 
 }  // namespace quip

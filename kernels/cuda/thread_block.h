@@ -22,6 +22,15 @@ constexpr int kSpare = kWarpsK * kDeep;  // chunks behind a layer's last that th
 // Where decode_gemm rotates x itself: a warp rotates so many numbers, of at most so many rows.
 constexpr int kRun = 128, kFewRows = 16, kMostWarps = 16;
 
+// Experts that rows are routed to: three numbers of each lie in shared memory.
+constexpr int kMostExperts = 4000;
+
+// Rows of an expert that a thread block multiplies, where `rows` are shared by so many: most experts then have one
+// block.
+constexpr int64_t rows_of_expert(int64_t rows, int64_t experts) {
+  return rows <= 4 * experts ? 8 : rows <= 8 * experts ? 16 : kRowBlock;
+}
+
 // wide_gemm: warps of a thread block, and the most rows of x that it multiplies.
 constexpr int kWideWarps = 8, kWideRows = 256;
 

@@ -101,7 +101,9 @@ def prepare_experts(spec: LinearSpec, experts: Sequence[dict[str, Tensor]]) -> P
             tensors[name] = torch.stack([one.tensors[name] for one in layers])
             own.add(name)
             collapse(tensors[name])
-    return PreparedExperts(layers[0].for_all(layers), tensors, frozenset(own))
+    together = layers[0].for_all(layers)
+    with torch.cuda.device_of(tensors[SU.name]):
+        return together.ready(PreparedExperts(together, tensors, frozenset(own)))
 
 
 def _laid_out(spec: LinearSpec, tensors: dict[str, Tensor]) -> PreparedLayer:

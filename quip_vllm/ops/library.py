@@ -21,12 +21,16 @@ _SCHEMAS = (
     "cuda_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, Tensor? bias, str code, int bits, int[] thread_blocks, "
     "int one_launch_rows, int dense_rows, int[] wide=[]) -> Tensor",
+    "cuda_experts(Tensor x, Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, "
+    "int[] widths, int[] output_sizes, str code, int bits, int[] thread_blocks) -> Tensor",
     "cuda_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, str code, "
     "int bits, ScalarType dtype) -> Tensor",
     "cuda_shared_bytes(str code, int bits, int rows, int warps_n, int depth, int chunks) -> int",
     "cuda_wide_bytes(str code, int bits, int rows, bool columns) -> int",
     "triton_linear(Tensor x, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, int[] widths, "
     "int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
+    "triton_experts(Tensor x, Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor[] bases, "
+    "int[] widths, int[] output_sizes, str code, int bits, int split_chunks, int[] shapes) -> Tensor",
     "triton_embedding(Tensor ids, Tensor packed, Tensor? table, Tensor su, Tensor sv, Tensor base, int width, "
     "str code, int bits, ScalarType dtype) -> Tensor",
     "encode_trellis(Tensor targets, Tensor values, int bits) -> Tensor",
@@ -54,6 +58,12 @@ def _(x, ids, shares, packed, table, table_integers, table_units, su, sv, bases,
 @torch.library.register_fake("quip_vllm::cuda_linear")
 def _(x, packed, table, su, sv, bases, widths, output_sizes, *constants):
     return x.new_empty(x.shape[0], sum(output_sizes))
+
+
+@torch.library.register_fake("quip_vllm::triton_experts")
+@torch.library.register_fake("quip_vllm::cuda_experts")
+def _(x, ids, packed, table, su, sv, bases, widths, output_sizes, *constants):
+    return x.new_empty(ids.shape[0] * ids.shape[1], sum(output_sizes))
 
 
 @torch.library.register_fake("quip_vllm::cuda_embedding")

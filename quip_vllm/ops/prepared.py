@@ -67,6 +67,10 @@ class PreparedLayer(abc.ABC):
         """The choices that hold for several layers of this spec, of which this is one; without tensors."""
         return replace(self, tensors={})
 
+    def ready(self, experts: "PreparedExperts") -> "PreparedExperts":
+        """Experts whose layer this is, once their tensors are together, before they run."""
+        return experts
+
     def _rows_of_experts(
         self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
     ) -> Tensor:
@@ -79,9 +83,7 @@ class PreparedLayer(abc.ABC):
                 tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
                 y.append(self._rows(x[rows // ids.shape[1]], None, tensors_of))
         found = torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
-        if shares is None:
-            return found
-        return (found.view(*shares.shape, found.shape[1]).float() * shares[..., None]).sum(1).to(x.dtype)
+        return summed(found, shares)
 
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -90,6 +92,13 @@ class PreparedLayer(abc.ABC):
     @abc.abstractmethod
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         """`embedding` of contiguous ids [m] -> [m, k]."""
+
+
+def summed(y: Tensor, shares: Tensor | None) -> Tensor:
+    """Rows [tokens * s, n], or the sums of s in turn times their shares, float32 [tokens, s]: [tokens, n]."""
+    if shares is None:
+        return y
+    return (y.view(*shares.shape, y.shape[1]).float() * shares[..., None]).sum(1).to(y.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class PreparedExperts:
             [m, t, n] in x's dtype; with shares the sums, [tokens, n].
 
         Raises:
-            RuntimeError: there is no expert of some number.
+            RuntimeError: there is no expert of some number. On a GPU the row is NaN.
         """
         tensors, spec = self.tensors if tensors is None else tensors, self.layer.spec
         shares = None if shares is None else shares.contiguous()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs rotate_in, decode_gemm and rotate_out of the codes and bits that it is told, without torch, for the sanitizers;
-// decode_gemm alone, where it can be; wide_gemm in its place, where it can be; and what the dense weight needs. Prints a
-// checksum a case, or the emulator's sentence.
+// decode_gemm alone, where it can be; wide_gemm in its place, where it can be; the same with rows of two experts; and
+// what the dense weight needs. Prints a checksum a case, or the emulator's sentence.
 //
 //   gemm_check CODE BITS ...      CODE: one of those that kernels/tests.cmake compiles
 #include <cstdio>
@@ -22,18 +22,19 @@ constexpr int kN = 80, kK = 688;  // 5 tiles, and 11 chunks of which the last is
 
 // cut: rows in slices, with rotations of runs of 16, else of 172 * 4 and 20 * 4 elements; fused: k whole, and the
 // output rotation, of runs of 16, in decode_gemm's epilogue; alone: k in two parts, and decode_gemm rotates both sides;
-// many: wide_gemm in two row blocks.
+// many: wide_gemm in two row blocks; routed: two results of a row of x, of two experts and of one that does not exist.
 std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth, bool cut, bool fused, bool alone,
-                bool many = false) {
+                bool many = false, bool routed = false) {
   const int kK = alone ? 5 * kRun : ::kK;
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
-  const int row_block = many ? (m / 2 + 7) / 8 * 8 : kRowBlock;
+  const int row_block = many ? (m / 2 + 7) / 8 * 8 : routed ? 8 : kRowBlock, experts = routed ? 2 : 1;
   const int tiles = kN / kTile, chunks = (kK + kChunk - 1) / kChunk;
-  std::vector<uint32_t> packed((tiles * chunks + kSpare) * kLanes * bits), table(std::max(code.table_words, 1));
+  const int words = (tiles * chunks + kSpare) * kLanes * bits;
+  std::vector<uint32_t> packed(experts * words), table(experts * std::max(code.table_words, 1));
   for (auto& word : packed) word = random();
   for (auto& word : table) word = random() & 0x3BFF3BFF;  // halves below one
-  std::vector<float> x(m * kK), su(kK, 1.0f), sv(kN, 1.0f), base(172 * 172), y(m * kN);
+  std::vector<float> x(m * kK), su(experts * kK, 1.0f), sv(experts * kN, 1.0f), base(172 * 172), y(m * kN);
   for (auto& v : x) v = normal(random);
   for (auto& v : base) v = random() % 2 ? 1.0f : -1.0f;
   std::vector<unsigned char> arranged(int64_t(m * chunks + kSpare * std::min(m, kRowBlock)) * row_bytes(code.order) +
@@ -55,20 +56,29 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   const Rotation runs{base.data(), 1, 16}, wide{base.data(), 1, kRun};
   const Rotation of_x = alone ? wide : cut ? runs : Rotation{base.data(), 172, 4};
   const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = alone ? 7 : cut ? 4 : 10;
-  const RotateIn in{x.data(), Type::kFloat, su.data(),     of_x,          m,         kK,
-                    chunks,   code.order,   row_block,     false,         in_slices, false,
-                    growth,   aligned,      scales.data(), totals.data(), nullptr,   work};
-  const Output output{510,       scales.data(), totals.data(), in_slices,    sv.data(),
-                      sv.data(), y.data(),      Type::kFloat,  Type::kFloat, kN};
+  std::vector<int64_t> ids(m);
+  for (int i = 0; i < m; ++i) ids[i] = i % 5 ? i % 2 : 7;
+  std::vector<RoutedRow> routed_rows(m);
+  std::vector<int> blocks(3 + m / 8);
+  const RoutedRow* const order = routed ? routed_rows.data() : nullptr;
+  const Route rows_of_experts{ids.data(), m, 2, row_block, routed_rows.data(), blocks.data(), int(blocks.size())};
+  g.routed = order, g.blocks = blocks.data(), g.block_count = int(blocks.size());
+  if (routed) g.expert_words = words, g.expert_table = 4 * code.table_words;
+  const RotateIn in{x.data(),      Type::kFloat,  su.data(), of_x,      m,     kK,     chunks,
+                    code.order,    row_block,     false,     in_slices, false, growth, aligned,
+                    scales.data(), totals.data(), nullptr,   work,      order, 2};
+  const Output output{510,      scales.data(), totals.data(), in_slices, sv.data(), sv.data(),
+                      y.data(), Type::kFloat,  Type::kFloat,  kN,        order};
   if (fused) g.width = 16, g.unit = 1, g.out = output;
   if (alone) g.in = in, g.arrivals = arrivals.data();
   RotateOut out{partial.data(), g.splits, m, kN, int64_t(m) * kN, bytes, output, slices, 1, {}, nullptr, kN / slices};
   out.part[0] = {cut ? runs : Rotation{base.data(), 20, 4}, 0, kN, 1};
   const GemmEntry entry = code.entry(bits);
-  std::string problem = alone ? "" : rotate_in(in, {});
+  std::string problem = routed ? route(rows_of_experts, {}) : "";
+  if (problem.empty() && !alone) problem = rotate_in(in, {});
   if (problem.empty()) problem = (many ? entry.wide.run : entry.run)(g, {});
   if (problem.empty() && !fused) problem = rotate_out(out, {});
-  if (problem.empty() && entry.dense && !alone) {
+  if (problem.empty() && entry.dense && !alone && !routed) {
     std::vector<uint16_t> weight(kN * chunks * kChunk);
     RotateIn rows = in;
     rows.order = XOrder::kRows;
@@ -79,6 +89,7 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   if (!problem.empty()) return problem;
   uint64_t hash = 14695981039346656037ull;
   for (float v : y) {
+    if (v != v) v = 0;  // of an expert that does not exist
     uint32_t word;
     std::memcpy(&word, &v, sizeof word);
     hash = (hash ^ word) * 1099511628211ull;
@@ -98,6 +109,8 @@ int main(int count, char** words) {
         const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused, false);
         std::printf("%s %d, %d rows%s: %s\n", words[i], bits, m, fused ? ", fused" : "", answer.c_str());
       }
+      std::printf("%s %d, %d rows of experts: %s\n", words[i], bits, m,
+                  run(code, bits, m, 2, depth, m > 2, m > 9, false, false, true).c_str());
       if (m > kFewRows && code.entry(bits).wide.run)
         std::printf("%s %d, %d rows, wide: %s\n", words[i], bits, m,
                     run(code, bits, m, 1, 1, false, false, false, true).c_str());

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes in the CUDA kernels are caught: each mutation makes a part of tests/ops/test_emulated*.py fail."""
+"""Mistakes in the CUDA kernels are caught: each mutation makes a part of tests/ops fail."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, ORDERS = "linear_is_the_dequantized_weight and 1mad-2", "order_of_threads and 1mad-1"
+ROUTED = "rows_that_the_cuda_kernels_route"
 FUSED = "gemm_1mad", "the_epilogue_gives and 1mad-2"
 ONE_LAUNCH = "gemm_1mad", "one_launch_gives and 1mad-2"
 FUSED_ORDERS = "gemm_1mad", "order_of_threads_does_not_show_in_the_epilogue"
@@ -136,6 +137,16 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
         "many_rows_in and mul1",
     ),
     "x of a product under way": ("wgmma_gemm.h", "kStages = 4;", "kStages = 3;", "wgmma", "many_rows_in and mul1"),
+    "signs of another expert": ("rotation.cu", "r.su + int64_t(max(own.expert, 0)) * k", "r.su", "rotation", ROUTED),
+    "words of another expert": ("decode_gemm.h", "g.packed + expert * g.expert_words", "g.packed", "gemm_1mad", ROUTED),
+    "rows of a block left out": ("routing.cu", "+ rows[e] - begin", "+ rows[e] - row", "routing", ROUTED),
+    "no barrier behind the counts": (
+        "routing.cu",
+        "r.blocks[b] = -1;\n  device::sync_block();",
+        "r.blocks[b] = -1;",
+        "routing",
+        ROUTED,
+    ),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
 
@@ -152,7 +163,7 @@ def mutated_library(folder, objects, file, old, new, unit):
 
 
 def outcome(library, tests):
-    files = [str(one) for one in sorted(ROOT.glob("tests/ops/test_emulated*.py"))]
+    files = [str(one) for one in sorted(ROOT.glob("tests/ops/test_emulated*.py"))] + ["tests/ops/test_experts.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     result = subprocess.run(
         [*command, "-k", tests, "--cuda-library", str(library)], cwd=ROOT, capture_output=True, text=True

@@ -7,14 +7,18 @@ from numerics import FLOAT32_LINEAR, ROUNDED_ONCE, relative
 from random_layers import EVERY_RATE, random_layer
 
 from quip_vllm.formats.spec import LinearSpec
-from quip_vllm.ops import prepare, prepare_experts
+from quip_vllm.ops import dispatch, prepare, prepare_experts
 from quip_vllm.ops.cpu import CpuBackend
 
 OPS = torch.ops.quip_vllm
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "cuda", "reference"])
 def backend(request, monkeypatch):
+    """The CUDA kernels are run by the emulator."""
+    if request.param == "cuda":
+        emulated = request.getfixturevalue("cuda")
+        return monkeypatch.setattr(dispatch, "select_backend", lambda *_: emulated)
     if request.param == "cpu" and CpuBackend().refusal(LinearSpec("1mad", 2, 64, (32,))) is not None:
         pytest.skip("the compiled CPU library is not built: make build")
     monkeypatch.setenv("QUIP_VLLM_BACKEND", request.param)
@@ -34,7 +38,7 @@ def compare(spec, count, x, ids):
     assert found.dtype == x.dtype and found.shape == (*ids.shape, spec.out_features)
     for row, experts, own in zip(x, ids.tolist(), found, strict=True):
         wanted = torch.cat([layers[expert].linear(row[None]) for expert in experts])
-        if layers[0].backend == "cpu":
+        if layers[0].backend != "reference":
             assert torch.equal(own, wanted)
         else:  # torch sums in another order for another number of rows
             assert relative(own, wanted) < FLOAT32_LINEAR + ROUNDED_ONCE[str(x.dtype)]
@@ -76,9 +80,32 @@ def test_padded_sizes(backend):
     compare(spec, 3, torch.randn(5, 100), chosen(3, 5, 2))
 
 
-def test_more_rows_than_are_computed_at_once(backend):
+def test_more_rows_than_are_computed_at_once(monkeypatch):
     """2200 rows of products of 2048 floats are more than 16 MiB, in pieces or not."""
+    monkeypatch.setenv("QUIP_VLLM_BACKEND", "cpu")
     compare(LinearSpec("1mad", 2, 16, (2048,)), 3, torch.randn(1100, 16), chosen(3, 1100, 2))
+
+
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("order", ["deferred", "eager,reverse", "eager,random:2"])
+def test_rows_that_the_cuda_kernels_route(cuda, monkeypatch, order, block, each):
+    """Blocks of 8, 16 and 64 rows of an expert, and more rows than a call takes."""
+    monkeypatch.setattr(dispatch, "select_backend", lambda *_: cuda)
+    monkeypatch.setenv("QUIP_VLLM_EMULATOR", order)
+    for rows in (3, 20, 70, 130):
+        compare(LinearSpec("1mad", 2, 64, (48, 32), block), 2, torch.randn(rows, 64), chosen(2, rows, each))
+
+
+def test_an_expert_that_there_is_not_makes_its_row_nan(cuda, monkeypatch):
+    monkeypatch.setattr(dispatch, "select_backend", lambda *_: cuda)
+    spec = LinearSpec("hyb", 2, 64, (32, 16))
+    experts = prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])
+    x, ids = torch.randn(4, 64), chosen(3, 4, 2)
+    wanted = experts.linear(x, ids)
+    ids[1, 0], ids[2, 1] = 3, -1
+    wanted[1, 0] = wanted[2, 1] = float("nan")
+    assert torch.equal(experts.linear(x, ids).nan_to_num(0.5), wanted.nan_to_num(0.5))
 
 
 def test_an_outputs_digits_do_not_depend_on_the_other_rows_or_threads(monkeypatch):
@@ -126,6 +153,28 @@ def test_opcheck_and_one_graph(monkeypatch):
     compiled = torch.compile(lambda x, ids: experts.linear(x * 2, ids) + 1, fullgraph=True, backend="aot_eager")
     x, ids = torch.randn(5, 64), chosen(3, 5, 2)
     assert torch.equal(compiled(x, ids), experts.linear(x * 2, ids) + 1)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, torch.randn(2, 65), "contiguous"),
+        (1, torch.tensor([[0, 1]]), "ids"),
+        (1, torch.zeros(2, 2, dtype=torch.int32), "ids"),
+        (2, torch.zeros(7, dtype=torch.int32), "packed"),
+        (4, torch.zeros(64), "su has 1 dimensions"),
+        (5, torch.zeros(3, 40), "sv"),
+    ],
+)
+def test_the_cuda_op_refuses_and_names_bad_arguments(cuda, monkeypatch, position, value, words):
+    monkeypatch.setattr(dispatch, "select_backend", lambda *_: cuda)
+    spec = LinearSpec("hyb", 2, 64, (32, 16))
+    layer, tensors, _ = vars(prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])).values()
+    own = [torch.randn(2, 64), chosen(3, 2, 2), *layer._weight(tensors), layer.kernels, 2, layer.thread_blocks]
+    torch.library.opcheck(OPS.cuda_experts.default, own)
+    own[position] = value
+    with pytest.raises(RuntimeError, match=words):
+        OPS.cuda_experts(*own)
 
 
 @pytest.mark.parametrize(

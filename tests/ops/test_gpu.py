@@ -10,7 +10,7 @@ from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, SAME_DTYPE
 from random_layers import RATE_IDS, RATES, random_layer
 
 from quip_vllm.formats import spec as specs
-from quip_vllm.ops import LinearSpec, dequantize, encode_lattice, encode_trellis
+from quip_vllm.ops import LinearSpec, dequantize, dispatch, encode_lattice, encode_trellis
 from quip_vllm.ops.cuda import gpu_of, wide_of
 from quip_vllm.ops.dispatch import backends
 from quip_vllm.ops.extension import require_cuda_library
@@ -59,6 +59,30 @@ def test_many_rows(backend, code, bits):
     x, bias = rows(300, 1152), rows(1, 160)[0]
     want = x.double() @ dequantize(spec, tensors).double().T + bias.double()
     assert relative(prepared.linear(x, bias), want) < HALF_ACTIVATIONS
+
+
+@pytest.mark.parametrize(("code", "bits"), RATES, ids=RATE_IDS)
+def test_experts_whatever_the_batch_and_in_a_graph(backend, code, bits, monkeypatch):
+    monkeypatch.setattr(dispatch, "select_backend", lambda *_: backend)
+    spec = LinearSpec(code, bits, 1152, (96, 32, 32))
+    tensors = [{name: one.cuda() for name, one in random_layer(spec, seed).items()} for seed in range(8)]
+    experts = dispatch.prepare_experts(spec, tensors)
+    generator = torch.Generator().manual_seed(0)
+    x, ids = rows(300, 1152).half(), torch.rand(300, 8, generator=generator).topk(3).indices.cuda()
+    weights = torch.stack([dequantize(spec, one) for one in tensors]).double()
+    y = experts.linear(x, ids)
+    wanted = torch.stack([x.double() @ one.T for one in weights], dim=1)
+    wanted = wanted.gather(1, ids[..., None].expand(-1, -1, 160))
+    assert relative(y, wanted) < HALF_ACTIVATIONS + 2**-11
+    for m in (1, 5, 40):
+        assert torch.equal(experts.linear(x[:m].contiguous(), ids[:m].contiguous()), y[:m])
+    few, of_few = x[:4].contiguous(), ids[:4].contiguous()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = experts.linear(few, of_few)
+    few.copy_(x[4:8]), of_few.copy_(ids[4:8])
+    graph.replay()
+    assert torch.equal(captured, y[4:8])
 
 
 @pytest.mark.parametrize("block", [None, 32, 128])  # narrow ones are rotated in the CUDA product's epilogue

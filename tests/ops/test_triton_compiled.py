@@ -29,14 +29,15 @@ EVERY = [(code, bits, (8, 64)[bits % 2], (80, 90)[bits // 2 % 2]) for code, bits
 """Each rate with one of the four pairs of rows and target, of which four rates of a code have them all."""
 
 
-def compiled(code, bits, rows, target):
+def compiled(code, bits, rows, target, routed):
     """The kernel for up to `rows` rows on sm_`target`; pointers are aligned to 16 bytes, integers unknown."""
     shape = candidates(rows, WARPS[target // 10])[0]
     table = "*fp16" if own_code(code) in ("lut", "table") else "*u32"
-    signature = {"packed": "*u32", "table": table, "x": "*fp16", "partial": "*fp32"}
-    signature |= dict.fromkeys(("m", "tiles", "chunks", "split_chunks"), "i32")
+    signature = {"packed": "*u32", "table": table, "x": "*fp16", "partial": "*fp32", "order": "*i64", "blocks": "*i32"}
+    numbers_of_it = ("expert_words", "expert_table", "m", "tiles", "chunks", "split_chunks")
+    signature |= dict.fromkeys(numbers_of_it, "i32")
     constants = code_and_order(code) | {"BITS": bits, "SECOND": numbers(code, bits)[2], "PROJECTIONS": ()}
-    constants |= {"WARPS": shape.warps, "BM": shape.rows, "UNROLL": shape.unroll}
+    constants |= {"WARPS": shape.warps, "BM": shape.rows, "UNROLL": shape.unroll, "ROUTED": routed}
     names = decode_gemm_kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
     whole = {name: signature.get(name, "constexpr") for name in names}
@@ -44,8 +45,8 @@ def compiled(code, bits, rows, target):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=gemm_options(code, shape))
 
 
-def check(folder, code, bits, rows, target):
-    kernel = compiled(code, bits, rows, target)
+def check(folder, code, bits, rows, target, routed=False):
+    kernel = compiled(code, bits, rows, target, routed)
     file = folder / "kernel.cubin"
     file.write_bytes(kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -59,6 +60,11 @@ def check(folder, code, bits, rows, target):
 @pytest.mark.parametrize(("code", "bits", "rows", "target"), USUAL)
 def test_machine_code(tmp_path, code, bits, rows, target):
     check(tmp_path, code, bits, rows, target)
+
+
+@pytest.mark.parametrize(("code", "bits", "rows", "target"), [("hyb", 2, 8, 80), ("e8p", 2, 64, 90), ("lut", 3, 8, 80)])
+def test_machine_code_of_experts(tmp_path, code, bits, rows, target):
+    check(tmp_path, code, bits, rows, target, routed=True)
 
 
 @pytest.mark.exhaustive

@@ -150,6 +150,47 @@ def test_row_major_tiles(code, bits, guarded):
 
 
 @ONLY_INTERPRETED
+@pytest.mark.parametrize("code", ["e8p", "hyb", "lut", "table", "1mad"])
+@pytest.mark.parametrize(("count", "each", "block"), [(3, 2, 16), (2, 1, None), (9, 1, 16)])
+def test_experts(code, count, each, block, monkeypatch, guarded):
+    """Blocks of 8, 16 and 64 rows, in pieces of one row; an expert that no row names, and one that there is not."""
+    from quip_vllm.ops import dispatch
+    from quip_vllm.ops.triton import launch
+
+    monkeypatch.setattr(dispatch, "select_backend", lambda *_: TritonBackend())
+    spec, m = LinearSpec(code, 3, 80, (48, 16), block), {3: 6, 2: 19, 9: 5}[count]
+    tensors = [random_layer(spec, seed) for seed in range(count)]
+    experts = dispatch.prepare_experts(spec, tensors)
+    experts = replace(experts, tensors={name: guarded.copy(tensor) for name, tensor in experts.tensors.items()})
+    if count == 9:
+        monkeypatch.setattr(launch, "MAX_ROWS", 1)
+        monkeypatch.setattr(shapes, "ROWS", (8, 8, 8, 0))
+    ids = torch.randint(0, count - 1, (m, each), generator=torch.Generator().manual_seed(0))
+    ids[m - 1, 0] = count
+    x = rows(m, 80)
+    y = experts.linear(guarded.copy(x, shift=4), guarded.copy(ids))
+    assert not y[m - 1, 0].isfinite().any()
+    weights = torch.stack([dequantize(spec, one) for one in tensors]).double()
+    wanted = torch.einsum("mk,mtnk->mtn", x.double(), weights[ids.clamp(max=count - 1)])
+    wanted[m - 1, 0] = y[m - 1, 0] = 0
+    assert relative(y, wanted) < HALF_ACTIVATIONS
+
+
+@ONLY_INTERPRETED
+@pytest.mark.parametrize(("m", "count", "rows_of_block"), [(1, 4, 8), (40, 3, 8), (7, 50, 16), (65, 1, 64)])
+def test_blocks_of_experts(m, count, rows_of_block):
+    from quip_vllm.ops.triton.routing import Routing
+
+    ids = torch.randint(0, count, (m,), generator=torch.Generator().manual_seed(m))
+    order, blocks = Routing(ids, count, 1).blocks(rows_of_block)
+    used = [block for block in blocks.tolist() if block[0] >= 0]
+    assert blocks[: len(used)].tolist() == used and sorted(order.tolist()) == list(range(m))
+    assert [place for _, first, last in used for place in range(first, last)] == list(range(m))
+    assert all(0 < last - first <= rows_of_block for _, first, last in used)
+    assert all((ids[order[first:last]] == expert).all() for expert, first, last in used)
+
+
+@ONLY_INTERPRETED
 @pytest.mark.parametrize(("k", "sizes", "chunks"), CHUNKED)
 def test_rotations_in_chunks(k, sizes, chunks, guarded):
     """Chunks of 12 p and 52 p, as published for eight tensor-parallel ranks, and of powers of two."""
@@ -279,7 +320,7 @@ def test_rotations_of_every_kind(size, block, guarded):
     x, signs = rows(1, size), guarded.copy(rows(2, size)[1])
     base = guarded.copy(launch.base(rotation_base(order, transpose=True), width))
     turn = launch._Rotation(size, base, width)
-    out, scales, totals = launch._rotate_in(guarded.copy(x), signs, turn, base, "trellis")
+    out, scales, totals = launch._rotate_in(guarded.copy(x), signs, turn, base, "trellis", None)
     columns = torch.arange(out.shape[1])  # where a trellis has them (rotation.py)
     out = out[:, columns & ~22 | (columns >> 1 & 1) << 4 | (columns >> 4 & 1) << 2 | (columns >> 2 & 1) << 1]
     expected = hadamard(x.double() * signs, block, transpose=True)
@@ -289,7 +330,7 @@ def test_rotations_of_every_kind(size, block, guarded):
 
     y, base = guarded.empty(1, size), guarded.copy(launch.base(rotation_base(order, transpose=False), width))
     ones = guarded.copy(torch.ones(1))
-    launch._rotate_out(guarded.copy(x[None]), y, signs, [base], [width], [size], ones, ones[None], 1.0, 0.0)
+    launch._rotate_out(guarded.copy(x[None]), y, signs, [base], [width], [size], ones, ones[None], 1.0, 0.0, None)
     assert relative(y, hadamard(x.double(), block) * signs) < FLOAT32_TRANSFORM
 
 

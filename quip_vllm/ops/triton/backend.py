@@ -2,8 +2,10 @@
 """The Triton backend: for NVIDIA GPUs without a compiled library. triton is imported when a layer is loaded."""
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.extension import gpu_problem
-from quip_vllm.ops.prepared import PreparedLayer
+from quip_vllm.ops.prepared import PreparedExperts, PreparedLayer, summed
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 from quip_vllm.ops.triton import shapes
 
@@ -34,8 +36,30 @@ class TritonLayer(PreparedLayer):
     shapes: list[int]
 
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-        y = torch.ops.quip_vllm.triton_linear(
-            x,
+        y = torch.ops.quip_vllm.triton_linear(x, *self._weight(tensors))
+        return y if bias is None else y[:, : self.spec.out_features] + bias
+
+    def _rows_of_experts(
+        self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
+    ) -> Tensor:
+        return summed(torch.ops.quip_vllm.triton_experts(x, ids, *self._weight(tensors)), shares)
+
+    def ready(self, experts: PreparedExperts) -> PreparedExperts:
+        """See PreparedLayer: the tables at an address of theirs, and every kernel compiled."""
+        from quip_vllm.ops.triton import launch
+
+        tensors = dict(experts.tensors)
+        if "table" in experts.own:
+            tensors["table"] = launch.aligned_table(self.spec.code, tensors["table"])
+        experts = replace(experts, tensors=tensors)
+        count, device = len(tensors["su"]), tensors["su"].device
+        for x in _inputs(self.spec, device, (1, 8 * count, 8 * count + 1)) if device.type == "cuda" else ():
+            experts.linear(x, torch.zeros(len(x), 1, dtype=torch.int64, device=device))
+        return experts
+
+    def _weight(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """What both ops want of the layer."""
+        return (
             tensors["packed"],
             tensors.get("table"),
             tensors["su"],
@@ -48,7 +72,6 @@ class TritonLayer(PreparedLayer):
             self.split_chunks,
             self.shapes,
         )
-        return y if bias is None else y[:, : self.spec.out_features] + bias
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.ops.quip_vllm.triton_embedding(
@@ -96,7 +119,7 @@ class TritonBackend:
         if table is not None:
             prepared["table"] = table
         for name, order, width, transpose in bases(spec):
-            prepared[name] = launch.base(rotation_base(order, transpose), width).to(device)
+            prepared[name] = _base(order, transpose, width, device)
         split_chunks = shapes.split_chunks(spec, device)
 
         def multiply(rows: int, shape: shapes.Shape) -> None:
@@ -107,17 +130,27 @@ class TritonBackend:
         widths = [width for _, width in rotations(spec)]
         layer = TritonLayer(spec, prepared, widths, split_chunks, shapes.choose(spec, device, multiply))
         if device.type == "cuda":
-            _compile(layer, device)
+            for x in _inputs(spec, device, shapes.ROWS):
+                layer.linear(x)
+                if not spec.rotate_output:
+                    layer.embedding(torch.zeros(1, dtype=torch.int64, device=device), x.dtype)
         return layer
 
 
-def _compile(layer: TritonLayer, device: torch.device) -> None:
-    """Runs every kernel that the layer may need, so that none is compiled while a CUDA graph is captured."""
+@cache
+@torch.inference_mode(False)
+def _base(order: int, transpose: bool, width: int, device: torch.device) -> Tensor:
+    """One for all layers: do not write to it."""
+    from quip_vllm.ops.triton import launch
+
+    return launch.base(rotation_base(order, transpose), width).to(device)
+
+
+def _inputs(spec: LinearSpec, device: torch.device, counts: Sequence[int]) -> Iterator[Tensor]:
+    """Yields x for every kernel that may be needed, so that none is compiled while a CUDA graph is captured."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for rows in shapes.ROWS:
-            layer.linear(torch.zeros(rows, layer.spec.in_features, dtype=dtype, device=device))
-        if not layer.spec.rotate_output:
-            layer.embedding(torch.zeros(1, dtype=torch.int64, device=device), dtype)
+        for rows in counts:
+            yield torch.zeros(rows, spec.in_features, dtype=dtype, device=device)
 
 
 @torch.library.impl("quip_vllm::triton_linear", ("cuda", "cpu"))
@@ -126,6 +159,16 @@ def _(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_c
 
     with torch.cuda.device_of(x):  # on which Triton launches
         return launch.linear(x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes)
+
+
+@torch.library.impl("quip_vllm::triton_experts", ("cuda", "cpu"))
+def _(x, ids, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes):
+    from quip_vllm.ops.triton import launch
+
+    with torch.cuda.device_of(x):
+        return launch.linear(
+            x, packed, table, su, sv, bases, widths, output_sizes, code, bits, split_chunks, shapes, ids
+        )
 
 
 @torch.library.impl("quip_vllm::triton_embedding", ("cuda", "cpu"))

@@ -12,6 +12,8 @@ of shared memory; it is still decoded once.
     packed   [tile][chunk][part of the words][lane][words of the part]    uint32; parts of 4, 2, 1 words (load_words)
     x        [row][chunk][64]    fp16, columns of a chunk in the order of rotation.place
     partial  [split][row][16 tiles]    fp32
+
+With experts, which rows choose, program (.., .., z) has rows of one expert: ROUTED, see routing.py.
 """
 
 import triton
@@ -113,6 +115,10 @@ def decode_gemm_kernel(
     table,
     x,
     partial,
+    order,
+    blocks,
+    expert_words,
+    expert_table,
     m,
     tiles,
     chunks,
@@ -125,7 +131,18 @@ def decode_gemm_kernel(
     WARPS: tl.constexpr,
     BM: tl.constexpr,
     UNROLL: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):
+    z = tl.program_id(2)
+    row, used = z * BM + tl.arange(0, BM), z * BM + tl.arange(0, BM) < m
+    if ROUTED:
+        expert, first, end_row = tl.load(blocks + 3 * z), tl.load(blocks + 3 * z + 1), tl.load(blocks + 3 * z + 2)
+        if expert < 0:
+            return
+        place = first + tl.arange(0, BM)
+        row, used = tl.load(order + tl.minimum(place, end_row - 1)), place < end_row
+        packed += expert.to(tl.int64) * expert_words
+        table += expert.to(tl.int64) * expert_table
     tile0, end_tile = tl.program_id(0) * WARPS, tiles
     first_tile, program = 0, tl.program_id(0)
     for i in tl.static_range(len(PROJECTIONS)):  # tiles of each, where each has a table of its own
@@ -138,7 +155,6 @@ def decode_gemm_kernel(
         program -= tl.cdiv(PROJECTIONS[i], WARPS)
     tile = tile0 + tl.arange(0, WARPS)
     lane = tl.arange(0, 32)[None, :]
-    row = tl.program_id(2) * BM + tl.arange(0, BM)
     begin = tl.program_id(1) * split_chunks
     end = tl.minimum(begin + split_chunks, chunks)
     # Rows and tiles beyond the last read the last again.
@@ -164,7 +180,7 @@ def decode_gemm_kernel(
         total += fine * SECOND
     n = tile0 * 16 + tl.arange(0, 16 * WARPS)
     to = partial + (tl.program_id(1) * m + row).to(tl.int64)[None, :] * (tiles * 16) + n[:, None]
-    tl.store(to, total, mask=(row < m)[None, :] & (n < end_tile * 16)[:, None])
+    tl.store(to, total, mask=used[None, :] & (n < end_tile * 16)[:, None])
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from quip_vllm.formats.trellis_codes import HYB, LUT, PAIRS, STORED, TABLE
 from quip_vllm.ops import cuda_layout
 from quip_vllm.ops.triton import rotation, shapes
 from quip_vllm.ops.triton.decode_gemm import decode_gemm_kernel, decode_rows_kernel
+from quip_vllm.ops.triton.routing import Routing
 
 CHUNK, LANES = cuda_layout.CHUNK, cuda_layout.LANES
 MAX_ROWS = 1024
@@ -60,6 +61,12 @@ def _lut(device: torch.device) -> Tensor:
     return aligned(LUT.values().half().flatten().to(device), _TABLE_BYTES["lut"])
 
 
+def aligned_table(code: str, table: Tensor) -> Tensor:
+    """`aligned` for a code's tables."""
+    size = _TABLE_BYTES.get(own_code(code))
+    return table if size is None else aligned(table, size)
+
+
 def aligned(table: Tensor, size: int) -> Tensor:
     """The table, or a copy, at a multiple of `size` bytes, a power of two (codes.look_up)."""
     if table.data_ptr() % size == 0:
@@ -67,12 +74,12 @@ def aligned(table: Tensor, size: int) -> Tensor:
     count, item = table.numel(), table.element_size()
     room = torch.empty(count + size // item, dtype=table.dtype, device=table.device)
     start = -room.data_ptr() % size // item
-    return room[start : start + count].copy_(table.flatten())
+    return room[start : start + count].view(table.shape).copy_(table)
 
 
 def base(matrix: Tensor, width: int) -> Tensor:
     """H_q kron S of what the kernels leave of p = `width`: float32, q p / MAX_P squared, or H_q itself up to MAX_P."""
-    sylvester = torch.ones(1, 1)
+    sylvester = torch.ones(1, 1, dtype=matrix.dtype, device=matrix.device)
     while sylvester.shape[0] * rotation.MAX_P < width:
         sylvester = torch.cat([torch.cat([sylvester, sylvester], 1), torch.cat([sylvester, -sylvester], 1)])
     return torch.kron(matrix, sylvester).contiguous()
@@ -122,18 +129,26 @@ def linear(
     bits: int,
     split_chunks: int,
     chosen: list[int],
+    ids: Tensor | None = None,
 ) -> Tensor:
-    """x [m, k] -> y [m, n] in x's dtype; the other arguments are TritonBackend.prepare's."""
-    y = torch.empty(x.shape[0], sum(output_sizes), dtype=x.dtype, device=x.device)
+    """x [m, k] -> y [m, n] in x's dtype; the other arguments are TritonBackend.prepare's.
+
+    With ids [m, t] they are those of experts, and y [m * t, n] is of the experts that each row names.
+    """
+    experts, results = (su.shape[0], ids.shape[1]) if ids is not None else (1, 1)
+    y = torch.empty(x.shape[0] * results, sum(output_sizes), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
     turn = _Rotation(x.shape[1], bases[0], widths[0])
-    for rows, to in zip(x.split(MAX_ROWS), y.split(MAX_ROWS), strict=True):
-        if len(rows):
-            activations, scales, totals = _rotate_in(rows, su, turn, bases[0], columns(code))
-            shape = shapes.shape(chosen, len(rows))
-            partial = multiply(activations, packed, table, output_sizes, code, bits, split_chunks, shape)
-            unit, offset, _ = numbers(code, bits)
-            rest = (bases[1:], widths[1:], output_sizes, scales, totals, turn.norm * unit, offset)
-            _rotate_out(partial, to, sv, *rest)
+    piece = max(MAX_ROWS, shapes.ROWS[-1] * experts) // results or 1
+    for i, (rows, to) in enumerate(zip(x.split(piece), y.split(piece * results), strict=True)):
+        routing = None if ids is None else Routing(ids[i * piece :][: len(rows)].flatten(), experts, results)
+        activations, scales, totals = _rotate_in(rows, su, turn, bases[0], columns(code), routing)
+        shape = shapes.shape(chosen, shapes.rows_of_expert(len(to), experts) if routing else len(rows))
+        partial = multiply(activations, packed, table, output_sizes, code, bits, split_chunks, shape, routing)
+        unit, offset, _ = numbers(code, bits)
+        rest = (bases[1:], widths[1:], output_sizes, scales, totals, turn.norm * unit, offset, routing)
+        _rotate_out(partial, to, sv, *rest)
     return y
 
 
@@ -161,7 +176,7 @@ def embedding(
             ids, *_unsigned(packed, table, code), rows, tiles, chunks, unit, offset,
             **code_and_order(code), BITS=bits, SECOND=second, num_warps=1, **OPTIONS,
         )  # fmt: skip
-        _rotate_out(rows, y, su, [base], [width], [k], scales, scales[:, None], 1.0, 0.0)
+        _rotate_out(rows, y, su, [base], [width], [k], scales, scales[:, None], 1.0, 0.0, None)
     return y
 
 
@@ -208,14 +223,24 @@ def _unsigned(packed: Tensor, table: Tensor | None, code: str) -> tuple[Tensor, 
         return words, words  # never read
     if code == "e8p":
         return words, table.view(torch.uint32)
-    own = own_code(code)
-    table = aligned(table, _TABLE_BYTES[own])
-    return words, table if own in ("lut", "table") else table.view(torch.uint32)
+    table = aligned_table(code, table)
+    return words, table if own_code(code) in ("lut", "table") else table.view(torch.uint32)
 
 
-def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, order: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rotated activations fp16 [m, 64 chunks], scales [m], and their sums in parts [m, programs of a row]."""
-    m, k = x.shape
+def _of_experts(routing: Routing | None, x: Tensor) -> tuple[Tensor, int]:
+    """The ids and the number of experts, for kernels that read both only if they are ROUTED."""
+    return (x, 0) if routing is None else (routing.ids, routing.experts)
+
+
+def _rotate_in(
+    x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, order: str, routing: Routing | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns rotated activations fp16 [m, 64 chunks], scales [m], and their sums in parts [m, programs of a row].
+
+    With experts m is of the results.
+    """
+    k = x.shape[1]
+    m = len(x) if routing is None else len(routing.ids)
     stride = padded(k)
     out = (torch.zeros if k % CHUNK else torch.empty)(m, stride, dtype=torch.float16, device=x.device)
     floats: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
@@ -225,8 +250,9 @@ def _rotate_in(x: Tensor, su: Tensor, turn: _Rotation, base: Tensor, order: str)
         scratch, largest = torch.empty(m, k, **floats), torch.empty(m, turn.blocks, dtype=torch.int32, device=x.device)
     options = {"GROWTH": turn.growth, "COLUMNS": order, **OPTIONS}
     rotation.walsh_in_kernel[m, turn.blocks](
-        x, su, out, stride, scratch, largest, totals, scales, k,
-        COUNT=turn.count, P=turn.p, WHOLE=turn.whole, num_warps=turn.warps, **options,
+        x, *_of_experts(routing, x), routing.results if routing else 1,
+        su, out, stride, scratch, largest, totals, scales, k,
+        COUNT=turn.count, P=turn.p, WHOLE=turn.whole, ROUTED=routing is not None, num_warps=turn.warps, **options,
     )  # fmt: skip
     if not turn.whole:
         rotation.mix_in_kernel[m, turn.runs, turn.parts](
@@ -245,18 +271,26 @@ def multiply(
     bits: int,
     split_chunks: int,
     shape: shapes.Shape,
+    routing: Routing | None = None,
 ) -> Tensor:
-    """Rotated activations [m, 64 chunks] times the weight: fp32 [splits, m, 16 tiles]."""
-    m, tiles, chunks = x.shape[0], packed.shape[0], x.shape[1] // CHUNK
+    """Rotated activations [m, 64 chunks] times the weight: fp32 [splits, m, 16 tiles].
+
+    With experts packed is [experts, tiles, words], as is the table if each has its own.
+    """
+    m, tiles, chunks = x.shape[0], packed.shape[-2], x.shape[1] // CHUNK
     splits = triton.cdiv(chunks, split_chunks)
     partial = torch.empty(splits, m, tiles * TILE, dtype=torch.float32, device=x.device)
     own_tables = own_code(code) in ("hyb", "table", "pairs") and len(output_sizes) > 1
     parts = tuple(size // TILE for size in output_sizes) if own_tables else ()
     programs = sum(triton.cdiv(count, shape.warps) for count in parts or (tiles,))
-    decode_gemm_kernel[programs, splits, triton.cdiv(m, shape.rows)](
-        *_unsigned(packed, table, code), x, partial, m, tiles, chunks, split_chunks,
+    order, blocks = (x, x) if routing is None else routing.blocks(shape.rows)
+    words, values = _unsigned(packed, table, code)
+    size = len(output_sizes) * _TABLE_BYTES.get(own_code(code), 0) // values.element_size()
+    expert_words, expert_table = packed[0].numel() if packed.dim() > 2 else 0, size if values.numel() > size else 0
+    decode_gemm_kernel[programs, splits, len(blocks) if routing else triton.cdiv(m, shape.rows)](
+        words, values, x, partial, order, blocks, expert_words, expert_table, m, tiles, chunks, split_chunks,
         **code_and_order(code), BITS=bits, SECOND=numbers(code, bits)[2], PROJECTIONS=parts,
-        WARPS=shape.warps, BM=shape.rows, UNROLL=shape.unroll, **gemm_options(code, shape),
+        WARPS=shape.warps, BM=shape.rows, UNROLL=shape.unroll, ROUTED=routing is not None, **gemm_options(code, shape),
     )  # fmt: skip
     return partial
 
@@ -272,6 +306,7 @@ def _rotate_out(
     totals: Tensor,
     unit: float,
     offset: float,
+    routing: Routing | None,
 ) -> None:
     """Sums the splits, rotates, scales: one or two launches for neighbouring parts with the same rotation."""
     (splits, m, stride), n, sums = partial.shape, y.shape[1], totals.shape[1]
@@ -286,13 +321,14 @@ def _rotate_out(
         back = _Rotation(size, bases[i], widths[i])
         scale = unit * back.norm
         rotation.walsh_out_kernel[m, back.blocks](
-            partial, y, scratch, signs, scales, totals, sums, m, splits, stride, start, size, n, scale, offset,
-            COUNT=back.count, P=back.p, SUMS=triton.next_power_of_2(sums), MIX=back.q > 1,
+            partial, y, scratch, *_of_experts(routing, y), signs, scales, totals, sums,
+            m, splits, stride, start, size, n, scale, offset,
+            COUNT=back.count, P=back.p, SUMS=triton.next_power_of_2(sums), MIX=back.q > 1, ROUTED=routing is not None,
             num_warps=back.warps, **OPTIONS,
         )  # fmt: skip
         if back.q > 1:
             rotation.mix_out_kernel[m, back.runs, back.parts](
-                scratch, bases[i], y, signs, scales, start, back.q, back.mix_p, n, scale,
-                A=back.a, B=back.b, num_warps=4, **OPTIONS,
+                scratch, bases[i], y, *_of_experts(routing, y), signs, scales, start, back.q, back.mix_p, n, scale,
+                A=back.a, B=back.b, ROUTED=routing is not None, num_warps=4, **OPTIONS,
             )  # fmt: skip
         start, first = start + size, i + 1

@@ -103,9 +103,20 @@ def store_activations(v, column, used, out, top, total_at, scale_at, GROWTH: tl.
     tl.store(scale_at, tl.where(finite, power_of_two(e), float("nan")))
 
 
-@triton.jit(do_not_specialize_on_alignment=["x"])
+@triton.jit
+def expert_of(ids, row, experts):
+    """The expert that a result is of, and whether there is one of its number; else the first."""
+    expert = tl.load(ids + row)
+    known = (expert >= 0) & (expert < experts)
+    return tl.where(known, expert, 0), known
+
+
+@triton.jit(do_not_specialize=["results"], do_not_specialize_on_alignment=["x"])
 def walsh_in_kernel(
     x,
+    ids,
+    experts,
+    results,
     su,
     out,
     stride,
@@ -119,16 +130,25 @@ def walsh_in_kernel(
     GROWTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):
     """x [m][k] times su, S_P, to scratch fp32 [m][k], and the largest magnitude before S_P to largest [m][blocks].
 
-    With WHOLE, a block is a row and nothing is left to mix: what mix_in_kernel writes.
+    With WHOLE, a block is a row and nothing is left to mix: what mix_in_kernel writes. With ROUTED, a row of x has
+    `results` in turn, each with the su [experts][k] of the expert that ids [m] names.
     """
     row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     i = block * COUNT + tl.arange(0, COUNT)
-    v = tl.load(x + row * k + i, mask=i < k, other=0.0).to(tl.float32)
+    if ROUTED:
+        expert, known = expert_of(ids, row, experts)
+        x, su = x + row // results * k, su + expert * k
+    else:
+        x += row * k
+    v = tl.load(x + i, mask=i < k, other=0.0).to(tl.float32)
     v *= tl.load(su + i, mask=i < k, other=0.0)
     top = tl.max(magnitude(v))
+    if ROUTED:
+        top = tl.where(known, top, 0x7FC00000)
     v = walsh(v, COUNT, P)
     if WHOLE:
         store_activations(v, i, i < k, out + row * stride, top, totals + row, scales + row, GROWTH, COLUMNS)
@@ -185,6 +205,8 @@ def walsh_out_kernel(
     partial,
     y,
     scratch,
+    ids,
+    experts,
     signs,
     scales,
     totals,
@@ -201,12 +223,16 @@ def walsh_out_kernel(
     P: tl.constexpr,
     SUMS: tl.constexpr,
     MIX: tl.constexpr,
+    ROUTED: tl.constexpr,
 ):
     """S_P of outputs start .. start + size - 1 of the sum of the splits [splits][m][stride], less offset * total.
 
-    To y [m][n], scaled by unit, signs [n] and scales [m]; with MIX to scratch fp32 [m][n], as it is.
+    To y [m][n], scaled by unit, signs [n] and scales [m]; with MIX to scratch fp32 [m][n], as it is. With ROUTED signs
+    are [experts][n].
     """
     row = tl.program_id(0).to(tl.int64)
+    if ROUTED:
+        signs += expert_of(ids, row, experts)[0] * n
     i = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     v = tl.zeros((COUNT,), tl.float32)
     for split in tl.range(0, splits, num_stages=1):
@@ -222,9 +248,27 @@ def walsh_out_kernel(
 
 
 @triton.jit(do_not_specialize=["start", "unit"], do_not_specialize_on_alignment=["y"])
-def mix_out_kernel(scratch, base, y, signs, scales, start, q, p, n, unit, A: tl.constexpr, B: tl.constexpr):
-    """H_q of outputs start .. of scratch [m][n] to y [m][n], scaled by unit, signs [n] and scales [m]."""
+def mix_out_kernel(
+    scratch,
+    base,
+    y,
+    ids,
+    experts,
+    signs,
+    scales,
+    start,
+    q,
+    p,
+    n,
+    unit,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    ROUTED: tl.constexpr,
+):
+    """H_q of outputs start .. of scratch [m][n] to y [m][n], scaled as by walsh_out_kernel."""
     row = tl.program_id(0).to(tl.int64)
+    if ROUTED:
+        signs += expert_of(ids, row, experts)[0] * n
     a, b, used, column = part_of_run(q, p, A, B)
     first = start + tl.program_id(1) * q * p
     v = mix(base, scratch + row * n + first, a, b, q, p, 32, A, B)

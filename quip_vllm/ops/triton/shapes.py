@@ -104,6 +104,11 @@ def shape(shapes: Sequence[int], m: int) -> Shape:
     return Shape(*shapes[3 * group : 3 * group + 3])
 
 
+def rows_of_expert(rows: int, experts: int) -> int:
+    """The rows to choose a shape for, where so many are shared by experts: most of these then have one block."""
+    return 8 if rows <= 4 * experts else 16 if rows <= 8 * experts else ROWS[-1]
+
+
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call on the GPU, its caches empty."""
     from triton.testing import do_bench
