@@ -82,7 +82,7 @@ def test_torch_headers_only_in_the_checks_of_the_bindings():
     users = [p for p in kernels.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh") and "torch/" in p.read_text()]
     assert sorted(path.name for path in users) == ["torch_checks.h"]
     users = [p for p in kernels.rglob("*") if p.suffix in (".h", ".cpp", ".cu") and "torch_checks.h" in p.read_text()]
-    assert sorted(path.name for path in users) == ["bindings.cu", "bindings_encode.cpp", "bindings_linear.cpp"]
+    assert users and all(re.fullmatch(r"bindings(_\w+)?", path.stem) for path in users)
 
 
 @pytest.mark.parametrize("suffix", ["*.py", "*.h", "*.cpp", "*.cu"])

@@ -1,23 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops of a quantized layer: checks, threads, and the calls of the kernels.
-#include <algorithm>
+// The ops of a linear layer, and of the experts that rows choose: checks, threads, and the calls of the kernels.
 #include <cmath>
-#include <new>
 #include <numeric>
-#include <optional>
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
 
-#include "../torch_checks.h"
-#include "fastest.h"
+#include "bindings.h"
 #include "rows.h"
 
 namespace quip {
 namespace {
-
-// ---- What is around the weight of a layer ----
 
 // A layer, or `count` layers of equal sizes and rotations: su and sv of one stand behind those of the other.
 struct Linear {
@@ -47,126 +37,6 @@ struct Linear {
   }
 };
 
-// Floats for one call, from the start of a cache line on. Torch's own come by its dispatcher, which takes a microsecond.
-struct Memory {
-  float* const floats;
-  explicit Memory(int64_t count)
-      : floats(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}))) {}
-  ~Memory() { ::operator delete(floats, std::align_val_t{64}); }
-  Memory(const Memory&) = delete;
-};
-
-// ---- The weight ----
-
-// Behind the name of a trellis code: Weight::order.
-constexpr std::string_view kSwapped = "_swapped", kByRows = "_by_rows";
-
-Code code_of(const std::string& name) {
-#define QUIP_CASE(enumerator, own) \
-  if (name == own) return Code::enumerator;
-  QUIP_TRELLIS_CODES(QUIP_CASE)
-#undef QUIP_CASE
-#define QUIP_NAME(enumerator, own) own ", "
-  STD_TORCH_CHECK(name == "e8p", "code is ", name, ": it must be one of " QUIP_TRELLIS_CODES(QUIP_NAME) "e8p");
-#undef QUIP_NAME
-  return Code::kE8p;
-}
-
-// A code and the order of its tiles.
-std::pair<Code, TileOrder> code_and_order(const std::string& name) {
-  if (name.ends_with(kSwapped)) return {code_of(name.substr(0, name.size() - kSwapped.size())), TileOrder::kSwapped};
-  if (name.ends_with(kByRows)) return {code_of(name.substr(0, name.size() - kByRows.size())), TileOrder::kByRows};
-  return {code_of(name), TileOrder::kOurs};
-}
-
-// Whether the tier in use has int8 activations.
-bool takes_int8(Code code, TileOrder order, int bits) {
-  return kernels().int8_takes && kernels().int8_takes(code, order, bits);
-}
-
-// Where the blocks of each part of a lattice layer begin, and the bytes of all.
-std::vector<int64_t> block_offsets(const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
-  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits is ", bits, ": the lattice has 2, 3 and 4");
-  STD_TORCH_CHECK(k > 0 && k % 8 == 0, "a lattice weight has ", k, " columns: they must be a multiple of 8");
-  std::vector<int64_t> offsets{0};
-  for (int64_t size : output_sizes) {
-    STD_TORCH_CHECK(size > 0, "a part has ", size, " outputs: give at least one");
-    offsets.push_back(offsets.back() + kernels().lattice_bytes(size, k, int(bits)));
-  }
-  return offsets;
-}
-
-std::vector<Weight> lattice_weights(const Tensor& packed, const std::vector<int64_t>& output_sizes, int64_t k,
-                                    int64_t bits) {
-  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
-  const void* blocks = data_of(packed, ScalarType::Byte, offsets.back(), 1, "packed (the lattice's blocks)");
-  std::vector<Weight> weights;
-  for (size_t i = 0; i < output_sizes.size(); ++i)
-    weights.push_back(
-        {static_cast<const uint8_t*>(blocks) + offsets[i], nullptr, Code::kE8p, int(bits), output_sizes[i], k});
-  return weights;
-}
-
-// Numbers of the table that each part has of its own, as floats and as int16; 0 for a code without such tables.
-int64_t table_floats(Code code) {
-  return code == Code::kHyb ? 1024 : code == Code::kTable ? kStates : code == Code::kPairs ? 2 * kStates : 0;
-}
-int64_t table_shorts(Code code) { return code == Code::kPairs ? 2 * kStates : kStates + 1; }
-
-// The weight of each part of a layer, without the integers of its table.
-std::vector<Weight> weights_of(const Tensor& packed, const std::optional<Tensor>& table, const std::string& name,
-                               const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
-  const auto [code, order] = code_and_order(name);
-  if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
-  STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1,
-                  "code ", name, ": 3inst, mcg and mul1 have swapped tiles, the others do not");
-  const int64_t own = table_floats(code);
-  const int most = code == Code::kHyb ? 4 : 8;
-  STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
-  STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
-  std::vector<int64_t> starts{0};  // in bytes; a part has whole tiles
-  for (int64_t size : output_sizes) starts.push_back(starts.back() + 2 * ((size + kTile - 1) / kTile) * k * bits);
-  const void* words = data_of(packed, ScalarType::Short, starts.back() / 2, 2, "packed");
-  const float* values = nullptr;
-  if (own || code == Code::kLut) {
-    STD_TORCH_CHECK(table.has_value(), "code ", name, " needs its table");
-    values = floats(*table, own ? int64_t(output_sizes.size()) * own : kStates, "table");
-  }
-  std::vector<Weight> weights;
-  for (size_t i = 0; i < output_sizes.size(); ++i)
-    weights.push_back({.packed = static_cast<const uint8_t*>(words) + starts[i],
-                       .table = own ? values + own * i : values,
-                       .code = code,
-                       .bits = int(bits),
-                       .n = output_sizes[i],
-                       .k = k,
-                       .order = order});
-  return weights;
-}
-
-// Adds the tables as integers, and their units: uint8 [parts, 2, 512] of HYB, int16 [65537] of LUT, [parts, 65537] of
-// TABLE, [parts, 65536, 2] of PAIRS.
-void add_integers(std::vector<Weight>& weights, const std::optional<Tensor>& integers,
-                  const std::optional<Tensor>& units, bool grid) {
-  const Code code = weights[0].code;
-  const bool bytes = code == Code::kHyb, own = table_floats(code) > 0;
-  if (!own && code != Code::kLut) return;
-  STD_TORCH_CHECK(integers.has_value() && units.has_value(),
-                  "a code with a table needs it as integers, too: give table_integers and table_units");
-  const int64_t count = own ? int64_t(weights.size()) : 1, shorts = table_shorts(code);
-  const float* unit = floats(*units, count, "table_units");
-  const void* numbers = bytes ? data_of(*integers, ScalarType::Byte, count * 1024, 1, "table_integers")
-                              : data_of(*integers, ScalarType::Short, count * shorts, 2, "table_integers");
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (bytes)
-      weights[i].table8 = static_cast<const uint8_t*>(numbers) + 1024 * i;
-    else
-      weights[i].table16 = static_cast<const int16_t*>(numbers) + (own ? shorts * i : 0);
-    weights[i].unit = unit[own ? i : 0];
-    weights[i].grid = grid;
-  }
-}
-
 // The weights of the parts of `count` layers, layer after layer.
 std::vector<Weight> all_weights(const Tensor& packed, const std::optional<Tensor>& table,
                                 const std::optional<Tensor>& integers, const std::optional<Tensor>& units,
@@ -180,8 +50,6 @@ std::vector<Weight> all_weights(const Tensor& packed, const std::optional<Tensor
   add_integers(weights, integers, units, grid);
   return weights;
 }
-
-// ---- The product ----
 
 struct Panel {
   size_t part;
@@ -323,8 +191,6 @@ void sum_up(float* rows, const float* shares, int64_t tokens, int64_t count, int
   });
 }
 
-// ---- The ops ----
-
 // Several layers of equal sizes, one tensor behind the other: row i of ids [m, t] names those that multiply row i of x.
 // Returns [m * t, n]; with shares, float32 [tokens, s] where tokens * s = m * t, the sums of s rows each, times these.
 Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> shares, const Tensor& packed,
@@ -371,114 +237,10 @@ Tensor cpu_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> t
   return y;
 }
 
-// The tiers that multiply 1, 16 and many rows with int8 activations, by name and in this order.
-std::string cpu_fastest(const Tensor& packed, std::optional<Tensor> table, std::optional<Tensor> table_integers,
-                        std::optional<Tensor> table_units, std::vector<int64_t> output_sizes, int64_t k,
-                        std::string code, int64_t bits, bool grid) {
-  std::vector<Weight> weights = weights_of(packed, table, code, output_sizes, k, bits);
-  add_integers(weights, table_integers, table_units, grid);
-  std::string names;
-  for (int64_t m : kRowsMeasured) names += (names.empty() ? "" : ", ") + std::string(fastest(weights[0], m).name);
-  return names;
-}
-
-// Rows of a weight by number. sv has one element for each row that may be asked for.
-Tensor cpu_embedding(const Tensor& ids, const Tensor& packed, std::optional<Tensor> table, const Tensor& su_,
-                     const Tensor& sv_, const Tensor& base, int64_t width, std::string code, int64_t bits,
-                     ScalarType dtype) {
-  const int64_t n = sv_.numel(), k = su_.numel(), order = base.size(0), m = ids.numel();
-  const Weight weight = weights_of(packed, table, code, {n}, k, bits).front();
-  const float *su = floats(su_, k, "su"), *sv = floats(sv_, n, "sv");
-  const Rotation rotation{floats(base, order * order, "base"), order, width};
-  check_rotation(order, width, k);
-  STD_TORCH_CHECK(ids.dim() == 1, "ids has ", ids.dim(), " dimensions: the op wants a vector");
-  const int64_t* rows = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, m, sizeof(int64_t), "ids"));
-  for (int64_t i = 0; i < m; ++i)
-    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < n, "id ", rows[i], " is not in the table of ", n, " rows: give 0 to ",
-                    n - 1);
-  Tensor y = torch::stable::new_empty(su_, {m, k}, dtype);
-  const Type type = type_of(y);
-  const int64_t bytes = k * bytes_of(type);
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  const Kernels& ops = kernels();
-  torch::stable::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-    Memory row(k), scratch(rotation_scratch(order));
-    for (int64_t i = begin; i < end; ++i) {
-      ops.decode_row(weight, rows[i], row.floats);
-      for (int64_t c = 0; c < k; ++c) row.floats[c] *= sv[rows[i]];
-      ops.rotate_out(row.floats, k, rotation, su, type, out + i * bytes, scratch.floats);
-    }
-  });
-  return y;
-}
-
-// The codes of a lattice layer as this tier's kernels read them. codes: int16 [n, k/8]; second: of the same shape,
-// uint8 at 3 bits and int16 at 4.
-Tensor cpu_lattice_blocks(const Tensor& codes, std::optional<Tensor> second, std::vector<int64_t> output_sizes,
-                          int64_t bits) {
-  STD_TORCH_CHECK(codes.dim() == 2, "codes has ", codes.dim(), " dimensions: the op wants [n, k/8]");
-  const int64_t k = 8 * codes.size(1), count = codes.numel();
-  const std::vector<int64_t> offsets = block_offsets(output_sizes, k, bits);
-  int64_t n = 0;
-  for (int64_t size : output_sizes) n += size;
-  STD_TORCH_CHECK(n == codes.size(0), "codes has ", codes.size(0), " rows and output_sizes ", n,
-                  ": give them the same");
-  STD_TORCH_CHECK(bits == 2 || second.has_value(), "the second stage is missing: ", bits, " bits need residual_codes");
-  const int item = bits == 3 ? 1 : 2;
-  const int16_t* first =
-      static_cast<const int16_t*>(data_of(codes, ScalarType::Short, count, sizeof(int16_t), "codes"));
-  const char* rest = nullptr;
-  if (bits > 2)
-    rest = static_cast<const char*>(
-        data_of(*second, bits == 3 ? ScalarType::Byte : ScalarType::Short, count, item, "residual_codes"));
-  Tensor blocks = torch::stable::new_empty(codes, {offsets.back()}, ScalarType::Byte);
-  uint8_t* out = blocks.mutable_data_ptr<uint8_t>();
-  std::fill(out, out + offsets.back(), uint8_t(0));
-  int64_t start = 0;
-  for (size_t i = 0; i < output_sizes.size(); start += output_sizes[i++]) {
-    const int64_t size = output_sizes[i], group = 2 * kTile, at = start * (k / 8);
-    torch::stable::parallel_for(0, (size + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
-      const int64_t row0 = begin * group, rows = std::min(end * group, size) - row0;
-      kernels().put_rows(first + at, rest ? rest + at * item : nullptr, row0, rows, k, int(bits), out + offsets[i]);
-    });
-  }
-  return blocks;
-}
-
-// ---- What the library runs on ----
-
-std::string cpu_tier() { return kernels().name; }
-
-// A line for each tier: its name, and the features that it needs, with + where the CPU has one and - where not.
-std::string cpu_tiers() {
-  std::string lines;
-  for (const Tier& tier : tiers()) {
-    lines += tier.kernels->name;
-    for (const Feature& feature : tier.needs) lines += std::string(feature.here ? " +" : " -") + feature.name;
-    lines += "\n";
-  }
-  return lines;
-}
-
-// Whether the tier in use has int8 activations for a format.
-bool cpu_takes_int8(std::string code, int64_t bits) {
-  const auto [own, order] = code_and_order(code);
-  return takes_int8(own, order, int(bits));
-}
-
 }  // namespace
 }  // namespace quip
 
 STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&quip::cpu_linear));
   m.impl("cpu_experts", TORCH_BOX(&quip::cpu_experts));
-  m.impl("cpu_fastest", TORCH_BOX(&quip::cpu_fastest));
-  m.impl("cpu_embedding", TORCH_BOX(&quip::cpu_embedding));
-  m.impl("cpu_lattice_blocks", TORCH_BOX(&quip::cpu_lattice_blocks));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(quip_vllm, CompositeExplicitAutograd, m) {
-  m.impl("cpu_tier", TORCH_BOX(&quip::cpu_tier));
-  m.impl("cpu_tiers", TORCH_BOX(&quip::cpu_tiers));
-  m.impl("cpu_takes_int8", TORCH_BOX(&quip::cpu_takes_int8));
 }

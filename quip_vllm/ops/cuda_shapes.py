@@ -123,7 +123,7 @@ def refusal(candidate: Candidate, problem: Problem, gpu: Gpu, rows: int) -> str 
 
 
 def within(candidate: Candidate, problem: Problem) -> bool:
-    """Whether each output rotation is within a thread block: `fuses` of kernels/cuda/bindings.cu."""
+    """Whether each output rotation is within a thread block: `fuses` of kernels/cuda/bindings_linear.cu."""
     return problem.width > 0 and candidate.warps_n * ROW_TILES * TILE % problem.width == 0
 
 

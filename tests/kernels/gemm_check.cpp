@@ -57,7 +57,7 @@ std::string run(const CodeKernels& code, int bits, int m, int warps_n, int depth
   const Rotation of_x = alone ? wide : cut ? runs : Rotation{base.data(), 172, 4};
   const int work = (of_x.q > 1 ? 2 * kK : kK) / in_slices, growth = alone ? 7 : cut ? 4 : 10;
   std::vector<int64_t> ids(m);
-  for (int i = 0; i < m; ++i) ids[i] = i % 5 ? i % 2 : 7;
+  for (int i = 0; i < m; ++i) ids[i] = i % 7 ? 0 : i % 2 ? 7 : 1;
   std::vector<RoutedRow> routed_rows(m);
   std::vector<int> blocks(3 + m / 8);
   const RoutedRow* const order = routed ? routed_rows.data() : nullptr;
@@ -109,8 +109,9 @@ int main(int count, char** words) {
         const std::string answer = run(code, bits, m, m > 16 ? 1 : 2, m > 16 ? 1 : depth, m > 2, fused, false);
         std::printf("%s %d, %d rows%s: %s\n", words[i], bits, m, fused ? ", fused" : "", answer.c_str());
       }
-      std::printf("%s %d, %d rows of experts: %s\n", words[i], bits, m,
-                  run(code, bits, m, 2, depth, m > 2, m > 9, false, false, true).c_str());
+      if (m > kFewRows)
+        std::printf("%s %d, %d rows of experts: %s\n", words[i], bits, m,
+                    run(code, bits, m, 2, depth, true, false, false, false, true).c_str());
       if (m > kFewRows && code.entry(bits).wide.run)
         std::printf("%s %d, %d rows, wide: %s\n", words[i], bits, m,
                     run(code, bits, m, 1, 1, false, false, false, true).c_str());

@@ -81,10 +81,10 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
     "one part of k less": ("decode_gemm.h", "i < g.splits; ++i)", "i < g.splits - 1; ++i)", *ONE_LAUNCH),
     "the sum of a row of another part": ("decode_gemm.h", "+ int(blockIdx.y)] = total", "] = total", *ONE_LAUNCH),
     "the counters of the call before": (
-        "bindings.cu",
+        "bindings_linear.cu",
         "if (alone && !whole) problem = device::clear(",
         "if (false) problem = device::clear(",
-        "bindings",
+        "bindings_linear",
         "one_launch_gives and 1mad-2",
     ),
     "no barrier behind the largest": (
@@ -139,14 +139,7 @@ MUTATIONS = {  # file, what is there, what it becomes, the object to compile aga
     "x of a product under way": ("wgmma_gemm.h", "kStages = 4;", "kStages = 3;", "wgmma", "many_rows_in and mul1"),
     "signs of another expert": ("rotation.cu", "r.su + int64_t(max(own.expert, 0)) * k", "r.su", "rotation", ROUTED),
     "words of another expert": ("decode_gemm.h", "g.packed + expert * g.expert_words", "g.packed", "gemm_1mad", ROUTED),
-    "rows of a block left out": ("routing.cu", "+ rows[e] - begin", "+ rows[e] - row", "routing", ROUTED),
-    "no barrier behind the counts": (
-        "routing.cu",
-        "r.blocks[b] = -1;\n  device::sync_block();",
-        "r.blocks[b] = -1;",
-        "routing",
-        ROUTED,
-    ),
+    "sv of another expert": ("output.h", "sv += int64_t(max(", "sv += 0 * int64_t(max(", "rotation", ROUTED),
     "no wait": ("decode_gemm.h", "device::copy_wait<kStages - 2>();", "", "gemm_1mad", ORDERS),
 }
 
