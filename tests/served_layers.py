@@ -7,7 +7,7 @@ from numerics import FLOAT32_LINEAR
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quip_vllm.checkpoint.config import CheckpointConfig, LayerFormat
-from quip_vllm.evaluation.verification import expected_log_probabilities, largest_difference
+from quip_vllm.evaluation.verification import differences, expected_log_probabilities
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops.reference import dequantize
 from quip_vllm.vllm_plugin.arrival import _SENT, send
@@ -106,4 +106,4 @@ def served_difference(engine, folder, eager=True):
     engine(served.start, folder, enforce_eager=eager)
     found = engine(served.scored, tokens)
     assert len(found) == len(tokens) - 1 > 20
-    return largest_difference(expected, found)
+    return float(differences(expected, found).max())

@@ -198,11 +198,11 @@ def test_code_among_the_files_runs_only_with_the_option(quantized, refusal, tiny
     write_json(folder / "config.json", config)
     (folder / "our.py").write_text(CODE)
 
-    def served(folder, tokens, memory, trust_remote_code):
+    def served(folder, tokens, memory, trust_remote_code, dtype, compiled):
         trusted.append(trust_remote_code)
         return []
 
-    monkeypatch.setattr("quip_vllm.evaluation.verification.largest_difference", lambda expected, found: 0.0)
+    monkeypatch.setattr("quip_vllm.evaluation.verification.differences", lambda expected, found: torch.zeros(1))
     monkeypatch.setattr("quip_vllm.vllm_plugin.serving.prompt_log_probabilities", served)
     text = ["--text", str(tiny_text), "--sequence-length", "50", "--windows", "1", "--reference", str(folder)]
     for command in (["evaluate", str(folder), *text], ["inspect", "--check", str(folder)], ["verify", str(folder)]):

@@ -85,7 +85,7 @@ def test_served_log_probabilities_are_those_of_the_dequantized_model(first_layer
     parts = ["--lm-head", "4", "--ignore", "k_proj", "up_proj"]  # parts of what vLLM fuses are left out
     checkpoint = quantize(first_layers, tmp_path / "out", "e8p", 2, *parts)
     result = tmp_path / "figures.json"
-    call(sys.executable, "scripts/bench/check_serving.py", str(checkpoint), "--json", str(result))
+    call(str(BIN / "quip-vllm"), "verify", str(checkpoint), "--compile", "--memory", "0.3", "--json", str(result))
     figures = json.loads(result.read_text())
     assert figures["positions"] > 40
     assert figures["max_difference"] < SERVED_LOG_PROBABILITY, figures

@@ -13,6 +13,7 @@ from pathlib import Path
 from quip_vllm import __version__
 from quip_vllm.cli.options import add_device, add_trust, check_writable
 from quip_vllm.cli.quantizing import add_plan, add_quantize
+from quip_vllm.cli.verifying import add_verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,12 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify", help="whether vLLM serves what the checkpoint holds: loads it and compares with transformers"
     )
-    verify.add_argument("checkpoint", type=Path)
-    verify.add_argument(
-        "--memory", type=float, default=0.2, help="share of the memory that vLLM may take (default %(default)s)"
-    )
-    add_trust(verify)
-    verify.set_defaults(run=_verify)
+    add_verify(verify)
     card = commands.add_parser("card", help="write a model card into a quantized checkpoint, and upload both if asked")
     card.add_argument("checkpoint", type=Path)
     card.add_argument(
@@ -196,27 +192,6 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
         return 0
     print(json.dumps(result, indent=2) if args.json else format_inspection(result))
-    return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from quip_vllm.checkpoint.layers import read_config
-    from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
-    from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
-
-    read_config(args.checkpoint)  # any other model is refused
-    tokens, expected = expected_log_probabilities(args.checkpoint, args.trust_remote_code)
-    served = prompt_log_probabilities(args.checkpoint, tokens, args.memory, args.trust_remote_code)
-    found = largest_difference(expected, served)
-    said = f"log probabilities of {len(tokens)} tokens in vLLM and in transformers differ by up to {found:.2g}"
-    if found > TOLERANCE:
-        print(
-            f"quip-vllm verify: {args.checkpoint} is not served as it is stored: {said}, {TOLERANCE:g} is rounding; "
-            "do not serve this model",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"{args.checkpoint} is served as it is stored: {said}")
     return 0
 
 

@@ -5,8 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from quip_vllm.evaluation.loading import load_model
+from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files
+from quip_vllm.checkpoint.store import read_json, write_json
+from quip_vllm.evaluation.loading import dense_state, load_model
 
 PROMPT_TOKENS = 48
 TOLERANCE = 1e-3
@@ -32,7 +36,29 @@ def expected_log_probabilities(folder: Path, trust_remote_code: bool = False) ->
     return tokens, model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def largest_difference(expected: torch.Tensor, served: Sequence[Mapping[int, float]]) -> float:
-    """Between log probabilities [tokens, vocabulary] and those of some tokens at each position; NaN counts as all."""
-    pairs = ((float(expected[i, token]), found) for i, row in enumerate(served) for token, found in row.items())
-    return max(float("inf") if a != a or b != b else abs(a - b) for a, b in pairs)
+def differences(expected: Tensor | Sequence[Mapping[int, float]], served: Sequence[Mapping[int, float]]) -> Tensor:
+    """Between log probabilities of the tokens that both have at a position; NaN counts as infinitely far.
+
+    Args:
+        expected: [tokens, vocabulary], or as `served`.
+        served: token -> log probability, at each position.
+
+    Returns:
+        Absolute differences in one dimension.
+    """
+    both = [
+        (float(expected[i][token]), found)
+        for i, row in enumerate(served)
+        for token, found in row.items()
+        if isinstance(expected, Tensor) or token in expected[i]
+    ]
+    return torch.tensor([abs(a - b) for a, b in both], dtype=torch.float64).nan_to_num(float("inf"))
+
+
+def save_dense(folder: Path, out: Path) -> None:
+    """Writes a checkpoint's model with its weights dequantized, in float32, and the other files into a new folder."""
+    out.mkdir()
+    copy_files(folder, out, [*SIDE_FILES, "*.py"], ("config.json",))
+    config = read_json(folder / "config.json")
+    write_json(out / "config.json", {name: value for name, value in config.items() if name != "quantization_config"})
+    save_file(dense_state(folder), out / "model.safetensors", metadata={"format": "pt"})

@@ -16,6 +16,7 @@ def prompt_log_probabilities(
     memory: float = MEMORY,
     trust_remote_code: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    compiled: bool = False,
 ) -> list[dict[int, float]]:
     """Loads a checkpoint in vLLM and runs one prompt.
 
@@ -25,6 +26,7 @@ def prompt_log_probabilities(
         memory: vLLM's ``gpu_memory_utilization``, on a CPU a share of its memory as well.
         trust_remote_code: whether Python code among the checkpoint's files may run.
         dtype: of activations, as vLLM names it.
+        compiled: whether torch.compile is on, as vLLM serves by default.
 
     Returns:
         For each position but the last, token -> natural log of its probability at the next one: of the most probable
@@ -41,7 +43,7 @@ def prompt_log_probabilities(
         llm = LLM(
             str(folder),
             dtype=dtype,
-            enforce_eager=True,
+            enforce_eager=not compiled,
             max_model_len=len(tokens) + 1,
             max_num_seqs=1,
             gpu_memory_utilization=memory,

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,7 @@ from pathlib import Path
 
 from tiny_architectures import IGNORE, save
 
-from quip_vllm.evaluation.loading import dense_state
-from quip_vllm.evaluation.verification import TOLERANCE, expected_log_probabilities, largest_difference
+from quip_vllm.evaluation.verification import TOLERANCE, differences, expected_log_probabilities, save_dense
 from quip_vllm.vllm_plugin.serving import prompt_log_probabilities
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,10 +54,10 @@ def verify(model_type):
             quantize(settings, out)
         except ValueError as error:
             return {"status": "refused", "why": words(error).replace(str(source), "MODEL")}
-        return compared(source, out, Path(name) / "dense")
+        return compared(out, Path(name) / "dense")
 
 
-def compared(source, out, dense):
+def compared(out, dense):
     """How far a quantized model in vLLM is from the dequantized one in transformers, or else in vLLM.
 
     `dense` is the folder for the latter. vLLM runs float32, or bfloat16 where it says that it must.
@@ -83,29 +81,19 @@ def compared(source, out, dense):
             said = import_problem(json.loads((out / "config.json").read_text())["architectures"][0])
         status = "not in vLLM" if "not supported" in said and "architecture" in said else "refused by vLLM"
         return {"status": status, "why": said}
-    found = {"difference": largest_difference(expected, served), **in_bf16}
+    found = {"difference": float(differences(expected, served).max()), **in_bf16}
     if found["difference"] <= TOLERANCE:
         return {"status": "same", **found}
     try:
-        save_dense(source, out, dense)
+        save_dense(out, dense)
         theirs = prompt_log_probabilities(dense, tokens, **in_bf16)
     except Exception as error:
         said = words(error).replace(str(dense), "DENSE")
         return {"status": "failed", "why": f"off by {found['difference']:.2g}, and the dequantized model: {said}"}
-    without = largest_difference(expected, theirs)
-    pairs = zip(served, theirs, strict=True)
-    between = max(abs(row[token] - one[token]) for row, one in pairs for token in row.keys() & one.keys())
+    without, between = float(differences(expected, theirs).max()), float(differences(theirs, served).max())
     found |= {"without": without, "between": between}
     same = between <= (without if in_bf16 else TOLERANCE)  # in bf16 both are off by rounding, in ways of their own
     return {"status": "same in vLLM" if same else "different", **found}
-
-
-def save_dense(source, out, dense):
-    """Writes the dequantized model, with the other files of the original."""
-    from safetensors.torch import save_file
-
-    shutil.copytree(source, dense)
-    save_file(dense_state(out), dense / "model.safetensors", metadata={"format": "pt"})
 
 
 def import_problem(architecture):

@@ -91,8 +91,8 @@ serve() {
   export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
   $python scripts/demo/packaged_model.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
-    $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 --json $report/serving.json &&
-    QUIP_VLLM_BACKEND=triton $python scripts/bench/check_serving.py $report/quantized --dtype bfloat16 \
+    $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile --json $report/serving.json &&
+    QUIP_VLLM_BACKEND=triton $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile \
       --json $report/serving_triton.json &&
     $python scripts/bench/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
   local status=$?

@@ -78,7 +78,7 @@ def test_every_step_runs_both_backends(tmp_path):
     assert ",: -m cmake -S kernels --preset release" in lines
     encoded = [line for line in lines if "scripts/bench/bench_encode.py --device cuda" in line]
     assert ["searches.csv" in line or "--model build/gpu_report/model" in line for line in encoded] == [True, True]
-    served = [line.split(":")[0] for line in lines if "scripts/bench/check_serving.py" in line]
+    served = [line.split(":")[0] for line in lines if "quip_vllm.cli verify" in line]
     assert served == [",", "triton,"]
 
 
