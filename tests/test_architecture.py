@@ -90,3 +90,17 @@ def test_every_source_file_has_a_licence_header(suffix):
     folders = ("quip_vllm", "kernels", "scripts", "tests", "loadtests")
     for path in (path for folder in folders for path in (ROOT / folder).rglob(suffix)):
         assert "SPDX-License-Identifier: Apache-2.0" in path.read_text().split("\n", 1)[0], path
+
+
+@pytest.mark.parametrize(
+    "page",
+    sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_pages_name_files_that_exist(page):
+    """docs/benchmarks names files of older commits, and the compiled libraries are not in the repository."""
+    named = re.findall(
+        r"(?<![\w/.-])((?:scripts|docs|tests|kernels|quip_vllm|docker)/[\w./*-]*[\w*])(?![<\w])", page.read_text()
+    )
+    wanted = [name for name in named if not name.startswith("quip_vllm/lib/")]
+    assert not [name for name in wanted if not any(ROOT.glob(name))]

@@ -227,11 +227,12 @@ void run_layer(const Layer& layer, const Tensor& x, Tensor& y, const Tensor* ids
   // Where rows choose their experts: the most blocks of rows that there can be, one row in each but as few as can be.
   const int64_t groups = ids ? std::min(experts + 1, m) : 0;
   const int64_t blocks = ids ? (m + groups * (row_block - 1)) / row_block : 0;
-  const Memory routing(x, 4 * m * bool(ids) + blocks);
+  std::optional<Memory> routing;
   if (ids) {
+    routing.emplace(x, 4 * m + blocks);
     static_assert(sizeof(RoutedRow) == 4 * sizeof(float));
-    in.routed = out.out.routed = g.routed = reinterpret_cast<const RoutedRow*>(routing.floats);
-    g.blocks = reinterpret_cast<const int*>(routing.floats + 4 * m), g.block_count = int(blocks);
+    in.routed = out.out.routed = g.routed = reinterpret_cast<const RoutedRow*>(routing->floats);
+    g.blocks = reinterpret_cast<const int*>(routing->floats + 4 * m), g.block_count = int(blocks);
     in.results = int(m / x.size(0));
   }
 
@@ -256,7 +257,7 @@ void run_layer(const Layer& layer, const Tensor& x, Tensor& y, const Tensor* ids
     const void* const of_x = data_of(*ids, ScalarType::Long, m, sizeof(int64_t), "ids");
     problem = route(
         {static_cast<const int64_t*>(of_x), int(m), int(experts), int(row_block),
-         reinterpret_cast<RoutedRow*>(routing.floats), reinterpret_cast<int*>(routing.floats + 4 * m), int(blocks)},
+         reinterpret_cast<RoutedRow*>(routing->floats), reinterpret_cast<int*>(routing->floats + 4 * m), int(blocks)},
         stream);
   }
   if (!alone && problem.empty()) problem = rotate_in(in, stream);

@@ -150,7 +150,8 @@ DEVICE void multiply_half(const Code& code, const typename Code::Words (&words)[
   for (int r = 0; r < kRowTiles; ++r) code.template decode<half>(words[r], a[r]);
 #pragma unroll
   for (int c = 0; c < kColumnTiles; ++c) {
-    if (kColumnTiles > 2 && c > 0 && c >= column_tiles) continue;  // both of two always have rows
+    if (kColumnTiles > 2 && c > 0 && c >= column_tiles)
+      continue;  // the second of two may have no rows of an expert: its sums are not stored
 #pragma unroll
     for (int v = 0; v < Code::kVectors; ++v) {
       constexpr int kFirst = half * Code::kVectors;
@@ -250,6 +251,7 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   const int s = part_of_block(g);
   int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0), expert = 0;
   if (g.routed) {
+    device::wait_for_writes();  // only behind its own wait a kernel sees what route wrote
     row0 = g.blocks[blockIdx.z];
     if (row0 < 0) return;
     rows = g.routed[row0].rows, expert = max(g.routed[row0].expert, 0);

@@ -37,7 +37,7 @@ struct Route {
   int block_count;  // the most that there can be
 };
 
-// x [m][k] -> activations of decode_gemm, and one scale and one sum per row.
+// x [m][k], or [m / results][k] -> activations of decode_gemm, and one scale and one sum per row.
 struct RotateIn {
   const void* x;
   Type type;
@@ -97,7 +97,7 @@ struct Gemm {
   int m, tiles, chunks;
   int splits, split_chunks;  // of k, and the chunks of each but the last: a multiple of what a stage takes
   int warps_n, depth;        // thread_block.h
-  int row_block;             // rows of x that a thread block has at most, a multiple of 8
+  int row_block;             // rows of x that a thread block has at most; of wide_gemm a multiple of 8
   int parts;
   Part part[kMaxParts];
   int width;  // p of every part's output rotation, which the epilogue applies, or 0: it writes partial

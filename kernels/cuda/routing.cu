@@ -25,13 +25,17 @@ KERNEL(kThreads) route_kernel(const Route r) {
   for (int i = threadIdx.x; i < r.count; i += blockDim.x) device::add(rows + expert_of(i), 1);
   for (int b = threadIdx.x; b < r.block_count; b += blockDim.x) r.blocks[b] = -1;
   device::sync_block();
+  int* const blocks = next;  // of each expert, until its place is known
+  for (int e = threadIdx.x; e <= r.experts; e += blockDim.x) blocks[e] = (rows[e] + r.row_block - 1) / r.row_block;
+  device::sync_block();
   for (int e = threadIdx.x; e <= r.experts; e += blockDim.x) {
     int row = 0, block = 0;
-    for (int before = 0; before < e; ++before)
-      row += rows[before], block += (rows[before] + r.row_block - 1) / r.row_block;
-    first[e] = next[e] = row;
+    for (int before = 0; before < e; ++before) row += rows[before], block += blocks[before];
+    first[e] = row;
     for (int end = row + rows[e]; row < end; row += r.row_block) r.blocks[block++] = row;
   }
+  device::sync_block();
+  for (int e = threadIdx.x; e <= r.experts; e += blockDim.x) next[e] = first[e];
   device::sync_block();
   for (int i = threadIdx.x; i < r.count; i += blockDim.x) {
     const int e = expert_of(i), row = device::add(next + e, 1), begin = row - (row - first[e]) % r.row_block;

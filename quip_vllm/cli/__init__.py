@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--noise-floor", action="store_true", help="measure the reference in bf16, too, against itself in float32"
     )
-    evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens a window (default 2048)")
+    evaluate.add_argument("--sequence-length", type=int, default=2048, help="tokens per window (default 2048)")
     evaluate.add_argument("--windows", type=int, help="only the first N windows of each text")
     evaluate.add_argument(
         "--start-token", action="store_true", help="begin each window with the tokenizer's start token, as Gemma needs"

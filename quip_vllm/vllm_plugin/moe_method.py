@@ -313,7 +313,7 @@ def _check_backend(spec: LinearSpec, prefix: str) -> None:
     config = get_current_vllm_config_or_none()
     device = torch.device("cpu" if config is None else config.device_config.device_type)
     name = select_backend(spec, device).name
-    if name == "reference" and config is not None and not config.model_config.enforce_eager:
+    if name not in ("cpu", "cuda", "triton") and config is not None and not config.model_config.enforce_eager:
         raise ValueError(
             f"{prefix}: quantized experts run on the {name} backend one by one: serve with --enforce-eager"
         )

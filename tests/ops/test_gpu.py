@@ -68,21 +68,22 @@ def test_experts_whatever_the_batch_and_in_a_graph(backend, code, bits, monkeypa
     tensors = [{name: one.cuda() for name, one in random_layer(spec, seed).items()} for seed in range(8)]
     experts = dispatch.prepare_experts(spec, tensors)
     generator = torch.Generator().manual_seed(0)
-    x, ids = rows(300, 1152).half(), torch.rand(300, 8, generator=generator).topk(3).indices.cuda()
+    x, ids = rows(400, 1152).half(), torch.rand(400, 8, generator=generator).topk(3).indices.cuda()
     weights = torch.stack([dequantize(spec, one) for one in tensors]).double()
     y = experts.linear(x, ids)
     wanted = torch.stack([x.double() @ one.T for one in weights], dim=1)
     wanted = wanted.gather(1, ids[..., None].expand(-1, -1, 160))
     assert relative(y, wanted) < HALF_ACTIVATIONS + 2**-11
-    for m in (1, 5, 40):
+    for m in (1, 5, 16, 40):
         assert torch.equal(experts.linear(x[:m].contiguous(), ids[:m].contiguous()), y[:m])
     few, of_few = x[:4].contiguous(), ids[:4].contiguous()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = experts.linear(few, of_few)
-    few.copy_(x[4:8]), of_few.copy_(ids[4:8])
-    graph.replay()
-    assert torch.equal(captured, y[4:8])
+    for i in range(4, 396):
+        few.copy_(x[i : i + 4]), of_few.copy_(ids[i : i + 4])
+        graph.replay()
+        assert torch.equal(captured, y[i : i + 4])
 
 
 @pytest.mark.parametrize("block", [None, 32, 128])  # narrow ones are rotated in the CUDA product's epilogue

@@ -158,7 +158,7 @@ def test_experts(code, count, each, block, monkeypatch, guarded):
     from quip_vllm.ops.triton import launch
 
     monkeypatch.setattr(dispatch, "select_backend", lambda *_: TritonBackend())
-    spec, m = LinearSpec(code, 3, 80, (48, 16), block), {3: 6, 2: 19, 9: 5}[count]
+    spec, m = LinearSpec(code, 3, 80, (48, 16), block), {3: 8, 2: 19, 9: 5}[count]
     tensors = [random_layer(spec, seed) for seed in range(count)]
     experts = dispatch.prepare_experts(spec, tensors)
     experts = replace(experts, tensors={name: guarded.copy(tensor) for name, tensor in experts.tensors.items()})

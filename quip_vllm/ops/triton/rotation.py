@@ -111,7 +111,7 @@ def expert_of(ids, row, experts):
     return tl.where(known, expert, 0), known
 
 
-@triton.jit(do_not_specialize=["results"], do_not_specialize_on_alignment=["x"])
+@triton.jit(do_not_specialize=["results"], do_not_specialize_on_alignment=["x", "ids"])
 def walsh_in_kernel(
     x,
     ids,
@@ -200,7 +200,7 @@ def mix_in_kernel(
     store_activations(v, first + column, used, out + row * stride, top, total_at, scales + row, GROWTH, COLUMNS)
 
 
-@triton.jit(do_not_specialize=["m", "start", "unit", "offset"], do_not_specialize_on_alignment=["y"])
+@triton.jit(do_not_specialize=["m", "start", "unit", "offset"], do_not_specialize_on_alignment=["y", "ids"])
 def walsh_out_kernel(
     partial,
     y,
@@ -247,7 +247,7 @@ def walsh_out_kernel(
         tl.store(y + row * n + start + i, rounded(v, y.dtype.element_ty), mask=i < size)
 
 
-@triton.jit(do_not_specialize=["start", "unit"], do_not_specialize_on_alignment=["y"])
+@triton.jit(do_not_specialize=["start", "unit"], do_not_specialize_on_alignment=["y", "ids"])
 def mix_out_kernel(
     scratch,
     base,
