@@ -250,7 +250,7 @@ KERNEL((max_threads<Code>(kColumnTiles)), (least_blocks<Code>(kColumnTiles, kDep
   const int lane = device::lane_index(), warp = device::warp_index(), warp_k = warp / g.warps_n;
   const int s = part_of_block(g);
   int row0 = blockIdx.z * kRowBlock, rows = min(kRowBlock, g.m - row0), expert = 0;
-  if (g.routed) {
+  if (!kAlone && g.routed) {
     device::wait_for_writes();  // only behind its own wait a kernel sees what route wrote
     row0 = g.blocks[blockIdx.z];
     if (row0 < 0) return;

@@ -45,16 +45,20 @@ def test_no_kernel_of_the_built_library_spills(cuobjdump, capsys):
 
 
 def test_kernels_wait_once_for_the_launch_before_and_then_write(cuobjdump, tmp_path):
-    """Only a GPU from 9.0 on overlaps launches (ACQBULK waits), so the emulator misses no such wait."""
+    """Only a GPU from 9.0 on overlaps launches (ACQBULK waits), so the emulator misses no such wait.
+
+    decode_gemm waits in two places: with experts it has to read first which rows are whose.
+    """
     subprocess.run([cuobjdump, "-xelf", "sm_90", str(LIBRARY)], cwd=tmp_path, check=True, capture_output=True)
     disassembler, waiting = Path(cuobjdump).with_name("nvdisasm"), 0
     for cubin in tmp_path.iterdir():
         done = subprocess.run([str(disassembler), "-c", str(cubin)], check=True, capture_output=True, text=True)
         for name, body in re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", done.stdout, re.DOTALL):
-            if not re.search("rotate_in|rotate_out|_gemm_kernel|decode_dense|encode", name):
+            if not re.search("route|rotate_in|rotate_out|_gemm_kernel|decode_dense|encode", name):
                 continue
-            before, *after = body.split("ACQBULK")
-            assert len(after) == 1, f"{name} waits {len(after)} times"
-            assert "STG" not in before and "STG" in after[0], name
+            *before, after = body.split("ACQBULK")
+            wanted = 2 if "decode_gemm_kernel" in name and "Lb1E" not in name else 1  # Lb1: the only launch
+            assert len(before) == wanted, f"{name} waits {len(before)} times"
+            assert "STG" not in "".join(before) and "STG" in after, name
             waiting += 1
     assert waiting > 100
