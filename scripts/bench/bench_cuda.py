@@ -2,7 +2,7 @@
 """The fused linear layers on a GPU, beside cuBLAS in fp16 and the time to read the packed weights.
 
 Usage: python scripts/bench/bench_cuda.py [--formats quip_sharp-2 ...] [--sizes 4096x4096 ...] [--rows 1 4 ...]
-           [--csv FILE] [--backends cuda triton] [--block 128] [--ways]
+           [--csv FILE] [--backends cuda triton] [--block 128] [--ways | --humming]
 
 There is one row per format, size (outputs x inputs), number of rows and backend. The time is that of one call in a CUDA
 graph of calls, each with weights of its own: together four times what the GPU's cache holds, as the layers of a model
@@ -14,9 +14,13 @@ and, of one choice of thread blocks, with one launch and apart.
 
 --ways times the CUDA backend by each way to multiply many rows: decode_gemm, which decodes a weight for each 64 rows;
 the dense weight and cuBLAS; wide_gemm and, on a GPU that has it, wgmma_gemm, which decode it for up to 256 rows.
+
+--humming times vLLM's Humming kernels (pip install humming-kernels, which compiles with nvcc as it runs) in place of
+ours, in the same way: weights of 2, 3 and 4 bits in groups of 128, activations in fp16.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -40,6 +44,8 @@ COLUMNS = ["backend", "format", "n", "k", "block", "rows", "launches", "microsec
 COLUMNS += ["over_cublas", "packed_bytes", "bound_microseconds", "share_of_bandwidth", "copy_gb_s", "gpu", "torch"]
 COLUMNS += ORIGIN
 SIZES = ["4096x4096", "14336x4096", "4096x14336", "1024x8192"]
+HUMMING = {f"int{bits}-g128": {"dtype": f"int{bits}", "group_size": 128} for bits in (2, 3, 4)}
+DEVICE = "cuda"
 
 
 def main() -> int:
@@ -51,6 +57,7 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--block", type=int, help="rotations in blocks of this many; the full width unless given")
     parser.add_argument("--ways", action="store_true", help="every way to multiply many rows, of the CUDA backend")
+    parser.add_argument("--humming", action="store_true", help="vLLM's Humming kernels in place of ours")
     parser.add_argument("--csv", type=Path, default=Path("build/cuda_kernels.csv"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -59,20 +66,23 @@ def main() -> int:
     shared = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy_speed() / 1e9}
     shared |= origin("GPU")
     found = []
-    for row in tqdm(list(_cases(args)), unit="layer"):
-        for entry in _measure(*row, args, shared["copy_gb_s"]):
+    for case in tqdm(list(_cases(args)), unit="layer"):
+        for entry in case(args, shared["copy_gb_s"]):
             found.append({**entry, **shared})
             write_rows(args.csv, COLUMNS, found)
     return 0
 
 
-def _cases(args: argparse.Namespace) -> Iterator[tuple[Backend, str, int, int]]:
-    chosen = [backend for backend in backends("cuda") if backend.name in args.backends]
-    for backend in chosen:
-        for name in args.formats:
-            for size in args.sizes:
-                n, k = map(int, size.split("x"))
-                yield backend, name, n, k
+Case = Callable[[argparse.Namespace, float], Iterator[dict[str, Any]]]
+
+
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    if args.humming:
+        yield from (partial(_humming, name, n, k) for name in HUMMING for n, k in sizes)
+        return
+    for backend in (backend for backend in backends("cuda") if backend.name in args.backends):
+        yield from (partial(_measure, backend, name, n, k) for name in args.formats for n, k in sizes)
 
 
 def _measure(
@@ -90,18 +100,41 @@ def _measure(
         replace(prepared, tensors={**prepared.tensors, "packed": prepared.tensors["packed"].clone()})
         for _ in range(copies(packed))
     ]
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(copies(2 * n * k))]
-    for m in args.rows:
-        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-        cublas = seconds([partial(torch.matmul, x, weight.T) for weight in dense])
-        bound = packed / (copy_gb_s * 1e9)
-        ways = ways_of(prepared) if args.ways else launches_of(prepared, m)
+    what = {"backend": backend.name, "format": name, "n": n, "k": k, "block": args.block, "packed_bytes": packed}
+    for x, cublas in _beside_cublas(n, k, args.rows):
+        ways = ways_of(prepared) if args.ways else launches_of(prepared, len(x))
         for launches, changes in ways.items():
             ours = seconds([partial(replace(layer, **changes).linear, x) for layer in layers])
-            row = {"backend": backend.name, "format": name, "n": n, "k": k, "block": args.block, "rows": m}
-            row |= {"launches": launches, "packed_bytes": packed, "microseconds": ours * 1e6}
-            row |= {"cublas_fp16_microseconds": cublas * 1e6, "over_cublas": cublas / ours}
-            yield {**row, "bound_microseconds": bound * 1e6, "share_of_bandwidth": bound / ours}
+            yield {**what, "launches": launches, **_times(packed, len(x), ours, cublas, copy_gb_s)}
+
+
+def _humming(name: str, n: int, k: int, args: argparse.Namespace, copy_gb_s: float) -> Iterator[dict[str, Any]]:
+    from humming.layer import HummingLayer
+
+    first = HummingLayer(shape_n=n, shape_k=k, weight_config=dict(HUMMING[name]), torch_dtype=torch.float16).to(DEVICE)
+    first.load_from_unquantized(torch.randn(n, k, device=DEVICE, dtype=torch.float16))
+    first.transform()
+    packed = sum(one.nbytes for one in first.parameters())
+    layers = [first, *(copy.deepcopy(first) for _ in range(copies(packed) - 1))]
+    what = {"backend": "humming", "format": name, "n": n, "k": k, "packed_bytes": packed, "launches": "chosen"}
+    for x, cublas in _beside_cublas(n, k, args.rows):
+        yield {**what, **_times(packed, len(x), seconds([partial(layer, x) for layer in layers]), cublas, copy_gb_s)}
+
+
+def _beside_cublas(n: int, k: int, rows: Sequence[int]) -> Iterator[tuple[Tensor, float]]:
+    """Yields x [rows, k] and the seconds that torch's fp16 matmul takes for it."""
+    dense = [torch.randn(n, k, device=DEVICE, dtype=torch.float16) for _ in range(copies(2 * n * k))]
+    for m in rows:
+        x = torch.randn(m, k, device=DEVICE, dtype=torch.float16)
+        yield x, seconds([partial(torch.matmul, x, weight.T) for weight in dense])
+
+
+def _times(packed: int, rows: int, ours: float, cublas: float, copy_gb_s: float) -> dict[str, Any]:
+    """The columns of times in seconds."""
+    bound = packed / (copy_gb_s * 1e9)
+    found = {"rows": rows, "microseconds": ours * 1e6, "cublas_fp16_microseconds": cublas * 1e6}
+    found |= {"over_cublas": cublas / ours, "bound_microseconds": bound * 1e6}
+    return {**found, "share_of_bandwidth": bound / ours}
 
 
 def launches_of(prepared: PreparedLayer, rows: int) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,10 @@
 #   quantize    SmolLM2-135M quantized with --device cuda, timed: the lattice, and trellis codes
 #   sanitizer   compute-sanitizer's memcheck and racecheck over a short run of every code
 #   bench       scripts/bench/bench_cuda.py: both backends, and Triton tuned, beside cuBLAS fp16 and the memory's bandwidth;
-#               rotations in blocks of 128 in one launch and in several; every way to multiply 16 to 2048 rows
-#   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model
+#               rotations in blocks of 128 in one launch and in several; every way to multiply 16 to 2048 rows; vLLM's
+#               Humming kernels, if they are installed
+#   serve       SmolLM2-135M quantized here, served by vLLM with either backend, compared with the dequantized model; where
+#               vLLM is not installed, tokens per second in transformers, a step in a CUDA graph
 #
 # The report is build/gpu_report.tar.gz; its summary.txt has a line a step. A step that fails does not stop the others; the
 # exit status is 1 if one failed. --without-gpu runs what needs no GPU (machine) and lists the rest as skipped.
@@ -85,19 +87,27 @@ bench() {
   $python scripts/bench/bench_cuda.py --backends cuda --ways --rows 16 32 64 128 256 512 2048 \
     --csv $report/cuda_ways.csv || status=1
   QUIP_VLLM_TRITON_TUNE=1 $python scripts/bench/bench_cuda.py --backends triton --csv $report/triton_tuned.csv || status=1
+  if $python -c 'import humming'; then
+    $python scripts/bench/bench_cuda.py --humming --rows 1 2 4 8 16 32 64 256 2048 --csv $report/humming.csv || status=1
+  fi
   return $status
 }
 serve() {
   export VLLM_DISABLE_COMPILE_CACHE=1  # it does not know which backend wrote it
   $python scripts/demo/packaged_model.py $report/model &&
     $python -m quip_vllm.cli quantize $report/model $report/quantized --method quip_sharp --bits 2 &&
-    $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile --json $report/serving.json &&
-    QUIP_VLLM_BACKEND=triton $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile \
-      --json $report/serving_triton.json &&
-    $python scripts/bench/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
+    if $python -c 'import vllm'; then served; else
+      $python scripts/bench/bench_generate.py fp16=$report/model quip_sharp-2=$report/quantized --csv $report/generated.csv
+    fi
   local status=$?
   rm -rf $report/model $report/quantized
   return $status
+}
+served() {
+  $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile --json $report/serving.json &&
+    QUIP_VLLM_BACKEND=triton $python -m quip_vllm.cli verify $report/quantized --dtype bfloat16 --compile \
+      --json $report/serving_triton.json &&
+    $python scripts/bench/bench_serving.py bf16=$report/model quip_sharp-2=$report/quantized --csv $report/serving.csv
 }
 
 failed=0

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_cuda
+import bench_generate
 import pytest
 import torch
+from benchmarking import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,7 +74,7 @@ def test_every_step_runs_both_backends(tmp_path):
     sanitized = [line for line in lines if "test_gpu.py" in line and "--tool" in line]
     assert len(sanitized) == 2 and not any(re.search("cuda|triton", line) for line in sanitized)  # in no -k: both
     assert sum("--block 128" in line for line in lines) == 2  # with one launch and without
-    assert sum("--ways" in line for line in lines) == 1
+    assert sum("--ways" in line for line in lines) == sum("--humming" in line for line in lines) == 1
     assert ",: -m pytest -q tests/ops/test_gpu.py --durations 10" in lines
     assert ",: scripts/bench/bench_cuda.py --csv build/gpu_report/cuda_kernels.csv" in lines  # both by default
     assert ",1: scripts/bench/bench_cuda.py --backends triton --csv build/gpu_report/triton_tuned.csv" in lines
@@ -80,6 +83,53 @@ def test_every_step_runs_both_backends(tmp_path):
     assert ["searches.csv" in line or "--model build/gpu_report/model" in line for line in encoded] == [True, True]
     served = [line.split(":")[0] for line in lines if "quip_vllm.cli verify" in line]
     assert served == [",", "triton,"]
+
+
+def test_rows_of_humming(monkeypatch):
+    """Its kernels are stood in for, and the clock: what is called, and the columns."""
+
+    class Layer(torch.nn.Linear):
+        def __init__(self, shape_n, shape_k, weight_config, torch_dtype):
+            super().__init__(shape_k, shape_n, bias=False, dtype=torch_dtype)
+            self.given, self.ready = weight_config, False
+
+        def load_from_unquantized(self, weight):
+            assert weight.shape == self.weight.shape
+
+        def transform(self):
+            self.ready = True
+
+    called = []
+
+    def seconds(calls):
+        called.append([call() for call in calls])
+        return 2e-6 if len(called) % 2 else 1e-6  # cuBLAS, then the kernels
+
+    monkeypatch.setitem(sys.modules, "humming", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=Layer))
+    monkeypatch.setattr(bench_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_cuda, "copies", lambda size: 3)
+    monkeypatch.setattr(bench_cuda, "seconds", seconds)
+    args = SimpleNamespace(humming=True, sizes=["32x16"], rows=[1, 4])
+    found = [row for case in bench_cuda._cases(args) for row in case(args, 1.0)]
+    assert [(row["format"], row["rows"]) for row in found] == [(f"int{b}-g128", m) for b in (2, 3, 4) for m in (1, 4)]
+    assert all(len(one) == 3 and one[0].shape[1] == 32 for one in called)
+    assert all(row["over_cublas"] == 2 and row["packed_bytes"] == 2 * 32 * 16 for row in found)
+    assert all(
+        row["bound_microseconds"] == pytest.approx(1.024) and set(row) <= set(bench_cuda.COLUMNS) for row in found
+    )
+
+
+def test_tokens_per_second_in_transformers(monkeypatch, tmp_path, quantized, tiny_model):
+    file = tmp_path / "generated.csv"
+    given = ["bench_generate", f"fp={tiny_model()}", f"quip_sharp-2={quantized()}", "--device", "cpu"]
+    monkeypatch.setattr(
+        sys, "argv", [*given, "--dtype", "float32", "--batches", "1", "2", "--repeats", "1", "--csv", str(file)]
+    )
+    assert bench_generate.main() == 0
+    rows = read_rows(file)
+    assert [(row["name"], row["batch"]) for row in rows] == [(n, b) for n in ("fp", "quip_sharp-2") for b in ("1", "2")]
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows) and [row["over_first"] for row in rows[:2]] == ["1", "1"]
 
 
 @WITHOUT_GPU
