@@ -6,12 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 from quip_vllm.formats.tile import TILE
 from quip_vllm.ops import cuda_layout, cuda_shapes
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-COMMAND = ("g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-fconstexpr-ops-limit=200000000")
+COMMAND = ["g++", "-std=c++20", "-fsyntax-only", "-x", "c++", "-fconstexpr-ops-limit=200000000"]
+COMMAND += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-isystem{path}" for path in include_paths())]
 CMAKE = (KERNELS / "CMakeLists.txt").read_text()
 
 
