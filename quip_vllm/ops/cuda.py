@@ -14,7 +14,7 @@ from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import cuda_layout, cuda_shapes
 from quip_vllm.ops.extension import cuda_library_problem, gpu_problem
-from quip_vllm.ops.prepared import PreparedLayer, summed
+from quip_vllm.ops.prepared import PreparedLayer, gpu_weight, summed
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 
 INSTRUCTIONS = {"1mad": 4.4, "1mad_int8": 3.1, "3inst": 5.4, "hyb": 2.9, "lut": 5.0, "e8p": 2.1, "mcg": 5.4}
@@ -51,7 +51,8 @@ class CudaLayer(PreparedLayer):
             bias = torch.nn.functional.pad(bias, (0, sum(self.output_sizes) - self.spec.out_features))
         return torch.ops.quip_vllm.cuda_linear(
             x,
-            *self._weight(tensors),
+            *gpu_weight(tensors, self.widths),
+            self.output_sizes,
             bias,
             self.kernels,
             self.spec.bits,
@@ -64,22 +65,11 @@ class CudaLayer(PreparedLayer):
     def _rows_of_experts(
         self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
     ) -> Tensor:
+        weight = gpu_weight(tensors, self.widths)
         y = torch.ops.quip_vllm.cuda_experts(
-            x, ids, *self._weight(tensors), self.kernels, self.spec.bits, self.thread_blocks
+            x, ids, *weight, self.output_sizes, self.kernels, self.spec.bits, self.thread_blocks
         )
         return summed(y, shares)
-
-    def _weight(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """What both ops want first of the layer."""
-        return (
-            tensors["packed"],
-            tensors.get("table"),
-            tensors["su"],
-            tensors["sv"],
-            [tensors[f"base{i}"] for i in range(len(self.widths))],
-            self.widths,
-            self.output_sizes,
-        )
 
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.ops.quip_vllm.cuda_embedding(

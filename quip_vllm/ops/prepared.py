@@ -4,7 +4,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class PreparedLayer(abc.ABC):
     @abc.abstractmethod
     def _looked_up(self, ids: Tensor, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Tensor:
         """`embedding` of contiguous ids [m] -> [m, k]."""
+
+
+def gpu_weight(tensors: Mapping[str, Tensor], widths: list[int]) -> tuple[Any, ...]:
+    """What the ops of both GPU backends want first of a layer, or of experts; widths: of each rotation."""
+    bases = [tensors[f"base{i}"] for i in range(len(widths))]
+    return tensors["packed"], tensors.get("table"), tensors["su"], tensors["sv"], bases, widths
 
 
 def summed(y: Tensor, shares: Tensor | None) -> Tensor:

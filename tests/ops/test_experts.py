@@ -9,6 +9,7 @@ from random_layers import EVERY_RATE, random_layer
 from quip_vllm.formats.spec import LinearSpec
 from quip_vllm.ops import dispatch, prepare, prepare_experts
 from quip_vllm.ops.cpu import CpuBackend
+from quip_vllm.ops.prepared import gpu_weight
 
 OPS = torch.ops.quip_vllm
 
@@ -170,7 +171,8 @@ def test_the_cuda_op_refuses_and_names_bad_arguments(cuda, monkeypatch, position
     monkeypatch.setattr(dispatch, "select_backend", lambda *_: cuda)
     spec = LinearSpec("hyb", 2, 64, (32, 16))
     layer, tensors, _ = vars(prepare_experts(spec, [random_layer(spec, seed) for seed in range(3)])).values()
-    own = [torch.randn(2, 64), chosen(3, 2, 2), *layer._weight(tensors), layer.kernels, 2, layer.thread_blocks]
+    rest = layer.output_sizes, layer.kernels, 2, layer.thread_blocks
+    own = [torch.randn(2, 64), chosen(3, 2, 2), *gpu_weight(tensors, layer.widths), *rest]
     torch.library.opcheck(OPS.cuda_experts.default, own)
     own[position] = value
     with pytest.raises(RuntimeError, match=words):

@@ -15,7 +15,7 @@ from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
 from quip_vllm.ops import library  # noqa: F401  # the schema must exist before its implementation
 from quip_vllm.ops.extension import gpu_problem
-from quip_vllm.ops.prepared import PreparedExperts, PreparedLayer, summed
+from quip_vllm.ops.prepared import PreparedExperts, PreparedLayer, gpu_weight, summed
 from quip_vllm.ops.rotations import bases, kernels_code, kernels_problem, rotation_base, rotations
 from quip_vllm.ops.triton import shapes
 
@@ -60,12 +60,7 @@ class TritonLayer(PreparedLayer):
     def _weight(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """What both ops want of the layer."""
         return (
-            tensors["packed"],
-            tensors.get("table"),
-            tensors["su"],
-            tensors["sv"],
-            [tensors[f"base{i}"] for i in range(len(self.widths))],
-            self.widths,
+            *gpu_weight(tensors, self.widths),
             list(self.spec.stored_outputs),
             kernels_code(self.spec),
             self.spec.bits,
