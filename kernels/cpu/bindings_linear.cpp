@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops of a linear layer, and of the experts that rows choose: checks, threads, and the calls of the kernels.
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "bindings.h"
@@ -159,7 +160,7 @@ void run(const Tensor& x, const Linear& layer, const std::string& activations, c
   }
 }
 
-// For each layer that a row of `ids` names, which rows those are.
+// For each layer that a row of `ids` names, which rows those are. A negative number names none.
 std::vector<Rows> rows_of(const Tensor& ids, int64_t m, int64_t count) {
   STD_TORCH_CHECK(ids.dim() == 2 && ids.size(0) == m, "ids has ", ids.dim(), " dimensions and ", ids.numel(),
                   " elements: the op wants the layers of each of the ", m, " rows of x");
@@ -167,13 +168,21 @@ std::vector<Rows> rows_of(const Tensor& ids, int64_t m, int64_t count) {
   const int64_t* id = static_cast<const int64_t*>(data_of(ids, ScalarType::Long, total, sizeof(int64_t), "ids"));
   std::vector<Rows> all(count), found;
   for (int64_t i = 0; i < total; ++i) {
-    STD_TORCH_CHECK(id[i] >= 0 && id[i] < count, "id ", id[i], " is not among the ", count, " layers: give 0 to ",
-                    count - 1);
-    all[id[i]].order.push_back(i);
+    STD_TORCH_CHECK(id[i] < count, "id ", id[i], " is not among the ", count, " layers: give 0 to ", count - 1,
+                    ", or -1 for none");
+    if (id[i] >= 0) all[id[i]].order.push_back(i);
   }
   for (int64_t l = 0; l < count; ++l)
     if (!all[l].order.empty()) found.push_back({l, std::move(all[l].order)});
   return found;
+}
+
+// Zeros in the rows of `y`, [ids.numel(), n] of `type`, that name no layer.
+void clear_others(const Tensor& ids, int64_t n, Type type, void* y) {
+  const int64_t bytes = n * bytes_of(type);
+  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    if (id[i] < 0) std::memset(static_cast<char*>(y) + i * bytes, 0, bytes);
 }
 
 // The sums of `count` rows each, times their shares, as rows [tokens, n] of `type`.
@@ -192,7 +201,7 @@ void sum_up(float* rows, const float* shares, int64_t tokens, int64_t count, int
 }
 
 // Several layers of equal sizes, one tensor behind the other: row i of ids [m, t] names those that multiply row i of x.
-// Returns [m * t, n]; with shares, float32 [tokens, s] where tokens * s = m * t, the sums of s rows each, times these.
+// Returns [m * t, n], zeros where a number is negative; with shares, float32 [tokens, s] where tokens * s = m * t, the sums of s rows each, times these.
 Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> shares, const Tensor& packed,
                    std::optional<Tensor> table, std::optional<Tensor> table_integers, std::optional<Tensor> table_units,
                    const Tensor& su, const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
@@ -209,6 +218,7 @@ Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> sha
   if (!shares) {
     Tensor y = torch::stable::new_empty(x, {each, layer.n});
     run(x, layer, activations, weights, std::move(rows), ids.size(1), type_of(x), y.mutable_data_ptr());
+    clear_others(ids, layer.n, type_of(x), y.mutable_data_ptr());
     return y;
   }
   STD_TORCH_CHECK(shares->dim() == 2 && shares->size(1) > 0, "shares has ", shares->dim(),
@@ -216,6 +226,7 @@ Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> sha
   const float* share = floats(*shares, each, "shares");
   Memory products(each * layer.n);
   run(x, layer, activations, weights, std::move(rows), ids.size(1), Type::kFloat, products.floats);
+  clear_others(ids, layer.n, Type::kFloat, products.floats);
   Tensor y = torch::stable::new_empty(x, {shares->size(0), layer.n});
   sum_up(products.floats, share, shares->size(0), shares->size(1), layer.n, type_of(y), y.mutable_data_ptr());
   return y;

@@ -233,7 +233,7 @@ void run_layer(const Layer& layer, const Tensor& x, Tensor& y, const Tensor* ids
     static_assert(sizeof(RoutedRow) == 4 * sizeof(float));
     in.routed = out.out.routed = g.routed = reinterpret_cast<const RoutedRow*>(routing->floats);
     g.blocks = reinterpret_cast<const int*>(routing->floats + 4 * m), g.block_count = int(blocks);
-    in.results = int(m / x.size(0));
+    in.results = int(m / x.size(0)), in.y = out.out.y, in.n = int(n);
   }
 
   const bool whole = g.splits == 1, within = !is_wide && fuses(g, out);
@@ -278,7 +278,7 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   return y;
 }
 
-// x [rows][k], ids [rows][t] -> [rows * t][n]: each row by the experts that it names. Rows of one expert are multiplied
+// x [rows][k], ids [rows][t] -> [rows * t][n]: each row by the experts that it names, 0 where an id is negative. Rows of one expert are multiplied
 // together, at most kRowBlock in a thread block. So pieces of that many rows per expert decode as little as the whole,
 // and bound the memory of the sums.
 Tensor cuda_experts(const Tensor& x, const Tensor& ids, const Tensor& packed, std::optional<Tensor> table,

@@ -25,7 +25,7 @@ struct Rotation {
 struct RoutedRow {
   int result;       // its number in ids, and in y
   int expert;       // -1: there is none of that number, and the result is NaN
-  int first, rows;  // of its block
+  int first, rows;  // of its block; no rows: it names no expert, and the result is 0
 };
 
 // ids [count] -> the rows in this order, and where blocks of them begin.
@@ -57,6 +57,8 @@ struct RotateIn {
   int work;                 // floats of a slice: k / slices, twice that if q > 1
   const RoutedRow* routed;  // [m], or null where there are no experts, as below
   int results;              // of a row of x
+  void* y;                  // [m][n] of x's type: where it writes the rows that name no expert
+  int n;
 };
 
 // Where sums become outputs (output.h).

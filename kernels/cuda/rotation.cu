@@ -105,6 +105,15 @@ KERNEL(kThreads) rotate_in_kernel(const RotateIn r) {
   device::wait_for_writes();  // before the next may start: what it reads at once may have been written just now
   if (r.early) device::start_next();
   const RoutedRow own = r.routed ? r.routed[row] : plain_row(r, row);
+  if (own.rows == 0) {
+    const int64_t begin = int64_t(own.result) * r.n;
+    for (int i = slice * blockDim.x + threadIdx.x; i < r.n; i += r.slices * blockDim.x)
+      if (r.type == Type::kFloat)
+        static_cast<float*>(r.y)[begin + i] = 0;
+      else
+        static_cast<uint16_t*>(r.y)[begin + i] = 0;
+    return;
+  }
   const int64_t x_row = int64_t(r.routed ? own.result / r.results : row) * k;
   const float* const su = r.su + int64_t(max(own.expert, 0)) * k;
   if (r.slices == 1) {
@@ -175,6 +184,7 @@ KERNEL(kThreads) rotate_out_kernel(const RotateOut r) {
   const float* from = r.partial + int64_t(row) * r.stride + part.start;
   device::start_next();
   device::wait_for_writes();
+  if (r.out.routed && r.out.routed[row].rows == 0) return;
   const int64_t total = total_of(r.out, row);
   // With integers what is read and added are their bits.
   const auto add = [&](float a, float b) {

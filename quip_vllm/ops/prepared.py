@@ -75,15 +75,13 @@ class PreparedLayer(abc.ABC):
         self, x: Tensor, ids: Tensor, shares: Tensor | None, tensors: Mapping[str, Tensor], own: frozenset[str]
     ) -> Tensor:
         """`PreparedExperts.linear` of contiguous rows [m, stored k] -> [rows, n or more]: a call per expert."""
-        count = len(tensors[min(own)])
-        sorted_ids, order = ids.flatten().sort(stable=True)
-        y: list[Tensor] = []
-        for i, rows in enumerate(order.split(sorted_ids.bincount(minlength=count).tolist())):
-            if len(rows):
-                tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
-                y.append(self._rows(x[rows // ids.shape[1]], None, tensors_of))
-        found = torch.cat(y)[order.argsort()] if y else x.new_empty(0, self.spec.out_features)
-        return summed(found, shares)
+        of_results = ids.flatten()
+        y = x.new_zeros(len(of_results), self.spec.out_features)
+        for i in of_results[of_results >= 0].unique().tolist():
+            tensors_of = {name: one[i] if name in own else one for name, one in tensors.items()}
+            rows = (of_results == i).nonzero()[:, 0]
+            y[rows] = self._rows(x[rows // ids.shape[1]], None, tensors_of)[:, : y.shape[1]]
+        return summed(y, shares)
 
     @abc.abstractmethod
     def _rows(self, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -128,7 +126,7 @@ class PreparedExperts:
 
         Args:
             x: [m, k], float16, bfloat16 or float32.
-            ids: int64 [m, t], numbers of experts.
+            ids: int64 [m, t], numbers of experts. A negative one names none: the result is zero, and costs nothing.
             shares: float32 [tokens, s] with as many elements as `ids`: s results in turn, times these, are summed.
             tensors: in place of its own, the same names, shapes and dtypes.
 
@@ -136,7 +134,7 @@ class PreparedExperts:
             [m, t, n] in x's dtype; with shares the sums, [tokens, n].
 
         Raises:
-            RuntimeError: there is no expert of some number. On a GPU the row is NaN.
+            IndexError, RuntimeError: a number is too large. On a GPU its row is NaN.
         """
         tensors, spec = self.tensors if tensors is None else tensors, self.layer.spec
         shares = None if shares is None else shares.contiguous()

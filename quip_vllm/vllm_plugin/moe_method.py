@@ -193,9 +193,9 @@ class QuipExpertsMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:  # a row for each expert of a token
             x = (x[:, None] * topk_weights.to(x.dtype)[..., None]).view(m * t, -1)
             weights = torch.ones_like(weights)
-        if layer.expert_map is not None:  # in the place of another rank's expert, one of this rank counts nothing
+        if layer.expert_map is not None:
             ids = layer.expert_map.long()[ids]
-            ids, weights = ids.clamp(min=0), weights * (ids >= 0)
+            weights = weights * (ids >= 0)  # of another rank's expert, which is -1, the biases do not count either
         of_rows = ids.view(x.shape[0], -1)
         outers = [call.linear(layer, x, of_rows) for call in layer.quip_w13_weight]
         outer = (outers[0] if len(outers) == 1 else torch.cat(outers, dim=-1)).view(m, t, -1)

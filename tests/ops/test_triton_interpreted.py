@@ -153,7 +153,7 @@ def test_row_major_tiles(code, bits, guarded):
 @pytest.mark.parametrize("code", ["e8p", "hyb", "lut", "table", "1mad"])
 @pytest.mark.parametrize(("count", "each", "block"), [(3, 2, 16), (2, 1, None), (9, 1, 16)])
 def test_experts(code, count, each, block, monkeypatch, guarded):
-    """Blocks of 8, 16 and 64 rows, in pieces of one row; an expert that no row names, and one that there is not."""
+    """Blocks of 8, 16 and 64 rows, in pieces of one row; an expert that no row names, a number too large, and none."""
     from quip_vllm.ops import dispatch
     from quip_vllm.ops.triton import launch
 
@@ -166,13 +166,13 @@ def test_experts(code, count, each, block, monkeypatch, guarded):
         monkeypatch.setattr(launch, "MAX_ROWS", 1)
         monkeypatch.setattr(shapes, "ROWS", (8, 8, 8, 0))
     ids = torch.randint(0, count - 1, (m, each), generator=torch.Generator().manual_seed(0))
-    ids[m - 1, 0] = count
+    ids[m - 1, 0], ids[m - 2, 0] = count, -1
     x = rows(m, 80)
     y = experts.linear(guarded.copy(x, shift=4), guarded.copy(ids))
-    assert not y[m - 1, 0].isfinite().any()
+    assert not y[m - 1, 0].isfinite().any() and not y[m - 2, 0].count_nonzero()
     weights = torch.stack([dequantize(spec, one) for one in tensors]).double()
-    wanted = torch.einsum("mk,mtnk->mtn", x.double(), weights[ids.clamp(max=count - 1)])
-    wanted[m - 1, 0] = y[m - 1, 0] = 0
+    wanted = torch.einsum("mk,mtnk->mtn", x.double(), weights[ids.clamp(0, count - 1)])
+    wanted[m - 1, 0] = wanted[m - 2, 0] = y[m - 1, 0] = 0
     assert relative(y, wanted) < HALF_ACTIVATIONS
 
 
@@ -181,11 +181,11 @@ def test_experts(code, count, each, block, monkeypatch, guarded):
 def test_blocks_of_experts(m, count, rows_of_block):
     from quip_vllm.ops.triton.routing import Routing
 
-    ids = torch.randint(0, count, (m,), generator=torch.Generator().manual_seed(m))
+    ids = torch.randint(-1, count, (m,), generator=torch.Generator().manual_seed(m))
     order, blocks = Routing(ids, count, 1).blocks(rows_of_block)
     used = [block for block in blocks.tolist() if block[0] >= 0]
     assert blocks[: len(used)].tolist() == used and sorted(order.tolist()) == list(range(m))
-    assert [place for _, first, last in used for place in range(first, last)] == list(range(m))
+    assert [place for _, first, last in used for place in range(first, last)] == list(range(int((ids >= 0).sum())))
     assert all(0 < last - first <= rows_of_block for _, first, last in used)
     assert all((ids[order[first:last]] == expert).all() for expert, first, last in used)
 

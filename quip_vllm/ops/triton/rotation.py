@@ -105,10 +105,9 @@ def store_activations(v, column, used, out, top, total_at, scale_at, GROWTH: tl.
 
 @triton.jit
 def expert_of(ids, row, experts):
-    """The expert that a result is of, and whether there is one of its number; else the first."""
-    expert = tl.load(ids + row)
-    known = (expert >= 0) & (expert < experts)
-    return tl.where(known, expert, 0), known
+    """The expert that a result is of, and the number that it names; the first where there is none of that number."""
+    named = tl.load(ids + row)
+    return tl.where((named >= 0) & (named < experts), named, 0), named
 
 
 @triton.jit(do_not_specialize=["results"], do_not_specialize_on_alignment=["x", "ids"])
@@ -140,7 +139,7 @@ def walsh_in_kernel(
     row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     i = block * COUNT + tl.arange(0, COUNT)
     if ROUTED:
-        expert, known = expert_of(ids, row, experts)
+        expert, named = expert_of(ids, row, experts)
         x, su = x + row // results * k, su + expert * k
     else:
         x += row * k
@@ -148,7 +147,7 @@ def walsh_in_kernel(
     v *= tl.load(su + i, mask=i < k, other=0.0)
     top = tl.max(magnitude(v))
     if ROUTED:
-        top = tl.where(known, top, 0x7FC00000)
+        top = tl.where(named < experts, top, 0x7FC00000)
     v = walsh(v, COUNT, P)
     if WHOLE:
         store_activations(v, i, i < k, out + row * stride, top, totals + row, scales + row, GROWTH, COLUMNS)
@@ -232,7 +231,8 @@ def walsh_out_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     if ROUTED:
-        signs += expert_of(ids, row, experts)[0] * n
+        expert, named = expert_of(ids, row, experts)
+        signs += expert * n
     i = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     v = tl.zeros((COUNT,), tl.float32)
     for split in tl.range(0, splits, num_stages=1):
@@ -244,6 +244,8 @@ def walsh_out_kernel(
         tl.store(scratch + row * n + start + i, v, mask=i < size)
     else:
         v *= unit * tl.load(scales + row) * tl.load(signs + start + i, mask=i < size, other=0.0)
+        if ROUTED:
+            v = tl.where(named < 0, 0.0, v)
         tl.store(y + row * n + start + i, rounded(v, y.dtype.element_ty), mask=i < size)
 
 
@@ -268,9 +270,12 @@ def mix_out_kernel(
     """H_q of outputs start .. of scratch [m][n] to y [m][n], scaled as by walsh_out_kernel."""
     row = tl.program_id(0).to(tl.int64)
     if ROUTED:
-        signs += expert_of(ids, row, experts)[0] * n
+        expert, named = expert_of(ids, row, experts)
+        signs += expert * n
     a, b, used, column = part_of_run(q, p, A, B)
     first = start + tl.program_id(1) * q * p
     v = mix(base, scratch + row * n + first, a, b, q, p, 32, A, B)
     v *= unit * tl.load(scales + row) * tl.load(signs + first + column, mask=used, other=0.0)
+    if ROUTED:
+        v = tl.where(named < 0, 0.0, v)
     tl.store(y + row * n + first + column, rounded(v, y.dtype.element_ty), mask=used)

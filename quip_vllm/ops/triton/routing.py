@@ -11,7 +11,7 @@ class Routing(NamedTuple):
     """Which expert each result is of.
 
     Attributes:
-        ids: int64 [m], numbers of experts.
+        ids: int64 [m], numbers of experts; a negative one names none, and its result is in no block.
         experts: how many there are.
         results: of a row of x, in turn.
     """
@@ -29,7 +29,8 @@ class Routing(NamedTuple):
                 the last; the expert is -1 in those that are left over.
         """
         m, device = len(self.ids), self.ids.device
-        ids, order = self.ids.clamp(0, self.experts - 1).sort(stable=True)
+        ids = torch.where(self.ids < 0, self.experts, self.ids.clamp(max=self.experts - 1))
+        ids, order = ids.sort(stable=True)
         bounds = torch.searchsorted(ids, torch.arange(self.experts + 1, device=device))
         count = (bounds.diff() + rows - 1) // rows
         behind = count.cumsum(0)
