@@ -153,6 +153,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    routes = True
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """See Backend."""

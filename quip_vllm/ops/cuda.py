@@ -93,6 +93,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    routes = True
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """See Backend."""

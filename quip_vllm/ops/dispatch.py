@@ -19,9 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """Something that can run layers on a device. It has no state: a choice made for a layer is in its PreparedLayer."""
+    """Something that can run layers on a device. It has no state: a choice made for a layer is in its PreparedLayer.
+
+    Attributes:
+        name: what QUIP_VLLM_BACKEND calls it.
+        routes: whether experts that rows choose are one call, which can be compiled and captured.
+    """
 
     name: str
+    routes: bool
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """None if this backend can run ``spec`` on this machine, else one sentence that says why not."""

@@ -59,6 +59,7 @@ class ReferenceBackend:
     """Runs every LinearSpec, and only with QUIP_VLLM_BACKEND=reference."""
 
     name = "reference"
+    routes = False
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """See Backend."""

@@ -299,7 +299,9 @@ def _check_served(layer: Any, prefix: str) -> None:
             moe.moe_parallel_config.use_ep and moe.moe_parallel_config.dp_size > 1
         ),
         "copies of experts: serve without --enable-eplb": moe.num_experts != moe.num_logical_experts,
-        "LoRA: serve without --enable-lora": moe.is_lora_enabled,
+        "LoRA on them: name what else has adapters, as in --lora-target-modules q_proj v_proj": (
+            moe.is_lora_enabled and _may_have_adapters()
+        ),
         "biases: requantize with the experts among --ignore": moe.has_bias and not is_interleaved(layer),
         f"sizes padded to {sizes}: serve with fewer ranks": sizes != (moe.hidden_dim_unpadded, moe.intermediate_size),
     }
@@ -308,14 +310,21 @@ def _check_served(layer: Any, prefix: str) -> None:
             raise ValueError(f"{prefix}: quantized experts are not served with {clause}")
 
 
+def _may_have_adapters() -> bool:
+    """Whether vLLM would give the experts adapters where it serves LoRA."""
+    config = get_current_vllm_config_or_none()
+    targets = None if config is None or config.lora_config is None else config.lora_config.target_modules
+    return targets is None or any("experts" in target.split(".") for target in targets)
+
+
 def _check_backend(spec: LinearSpec, prefix: str) -> None:
     """Raises ValueError if experts of this spec run one by one where vLLM compiles or captures what it runs."""
     config = get_current_vllm_config_or_none()
     device = torch.device("cpu" if config is None else config.device_config.device_type)
-    name = select_backend(spec, device).name
-    if name not in ("cpu", "cuda", "triton") and config is not None and not config.model_config.enforce_eager:
+    backend = select_backend(spec, device)
+    if not backend.routes and config is not None and not config.model_config.enforce_eager:
         raise ValueError(
-            f"{prefix}: quantized experts run on the {name} backend one by one: serve with --enforce-eager"
+            f"{prefix}: quantized experts run on the {backend.name} backend one by one: serve with --enforce-eager"
         )
 
 

@@ -82,3 +82,16 @@ def test_adapters_in_one_batch(quantized, tmp_path, engine, tied):
         assert (answer - log_probabilities(model, prompt, one["tokens"])).abs().max() < SERVED_LOG_PROBABILITY
         changed = (answer - log_probabilities(base(), prompt, one["tokens"])).abs().max() > 0.1
         assert changed == (model is not models[-1])
+
+
+def test_adapters_beside_quantized_experts(quantized, tmp_path, engine):
+    """Of the attention, where the target modules are said; the experts themselves have none."""
+    folder = quantized("Qwen3Moe", served.HEADS)
+    targets = ["q_proj", "v_proj", "o_proj"]
+    made = adapter(load_model(str(folder)), tmp_path / "one", targets, 0)
+    engine(served.start, folder, enable_lora=True, max_loras=2, max_lora_rank=8, lora_target_modules=targets)
+    found = engine(served.generated, PROMPTS, [str(tmp_path / "one"), None] * 2, max_tokens=12, logprobs=0)
+    models = [merged(load_model(str(folder)), made), load_model(str(folder))] * 2
+    for one, prompt, model in zip(found, PROMPTS, models, strict=True):
+        answer = torch.tensor(one["answer"])
+        assert (answer - log_probabilities(model, prompt, one["tokens"])).abs().max() < SERVED_LOG_PROBABILITY

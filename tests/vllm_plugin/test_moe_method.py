@@ -350,7 +350,7 @@ def test_formats_have_to_be_those_of_all_experts():
     [
         ({"moe_parallel_config": SimpleNamespace(use_ep=True, dp_size=2)}, "expert parallelism.*--enable-expert-par"),
         ({"num_logical_experts": 2}, "copies of experts: serve without --enable-eplb"),
-        ({"is_lora_enabled": True}, "LoRA: serve without --enable-lora"),
+        ({"is_lora_enabled": True}, "LoRA on them: name what else has adapters, as in --lora-target-modules"),
         ({"has_bias": True}, "biases"),
         ({"hidden_dim_unpadded": 60}, "sizes padded"),
         ({"activation": MoEActivation.SWIGLUOAI}, "activation swigluoai, which"),

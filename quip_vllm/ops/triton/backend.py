@@ -87,6 +87,7 @@ class TritonBackend:
     """The kernels of this folder, for compute capability 8.0 and above. Activations are fp16 inside."""
 
     name = "triton"
+    routes = True
 
     def refusal(self, spec: LinearSpec) -> str | None:
         """See Backend."""
