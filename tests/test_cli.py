@@ -52,7 +52,7 @@ def refusal(capsys):
 def test_who_can_serve_on_several_ranks_is_said(quantize, tmp_path, capsys, split):
     assert quantize(*split) == 0
     said = capsys.readouterr().out.splitlines()
-    assert ("on up to 2 tensor-parallel ranks" if split else "--split R makes a model for R") in said[3]
+    assert ("on 2 tensor-parallel ranks or a divisor of it" if split else "--split R makes a model for R") in said[3]
     assert main(["inspect", str(tmp_path / "out"), "--tensor-parallel", "2"]) == (0 if split else 1)
 
 

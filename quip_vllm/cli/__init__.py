@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--document-start",
         metavar="REGEX",
-        help="how lines begin with which documents begin: standard errors are then by document, not by window",
+        help="a document begins where a line begins so: standard errors are then by document, not by window",
     )
     evaluate.add_argument("--json", type=Path, help="write the figures there as well")
     add_device(evaluate)

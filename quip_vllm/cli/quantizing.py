@@ -99,9 +99,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--split",
         type=int,
         metavar="R",
-        help="rotate each of R equal chunks of the side that tensor parallelism cuts by itself, so that vLLM can serve "
-        f"on R ranks or a divisor of R (default {', '.join(map(str, SPLITS))}: the first that leaves each chunk "
-        f"{NARROWEST} numbers; else 1, whole rows)",
+        help="cut the side that tensor parallelism cuts into R equal chunks, and rotate each by itself: vLLM can then "
+        f"serve on R ranks or a divisor of R (default {', '.join(map(str, SPLITS))}: the first that divides the "
+        f"attention heads and leaves each chunk {NARROWEST} numbers; else 1, whole rows, as with experts)",
     )
     parser.add_argument(
         "--rounding",
@@ -115,20 +115,20 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--drift-correction",
         type=float,
         metavar="SHARE",
-        help="how much of the error that earlier layers left a layer is asked to mend, 0 to 1 (default 0.2; with "
-        "discquant 0)",
+        help="share of the error of earlier layers that each layer corrects, 0 to 1 (default 0.2; with discquant 0)",
     )
     parser.add_argument(
         "--token-weights",
         type=float,
         metavar="SHARE",
-        help="how far a token counts as the loss feels it, 0 to 1, which takes a backward pass (default 0.2 with "
-        "--two-sided, else 0)",
+        help="share of a token's weight that follows how much the loss depends on it, 0 to 1, which takes a backward "
+        "pass; in the rest all tokens count the same (default 0.2 with --two-sided, else 0)",
     )
     parser.add_argument(
         "--two-sided",
         action=argparse.BooleanOptionalAction,
-        help="let rounding errors feed back along the outputs, too (YAQA), which takes the same (default: with ldlq)",
+        help="whether rounding errors feed back along the outputs, too (YAQA), which takes the same backward pass "
+        "(default: with --rounding ldlq)",
     )
     parser.add_argument(
         "--hessians", metavar="FOLDER", help="where the backward pass leaves its result, or an earlier run has left it"
@@ -137,8 +137,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--tune",
         choices=TUNINGS,
         default=Settings.tune,
-        help="what is fitted to the codes: nothing; su and sv by least squares (refit); and norms, by training of each "
-        "decoder layer (blocks), and of all together (full), which takes longest (default %(default)s)",
+        help="none: nothing is fitted to the codes; refit: su and sv, by least squares; blocks: then su, sv and norms "
+        "of each decoder layer are trained; full: then those of all layers together, which takes longest (default "
+        "%(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -182,7 +183,7 @@ def _quantize(args: argparse.Namespace) -> int:
     print("(vLLM reserves that share of the memory, on a CPU too, and does not start where less is free)")
     split = report["settings"]["split"]
     if split > 1:
-        print(f"(on up to {split} tensor-parallel ranks, since {split} chunks of a row are rotated one by one)")
+        print(f"(on {split} tensor-parallel ranks or a divisor of it: {split} chunks of a row are rotated one by one)")
     elif settings.hadamard_block is None:
         print("(on one tensor-parallel rank, since rotations cover whole rows: --split R makes a model for R)")
     return 0
