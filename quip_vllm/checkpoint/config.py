@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 FORMAT_VERSION = 1
+LARGEST_COUNT = 65_536
+"""Of chunks, and of what sizes are a multiple of: more would have sizes tried without end."""
 
 
 class LayerFormat(NamedTuple):
@@ -40,8 +42,8 @@ class LayerFormat(NamedTuple):
         self.format.check_bits(self.bits)
         for key in ("input_chunks", "output_chunks", "padded_to"):
             value = getattr(self, key)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{key} is {value!r:.100}: it must be a positive integer")
+            if type(value) is not int or not 1 <= value <= LARGEST_COUNT:
+                raise ValueError(f"{key} is {value!r:.100}: it must be an integer from 1 to {LARGEST_COUNT}")
 
     def spec(self, k: int, sizes: tuple[int, ...], block: int | None, rotate_output: bool = True) -> LinearSpec:
         """The layer of k inputs and these outputs."""
@@ -147,7 +149,9 @@ class CheckpointConfig:
             described.check()
         block = self.hadamard_block
         if block is not None and (type(block) is not int or block < 2 or block & (block - 1)):
-            raise ValueError(f"hadamard_block is {block!r}: give a power of two of at least 2, or null for full width")
+            raise ValueError(
+                f"hadamard_block is {block!r:.100}: give a power of two of at least 2, or null for full width"
+            )
         for rows in self.token_rows:
             if rows.module in self.layers or self._skips(rows.module):
                 raise ValueError(
@@ -235,11 +239,11 @@ class CheckpointConfig:
         """
         method, families = raw.get("quant_method"), methods()
         if not isinstance(method, str) or method not in families:
-            raise ValueError(f"quant_method is {method!r}: it must be one of {', '.join(families)}")
+            raise ValueError(f"quant_method is {method!r:.100}: it must be one of {', '.join(families)}")
         version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"format_version is {version!r}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
+                f"format_version is {version!r:.100}: this quip_vllm reads {FORMAT_VERSION}; upgrade or requantize"
             )
         default = _layer_format({key: raw[key] for key in LayerFormat._fields if key in raw}, "quantization_config")
         if default.format.method != method:

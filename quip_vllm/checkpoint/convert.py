@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.hub import SIDE_FILES, TOKENIZER, copy_files, tokenizer_folder, tokenizer_of
+from quip_vllm.checkpoint.hub import SIDE_FILES, TOKENIZER, copy_files, tokenizer_folder, tokenizer_of, travelling
 from quip_vllm.checkpoint.layers import layer_specs, others_of, read_config, read_layer, stored_names
 from quip_vllm.checkpoint.published import HEAD, Published, natural
 from quip_vllm.checkpoint.shards import check_room, plan_shards, shard_name, write_index, write_shard
@@ -54,6 +54,8 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
     if any(spec.tile_order not in spec.format.kernel_orders for spec in config.specs.values()):
         _LOG.warning("HYB at 1 bit runs on CPUs, with activations in floats, and on GPUs with Triton alone")
     tokens = tokenizer_of(source) if tokenizer is None else tokenizer_folder(tokenizer)
+    travelling(source, out, SIDE_FILES)  # refuses links
+    travelling(tokens, out, TOKENIZER)
     _open(out, _identity(source, reader, config), resume)
     specs = layer_specs(reader, config)
     sizes = {

@@ -80,22 +80,47 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_files(folder: Path, out: Path, patterns: Iterable[str], ours: Iterable[str] = ()) -> None:
-    """Copies the files that travel with weights; hidden ones, other models within the folder and `ours` are left out.
+    """Copies the files that travel with weights, see `travelling`, but for those with a name among `ours`."""
+    for file in travelling(folder, out, patterns):
+        inside = file.relative_to(folder)
+        if inside.name not in ours:
+            (out / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / inside)
+
+
+def travelling(folder: Path, out: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that travel with weights; hidden ones and other models within the folder are left out.
 
     Args:
         folder: where they are.
         out: where they go, also a folder within `folder`.
-        patterns: of their names.
-        ours: names of files that are not copied.
+        patterns: of their names; those of the tokenizer alone are not looked for in folders within `folder`.
+
+    Raises:
+        ValueError: one is a link to a file outside of the folder.
     """
-    for file in {file for pattern in patterns for file in folder.rglob(pattern)}:
+    search = folder.glob if patterns is TOKENIZER else folder.rglob
+    found = []
+    for file in {file for pattern in patterns for file in search(pattern)}:
         inside = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         hidden |= any((folder / parent / "config.json").exists() for parent in inside.parents[:-1])  # another model
-        left = inside.name in ours or inside.name.endswith(".index.json")
-        if file.is_file() and not left and not hidden and out.resolve() not in file.resolve().parents:
-            (out / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / inside)
+        left = hidden or inside.name.endswith(".index.json")
+        if file.is_file() and not left and out.resolve() not in file.resolve().parents:
+            check_link(file, folder)
+            found.append(file)
+    return found
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Raises ValueError where a file of a model's folder is a link that leads out of it, as into the user's own files.
+
+    The files of a snapshot in the hub's cache are links to its blobs.
+    """
+    home, target = folder.resolve(), file.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in target.parents and blobs not in target.parents:
+        raise ValueError(f"{file} is a link to {target}, outside of the model: put the file itself there, or remove it")
 
 
 def _fetched(model: str, patterns: list[str]) -> Path:
@@ -163,7 +188,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     with explained(folder / "config.json"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config._attn_implementation = None  # a name that a file gives may be one of code to be fetched
+        return config
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -172,6 +199,31 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     with explained(f"the tokenizer in {folder}", "; put the model's own tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def token_ids(tokenizer: Any, text: str) -> Any:
+    """What the tokenizer makes of a text, with nothing added. Raises ValueError where it fails."""
+    with explained(f"the tokenizer in {tokenizer.name_or_path}", "; put the model's own tokenizer files there"):
+        return tokenizer(text, add_special_tokens=False, verbose=False)
+
+
+def check_token(folder: Path | str, token: int, vocabulary: int) -> None:
+    """Raises ValueError for a token of the tokenizer that the model, which knows those below `vocabulary`, lacks."""
+    if not 0 <= token < vocabulary:
+        raise ValueError(
+            f"the tokenizer in {folder} makes token {token}, but the model knows {vocabulary}: fetch the model's own "
+            "tokenizer files"
+        )
+
+
+def check_depth(config: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where config.json has more decoder layers than the files have tensors: they would be built."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(names):
+        raise ValueError(
+            f"config.json has num_hidden_layers {layers!r:.100}, but the files hold {len(names)} tensors: they do not "
+            "belong together; fetch the model again"
+        )
 
 
 def rules_of_transformers(model: Any) -> Callable[[str], tuple[str, Sequence[str], str | None]]:
@@ -207,7 +259,9 @@ def explained(what: Path | str, remedy: str = "") -> Iterator[None]:
     library.set_verbosity_error()
     try:
         yield
-    except Exception as error:  # many kinds for a file that it does not understand, and those of a model's own code
+    except BaseException as error:  # many kinds for a file that it does not understand, and those of a model's own code
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # the latter of tokenizers
+            raise
         problem = f"{what} cannot be used: {brief(error)}{remedy}"
         if "trust_remote_code" in str(error):
             asks = "asks for Python code from the model's own files: read that code, then give --trust-remote-code"

@@ -66,7 +66,7 @@ def _losses(report: Path) -> dict[str, float]:
         return {}
     try:
         return {str(entry["name"]): float(entry["proxy_loss"]) for entry in read_json(report)["layers"]}
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{report} is damaged: delete it to see the checkpoint without its losses") from None
 
 

@@ -56,7 +56,7 @@ def layer_specs(reader: CheckpointReader, config: CheckpointConfig) -> dict[str,
             layer that the files do not hold.
     """
     if isinstance(config, Published):
-        return dict(config.specs)
+        return dict(config.specs)  # whose readers have checked the biases
     leaves = {name: own - {"bias"} for name, own in leaves_of(reader.names()).items() if own & tensor_names()}
     named = [*config.layers, *config.parts, *(rows.module for rows in config.token_rows)]
     for name in named:
@@ -94,7 +94,10 @@ def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves:
     rows = sum(size for _, size in config.parts_of(name))
     if rows not in (0, n):
         raise ValueError(f"{name} has {n} outputs, but its parts in config.json have {rows}: {DAMAGED}")
+    stored_n, stored_k = n, k
     n, k = config.shapes.get(name, (n, k))
+    if n > stored_n or k > stored_k:
+        raise ValueError(f"{name} is {n} x {k} in config.json, but {stored_n} x {stored_k} in the files: {DAMAGED}")
     spec = stored.spec(k, (n,), config.hadamard_block, rotate_output=not config.has_token_rows(name))
     spec = replace(spec, vector_dtype=dtype) if dtype in FLOATS else spec
     try:
@@ -109,6 +112,10 @@ def _spec(reader: CheckpointReader, config: CheckpointConfig, name: str, leaves:
         if shape != one.shape or dtype not in one.dtypes:
             kinds = " or ".join(map(str, one.dtypes))
             raise ValueError(f"{described} has {leaf} {dtype} {shape} in place of {kinds} {one.shape}: {DAMAGED}")
+    if f"{name}.bias" in reader:
+        shape, dtype = reader.shapes[f"{name}.bias"], reader.dtypes[f"{name}.bias"]
+        if shape not in ((n,), (stored_n,)) or dtype not in FLOATS:
+            raise ValueError(f"{name} has a bias {dtype} {shape} in place of a float of {(n,)}: {DAMAGED}")
     return spec
 
 

@@ -55,7 +55,8 @@ class Published(CheckpointConfig):
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    numbers = (part.isascii() and part.isdecimal() and len(part) < 10 for part in name.split("."))
+    return [(int(part), "") if is_one else (-1, part) for part, is_one in zip(name.split("."), numbers, strict=True)]
 
 
 def leaves_of(names: Iterable[str]) -> dict[str, set[str]]:

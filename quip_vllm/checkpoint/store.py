@@ -225,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming the file if it is missing or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): a JSON file is wanted there") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}: a JSON object is wanted")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quip_vllm import __version__
-from quip_vllm.cli.options import add_device, add_trust, check_writable
+from quip_vllm.cli.options import add_device, add_trust, check_writable, printable
 from quip_vllm.cli.quantizing import add_plan, add_quantize
 from quip_vllm.cli.verifying import add_verify
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
         return 128 + signal.SIGPIPE
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"quip-vllm {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"quip-vllm {parsed.command}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"quip-vllm {parsed.command}: stopped", file=sys.stderr)
@@ -191,7 +191,8 @@ def _inspect(args: argparse.Namespace) -> int:
         check_complete(args.checkpoint, args.trust_remote_code)
         print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
         return 0
-    print(json.dumps(result, indent=2) if args.json else format_inspection(result))
+    said = json.dumps(result, indent=2) if args.json else format_inspection(result)
+    print("\n".join(map(printable, said.splitlines())))
     return 0
 
 

@@ -5,6 +5,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+LONGEST = 4000
+
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """--trust-remote-code."""
@@ -15,6 +17,12 @@ def add_device(parser: argparse.ArgumentParser, does: str = "runs") -> None:
     """--device, on which the model does what `does` says."""
     text = f"where the model {does}, as torch names it: cpu (default), cuda"
     parser.add_argument("--device", default="cpu", help=text)
+
+
+def printable(text: str) -> str:
+    """A line for a terminal: what is no letter is escaped, and a very long one is cut, since files may have made it."""
+    shown = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return shown if len(shown) <= LONGEST else shown[:LONGEST] + " ..."
 
 
 def check_writable(file: Path, option: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quip_vllm import __version__
+from quip_vllm.checkpoint.hub import check_link
 from quip_vllm.checkpoint.inspection import inspect
-from quip_vllm.checkpoint.store import read_json
+from quip_vllm.checkpoint.store import read_json, write_atomically
 
 MARK = "<!-- written by quip-vllm card -->"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,6 +33,8 @@ def card(folder: Path, evaluations: Sequence[Path] = (), name: str | None = None
     report = folder / "quantization_report.json"
     run: dict[str, Any] = read_json(report) if report.exists() else {}
     settings: dict[str, Any] = run.get("settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"{report} is damaged: delete it for a card without the settings")
     method, bits, base = config["quant_method"], f"{totals['bits_per_weight']:.2f}", str(settings.get("model", ""))
     front = ["library_name: vllm", "pipeline_tag: text-generation", f"tags: [quip_vllm, {method}]"]
     if HUB_NAME.fullmatch(base):
@@ -42,7 +45,7 @@ def card(folder: Path, evaluations: Sequence[Path] = (), name: str | None = None
         f"# {name}",
         f"{totals['layers']} layers of {_shown(base) or 'the model'} with {totals['weights']:,} weights, quantized to "
         f"{bits} bits per weight with the method `{method}` (code `{config['code']}`) of quip_vllm "
-        f"{run.get('quip_vllm', __version__)}. All tensors take {totals['bytes'] / 1e6:,.1f} MB.",
+        f"{_shown(run.get('quip_vllm', __version__))}. All tensors take {totals['bytes'] / 1e6:,.1f} MB.",
         "## Quality",
         _quality(evaluations),
         "## Use",
@@ -56,17 +59,30 @@ def card(folder: Path, evaluations: Sequence[Path] = (), name: str | None = None
 
 
 def _shown(value: object) -> str:
-    """A setting without the folders of this machine."""
-    names = str(value).split(",")
+    """A setting on one line, without the folders of this machine, and nothing that Markdown reads."""
+    names = re.sub(r"[^\w.,:/+ -]+", " ", str(value)[:200]).split(",")
     return ",".join(one if HUB_NAME.fullmatch(one) or one.startswith("hub:") else Path(one).name for one in names)
+
+
+def _measured(row: object) -> bool:
+    """Whether an object is a row of what `evaluate` writes, as far as the card shows it."""
+    figures = ("reference_perplexity", "kl_divergence", "top1_agreement")
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("text"), str)
+        and all(type(row.get(key)) in (int, float) for key in ("windows", "perplexity"))
+        and all(row.get(key) is None or type(row[key]) in (int, float) for key in figures)
+    )
 
 
 def write_card(folder: Path, text: str) -> Path:
     """Writes README.md. Raises ValueError where there is one that `card` has not made."""
     file = folder / "README.md"
+    if file.is_symlink():
+        raise ValueError(f"{file} is a link: remove it first")
     if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{file} was not written by quip-vllm card: move it away first")
-    file.write_text(text, encoding="utf-8")
+    write_atomically(file, text)
     return file
 
 
@@ -74,7 +90,10 @@ def files_to_push(folder: Path) -> list[Path]:
     """All files of a checkpoint, without those of an unfinished run. Raises ValueError where the run is unfinished."""
     if (folder / ".quantize").exists():
         raise ValueError(f"{folder} is an unfinished run: give quip-vllm quantize --resume first")
-    return sorted(file for file in folder.rglob("*") if file.is_file() and ".cache" not in file.parts)
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and ".cache" not in file.parts)
+    for file in files:
+        check_link(file, folder)
+    return files
 
 
 def push(folder: Path, repository: str) -> str:
@@ -101,11 +120,11 @@ def _quality(evaluations: Sequence[Path]) -> str:
     for file in evaluations:
         found = read_json(file)
         results = found.get("results") if isinstance(found, dict) else None
-        if not isinstance(results, list) or not all(isinstance(row, dict) and "perplexity" in row for row in results):
+        if not isinstance(results, list) or not all(map(_measured, results)):
             raise ValueError(f"{file} is not what quip-vllm evaluate --json writes")
         for row in results:
             divergence, top = row.get("kl_divergence"), row.get("top1_agreement")
-            cells = [row["text"], row["windows"], found["sequence_length"], f"{row['perplexity']:.2f}"]
+            cells = [_shown(row["text"]), row["windows"], found.get("sequence_length"), f"{row['perplexity']:.2f}"]
             cells.append("" if row.get("reference_perplexity") is None else f"{row['reference_perplexity']:.2f}")
             cells += ["" if divergence is None else f"{divergence:.4f}", "" if top is None else f"{100 * top:.1f} %"]
             rows.append("| " + " | ".join(map(str, cells)) + " |")

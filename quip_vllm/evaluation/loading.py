@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.config import CheckpointConfig
-from quip_vllm.checkpoint.hub import brief, explained, load_config, local_folder
+from quip_vllm.checkpoint.hub import brief, check_depth, explained, load_config, local_folder
 from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, read_layer
 from quip_vllm.checkpoint.published import HEAD
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
@@ -48,7 +48,10 @@ def load_model(
             config.json describes.
     """
     there, folder = usable_device(device), local_folder(model, trust_remote_code)
-    state = dense_state(folder) if is_quantized(folder) else None
+    state = None
+    if is_quantized(folder):
+        check_complete(folder, trust_remote_code)  # by headers, before any weight is made
+        state = dense_state(folder)
     return _loaded(folder, state, trust_remote_code, dtype=dtype).eval().to(there)
 
 
@@ -73,6 +76,7 @@ def _loaded(folder: Path, state: dict[str, Tensor] | None, trust_remote_code: bo
 
     options = {"dtype": torch.float32, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = load_config(folder, trust_remote_code)
+    check_depth(config, CheckpointReader(folder).names())
     if not getattr(config, "quantization_config", None):
         config.__dict__.pop("quantization_config", None)  # an empty one, which transformers takes for a method
     if state is None:

@@ -9,7 +9,7 @@ import torch
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.config import positions
-from quip_vllm.checkpoint.hub import load_config, load_tokenizer, local_folder, tokenizer_of
+from quip_vllm.checkpoint.hub import check_token, load_config, load_tokenizer, local_folder, tokenizer_of
 from quip_vllm.checkpoint.inspection import inspect
 from quip_vllm.checkpoint.store import CheckpointReader, read_json
 from quip_vllm.evaluation.loading import is_quantized, load_model
@@ -82,6 +82,8 @@ def evaluate(
                 f"{reference or models[0]} has {first.config.vocab_size} tokens and {name} {model.config.vocab_size}: "
                 "models can be compared over one vocabulary; give the model that was quantized"
             )
+    for tokens in cut:
+        check_token(folder, int(tokens.max()), first.config.get_text_config().vocab_size)
     sizes = [_size(folders[name], model) for (name, _), model in zip(measured, loaded, strict=True)]
     results = [
         {"model": name, "text": text, "dtype": str(dtype).removeprefix("torch."), "windows": len(tokens)}

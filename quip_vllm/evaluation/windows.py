@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from quip_vllm.checkpoint.hub import token_ids
+
 CHUNK = 256  # positions whose full-vocabulary distributions are held at once
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p99.9": 99.9}
 
@@ -34,7 +36,7 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None, s
     if length < 2:
         raise ValueError(f"--sequence-length is {length}: a window predicts from its second token on; give at least 2")
     text = _read(text_file)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = torch.tensor(token_ids(tokenizer, text)["input_ids"])
     step = length - start_token
     available = len(ids) // step
     if count is not None and count < 1:

@@ -64,7 +64,9 @@ class Format(abc.ABC):
         """Raises ValueError unless the format has `bits` bits per weight."""
         if type(bits) is not int or bits not in self.bits:
             rates = ", ".join(map(str, self.bits))
-            raise ValueError(f"bits is {bits!r}: {self.method} with code {self.name} has {rates}; choose one of them")
+            raise ValueError(
+                f"bits is {bits!r:.100}: {self.method} with code {self.name} has {rates}; choose one of them"
+            )
 
 
 FORMATS: dict[str, Format] = {}
@@ -79,7 +81,7 @@ def register(format: Format) -> None:
 def format_of(code: object) -> Format:
     """The format of a code's name. Raises ValueError for a name that there is not."""
     if not isinstance(code, str) or code not in FORMATS:
-        raise ValueError(f"code is {code!r}: it must be one of {', '.join(FORMATS)}")
+        raise ValueError(f"code is {code!r:.100}: it must be one of {', '.join(FORMATS)}")
     return FORMATS[code]
 
 
@@ -163,6 +165,12 @@ class LinearSpec:
         format.check_bits(self.bits)
         if not self.rotate_output and len(self.output_sizes) > 1:
             raise ValueError(f"outputs {self.output_sizes} without a rotation are not fused: give one size per layer")
+        for size, chunks in (
+            (self.stored_in, self.input_chunks),
+            *((n, self.output_chunks) for n in self.stored_outputs),
+        ):
+            if size % chunks:
+                raise ValueError(f"size {size} cannot be rotated in {chunks} equal chunks: the checkpoint is damaged")
         multiple_out = format.multiple_out if self.rotate_output else 1
         if self.stored_in % format.multiple_in or any(n % multiple_out for n in self.stored_outputs):
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip_vllm.checkpoint import exl3
 from quip_vllm.checkpoint.hub import rules_of_transformers
 from quip_vllm.checkpoint.layers import DAMAGED, layer_specs, others_of, read_config, stored_names
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.store import CheckpointReader, weight_map_of
 from quip_vllm.formats.spec import LinearSpec, methods
 from quip_vllm.formats.tensors import SU
 from quip_vllm.hf_plugin.modules import Embedding, Linear, Sliced, StoredLayer, TiedHead
@@ -59,7 +59,7 @@ class Quantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not checkpoint_files:
             raise ValueError("a quantized checkpoint is read from its files: give from_pretrained a folder or hub name")
-        stored = Files(Path(checkpoint_files[0]).parent)
+        stored = Files(_folder_of(checkpoint_files, model.config._name_or_path))
         renamed = rules_of_transformers(model)
         paths = {name: renamed(f"{name}.{SU.name}")[0].removesuffix(f".{SU.name}") for name in stored.specs}
         for path, module in list(model.named_modules()):
@@ -73,6 +73,14 @@ class Quantizer(HfQuantizer):
             if not exl3.is_slice(name):
                 model.set_submodule(path, stored.module(name, modules.get(path), model.dtype))
         for layer, names in slices.items():
+            whole = exl3.joined(
+                layer, [(stored.specs[name].out_features, stored.specs[name].in_features) for name in names]
+            )
+            original = modules.get(layer)
+            if not isinstance(original, nn.Linear) or original.weight.shape != whole:
+                raise ValueError(
+                    f"{layer} is in slices that make up {whole}, which is no layer of the model: {DAMAGED}"
+                )
             cut = [stored.linear(name, None) for name in names]
             model.set_submodule(layer, Sliced(cut, exl3.cuts_inputs(layer)))
         head = stored.config.head
@@ -96,6 +104,20 @@ class Quantizer(HfQuantizer):
             if isinstance(module, StoredLayer):
                 module.prepare()
         return model
+
+
+def _folder_of(files: Sequence[str], model: str) -> Path:
+    """The one folder of a checkpoint's files. Raises ValueError for pickles, and for files that are elsewhere."""
+    for file in files:
+        if not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{file} is no safetensors file, and nothing else is read: fetch or quantize the model again"
+            )
+    folder = Path(files[0]).parent
+    for place in {folder, folder.parent, Path(model)}:
+        if place.is_dir():
+            weight_map_of(place)  # which refuses files of other folders
+    return folder
 
 
 class Files:

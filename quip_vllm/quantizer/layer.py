@@ -253,7 +253,9 @@ def in_units(name: str, weight: Tensor, su: Tensor, spec: LinearSpec, seed: int,
 
 def padded(matrix: Tensor, spec: LinearSpec) -> Tensor:
     """A matrix with a row for each output of a layer, and rows of zeros for those that it stores beside them."""
-    return pad(matrix, (0, 0, 0, sum(spec.stored_outputs) - len(matrix)))
+    missing = sum(spec.stored_outputs) - len(matrix)
+    assert missing >= 0
+    return pad(matrix, (0, 0, 0, missing))
 
 
 def _rotated_outputs(sensitivity: Sensitivity, damping: float, rows: Rows, spec: LinearSpec) -> Tensor:

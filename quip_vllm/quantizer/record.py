@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quip_vllm.checkpoint.shards import (
@@ -114,7 +115,10 @@ class Record:
         file = self.folder / "calibration.safetensors"
         if not file.exists():
             write_shard(file, {"tokens": make()})
-        return read_shard(file)["tokens"]
+        tokens = read_shard(file).get("tokens")
+        if tokens is None or tokens.dtype is not torch.int64 or tokens.dim() != 2 or not tokens.numel():
+            raise self._damaged(file)
+        return tokens
 
     def shard(self, unit: str) -> Path:
         """The file of a unit's tensors, until they are merged."""
@@ -138,15 +142,15 @@ class Record:
 
     def digest(self, unit: str) -> str | None:
         """The digest of the model's tensors from which a finished unit was made; None for one that is not finished."""
-        return read_json(self._entries(unit))["digest"] if self._entries(unit).exists() else None
+        return str(self._told(unit, "digest", str)) if self._entries(unit).exists() else None
 
     def entries(self, unit: str) -> list[dict[str, Any]]:
         """Report entries of a finished unit."""
-        return read_json(self._entries(unit))["layers"]
+        return list(self._told(unit, "layers", list))
 
     def tuning(self, unit: str) -> list[dict[str, Any]]:
         """What the report says of a finished unit's training."""
-        return read_json(self._entries(unit))["tuning"]
+        return list(self._told(unit, "tuning", list))
 
     @property
     def all_units_done(self) -> bool:
@@ -163,22 +167,46 @@ class Record:
         if not file.exists():
             unit_of = {name: unit for unit in units for name in tensor_sizes(self.shard(unit))}
             sizes = {name: size for unit in units for name, size in tensor_sizes(self.shard(unit)).items()}
-            shards = plan_shards(sizes | {name: reader.bytes_of[name] for name in others})
-            write_json(file, {"shards": [{name: unit_of.get(name) for name in names} for names in shards]})
-        shards = read_json(file)["shards"]
+            planned = plan_shards(sizes | {name: reader.bytes_of[name] for name in others})
+            write_json(file, {"shards": [{name: unit_of.get(name) for name in names} for names in planned]})
+        shards = self._planned(file, set(units), reader)
         for index, shard in enumerate(shards):
             path = self.out / shard_name(index, len(shards))
             if not path.exists():
                 files = {n: self.shard(unit) if unit else reader.file_of[n] for n, unit in shard.items()}
                 copy_shard(path, files, {n: reader.stored_as[n] for n, unit in shard.items() if not unit})
             later = {unit for names in shards[index + 1 :] for unit in names.values()}
-            for unit in set(shard.values()) - later - {None}:
-                self.shard(unit).unlink(missing_ok=True)
+            for unit in set(shard.values()) - later:
+                if unit is not None:
+                    self.shard(unit).unlink(missing_ok=True)
         write_index(self.out, len(shards))
 
     def remove(self) -> None:
         """Ends the run: removes the record."""
         shutil.rmtree(self.folder)
+
+    def _planned(self, file: Path, units: set[str], reader: CheckpointReader) -> list[dict[str, str | None]]:
+        """The unit of each tensor of each shard. Raises ValueError where the file names anything else."""
+        shards = read_json(file).get("shards")
+        if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+            raise self._damaged(file)
+        if any(
+            unit not in units if unit is not None else name not in reader
+            for one in shards
+            for name, unit in one.items()
+        ):
+            raise self._damaged(file)
+        return shards
+
+    def _told(self, unit: str, key: str, kind: type) -> Any:
+        """What a unit's JSON says under a key."""
+        found = read_json(self._entries(unit)).get(key)
+        if not isinstance(found, kind):
+            raise self._damaged(self._entries(unit))
+        return found
+
+    def _damaged(self, file: Path) -> ValueError:
+        return ValueError(f"{file} is damaged: begin again, in a new folder")
 
     def _entries(self, unit: str) -> Path:
         return self.folder / f"{unit}.json"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint import shards
-from quip_vllm.checkpoint.hub import SIDE_FILES, copy_files, load_tokenizer, local_folder
+from quip_vllm.checkpoint.hub import SIDE_FILES, check_token, copy_files, load_tokenizer, local_folder, travelling
 from quip_vllm.checkpoint.store import digest, read_json, write_json
 from quip_vllm.formats.tensors import SU, tensor_specs
 from quip_vllm.ops import dequantize
@@ -151,6 +151,7 @@ class Run:
             _LOG.warning("the model has no modules %s, which its files hold: they are copied as they are", named)
         checks.check_window(settings, self.source)
         load_tokenizer(self.source.folder, settings.trust_remote_code)
+        travelling(self.source.folder, out, SIDE_FILES)
         self.layers = [f"layer-{index:05d}" for index in range(len(self.source.layers))]
         plan = self.plan
         outer = {EMBEDDING: plan.embedding is not None, HEAD: plan.head is not None, TUNED: settings.tune == FULL}
@@ -207,6 +208,8 @@ class Run:
         names = [name for index in unread for name in self.source.layer_names(index)]
         weights = self._outside + digest(checks.checked(self.source.reader, names, self.plan.specs))
         tokens = self.record.tokens(self._make_tokens)
+        for token in (int(tokens.min()), int(tokens.max())):  # a resumed run's are those of a file
+            check_token(self.source.folder, token, self.source.vocabulary)
         checks.check_memory(self.settings, self.source, len(tokens))
         self.amount = tokens.shape
         if len(tokens) < self.settings.sequences:

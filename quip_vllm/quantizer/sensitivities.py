@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quip_vllm.checkpoint.shards import check_room, read_shard, write_shard
-from quip_vllm.checkpoint.store import digest, read_json, write_json
+from quip_vllm.checkpoint.store import digest, open_shard, read_json, write_json
 from quip_vllm.quantizer.curvature.outputs import OutputCollector, Sensitivity
 from quip_vllm.quantizer.source.backward import Forward, sampled_score
 from quip_vllm.quantizer.source.model import LayeredModel
 
 _LOG = logging.getLogger(__name__)
+AGAIN = "give a new folder (--hessians)"
 WHOLE = "sensitivities.json"
 """Written last: what the files belong to."""
 ENOUGH_TOKENS = 65_536
@@ -85,12 +86,17 @@ class Sensitivities:
         if (folder / WHOLE).exists():
             found = read_json(folder / WHOLE)
             different = [key for key in wanted if found.get(key) != wanted[key]]
-            missing = set(names) - set(found.get("layers", ()))
+            layers = found.get("layers")
+            if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+                raise ValueError(f"{folder / WHOLE} is damaged: {AGAIN}")
+            missing = set(names) - set(layers)
             if different or missing or (two_sided and not found.get("two_sided")):
                 what = f"other {', '.join(different)}" if different else "fewer layers, or their token weights alone"
                 raise ValueError(
                     f"{folder} holds Hessians of {what}: give the model, calibration and seed of then, or a new folder"
                 )
+            for index in range(len(source.layers)):
+                self._check(index)
             return
         folder.mkdir(parents=True, exist_ok=True)
         check_room(folder, self._bytes(), "give --resume, or begin again with --hessians on another disk")
@@ -98,9 +104,32 @@ class Sensitivities:
         write_json(folder / WHOLE, {**wanted, "two_sided": two_sided, "layers": sorted(names)})
 
     def of(self, index: int, names: Collection[str]) -> dict[str, Sensitivity]:
-        """Those of decoder layer `index`: the linear layers among `names` that read one vector per token."""
+        """Those of decoder layer `index`: the linear layers among `names` that read one vector per token.
+
+        Raises:
+            ValueError: a number is no number, or a token weight is below zero.
+        """
         tensors = read_shard(self._file(index))
-        return {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
+        found = {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
+        for name, one in found.items():
+            numbers = [one.weights, torch.tensor(one.energy), *([] if one.outputs is None else [one.outputs])]
+            if not all(bool(part.isfinite().all()) for part in numbers) or min(one.energy, *one.weights.tolist()) < 0:
+                raise ValueError(f"{self._file(index)} has numbers of {name} that are damaged: {AGAIN}")
+        return found
+
+    def _check(self, index: int) -> None:
+        """Raises ValueError unless a layer's file has tensors of the sizes of the layer; reads its header."""
+        source, tokens = self._source, self._tokens.numel()
+        with open_shard(self._file(index)) as handle:
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        for name in set(source.linears(index)) & set(self._names):
+            n = source.reader.shapes[f"{name}.weight"][0]
+            wanted: dict[str, list[tuple[int, ...]]] = {"weights": [(tokens,), (0,)], "energy": [()]}
+            wanted["outputs"] = [(n, n)]
+            found = {leaf: shapes[f"{name}.{leaf}"] for leaf in wanted if f"{name}.{leaf}" in shapes}
+            complete = not found or {"weights", "energy"} <= set(found)
+            if not complete or any(shape not in wanted[leaf] for leaf, shape in found.items()):
+                raise ValueError(f"{self._file(index)} has {found} of {name}, which is damaged: {AGAIN}")
 
     def _bytes(self) -> int:
         """What the layers' inputs and all that the pass makes of them take on the disk."""

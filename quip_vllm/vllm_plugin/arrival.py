@@ -295,6 +295,10 @@ def _fetched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     """
     config: Any = get_current_vllm_config_or_none()
     source, weights = source_now(), iter(weights)
+    if source and Path(source["model"]).is_dir() and not any(Path(source["model"]).glob("*.safetensors")):
+        raise ValueError(
+            f"{source['model']} has no *.safetensors file, and nothing else is read: quantize the model again"
+        )
     try:
         first = list(itertools.islice(weights, 1))
     finally:  # also in place of what vLLM says of a damaged file
@@ -324,7 +328,9 @@ def _numbered(
     for full, tensor in weights:
         name, _, leaf = full.rpartition(".")
         if leaf in (exl3.LEAVES if name in specs else tensor_names()):
-            layers.setdefault(name, {})[leaf] = tensor.clone() if copied else tensor
+            if leaf in layers.setdefault(name, {}):
+                raise ValueError(f"{full} is in two files of the checkpoint: remove the one that does not belong there")
+            layers[name][leaf] = tensor.clone() if copied else tensor
         elif leaf == "bias" and name in specs:
             yield full, tensor[: specs[name].out_features]  # EXL3 pads it as well
         else:

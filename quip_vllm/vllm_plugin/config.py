@@ -30,6 +30,9 @@ DRAFT = "draft_model."
 PREPARED = ("sharded_state", "runai_streamer_sharded", "ipc_cache", "tensorizer")
 """Load formats that fill layers with what they held in another process, past the model's code."""
 
+PICKLES = ("pt", "npcache")
+"""Load formats that read them."""
+
 POSTPONED = "quip_postponed"
 """Marks what vLLM would have refused; see `postpone_refusal`."""
 
@@ -103,7 +106,11 @@ class QuipConfig(QuantizationConfig):
         Raises:
             ValueError: a file is truncated or damaged, or its tensors are not those that config.json describes.
         """
-        if folder is not None and any(folder.glob("*.safetensors")):
+        if folder is None:
+            return
+        for file in folder.glob("consolidated*.safetensors"):
+            raise ValueError(f"{file} would be read in place of the checkpoint beside it: remove it")
+        if any(folder.glob("*.safetensors")):
             layer_specs(CheckpointReader(folder), self.on_disk)
 
     def described(self) -> dict[str, Any]:
@@ -192,6 +199,11 @@ class QuipConfig(QuantizationConfig):
             raise ValueError(
                 f"--load-format {config.load_config.load_format} is not served for {self.get_name()}: it holds layers "
                 "as they are prepared for one backend; serve the checkpoint that quip-vllm has written, without it"
+            )
+        if config.load_config.load_format in PICKLES:
+            raise ValueError(
+                f"--load-format {config.load_config.load_format} reads pickles, which can run any code: serve the "
+                "checkpoint's safetensors files, without it"
             )
         self._carries = True
         postpone_refusal(FusedMoEConfig)

@@ -92,6 +92,8 @@ class _Model:
             n, k = exl3.joined(name, [(specs[one].out_features, specs[one].in_features) for one in names])
             first.setdefault((kind_of(name), stored, n, k), _Layer(name, stored, n, k))
         keys = getattr(text, "num_key_value_heads", None) or heads
+        if type(keys) is not int or keys < 1:
+            raise ValueError(f"{folder / 'config.json'} has num_key_value_heads {keys!r:.100}: it must be positive")
         padded = text.vocab_size + -text.vocab_size % VOCABULARY_MULTIPLE
         return cls(checkpoint, tuple(first.values()), heads, keys, padded)
 

@@ -2,14 +2,16 @@
 """A model's folder, here, in the hub's cache or fetched; what the hub does not give is said in a sentence."""
 
 import fnmatch
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from quip_vllm.checkpoint.hub import at_hand, local_folder
-from quip_vllm.checkpoint.store import INDEX_NAME, SINGLE_NAME, CheckpointReader, write_json
+from quip_vllm.checkpoint.hub import TOKENIZER, at_hand, copy_files, load_config, local_folder
+from quip_vllm.checkpoint.store import INDEX_NAME, SINGLE_NAME, CheckpointReader, read_json, write_json
+from quip_vllm.evaluation.loading import load_model
 
 
 def test_local_folder(tmp_path):
@@ -146,3 +148,43 @@ def test_what_the_hubs_cache_has_whole(tmp_path, monkeypatch):
     write_json(main / INDEX_NAME, {"weight_map": {"a": "../model-1.safetensors"}})
     with pytest.raises(ValueError, match="a shard must be a plain file name"):
         at_hand("someone/model")
+
+
+def test_a_link_out_of_a_model_does_not_travel(tmp_path):
+    model, secret = tmp_path / "model", tmp_path / "secret"
+    model.mkdir()
+    secret.write_text("mine")
+    (model / "notes.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=f"notes.txt is a link to {secret}, outside of the model: put the file itself"):
+        copy_files(model, tmp_path / "out", ["*.txt"])
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    (tmp_path / "cache" / "blobs" / "0").write_text("theirs")
+    (snapshot / "notes.txt").symlink_to("../../blobs/0")
+    (snapshot / "below").mkdir()
+    (snapshot / "below" / "vocab.json").write_text("{}")
+    copy_files(snapshot, tmp_path / "out", ["*.txt", "*.json"])
+    assert (tmp_path / "out" / "notes.txt").read_text() == "theirs" and (tmp_path / "out" / "below").is_dir()
+    copy_files(snapshot, tmp_path / "tokenizer", TOKENIZER)
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "config.json has num_hidden_layers 1000000000, but the files hold"),
+        ({"vocab_size": 10**12}, "of which config.json makes"),
+    ],
+)
+def test_sizes_of_config_json_cost_no_memory(quantized, tmp_path, change, message):
+    folder = shutil.copytree(quantized(), tmp_path / "copy")
+    write_json(folder / "config.json", read_json(folder / "config.json") | change)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder))
+
+
+def test_config_json_names_no_code_to_be_fetched(quantized, tmp_path):
+    folder = shutil.copytree(quantized(), tmp_path / "copy")
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"_attn_implementation": "someone/kernel"})
+    assert load_config(folder)._attn_implementation is None and load_model(str(folder))

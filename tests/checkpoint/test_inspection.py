@@ -65,7 +65,16 @@ def test_experts_are_one_row(checkpoint):
     assert [line.split()[0] for line in table[3:5]] == ["layers.2.up", "embed"] and len(table) == 6
 
 
-@pytest.mark.parametrize("report", [{}, {"layers": [1]}, {"layers": [{"name": "x"}]}, {"layers": 3}])
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"layers": [1]},
+        {"layers": [{"name": "x"}]},
+        {"layers": 3},
+        {"layers": [{"name": "x", "proxy_loss": 10**400}]},
+    ],
+)
 def test_damaged_report(checkpoint, report):
     write_json(checkpoint / "quantization_report.json", report)
     with pytest.raises(ValueError, match="quantization_report.json is damaged: delete it"):

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from quip_vllm.checkpoint.config import CheckpointConfig, Head, LayerFormat
 from quip_vllm.checkpoint.layers import read_config, read_layers
-from quip_vllm.checkpoint.store import CheckpointReader, write_json
+from quip_vllm.checkpoint.published import natural
+from quip_vllm.checkpoint.store import CheckpointReader, read_json, write_json
 from quip_vllm.formats.spec import LinearSpec
 
 SPECS = {
@@ -72,6 +73,14 @@ def test_one_layer_is_read_at_a_time(checkpoint, monkeypatch):
             lambda t: t.update({"layers.2.q.sv": torch.ones(64)}),
             r"has packed torch.int16 \(2, 128\) in place of .*\(4, ",
         ),
+        (
+            lambda t: t.update({"layers.2.q.bias": torch.ones(1)}),
+            r"layers.2.q has a bias torch.float32 \(1,\) in place",
+        ),
+        (
+            lambda t: t.update({"layers.2.q.bias": torch.ones(32).int()}),
+            r"layers.2.q has a bias torch.int32 \(32,\) in",
+        ),
         (lambda t: t.update({"layers.1.packed": torch.zeros(2)}), "layers.1 holds quantized tensors, but config.json"),
         (lambda t: [t.pop(f"layers.2.k.{leaf}") for leaf in random_layer(SPECS["layers.2.k"])], "layers.2.k is quanti"),
     ],
@@ -95,3 +104,26 @@ def test_not_a_quantized_checkpoint(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no quantization_config: this is not a quantized checkpoint"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"shape": [10**12 + 1, 64]}, "layers.2.q is 1000000000001 x 64 in config.json, but 32 x 64 in the files: "),
+        ({"input_chunks": 60}, "layers.2.q: size 64 cannot be rotated in 60 equal chunks"),
+        ({"output_chunks": 65536}, "layers.2.q: size 32 cannot be rotated in 65536 equal chunks"),
+    ],
+)
+def test_sizes_of_config_json_that_the_files_do_not_have(checkpoint, described, message):
+    folder = checkpoint()
+    config = read_json(folder / "config.json")
+    layers = config["quantization_config"]["layers"]
+    layers["layers.2.q"] = {"code": "hyb", "bits": 2, **layers.get("layers.2.q", {}), **described}
+    write_json(folder / "config.json", config)
+    with pytest.raises(ValueError, match=message):
+        next(read_layers(folder))
+
+
+def test_names_of_any_letters_are_sorted():
+    long = "a." + "9" * 5000
+    assert sorted(["a.10", "a.²", "a.9", long], key=natural) == [long, "a.²", "a.9", "a.10"]

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError
 
-from quip_vllm.checkpoint.store import write_json
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.cli import main
 from quip_vllm.evaluation.card import MARK, card
 
@@ -75,3 +75,22 @@ def test_what_is_uploaded(checkpoint, monkeypatch, capsys):
     assert MARK in (checkpoint / "README.md").read_text()
     assert main(["card", str(checkpoint), "--push", "small"]) == 2
     assert "small cannot be written (no name): check the name and your token" in capsys.readouterr().err
+
+
+def test_a_checkpoint_cannot_write_elsewhere_or_its_own_words(checkpoint, tmp_path, capsys):
+    report = read_json(checkpoint / "quantization_report.json")
+    write_json(checkpoint / "quantization_report.json", report | {"quip_vllm": "1\n\n# `owned`\n"})
+    text = card(checkpoint)
+    assert "\n# " in text and "owned" in text and "\n# owned" not in text and "`owned`" not in text
+    (checkpoint / "README.md").symlink_to(tmp_path / "elsewhere")
+    assert main(["card", str(checkpoint)]) == 2 and "README.md is a link: remove it first" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+    (checkpoint / "README.md").unlink()
+    (checkpoint / "notes.txt").symlink_to("/etc/hostname")
+    assert main(["card", str(checkpoint), "--dry-run"]) == 2 and "outside of the model" in capsys.readouterr().err
+    (checkpoint / "notes.txt").unlink()
+    write_json(checkpoint / "quantization_report.json", report | {"settings": []})
+    assert main(["card", str(checkpoint)]) == 2 and "is damaged: delete it for a card" in capsys.readouterr().err
+    for change in ({"perplexity": None}, {"text": 3}, {"windows": []}):
+        write_json(tmp_path / "e.json", {"results": [FIGURES | change], "sequence_length": 2048})
+        assert main(["card", str(checkpoint), "--evaluation", str(tmp_path / "e.json")]) == 2

@@ -132,3 +132,19 @@ def test_nan_model(tiny_model, cut):
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="logits hold a NaN or an infinity"):
         score([model], cut(64, 1))
+
+
+@pytest.mark.parametrize("kind", [Exception, type("PanicException", (BaseException,), {})])
+def test_a_tokenizer_that_fails_is_named(tmp_path, kind):
+    class Broken:
+        name_or_path = "somewhere"
+        bos_token_id = None
+
+        def __call__(self, *_, **__):
+            raise kind("no such token")
+
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(
+        ValueError, match="the tokenizer in somewhere cannot be used: no such token; put the model's own"
+    ):
+        windows_of(str(tmp_path / "a.txt"), Broken(), 2, None)

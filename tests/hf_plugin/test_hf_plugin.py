@@ -8,6 +8,7 @@ import pytest
 import relaxml_files
 import torch
 from numerics import FLOAT32_LAYERS, FLOAT32_LINEAR, relative
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
 from quip_vllm import hf_plugin
@@ -224,3 +225,36 @@ def test_a_head_that_is_no_embedding_is_refused(quantized, tmp_path):
     write_json(tmp_path / "out" / "config.json", config)
     with pytest.raises(ValueError, match="head.module is 'lm_head', which is no embedding|model.embed_tokens"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", ["../other/model.safetensors", "sub/model.safetensors"])
+def test_weights_of_another_folder_are_refused(quantized, tmp_path, shard):
+    folder = shutil.copytree(quantized(), tmp_path / "copy")
+    (folder / shard).parent.mkdir(exist_ok=True)
+    (folder / "model.safetensors").rename(folder / shard)
+    shutil.copy(folder / "config.json", (folder / shard).parent / "config.json")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(read_shard(folder / shard), shard)}
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(ValueError, match="a shard must be a plain file name"):
+        load(folder)
+
+
+def test_pickles_are_refused(quantized, tmp_path):
+    folder = shutil.copytree(quantized(), tmp_path / "copy")
+    torch.save(read_shard(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match="pytorch_model.bin is no safetensors file, and nothing else is read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("layer", ["foo.bar.down_proj", "model.layers.0.self_attn"])
+def test_slices_of_what_is_no_layer_are_refused(checkpoint, layer):
+    folder = checkpoint("slices")
+    tensors = read_shard(folder / "model.safetensors")
+    first = next(name for name in tensors if ".down_proj.slice." in name).partition(".down_proj.slice.")[0]
+    begin = f"{first}.down_proj.slice."
+    cut = {name: one.clone() for name, one in tensors.items() if name.startswith(begin)}
+    copied = {name.replace(begin, f"{layer}.slice."): one for name, one in cut.items()}
+    save_file(tensors | copied, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="which is no layer of the model|do not make up"):
+        load(folder)

@@ -13,9 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from quip_vllm.checkpoint.store import CheckpointReader
+from quip_vllm.checkpoint.shards import write_shard
+from quip_vllm.checkpoint.store import CheckpointReader, write_json
 from quip_vllm.quantizer import run
 from quip_vllm.quantizer.run import quantize
 
@@ -247,6 +249,33 @@ def test_other_settings(unfinished, make_settings, changes, named):
     out, settings = unfinished
     with pytest.raises(ValueError, match=f"was begun with other settings: {named}; give the same or a new folder"):
         quantize(make_settings(settings.model, **changes), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("shards.json", {"shards": [{"a": "../../precious"}]}),
+        ("shards.json", {}),
+        ("layer-00000.json", {}),
+        ("layer-00000.json", {"layers": 5, "digest": "", "tuning": []}),
+    ],
+)
+def test_a_damaged_record_is_refused_and_nothing_elsewhere_is_touched(unfinished, name, content):
+    out, settings = unfinished
+    precious = out.parent / "precious.safetensors"
+    write_shard(precious, {"a": torch.ones(2)})
+    write_json(out / ".quantize" / name, content)
+    with pytest.raises(ValueError, match="damaged: begin again, in a new folder|was begun with other weights"):
+        quantize(settings, out, resume=True)
+    assert precious.exists()
+
+
+@pytest.mark.parametrize("tokens", [{}, {"tokens": torch.ones(3)}, {"tokens": torch.full((4, 40), 10**6)}])
+def test_damaged_tokens_are_refused(unfinished, tokens):
+    out, settings = unfinished
+    write_shard(out / ".quantize" / "calibration.safetensors", tokens or {"other": torch.ones(1)})
+    with pytest.raises(ValueError, match="damaged: begin again|makes token 1000000, but the model knows"):
+        quantize(settings, out, resume=True)
 
 
 def test_nothing_to_resume(tiny_model, make_settings, tmp_path, unfinished):

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from quip_vllm.checkpoint.shards import read_shard, write_shard
+from quip_vllm.checkpoint.store import read_json, write_json
 from quip_vllm.quantizer.curvature.collector import Collector
 from quip_vllm.quantizer.curvature.outputs import LARGEST_WEIGHT, OutputCollector, shrunk, token_weights
 from quip_vllm.quantizer.sensitivities import Sensitivities, chosen, spread_weights
@@ -184,6 +186,30 @@ def test_a_folder_belongs_to_a_model_a_text_and_a_seed(tiny_model, tmp_path):
         sensitivities(tmp_path / "some", source, names=names[:2])
     with pytest.raises(ValueError, match="of fewer layers"):
         sensitivities(tmp_path / "some", source, two_sided=False, names=names)
+
+
+@pytest.mark.parametrize("change", ["outputs", "weights", "energy", "nan", "below zero", "layers"])
+def test_a_damaged_folder_is_refused(tiny_model, tmp_path, change):
+    source = LayeredModel(tiny_model())
+    sensitivities(tmp_path, source)
+    names = list(source.linears(0))
+    file, first = tmp_path / "layer-00000.safetensors", names[0]
+    tensors = read_shard(file)
+    if change == "outputs":
+        tensors[f"{first}.outputs"] = torch.eye(3)
+    elif change == "weights":
+        tensors[f"{first}.weights"] = torch.ones(7)
+    elif change == "energy":
+        del tensors[f"{first}.energy"]
+    elif change == "nan":
+        tensors[f"{first}.weights"][3] = float("nan")
+    elif change == "below zero":
+        tensors[f"{first}.weights"][3] = -1
+    else:
+        write_json(tmp_path / "sensitivities.json", read_json(tmp_path / "sensitivities.json") | {"layers": [[1]]})
+    write_shard(file, tensors)
+    with pytest.raises(ValueError, match=r"damaged: give a new folder \(--hessians\)"):
+        sensitivities(tmp_path, source).of(0, names)
 
 
 def test_some_sequences_are_enough():

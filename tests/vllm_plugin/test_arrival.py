@@ -164,6 +164,12 @@ def test_a_part_that_comes_twice_is_refused():
         load(layer, random_tensors("1mad", 2, 64, K, seed=1), 0)
 
 
+def test_a_tensor_in_two_files_is_refused():
+    files = checkpoint()[2]
+    with pytest.raises(ValueError, match="is in two files of the checkpoint: remove the one"):
+        model_class()().load_weights(iter([*files, *files]))
+
+
 @pytest.mark.parametrize("vector", ["su", "sv"])
 def test_a_missing_vector_is_named(vector):
     files = [one for one in checkpoint()[2] if not one[0].endswith(vector)]

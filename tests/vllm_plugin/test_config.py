@@ -111,6 +111,10 @@ def overwrite(change):
         (overwrite(lambda whole: whole[:-100]), "{folder}/model.safetensors cannot be read .*truncated or damaged; "),
         (overwrite(lambda whole: whole[:3]), "{folder}/model.safetensors cannot be read "),
         (overwrite(lambda whole: whole[:8] + b"\xff" * 9 + whole[17:]), "{folder}/model.safetensors cannot be read "),
+        (
+            lambda one: shutil.copy(one / "model.safetensors", one / "consolidated.safetensors"),
+            "would be read in place of",
+        ),
         (bits_3, "down_proj, said to be e8p at 3 bits, has tensors .*: the files are damaged"),
     ],
 )

@@ -178,6 +178,8 @@ def test_dummy_weights_start(quantized, engine):
     assert len(tokens(engine(served.generated, PROMPTS[1:], max_tokens=2))) == 2
 
 
-def test_a_state_that_was_prepared_elsewhere_is_refused(quantized, engine):
+def test_a_state_that_was_prepared_elsewhere_and_pickles_are_refused(quantized, engine):
+    with pytest.raises(RuntimeError, match="--load-format pt reads pickles, which can run any code"):
+        engine(served.start, quantized(model=served.HEADS, **MIXED), load_format="pt")
     with pytest.raises(RuntimeError, match="--load-format sharded_state is not served for quip_sharp"):
         engine(served.start, quantized(model=served.HEADS, **MIXED), load_format="sharded_state")

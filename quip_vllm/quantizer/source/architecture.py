@@ -54,15 +54,6 @@ def empty_model(folder: Path, config: Any, dtype: torch.dtype, trust_remote_code
     return model
 
 
-def check_token(folder: Path, token: int, vocabulary: int) -> None:
-    """Raises ValueError for a token of the tokenizer that the model, which knows those below `vocabulary`, lacks."""
-    if token >= vocabulary:
-        raise ValueError(
-            f"the tokenizer in {folder} makes token {token}, but the model knows {vocabulary}: fetch the model's own "
-            "tokenizer files"
-        )
-
-
 def decoder_layers(folder: Path, model: Any) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder layers. Raises ValueError for experts that are stacked in an unknown way."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

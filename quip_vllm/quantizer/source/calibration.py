@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip_vllm.checkpoint.hub import brief, load_tokenizer
+from quip_vllm.checkpoint.hub import brief, check_token, load_tokenizer, token_ids
 from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
-from quip_vllm.quantizer.source.architecture import check_token
 from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.self_text import self_written
 
@@ -51,7 +50,7 @@ def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
         rows, total = _bundle_rows(tokenizer, length, wanted, generator)
     else:
         text = _hub_text(source) if source.startswith("hub:") else _file_text(source)
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        ids = torch.tensor(token_ids(tokenizer, text)["input_ids"], dtype=torch.int64)
         rows, total = ids[: len(ids) // length * length].view(-1, length), len(ids)
         rows = rows[torch.randperm(len(rows), generator=generator)]
     if len(rows) < wanted:

@@ -6,7 +6,7 @@ import lzma
 from importlib import resources
 from typing import Any
 
-from quip_vllm.checkpoint.hub import brief
+from quip_vllm.checkpoint.hub import brief, token_ids
 
 
 def bundled_documents() -> list[Any]:
@@ -27,17 +27,15 @@ def document_ids(tokenizer: Any, document: Any) -> list[int]:
     if isinstance(document, str):
         text = document
     elif tokenizer.chat_template:
-        from jinja2 import TemplateError
-
         try:
             asks = document[-1]["role"] == "user"
             text = tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=asks)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # what a template can raise has no end
             raise ValueError(
                 f"the model's chat template cannot be applied ({brief(error)}): mend it, or give a text (--calibration)"
             ) from None
     else:
         text = "\n\n".join(f"{message['role'].title()}: {message['content']}" for message in document)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = token_ids(tokenizer, text)["input_ids"]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return ids if ids[:1] == first else first + ids

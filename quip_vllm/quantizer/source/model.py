@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quip_vllm.checkpoint.hub import load_config
+from quip_vllm.checkpoint.hub import check_depth, load_config
 from quip_vllm.checkpoint.store import CheckpointReader
 from quip_vllm.ops.extension import usable_device
 from quip_vllm.quantizer.source.architecture import check_kind, decoder_layers, empty_model
@@ -62,6 +62,7 @@ class LayeredModel:
         check_kind(folder, self.config)
         self.reader = CheckpointReader(folder)
         self.reader.check_floats()
+        check_depth(self.config, self.reader.names())
         self.compute_dtype = fast_dtype(self.config.dtype, self.device.type)
         self.model = empty_model(folder, self.config, self.compute_dtype, trust_remote_code)
         for module in self.model.modules():

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quip_vllm.checkpoint.hub import load_config, load_tokenizer
+from quip_vllm.checkpoint.hub import check_token, load_config, load_tokenizer
 from quip_vllm.quantizer.settings import Settings
-from quip_vllm.quantizer.source.architecture import check_token
 from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.model import fast_dtype
 
