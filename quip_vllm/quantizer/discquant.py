@@ -35,7 +35,8 @@ from quip_vllm.transforms.incoherence import rotate_weight, unrotate_weight
 RATE = 0.1
 """Of Adam, after a warm-up of WARM of the steps; it falls to 0 as a cosine does."""
 WARM = 1 / 8
-PULL, CLIP = 1.0, 1.0
+PULL, CLIP = 1.0, 0.05
+"""The latter is the paper's where weights are rotated: single batches decide too much beyond it."""
 BYTES = 29
 """In memory, a weight: x, its gradient, two moments of Adam, 1 - 2 y, the level below, and twice the dense weight."""
 
