@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
 from quip_vllm import __version__
 from quip_vllm.checkpoint.store import read_json, write_json
@@ -319,3 +319,12 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0 and capsys.readouterr().out.strip() == __version__
+
+
+def test_a_name_of_a_file_does_not_speak_to_the_terminal(quantized, tmp_path, capsys):
+    folder = shutil.copytree(quantized(), tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"a\x1b[2Jb.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    assert main(["inspect", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"a\x1b[2Jb" in said

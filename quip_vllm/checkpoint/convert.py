@@ -55,7 +55,7 @@ def convert(source: Path, out: Path, tokenizer: str | None = None, resume: bool 
         _LOG.warning("HYB at 1 bit runs on CPUs, with activations in floats, and on GPUs with Triton alone")
     tokens = tokenizer_of(source) if tokenizer is None else tokenizer_folder(tokenizer)
     travelling(source, out, SIDE_FILES)  # refuses links
-    travelling(tokens, out, TOKENIZER)
+    travelling(tokens, out, TOKENIZER, below=False)
     _open(out, _identity(source, reader, config), resume)
     specs = layer_specs(reader, config)
     sizes = {
@@ -120,7 +120,7 @@ def _finish(source: Path, out: Path, config: Published, tokens: Path) -> None:
     model: dict[str, Any] = read_json(source / "config.json")
     copy_files(source, out, SIDE_FILES, ("config.json", "quantization_config.json"))
     if tokens != source:
-        copy_files(tokens, out, TOKENIZER)
+        copy_files(tokens, out, TOKENIZER, below=False)
     origin = {key: model.pop(key) for key in ("quip_params", "quantization_config") if key in model}
     described = config.converted().to_dict()
     if any(name.rpartition(".")[2] == HEAD for name in config.specs):  # of its own, although the model may tie it

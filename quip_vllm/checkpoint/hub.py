@@ -79,27 +79,28 @@ def has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
 
-def copy_files(folder: Path, out: Path, patterns: Iterable[str], ours: Iterable[str] = ()) -> None:
+def copy_files(folder: Path, out: Path, patterns: Iterable[str], ours: Iterable[str] = (), below: bool = True) -> None:
     """Copies the files that travel with weights, see `travelling`, but for those with a name among `ours`."""
-    for file in travelling(folder, out, patterns):
+    for file in travelling(folder, out, patterns, below):
         inside = file.relative_to(folder)
         if inside.name not in ours:
             (out / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / inside)
 
 
-def travelling(folder: Path, out: Path, patterns: Iterable[str]) -> list[Path]:
+def travelling(folder: Path, out: Path, patterns: Iterable[str], below: bool = True) -> list[Path]:
     """The files that travel with weights; hidden ones and other models within the folder are left out.
 
     Args:
         folder: where they are.
         out: where they go, also a folder within `folder`.
-        patterns: of their names; those of the tokenizer alone are not looked for in folders within `folder`.
+        patterns: of their names.
+        below: whether folders within `folder` are searched as well.
 
     Raises:
         ValueError: one is a link to a file outside of the folder.
     """
-    search = folder.glob if patterns is TOKENIZER else folder.rglob
+    search = folder.rglob if below else folder.glob
     found = []
     for file in {file for pattern in patterns for file in search(pattern)}:
         inside = file.relative_to(folder)

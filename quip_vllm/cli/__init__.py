@@ -191,8 +191,8 @@ def _inspect(args: argparse.Namespace) -> int:
         check_complete(args.checkpoint, args.trust_remote_code)
         print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
         return 0
-    said = json.dumps(result, indent=2) if args.json else format_inspection(result)
-    print("\n".join(map(printable, said.splitlines())))
+    table = "\n".join(map(printable, format_inspection(result).split("\n")))
+    print(json.dumps(result, indent=2) if args.json else table)
     return 0
 
 

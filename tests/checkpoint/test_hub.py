@@ -166,7 +166,7 @@ def test_a_link_out_of_a_model_does_not_travel(tmp_path):
     (snapshot / "below" / "vocab.json").write_text("{}")
     copy_files(snapshot, tmp_path / "out", ["*.txt", "*.json"])
     assert (tmp_path / "out" / "notes.txt").read_text() == "theirs" and (tmp_path / "out" / "below").is_dir()
-    copy_files(snapshot, tmp_path / "tokenizer", TOKENIZER)
+    copy_files(snapshot, tmp_path / "tokenizer", TOKENIZER, below=False)
     assert not (tmp_path / "tokenizer").exists()
 
 
