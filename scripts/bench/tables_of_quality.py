@@ -104,6 +104,12 @@ def gemma() -> str:
     return _qualities(lambda name: _kind(name).startswith(tuple(AMOUNTS)), csv="quality_gemma", dense=536.2)
 
 
+def gemma_formats() -> str:
+    """The same not tuned, by WikiText; those of quip_sharp there are of fewer tokens."""
+    chosen = ("qh2", "qt3", "qt4")
+    return _qualities(lambda name: name in chosen, csv="quality_gemma", dense=536.2)
+
+
 def _qualities(chosen: Callable[[str], bool], commit: bool = True, csv: str = "quality", dense: float = 269.1) -> str:
     """The chosen rows, more bits first, with the KL divergence on every text.
 
@@ -201,6 +207,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "default_calibration": default_calibration,
     "tuned": tuned,
     "gemma": gemma,
+    "gemma_formats": gemma_formats,
     "sides": sides,
     "roundings": roundings,
     "drift": drift,
