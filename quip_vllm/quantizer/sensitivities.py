@@ -113,7 +113,8 @@ class Sensitivities:
         found = {name: Sensitivity.of(tensors, name) for name in names if f"{name}.weights" in tensors}
         for name, one in found.items():
             numbers = [one.weights, torch.tensor(one.energy), *([] if one.outputs is None else [one.outputs])]
-            if not all(bool(part.isfinite().all()) for part in numbers) or min(one.energy, *one.weights.tolist()) < 0:
+            whole = all(bool(part.isfinite().all()) for part in numbers)
+            if not whole or one.energy < 0 or bool((one.weights < 0).any()):
                 raise ValueError(f"{self._file(index)} has numbers of {name} that are damaged: {AGAIN}")
         return found
 

@@ -295,10 +295,6 @@ def _fetched(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     """
     config: Any = get_current_vllm_config_or_none()
     source, weights = source_now(), iter(weights)
-    if source and Path(source["model"]).is_dir() and not any(Path(source["model"]).glob("*.safetensors")):
-        raise ValueError(
-            f"{source['model']} has no *.safetensors file, and nothing else is read: quantize the model again"
-        )
     try:
         first = list(itertools.islice(weights, 1))
     finally:  # also in place of what vLLM says of a damaged file

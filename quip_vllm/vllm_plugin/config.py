@@ -205,6 +205,9 @@ class QuipConfig(QuantizationConfig):
                 f"--load-format {config.load_config.load_format} reads pickles, which can run any code: serve the "
                 "checkpoint's safetensors files, without it"
             )
+        folder = Path(config.model_config.model)
+        if config.load_config.load_format == "auto" and folder.is_dir() and not any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} has no *.safetensors file, and nothing else is read: quantize the model again")
         self._carries = True
         postpone_refusal(FusedMoEConfig)
         for described in (config.model_config, getattr(config.speculative_config, "draft_model_config", None)):

@@ -178,7 +178,11 @@ def test_dummy_weights_start(quantized, engine):
     assert len(tokens(engine(served.generated, PROMPTS[1:], max_tokens=2))) == 2
 
 
-def test_a_state_that_was_prepared_elsewhere_and_pickles_are_refused(quantized, engine):
+def test_a_state_that_was_prepared_elsewhere_and_pickles_are_refused(quantized, engine, tmp_path):
+    folder = shutil.copytree(quantized(model=served.HEADS, **MIXED), tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(RuntimeError, match=r"pickled has no \*.safetensors file, and nothing else is read"):
+        engine(served.start, folder)
     with pytest.raises(RuntimeError, match="--load-format pt reads pickles, which can run any code"):
         engine(served.start, quantized(model=served.HEADS, **MIXED), load_format="pt")
     with pytest.raises(RuntimeError, match="--load-format sharded_state is not served for quip_sharp"):
