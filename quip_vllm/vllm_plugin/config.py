@@ -30,6 +30,7 @@ DRAFT = "draft_model."
 PREPARED = ("sharded_state", "runai_streamer_sharded", "ipc_cache", "tensorizer")
 """Load formats that fill layers with what they held in another process, past the model's code."""
 
+SAFE = "*.safetensors"
 PICKLES = ("pt", "npcache")
 """Load formats that read them."""
 
@@ -110,7 +111,7 @@ class QuipConfig(QuantizationConfig):
             return
         for file in folder.glob("consolidated*.safetensors"):
             raise ValueError(f"{file} would be read in place of the checkpoint beside it: remove it")
-        if any(folder.glob("*.safetensors")):
+        if any(folder.glob(SAFE)):
             layer_specs(CheckpointReader(folder), self.on_disk)
 
     def described(self) -> dict[str, Any]:
@@ -205,9 +206,9 @@ class QuipConfig(QuantizationConfig):
                 f"--load-format {config.load_config.load_format} reads pickles, which can run any code: serve the "
                 "checkpoint's safetensors files, without it"
             )
-        folder = Path(config.model_config.model)
-        if config.load_config.load_format == "auto" and folder.is_dir() and not any(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder} has no *.safetensors file, and nothing else is read: quantize the model again")
+        folder = None if config.model_config is None else Path(config.model_config.model)
+        if folder and config.load_config.load_format == "auto" and folder.is_dir() and not any(folder.glob(SAFE)):
+            raise ValueError(f"{folder} has no {SAFE} file, and nothing else is read: quantize the model again")
         self._carries = True
         postpone_refusal(FusedMoEConfig)
         for described in (config.model_config, getattr(config.speculative_config, "draft_model_config", None)):
