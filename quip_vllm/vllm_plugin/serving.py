@@ -51,6 +51,7 @@ def prompt_log_probabilities(
             trust_remote_code=trust_remote_code,
         )
         found = llm.generate(TokensPrompt(prompt_token_ids=list(tokens)), sampling, use_tqdm=False)[0].prompt_logprobs
+        llm.llm_engine.engine_core.shutdown()  # at the interpreter's end it would race with that, which can abort
     except Exception as error:  # vLLM raises many kinds; the cause is in the log of its own process
         said = " ".join(str(error).split())
         raise RuntimeError(f"vLLM cannot run {folder} ({said:.300}): its lines above say why") from None
