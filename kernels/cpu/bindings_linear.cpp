@@ -201,7 +201,8 @@ void sum_up(float* rows, const float* shares, int64_t tokens, int64_t count, int
 }
 
 // Several layers of equal sizes, one tensor behind the other: row i of ids [m, t] names those that multiply row i of x.
-// Returns [m * t, n], zeros where a number is negative; with shares, float32 [tokens, s] where tokens * s = m * t, the sums of s rows each, times these.
+// Returns [m * t, n], zeros where a number is negative; with shares, float32 [tokens, s] where tokens * s = m * t, the
+// sums of s rows each, times these.
 Tensor cpu_experts(const Tensor& x, const Tensor& ids, std::optional<Tensor> shares, const Tensor& packed,
                    std::optional<Tensor> table, std::optional<Tensor> table_integers, std::optional<Tensor> table_units,
                    const Tensor& su, const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,

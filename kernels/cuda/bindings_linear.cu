@@ -278,9 +278,9 @@ Tensor cuda_linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> 
   return y;
 }
 
-// x [rows][k], ids [rows][t] -> [rows * t][n]: each row by the experts that it names, 0 where an id is negative. Rows of one expert are multiplied
-// together, at most kRowBlock in a thread block. So pieces of that many rows per expert decode as little as the whole,
-// and bound the memory of the sums.
+// x [rows][k], ids [rows][t] -> [rows * t][n]: each row by the experts that it names, 0 where an id is negative. Rows
+// of one expert are multiplied together, at most kRowBlock in a thread block. So pieces of that many rows per expert
+// decode as little as the whole, and bound the memory of the sums.
 Tensor cuda_experts(const Tensor& x, const Tensor& ids, const Tensor& packed, std::optional<Tensor> table,
                     const Tensor& su, const Tensor& sv, std::vector<Tensor> bases, std::vector<int64_t> widths,
                     std::vector<int64_t> output_sizes, std::string code, int64_t bits,

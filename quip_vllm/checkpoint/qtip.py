@@ -191,10 +191,12 @@ def _check(
     }
     for leaf in leaves:
         found, dtype = reader.shapes[f"{name}.{leaf}"], reader.dtypes[f"{name}.{leaf}"]
-        float_ = dtype.is_floating_point and dtype.itemsize > 1
-        right = dtype is torch.int16 if leaf == _TRELLIS else float_
-        if leaf in (_SIDE, _RANKS):
+        if leaf == _TRELLIS:
+            right = dtype is torch.int16
+        elif leaf in (_SIDE, _RANKS):
             right = not dtype.is_floating_point
+        else:
+            right = dtype.is_floating_point and dtype.itemsize > 1
         if not right or found not in shapes[leaf]:
             raise ValueError(f"{name} has {leaf} {dtype} {found} in place of {shapes[leaf][0]}: {DAMAGED}")
     return n, k

@@ -191,8 +191,10 @@ def _inspect(args: argparse.Namespace) -> int:
         check_complete(args.checkpoint, args.trust_remote_code)
         print(f"{args.checkpoint}: {result['totals']['layers']} quantized layers, and every tensor is there")
         return 0
-    table = "\n".join(map(printable, format_inspection(result).split("\n")))
-    print(json.dumps(result, indent=2) if args.json else table)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print("\n".join(map(printable, format_inspection(result).split("\n"))))
     return 0
 
 

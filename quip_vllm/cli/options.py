@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 LONGEST = 4000
+"""Letters of a line of which a file may have made a part."""
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
