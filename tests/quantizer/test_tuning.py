@@ -245,6 +245,16 @@ def test_gradients_of_head_and_embedding(units, tmp_path, architecture, tied):
             assert (losses[0] - losses[1]) / 2 == pytest.approx(float(step @ gradient), rel=0.03), name
 
 
+def test_every_element_moves_by_a_share_of_its_own_size():
+    """Gemma's norms hold 512 beside 1: a step of a share of their root mean square would be the end of the 1."""
+    vector = torch.tensor([512.0, 1.0, -20.0, 0.0], requires_grad=True)
+    before, size = vector.detach().clone(), vector.detach().square().mean().sqrt()
+    vector.grad = torch.tensor([1e-3, 5.0, -1.0, 2.0])
+    Optimizer([vector], 0.1, 4).step()
+    least = 0.01 * size  # a zero is no end, either
+    torch.testing.assert_close(before - vector.detach(), 0.1 * torch.tensor([512.0, least, -20.0, least]))
+
+
 def test_what_the_text_hardly_meets_hardly_moves():
     """Of a vector that is said to be rare; in another one Adam moves all elements alike."""
     gradient = torch.tensor([1.0, -1.0, 1e-4, 0.0])

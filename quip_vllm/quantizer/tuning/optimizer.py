@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 BEST, RATES, STEP, TINY = "best", "rates", "step", "tiny"
+SMALLEST = 0.01
+"""An element moves as if it were so large at least, in root mean squares of its vector: else a zero would stay."""
 
 
 class Optimizer:
@@ -14,7 +16,8 @@ class Optimizer:
 
     Args:
         vectors: float32 leaves; one that is given twice counts once.
-        rate: the learning rate at the start, in units of each vector's root mean square.
+        rate: the learning rate at the start, in units of each element's own size. In Gemma's norms that differs by a
+            factor of some hundred.
         steps: after which the rate is 0.
         rare: those of the vectors of which the text meets some elements hardly ever. There, an element whose gradient
             is below the root mean square of the vector's at the first step moves by so much less; else all move alike.
@@ -25,6 +28,8 @@ class Optimizer:
         self._steps = steps
         sizes = [float(vector.detach().square().mean().sqrt()) or 1.0 for vector in self.vectors]
         self._rates = [rate * size for size in sizes]
+        pairs = zip(self.vectors, sizes, strict=True)
+        self._sizes = [(vector.detach().abs() / size).clamp_min(SMALLEST) for vector, size in pairs]
         self._adam = torch.optim.Adam([{"params": [v]} for v in self.vectors], betas=(0.9, 0.95), eps=1e-12)
         self._rare = [any(vector is one for one in rare) for vector in self.vectors]
         self._step = 0
@@ -37,7 +42,10 @@ class Optimizer:
             group["lr"] = self._rates[i] * left
             if self._rare[i] and not self._step and vector.grad is not None:
                 group["eps"] = float(vector.grad.square().mean().sqrt()) or group["eps"]
+        before = [vector.detach().clone() for vector in self.vectors]
         self._adam.step()
+        for vector, old, size in zip(self.vectors, before, self._sizes, strict=True):
+            torch.lerp(old, vector.detach(), size, out=vector.data)
         self._adam.zero_grad()
         self._step += 1
 
