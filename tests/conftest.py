@@ -82,14 +82,6 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture
-def usual_rate(monkeypatch):
-    """Trains toys at the rate of models far from their original: their loss is small because their logits are."""
-    from quip_vllm.quantizer.tuning import full
-
-    monkeypatch.setattr(full, "NEAR", 0.0001)
-
-
-@pytest.fixture
 def damaged(tiny_model, tmp_path):
     """damaged(change): a copy of the tiny model whose tensors went through ``change``."""
 

@@ -247,7 +247,6 @@ def test_experts_without_tokens_are_told(idle, make_settings, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("tune", ["blocks", "full"])
-@pytest.mark.usefixtures("usual_rate")
 def test_experts_are_trained(tiny_model, make_settings, tmp_path, tune):
     settings = make_settings(tiny_model("Qwen2Moe"), tune=tune, two_sided=True, token_weights=1.0)
     report = quantize(settings, tmp_path)

@@ -23,11 +23,11 @@ from quip_vllm.quantizer.source.replay import run_layer
 from quip_vllm.quantizer.tuning.block import Block, TokenRows, Vectors
 from quip_vllm.quantizer.tuning.blocks import split
 from quip_vllm.quantizer.tuning.optimizer import Optimizer
+from quip_vllm.quantizer.tuning.refit import TINY
 
-RATE = 4e-3
-"""See Optimizer; of a single epoch. Each of several has so much less."""
-NEAR = 0.23
-"""Nats per token from which on the rate is that. A model that is nearer to the original wants proportionally less."""
+FIRST = 0.6
+"""Of the loss, that the first step of a single epoch would take off, were the loss linear: what sets the learning rate.
+Each of several epochs has so much less."""
 PATIENCE = 1
 """How many epochs in turn may be no better than the best one before the training ends."""
 
@@ -244,8 +244,7 @@ def tune_model(model: Model, batches: int, seed: int, epochs: int, state: Path) 
     train, validation = split(batches)
     found = read_shard(state) if state.exists() else {}
     losses = found.pop("losses").tolist() if found else [model.loss(validation)]
-    rate = RATE / epochs * min(1.0, losses[0] / NEAR)
-    optimizer = Optimizer(model.vectors(), rate, epochs * len(train), model.scales())
+    optimizer = Optimizer(model.vectors(), 0.0, epochs * len(train), model.scales())
     if found:
         optimizer.load(found)
         model.place()
@@ -254,6 +253,8 @@ def tune_model(model: Model, batches: int, seed: int, epochs: int, state: Path) 
         with tqdm(order.tolist(), desc=f"tuning, epoch {len(losses)} of {epochs}") as progress:
             for i in progress:
                 loss = model.step(train[i])
+                if not optimizer.rate:
+                    optimizer.rate = FIRST / epochs * loss / max(optimizer.slope(), TINY)
                 optimizer.step()
                 model.place()
                 progress.set_postfix_str(f"loss {loss:.4f}, validation {losses[0]:.4f} -> {losses[-1]:.4f}")

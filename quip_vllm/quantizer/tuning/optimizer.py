@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-BEST, RATES, STEP, TINY = "best", "rates", "step", "tiny"
+BEST, RATE, STEP, TINY = "best", "rate", "step", "tiny"
 SMALLEST = 0.01
-"""An element moves as if it were so large at least, in root mean squares of its vector: else a zero would stay."""
+"""An element counts as at least so large, in root mean squares of its vector: else a zero would stay."""
 
 
 class Optimizer:
@@ -16,36 +16,42 @@ class Optimizer:
 
     Args:
         vectors: float32 leaves; one that is given twice counts once.
-        rate: the learning rate at the start, in units of each element's own size. In Gemma's norms that differs by a
-            factor of some hundred.
+        rate: see Attributes.
         steps: after which the rate is 0.
         rare: those of the vectors of which the text meets some elements hardly ever. There, an element whose gradient
             is below the root mean square of the vector's at the first step moves by so much less; else all move alike.
+
+    Attributes:
+        rate: the learning rate at the start, in units of each element's own size at that time. Sizes differ by a factor
+            of some hundred within one of Gemma's norms.
     """
 
     def __init__(self, vectors: Iterable[Tensor], rate: float, steps: int, rare: Sequence[Tensor] = ()):
         self.vectors = list({id(vector): vector for vector in vectors}.values())
-        self._steps = steps
-        sizes = [float(vector.detach().square().mean().sqrt()) or 1.0 for vector in self.vectors]
-        self._rates = [rate * size for size in sizes]
-        pairs = zip(self.vectors, sizes, strict=True)
-        self._sizes = [(vector.detach().abs() / size).clamp_min(SMALLEST) for vector, size in pairs]
+        self.rate, self._steps = rate, steps
+        self._sizes = [_sizes(vector.detach()) for vector in self.vectors]
         self._adam = torch.optim.Adam([{"params": [v]} for v in self.vectors], betas=(0.9, 0.95), eps=1e-12)
         self._rare = [any(vector is one for one in rare) for vector in self.vectors]
         self._step = 0
         self.keep()
 
+    def slope(self) -> float:
+        """What a first step with a rate of 1 would take off the loss, were the loss linear: the sum of |g| size."""
+        pairs = zip(self.vectors, self._sizes, strict=True)
+        return sum(float((vector.grad.abs() * size).sum()) for vector, size in pairs if vector.grad is not None)
+
     def step(self) -> None:
         """One step along the vectors' gradients, which it removes; a vector without one stays."""
         left = max(0.0, 1 - self._step / self._steps)
-        for i, (group, vector) in enumerate(zip(self._adam.param_groups, self.vectors, strict=True)):
-            group["lr"] = self._rates[i] * left
-            if self._rare[i] and not self._step and vector.grad is not None:
-                group["eps"] = float(vector.grad.square().mean().sqrt()) or group["eps"]
         before = [vector.detach().clone() for vector in self.vectors]
+        for group, vector, rare in zip(self._adam.param_groups, self.vectors, self._rare, strict=True):
+            group["lr"] = self.rate * left
+            if rare and not self._step and vector.grad is not None:
+                group["eps"] = float(vector.grad.square().mean().sqrt()) or group["eps"]
+            vector.data.zero_()  # Adam's step does not depend on where it starts
         self._adam.step()
         for vector, old, size in zip(self.vectors, before, self._sizes, strict=True):
-            torch.lerp(old, vector.detach(), size, out=vector.data)
+            torch.addcmul(old, vector.detach(), size, out=vector.data)
         self._adam.zero_grad()
         self._step += 1
 
@@ -60,7 +66,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """All that `load` needs to go on as if nothing had happened."""
-        found = {STEP: torch.tensor(self._step), RATES: torch.tensor(self._rates, dtype=torch.float64)}
+        found = {STEP: torch.tensor(self._step), RATE: torch.tensor(self.rate, dtype=torch.float64)}
         found[TINY] = torch.tensor([group["eps"] for group in self._adam.param_groups], dtype=torch.float64)
         for i, (vector, best) in enumerate(zip(self.vectors, self._best, strict=True)):
             found |= {f"{i}.vector": vector.detach().cpu(), f"{i}.{BEST}": best.cpu()}
@@ -69,7 +75,7 @@ class Optimizer:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up a `state`."""
-        self._step, self._rates = int(state[STEP]), state[RATES].tolist()
+        self._step, self.rate = int(state[STEP]), float(state[RATE])
         for group, tiny in zip(self._adam.param_groups, state[TINY].tolist(), strict=True):
             group["eps"] = tiny
         for i, vector in enumerate(self.vectors):
@@ -81,3 +87,9 @@ class Optimizer:
                 self._adam.state[vector] = {
                     key: one.to(vector.device) if one.dim() else one for key, one in own.items()
                 }
+
+
+def _sizes(vector: Tensor) -> Tensor:
+    """How large each element counts; those of a vector of zeros as SMALLEST."""
+    mean = float(vector.square().mean().sqrt()) or 1.0
+    return vector.abs().clamp_min(SMALLEST * mean)
