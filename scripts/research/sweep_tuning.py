@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divergence on held-out texts after training a finished checkpoint: how epochs and rates of quantizer/tuning were set.
 
-Usage: python scripts/research/sweep_tuning.py MODEL CHECKPOINT TEXT [TEXT ...] --rate RATE [--epochs N]
+Usage: python scripts/research/sweep_tuning.py MODEL CHECKPOINT TEXT [TEXT ...] [--first SHARE] [--epochs N]
            [--block-rate RATE --block-epochs N]
 
 CHECKPOINT is a folder of `quip-vllm quantize MODEL CHECKPOINT --tune none` or `--tune refit`; its calibration text is
@@ -41,12 +41,12 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("texts", nargs="+", help="files of kinds that no table reports on")
-    parser.add_argument("--rate", type=float, default=full.RATE, help="of a single epoch")
+    parser.add_argument("--first", type=float, default=full.FIRST, help="share of the loss, of a single epoch")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--block-rate", type=float, default=blocks.RATE)
     parser.add_argument("--block-epochs", type=int, default=0)
     args = parser.parse_args()
-    full.RATE, blocks.RATE, blocks.EPOCHS = args.rate, args.block_rate, args.block_epochs
+    full.FIRST, blocks.RATE, blocks.EPOCHS = args.first, args.block_rate, args.block_epochs
     told = read_json(args.checkpoint / REPORT)["settings"]
     same = {key: told[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed", "split")}
     settings = Settings(str(args.model), **same, tune=NONE)
@@ -80,9 +80,10 @@ def main() -> int:
         train_layers(source, specs, units, tokens)
         tell(units, plain, "each layer trained:")
     with tempfile.TemporaryDirectory() as folder:
-        trained, _ = full.tune_together(
+        trained, told = full.tune_together(
             source, specs, units.__getitem__, tokens, originals, Path(folder), settings.seed, args.epochs
         )
+    print("on what was held out of the calibration:", told, flush=True)
     outer = {name: trained.pop(name) for name in source.outer_vectors()}
     tell([{name: trained.get(name, unit[name]) for name in unit} for unit in units], outer, "all trained:")
     return 0

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 BEST, RATE, STEP, TINY = "best", "rate", "step", "tiny"
+WARM = 4
+"""Steps in which the rate rises. The first ones follow the signs of a few gradients, and would go too far."""
 SMALLEST = 0.01
 """An element counts as at least so large, in root mean squares of its vector: else a zero would stay."""
 
 
 class Optimizer:
-    """Adam whose learning rate falls in a line to 0, with the vectors at their best.
+    """Adam whose learning rate rises in a line and then falls in a line to 0, with the vectors at their best.
 
     Args:
         vectors: float32 leaves; one that is given twice counts once.
@@ -22,8 +24,8 @@ class Optimizer:
             is below the root mean square of the vector's at the first step moves by so much less; else all move alike.
 
     Attributes:
-        rate: the learning rate at the start, in units of each element's own size at that time. Sizes differ by a factor
-            of some hundred within one of Gemma's norms.
+        rate: the learning rate without rise and fall, in units of each element's own size at the start. Within one of
+            Gemma's norms, sizes differ by a factor of some hundred.
     """
 
     def __init__(self, vectors: Iterable[Tensor], rate: float, steps: int, rare: Sequence[Tensor] = ()):
@@ -42,10 +44,10 @@ class Optimizer:
 
     def step(self) -> None:
         """One step along the vectors' gradients, which it removes; a vector without one stays."""
-        left = max(0.0, 1 - self._step / self._steps)
+        now = self.rate * min((self._step + 1) / WARM, max(0.0, 1 - self._step / self._steps))
         before = [vector.detach().clone() for vector in self.vectors]
         for group, vector, rare in zip(self._adam.param_groups, self.vectors, self._rare, strict=True):
-            group["lr"] = self.rate * left
+            group["lr"] = now
             if rare and not self._step and vector.grad is not None:
                 group["eps"] = float(vector.grad.square().mean().sqrt()) or group["eps"]
             vector.data.zero_()  # Adam's step does not depend on where it starts
