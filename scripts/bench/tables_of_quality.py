@@ -105,8 +105,8 @@ def gemma() -> str:
 
 
 def gemma_formats() -> str:
-    """The same not tuned, by WikiText; those of quip_sharp there are of fewer tokens."""
-    chosen = ("qh2", "qt3", "qt4")
+    """The same by WikiText; those of quip_sharp there are of fewer tokens."""
+    chosen = ("qh2", "qh2full", "qt3", "qt4")
     return _qualities(lambda name: name in chosen, csv="quality_gemma", dense=536.2)
 
 
