@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quip_vllm.checkpoint.hub import brief, check_token, load_tokenizer, token_ids
 from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
@@ -51,8 +52,11 @@ def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
     else:
         text = _hub_text(source) if source.startswith("hub:") else _file_text(source)
         ids = torch.tensor(token_ids(tokenizer, text)["input_ids"], dtype=torch.int64)
-        rows, total = ids[: len(ids) // length * length].view(-1, length), len(ids)
+        first = tokenizer.bos_token_id if length > 1 else None
+        step = length - (first is not None)
+        rows, total = ids[: len(ids) // step * step].view(-1, step), len(ids)
         rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows if first is None else functional.pad(rows, (1, 0), value=first)
     if len(rows) < wanted:
         if rows.numel() < MINIMUM_TOKENS:
             raise ValueError(
