@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from quip_vllm.checkpoint.store import INDEX_NAME, SINGLE_NAME, read_json, weight_map_of
 
 SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.vocab", "*.spm"]
@@ -206,6 +210,16 @@ def token_ids(tokenizer: Any, text: str) -> Any:
     """What the tokenizer makes of a text, with nothing added. Raises ValueError where it fails."""
     with explained(f"the tokenizer in {tokenizer.name_or_path}", "; put the model's own tokenizer files there"):
         return tokenizer(text, add_special_tokens=False, verbose=False)
+
+
+def token_rows(ids: Sequence[int], length: int, first: int | None) -> Tensor:
+    """Tokens cut into rows without overlap, int64 [rows, length]; `first` begins each unless it is None.
+
+    What does not fill a row is left out. The length is at least 2 with a `first`, else 1.
+    """
+    step = length - (first is not None)
+    rows = torch.tensor(ids[: len(ids) // step * step], dtype=torch.int64).view(-1, step)
+    return rows if first is None else functional.pad(rows, (1, 0), value=first)
 
 
 def check_token(folder: Path | str, token: int, vocabulary: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from quip_vllm.checkpoint.hub import token_ids
+from quip_vllm.checkpoint.hub import token_ids, token_rows
 
 CHUNK = 256  # positions whose full-vocabulary distributions are held at once
 PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p99.9": 99.9}
@@ -36,16 +36,13 @@ def windows_of(text_file: str, tokenizer: Any, length: int, count: int | None, s
     if length < 2:
         raise ValueError(f"--sequence-length is {length}: a window predicts from its second token on; give at least 2")
     text = _read(text_file)
-    ids = torch.tensor(token_ids(tokenizer, text)["input_ids"])
-    step = length - start_token
-    available = len(ids) // step
+    ids = token_ids(tokenizer, text)["input_ids"]
+    rows = token_rows(ids, length, tokenizer.bos_token_id if start_token else None)
     if count is not None and count < 1:
         raise ValueError(f"--windows is {count}: give at least 1, or leave it away for all")
-    if available < (count or 1):
-        raise ValueError(f"{text_file} has {available} windows of {length} tokens: {count or 1} are asked for")
-    available = count or available
-    rows = ids[: available * step].view(available, step)
-    return functional.pad(rows, (1, 0), value=tokenizer.bos_token_id) if start_token else rows
+    if len(rows) < (count or 1):
+        raise ValueError(f"{text_file} has {len(rows)} windows of {length} tokens: {count or 1} are asked for")
+    return rows[:count]
 
 
 def documents_of(text_file: str, tokenizer: Any, start: str, windows: Tensor, start_token: bool = False) -> Tensor:

@@ -47,8 +47,8 @@ def main() -> int:
     parser.add_argument("--block-epochs", type=int, default=0)
     args = parser.parse_args()
     full.FIRST, blocks.RATE, blocks.EPOCHS = args.first, args.block_rate, args.block_epochs
-    told = read_json(args.checkpoint / REPORT)["settings"]
-    same = {key: told[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed", "split")}
+    used = read_json(args.checkpoint / REPORT)["settings"]
+    same = {key: used[key] for key in ("code", "bits", "calibration", "sequences", "sequence_length", "seed", "split")}
     settings = Settings(str(args.model), **same, tune=NONE)
     source, reader = LayeredModel(args.model), CheckpointReader(args.checkpoint)
     specs = make_plan(settings, source).specs

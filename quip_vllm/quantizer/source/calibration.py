@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from quip_vllm.checkpoint.hub import brief, check_token, load_tokenizer, token_ids
+from quip_vllm.checkpoint.hub import brief, check_token, load_tokenizer, token_ids, token_rows
 from quip_vllm.quantizer.settings import BUNDLE, SELF, Settings
 from quip_vllm.quantizer.source.documents import bundled_documents, document_ids
 from quip_vllm.quantizer.source.self_text import self_written
@@ -51,12 +50,9 @@ def _read(settings: Settings, folder: Path, vocabulary: int) -> Tensor:
         rows, total = _bundle_rows(tokenizer, length, wanted, generator)
     else:
         text = _hub_text(source) if source.startswith("hub:") else _file_text(source)
-        ids = torch.tensor(token_ids(tokenizer, text)["input_ids"], dtype=torch.int64)
-        first = tokenizer.bos_token_id if length > 1 else None
-        step = length - (first is not None)
-        rows, total = ids[: len(ids) // step * step].view(-1, step), len(ids)
+        ids = token_ids(tokenizer, text)["input_ids"]
+        rows, total = token_rows(ids, length, tokenizer.bos_token_id if length > 1 else None), len(ids)
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        rows = rows if first is None else functional.pad(rows, (1, 0), value=first)
     if len(rows) < wanted:
         if rows.numel() < MINIMUM_TOKENS:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-BEST, RATE, STEP, TINY = "best", "rate", "step", "tiny"
+BEST, EPS, RATE, STEP = "best", "eps", "rate", "step"
 WARM = 4
 """Steps in which the rate rises. The first ones follow the signs of a few gradients, and would go too far."""
 SMALLEST = 0.01
@@ -69,7 +69,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """All that `load` needs to go on as if nothing had happened."""
         found = {STEP: torch.tensor(self._step), RATE: torch.tensor(self.rate, dtype=torch.float64)}
-        found[TINY] = torch.tensor([group["eps"] for group in self._adam.param_groups], dtype=torch.float64)
+        found[EPS] = torch.tensor([group["eps"] for group in self._adam.param_groups], dtype=torch.float64)
         for i, (vector, best) in enumerate(zip(self.vectors, self._best, strict=True)):
             found |= {f"{i}.vector": vector.detach().cpu(), f"{i}.{BEST}": best.cpu()}
             found |= {f"{i}.adam.{key}": value.cpu() for key, value in self._adam.state[vector].items()}
@@ -78,8 +78,8 @@ class Optimizer:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes up a `state`."""
         self._step, self.rate = int(state[STEP]), float(state[RATE])
-        for group, tiny in zip(self._adam.param_groups, state[TINY].tolist(), strict=True):
-            group["eps"] = tiny
+        for group, eps in zip(self._adam.param_groups, state[EPS].tolist(), strict=True):
+            group["eps"] = eps
         for i, vector in enumerate(self.vectors):
             vector.data.copy_(state[f"{i}.vector"])
             self._best[i].copy_(state[f"{i}.{BEST}"])
