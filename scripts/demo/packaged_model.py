@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
@@ -49,6 +50,9 @@ def convert(gguf: Path, out: Path) -> int:
         arguments = {}
     print("read the tokenizer", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    begins = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    if begins is not None and begins.contents():
+        tokenizer.add_bos_token = True  # transformers does not read that field
     print("read the weights", flush=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **arguments)
     if hasattr(model.config, "quantization_config"):
