@@ -138,7 +138,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         choices=TUNINGS,
         default=Settings.tune,
         help="none: nothing is fitted to the codes; refit: su and sv, by least squares; blocks: then su, sv and norms "
-        "of each decoder layer are trained; full: then those of all layers together, which takes longest (default "
+        "of each decoder layer are trained by themselves; full: then those of all layers are trained together (default "
         "%(default)s)",
     )
     parser.add_argument(

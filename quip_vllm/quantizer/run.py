@@ -37,7 +37,7 @@ from quip_vllm.quantizer.planning import Target, make_plan_file
 from quip_vllm.quantizer.record import Record
 from quip_vllm.quantizer.rounding.searchers import Searchers
 from quip_vllm.quantizer.sensitivities import Sensitivities, chosen, spread_weights
-from quip_vllm.quantizer.settings import DISCQUANT, FULL, SELF, Settings
+from quip_vllm.quantizer.settings import BLOCKS, DISCQUANT, FULL, SELF, Settings
 from quip_vllm.quantizer.source.architecture import out_of_memory
 from quip_vllm.quantizer.source.calibration import calibration_tokens
 from quip_vllm.quantizer.source.model import LayeredModel
@@ -303,7 +303,7 @@ class Run:
         unit, tuning = self.layers[index], []
         levels = self.levels.of(index) if self.levels else None
         tensors, entries, original = self._quantized(unit, self.source.layer_names(index), groups, known, levels)
-        if self.settings.trains and groups:
+        if self.settings.tune == BLOCKS and groups:
             block = Block(self.source, index, self.plan.specs, tensors)
             told = tune_block(block, self.hidden, self.originals, calls, self.settings.seed + index)
             tensors |= block.stored()

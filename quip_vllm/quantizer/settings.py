@@ -200,7 +200,7 @@ class Settings:
 
     @property
     def trains(self) -> bool:
-        """Whether decoder layers are trained."""
+        """Whether something is trained, against the outputs of the original layers."""
         return self.tune in (BLOCKS, FULL)
 
     @property

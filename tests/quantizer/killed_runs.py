@@ -13,7 +13,7 @@ from pathlib import Path
 from quip_vllm.checkpoint import shards, store
 from quip_vllm.quantizer import record, run
 from quip_vllm.quantizer import settings as quantizer_settings
-from quip_vllm.quantizer.settings import FULL, Settings
+from quip_vllm.quantizer.settings import BLOCKS, FULL, NONE, Settings
 from quip_vllm.quantizer.tuning import full
 
 
@@ -73,9 +73,11 @@ MOMENTS = {
     "before the record is removed": lambda: kill_at(run.shutil, "rmtree", 1),
 }
 # Files of the record: 1 is the calibration, 2 to 4 the layers, 5 the head, 6 what all of them trained together.
-TRAINED = {
+TRAINED_EACH = {
     "in the middle of training a layer": lambda: kill_at(run, "tune_block", 2),
     "a trained layer there, its entries not": lambda: kill_at(record, "write_shard", 3, after=True),
+}
+TRAINED_TOGETHER = {
     "the head there": lambda: kill_at(run, "tune_together", 1),
     "in the first epoch": lambda: kill_at(full.Model, "step", 1, after=True),
     "the state of the first epoch there": lambda: kill_at(full, "write_shard", 4, after=True),
@@ -83,6 +85,7 @@ TRAINED = {
     "all trained, the entries not": lambda: kill_at(record, "write_shard", 6, after=True),
     "all trained": lambda: kill_at(run.shutil, "rmtree", 1),
 }
+OF_TUNE = {NONE: MOMENTS, BLOCKS: TRAINED_EACH, FULL: TRAINED_TOGETHER}
 
 
 def start(settings, out, resume, prepare):
@@ -105,7 +108,7 @@ def main(model, text, folder, tune):
     run.tqdm.monitor_interval = 0  # no thread before a fork
     run.quantize(settings, Path(folder) / "whole")  # in this process: its children find the tables made
     told = {}
-    for moment, prepare in (TRAINED if tune == FULL else MOMENTS).items():
+    for moment, prepare in OF_TUNE[tune].items():
         out = Path(folder) / moment
         killed = start(settings, out, False, prepare)
         left = sorted(str(file.relative_to(out)) for file in out.rglob("*"))

@@ -75,8 +75,13 @@ def large_model(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "more",
-    [["--no-two-sided", "--tune", "none"], ["--token-weights", "1", "--tune", "none"], ["--token-weights", "1"]],
-    ids=["forwards", "backwards", "trained"],
+    [
+        ["--no-two-sided", "--tune", "none"],
+        ["--token-weights", "1", "--tune", "none"],
+        ["--no-two-sided", "--tune", "blocks"],
+        ["--token-weights", "1"],
+    ],
+    ids=["forwards", "backwards", "trained each", "trained together"],
 )
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_half_of_the_weights_is_room_enough(large_model, tiny_model, tiny_text, tmp_path, more):
