@@ -24,20 +24,48 @@ namespace {
 // Where a column goes then that lies in byte `place` of the quads.
 inline int wide_place(int place) { return place / 4 * 4 + place % 2 * 2 + place % 4 / 2; }
 
+// Dword i of each of four vectors to vector i, in each half.
+[[gnu::always_inline]] inline void transpose(const __m256i* from, __m256i* to) {
+  const __m256i lower[2] = {_mm256_unpacklo_epi32(from[0], from[1]), _mm256_unpacklo_epi32(from[2], from[3])};
+  const __m256i upper[2] = {_mm256_unpackhi_epi32(from[0], from[1]), _mm256_unpackhi_epi32(from[2], from[3])};
+  to[0] = _mm256_unpacklo_epi64(lower[0], lower[1]);
+  to[1] = _mm256_unpackhi_epi64(lower[0], lower[1]);
+  to[2] = _mm256_unpacklo_epi64(upper[0], upper[1]);
+  to[3] = _mm256_unpackhi_epi64(upper[0], upper[1]);
+}
+
 // Lane rrr is the run of 32 positions of rows rrr and rrr + 8. half(j) is its bits 16 j .. 16 j + 31, which go on in
 // the next run.
 template <int bits>
 struct Runs {
   __m256i word[bits + 1];  // bits 32 j .. 32 j + 31
   [[gnu::always_inline]] explicit Runs(const uint8_t* tile) {
-    const __m256i swap = _mm256_set1_epi32(0x01000302);  // stream order puts the second 16 bits of 32 lowest
-    __m256i part[bits];
-    for (int s = 0; s < bits; ++s) {
-      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile) + s);
-      part[s] =
-          _mm256_shuffle_epi8(words, _mm256_add_epi8(swap, _mm256_broadcastsi128_si256(_mm_setr_epi8(
-                                                               0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12))));
+    const __m256i swap =
+        _mm256_add_epi8(_mm256_set1_epi32(0x01000302),  // stream order puts the second 16 bits lowest
+                        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+    if constexpr (bits >= 4) {
+      four_words(tile, bits - 4, swap);
+      if constexpr (bits > 4) four_words(tile, 0, swap);
+    } else {
+      from_parts(tile, swap);
     }
+    word[bits] = _mm256_permutevar8x32_epi32(word[0], _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
+  }
+  // Words j .. j + 3.
+  [[gnu::always_inline]] void four_words(const uint8_t* tile, int j, __m256i swap) {
+    __m256i lane[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* from = tile + 4 * (bits * i + j);
+      lane[i] =
+          _mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(from)), load<__m128i>(from + 16 * bits), 1);
+      lane[i] = _mm256_shuffle_epi8(lane[i], swap);
+    }
+    transpose(lane, word + j);
+  }
+  [[gnu::always_inline]] void from_parts(const uint8_t* tile, __m256i swap) {
+    __m256i part[bits];
+    for (int s = 0; s < bits; ++s) part[s] = _mm256_shuffle_epi8(bytes_at(tile + 32 * s), swap);
     for (int j = 0; j < bits; ++j) {  // word bits * rrr + j, from whichever part holds it
       const Ints at = lanes<Ints>([&](int lane) { return bits * (lane % 8) + j; });
       const __m256i index = load<__m256i>(&at);
@@ -47,7 +75,6 @@ struct Runs {
         word[j] = _mm256_blendv_epi8(word[j], _mm256_permutevar8x32_epi32(part[s], index), load<__m256i>(&inside));
       }
     }
-    word[bits] = _mm256_permutevar8x32_epi32(word[0], _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
   }
   [[gnu::always_inline]] __m256i half(int j) const {
     if (j % 2 == 0) return word[j / 2];
@@ -219,7 +246,7 @@ struct GridBytes : GridFormat<bits> {
   static constexpr bool kWhole = true;
   explicit GridBytes(const Weight&) {}
   template <class Emit>
-  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {  // emit(R, cc, numbers)
     const Runs<bits> runs(tile);
     const __m256i last = _mm256_set1_epi16((1 << bits) - 1), upper = _mm256_slli_epi16(last, 8);
 #pragma GCC unroll 4
@@ -234,18 +261,22 @@ struct GridBytes : GridFormat<bits> {
   }
 };
 
-// More than 5 bits make no small bytes: levels are int16.
+// More than 5 bits make no small bytes: numbers are int16.
 template <int bits>
-struct LevelValue {
-  explicit LevelValue(const Weight&) {}
-  float unit() const { return 1; }
-  [[gnu::always_inline]] __m256i value(__m256i state) const {
-    const __m256i last = _mm256_set1_epi32((1 << bits) - 1);
-    return _mm256_sub_epi32(_mm256_slli_epi32(_mm256_and_si256(state, last), 1), last);
+struct GridWide : GridBytes<bits> {
+  static constexpr int kQuads = 8;
+  using GridBytes<bits>::GridBytes;
+  template <class Emit>
+  [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
+    GridBytes<bits>::decode(tile, [&](int R, int cc, __m256i numbers) __attribute__((always_inline)) {
+      emit(R, 2 * cc, _mm256_andnot_si256(upper_bytes(), numbers));
+      emit(R, 2 * cc + 1, _mm256_srli_epi16(numbers, 8));
+    });
   }
+  static int place(int column) { return wide_place(GridFormat<bits>::place(column)); }
 };
 template <int bits>
-using Grid8 = std::conditional_t<(bits <= 5), GridBytes<bits>, Wide<bits, TileOrder::kOurs, LevelValue<bits>>>;
+using Grid8 = std::conditional_t<(bits <= 5), GridBytes<bits>, GridWide<bits>>;
 
 // The order of bytes that brings the two lanes of one rrr, of `bits` words each, to pairs of equal words. The last rrr
 // of a tile is read from earlier on, so that nothing beyond the tile is read.
@@ -285,12 +316,7 @@ struct HybWords {
         part[i] = _mm256_inserti128_si256(part[i], load<__m128i>(from + 16 * bits - index.early(i)), 1);
         part[i] = _mm256_shuffle_epi8(part[i], bytes_at(index.bytes[index.early(i) != 0]));
       }
-      const __m256i lower[2] = {_mm256_unpacklo_epi32(part[0], part[1]), _mm256_unpacklo_epi32(part[2], part[3])};
-      const __m256i upper[2] = {_mm256_unpackhi_epi32(part[0], part[1]), _mm256_unpackhi_epi32(part[2], part[3])};
-      word[0] = _mm256_unpacklo_epi64(lower[0], lower[1]);
-      word[1] = _mm256_unpackhi_epi64(lower[0], lower[1]);
-      word[2] = _mm256_unpacklo_epi64(upper[0], upper[1]);
-      if constexpr (bits == 4) word[3] = _mm256_unpackhi_epi64(upper[0], upper[1]);
+      transpose(part, word);
     }
     word[bits] = _mm256_alignr_epi8(_mm256_permute2x128_si256(word[0], word[0], 1), word[0], 2);
   }
