@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of speed, memory and time, from the other CSV files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from benchmarking import read_rows
 from profile_serving import SHARES
-from tables import CPUS, FOLDER, Rows, by_bits, fixed, label, table
+from tables import CPUS, FOLDER, Rows, bits_of, by_bits, fixed, label, table
 
 EPYCS = ("", "_avx2")
 """Ends of the CSV files of those CPUs on which serving and the searches were measured."""
@@ -85,6 +85,23 @@ def kernels(end: str = "") -> str:
         lines.append([label(name), fixed(one["gweights_per_s"]), share, *macs, over])
     header = ["format", "1 row: Gweights/s", "share of the bound", "16 rows: GMAC/s", "400 rows: GMAC/s"]
     return table([*header, "times torch's bf16 layer at 1, 16, 400 rows"], lines)
+
+
+def codes(*files: str) -> str:
+    """Billions of weights per second by code and bits, for each number of rows of the files' one layer."""
+    rows = [row for file in files for row in read_rows(FOLDER / f"{file}.csv") if row["format"] != "dense"]
+    found = {((row["tier"], code_of(row)), bits_of(row["format"]), row["rows"]): row["gweights_per_s"] for row in rows}
+    lines, bits, counts = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    cells = [
+        [" / ".join(fixed(found[one, b, m]) for m in counts if (one, b, m) in found) for b in bits] for one in lines
+    ]
+    named = [[f"`{code}`", tier, *of] for (tier, code), of in zip(lines, cells, strict=True)]
+    return table(["code", "tier", *(f"{b} bits" for b in bits)], named)
+
+
+def code_of(row: Mapping[str, str]) -> str:
+    """The code of a benchmark's row, or the method that has only one."""
+    return row["format"].rpartition("-")[0].removeprefix("qtip-")
 
 
 def encode() -> str:
@@ -241,6 +258,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_amx": lambda: kernels("_amx"),
     "step": lambda: step("cpu_step_amx"),
     "step_experts": lambda: step("cpu_step_experts"),
+    "codes_exl3": lambda: codes("cpu_exl3"),
+    "codes_grid": lambda: codes("cpu_grid", "cpu_grid_lowered"),
     "encode": encode,
     "quantization": quantization,
     "measured_layers": measured_layers,
@@ -249,6 +268,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "runs_cpu": lambda: runs(
         *(f"cpu_{what}{end}" for what in ("serving", "encode") for end in EPYCS),
         *(f"cpu_kernels{end}" for end in CPUS),
+        "cpu_grid",
+        "cpu_grid_lowered",
         "cpu_step_amx",
         "cpu_step_experts",
         "cpu_serving_amx",
