@@ -144,7 +144,7 @@ class _Planner:
         shapes = source.reader.shapes
         self.weights = {name: len(self.layers(name)) * math.prod(shapes[f"{name}.weight"]) for name in inside}
         replaced = {f"{one}.weight" for name in [*inside, *rows] for one in self.layers(name)}
-        replaced |= source.head_weights if source.tied else set()
+        replaced |= source.head_weights if source.tied and rows else set()
         kept = [size for name, size in source.reader.bytes_of.items() if name not in replaced]
         self.other_bytes = sum(kept) + HEADER_BYTES * len(kept)
         method = FORMATS[settings.code].method

@@ -79,6 +79,7 @@ def test_a_mean_of_bits_of_the_grid(plan, tiny_model, make_settings, tiny_text, 
     plain = plan(4.5, code="grid", bits=4, rounding="nearest")
     assert all(one["loss"] < two["loss"] for one, two in zip(rows, plain["layers"][DOWN]["losses"], strict=True))
     quantize(make_settings(tiny_model(), code="grid", bits=4).with_plan(tuple(read(made, tmp_path))), tmp_path / "out")
+    assert made["bytes"] == pytest.approx((tmp_path / "out" / "model.safetensors").stat().st_size, rel=0.05)
     (figures,) = evaluate([str(tmp_path / "out")], [str(tiny_text)], str(tiny_model()), 48, 4)["results"]
     assert 0 < figures["kl_divergence"] < 0.02
 
