@@ -63,7 +63,6 @@ CONFIGURATIONS |= {f"{name}w0": [*CONFIGURATIONS[name], "--token-weights", "0"] 
 for name in ("qs2", "qh2bundle", "qh2bundlefull"):
     CONFIGURATIONS[f"{name}d20"] = [*CONFIGURATIONS[name], "--drift-correction", "0.2"]
 CONFIGURATIONS["qh2bundlefulld20e1"] = [*CONFIGURATIONS["qh2bundlefulld20"], "--epochs", "1"]
-CONFIGURATIONS["qh2bundlefulld20e1split2"] = [*CONFIGURATIONS["qh2bundlefulld20e1"], "--split", "2"]
 SEQUENCES, LENGTH, DRIFT = 64, 1024, 0.35
 """Calibration and the share of drift correction, unless the row says otherwise. The share was the default before."""
 COLUMNS = ["name", "text", *FIGURES, "bits_per_weight", "bytes", "mean_proxy_loss", "minutes", "peak_gb"]

@@ -35,7 +35,6 @@ def quality_label(name: str) -> str:
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
     ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2", "e1": "one epoch"}
-    ends |= {"split2": "`--split 2`"}
     ends |= {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
     return ", ".join([f"{FORMATS[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
 
