@@ -38,6 +38,8 @@ FORMATS = {
     "grid": "Grid8<{bits}>",
 }
 BITS = [2, 3, 4]
+MORE = {"grid": [5, 8]}
+"""Bit rates of a code that has int8 activations above 4 bits, too."""
 SOURCE = """
 #include "int8/panel.h"
 using namespace quip;
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for tier, (flags, cpus) in TIERS.items():
         for code, template in FORMATS.items():
-            for bits in BITS:
+            for bits in [*BITS, *MORE.get(code, [])]:
                 loop, weights = longest_loop(compiled(args.cxx, flags, template.format(bits=bits)))
                 for cpu in cpus:
                     cycles = modelled(tool, cpu, loop)

@@ -319,8 +319,7 @@ def test_worse_together_is_dropped(units, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("tune", "head"), [(BLOCKS, None), (FULL, None), (FULL, 4)])
 def test_a_run(tiny_model, tiny_text, tmp_path, tune, head):
-    """Codes are those without training (of a layer behind a trained one not); the report tells the losses; the norms
-    are new."""
+    """Training leaves the codes alone, but for those of a layer behind one that was trained by itself."""
     model = tiny_model("Llama", dtype="float32")
     reports = {}
     for kind in (REFIT, tune):
