@@ -61,8 +61,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bits",
-        help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4); quip: 2 to 8; or a fraction, as 2.5: the mean over "
-        "layers whose bits are planned first",
+        help="quip_sharp: 2, 3, 4; qtip: 1 to 8 (hyb: 1 to 4); quip: 2 to 8; or with a decimal point, as 2.5 or 3.0: "
+        "the mean over layers whose bits are planned first",
     )
     parser.add_argument("--size", help="of all tensors, as 1.2GB or 900MB, in place of --bits: bits are planned first")
     parser.add_argument(

@@ -34,6 +34,9 @@ struct FormatDefaults {
   static int64_t first_row(int64_t row) { return row; }
 };
 
+// kFew of a trellis code whose kernels gain by `few`. Above 4 bits, which few layers have, fewer are compiled.
+constexpr int few_at(int bits, int few) { return bits <= 4 || few == 0 ? few : 1; }
+
 // QuIP's grid: the numbers k of four columns are a quad, and a level is 2 k - (2^bits - 1).
 template <int bits>
 struct GridFormat : FormatDefaults {

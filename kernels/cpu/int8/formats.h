@@ -64,13 +64,13 @@ inline void with_either(int64_t m, F f) {
   m <= few<Few>() ? f(static_cast<Few*>(nullptr)) : f(static_cast<Many*>(nullptr));
 }
 
-// Whether with_order knows a format for a code and an order.
-constexpr bool has_order(Code code, TileOrder order) {
+// Whether with_order knows a format for a code, an order and a rate. Published tiles by rows have 4 bits at most.
+constexpr bool has_order(Code code, TileOrder order, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
   switch (order) {
     case TileOrder::kOurs: return is(Code::kOneMad, Code::kThreeInst, Code::kMcg, Code::kMul1, Code::kLut);
     case TileOrder::kSwapped: return is(Code::kThreeInst, Code::kMcg, Code::kMul1);
-    case TileOrder::kByRows: return is(Code::kOneMad, Code::kThreeInst, Code::kTable, Code::kPairs);
+    case TileOrder::kByRows: return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kTable, Code::kPairs);
   }
   return false;
 }
@@ -79,7 +79,7 @@ constexpr bool has_order(Code code, TileOrder order) {
 template <int bits, TileOrder order, class F>
 inline void with_order(Code code, int64_t m, F f) {
   const auto with = [&]<Code own, class Few, class Many>() {
-    if constexpr (has_order(own, order))
+    if constexpr (has_order(own, order, bits))
       if (code == own) with_either<Few, Many>(m, f);
   };
   const auto halves = [&]<Code own, uint32_t factor, uint32_t term>() {
@@ -106,16 +106,16 @@ inline void with_format(const Weight& w, int64_t m, F f) {
     if constexpr (bits <= 4) {
       if (w.code == Code::kE8p) {
         if constexpr (bits > 1) with_either<LatticeFew8<bits>, Lattice8<bits>>(m, f);
-      } else if (w.code == Code::kHyb) {
-        w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
-               : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
-      } else {
-        switch (w.order) {
-          case TileOrder::kOurs: return with_order<bits, TileOrder::kOurs>(w.code, m, f);
-          case TileOrder::kSwapped: return with_order<bits, TileOrder::kSwapped>(w.code, m, f);
-          case TileOrder::kByRows: return with_order<bits, TileOrder::kByRows>(w.code, m, f);
-        }
+        return;
       }
+      if (w.code == Code::kHyb)
+        return w.grid ? with_either<Hyb8<bits, HybGrid>, HybMany<bits, HybGrid>>(m, f)
+                      : with_either<Hyb8<bits, HybTable>, HybMany<bits, HybTable>>(m, f);
+    }
+    switch (w.order) {
+      case TileOrder::kOurs: return with_order<bits, TileOrder::kOurs>(w.code, m, f);
+      case TileOrder::kSwapped: return with_order<bits, TileOrder::kSwapped>(w.code, m, f);
+      case TileOrder::kByRows: return with_order<bits, TileOrder::kByRows>(w.code, m, f);
     }
   });
 }
@@ -124,7 +124,7 @@ inline void with_format(const Weight& w, int64_t m, F f) {
 inline bool int8_takes(Code code, TileOrder order, int bits) {
   if (code == Code::kGrid || code == Code::kE8p || code == Code::kHyb)
     return order == TileOrder::kOurs && (bits <= 4 || code == Code::kGrid);
-  return bits <= 4 && has_order(code, order);
+  return has_order(code, order, bits);
 }
 
 inline int few_of(const Weight& w) {

@@ -145,7 +145,7 @@ struct ByteSums : Windows<bits, order> {
 // For few rows. The activation is there twice, so vpmaddwd multiplies and sums.
 template <int bits, TileOrder order, class Bytes>
 struct Bytes8 : ByteSums<bits, order, Bytes> {
-  static constexpr int kQuads = 16, kRepeat = 2, kFew = 2;
+  static constexpr int kQuads = 16, kRepeat = 2, kFew = few_at(bits, 2);
   static constexpr bool kOnlyFew = true;
   explicit Bytes8(const Weight&) {}
   template <int half, class Emit>
@@ -179,7 +179,7 @@ struct Bytes16 : ByteSums<bits, order, Bytes> {
 // 3INST, MCG and LUT: two columns of int16 per lane. Value gives them in the low half of each lane.
 template <int bits, TileOrder order, class Value>
 struct Wide : Windows<bits, order>, Value {
-  static constexpr int kQuads = 8, kFew = 4;
+  static constexpr int kQuads = 8, kFew = few_at(bits, 4);
   explicit Wide(const Weight& w) : Value(w) {}
   template <int half, class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {

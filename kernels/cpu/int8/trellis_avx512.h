@@ -57,6 +57,14 @@ constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) {
   if (by_rows) return 2 * bits * (8 * (b / 4 % 2) + b / 8) + bits * cc / 2 + 3 - b % 4;
   return bits * (4 * (b / 8) + cc) + 7 - b % 8;
 }};
+// From position (rrr, cc, 0) to (rrr, cc, C, R, 0).
+constexpr int steps_to(bool swapped, int C, int R) { return swapped ? 4 * R + 2 * C : 4 * C + 2 * R; }
+// Above 6 bits the eight states of a run are more than 64 bits: dword (rrr, R) of vector 2 cc + C is the 32 bits from the
+// byte in which those of (rrr, cc, C, R, 0) begin.
+template <int bits, bool swapped>
+constexpr StreamBytes<bits, 8> kParts{[](int v, int b) {
+  return bits * (4 * (b / 8) + v / 2) + bits * steps_to(swapped, v % 2, b / 4 % 2) / 8 + 3 - b % 4;
+}};
 // For QuIP's grid: the same a byte later, where the last number ends.
 template <int bits>
 constexpr StreamBytes<bits, 4> kNumbers{[](int cc, int b) { return bits * (4 * (b / 8) + cc) + 8 - b % 8; }};
@@ -69,19 +77,26 @@ constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{
 template <int bits, bool by_rows>
 struct Windows : FormatDefaults {
   static constexpr int kColumns = 16, kBytes = 32 * bits, kWindows = by_rows && bits % 2 ? 8 : 4;
-  __m512i run[4];            // kRuns
+  static constexpr bool kInParts = bits > 6;
+  static constexpr int kRunVectors = kInParts ? 8 : 4;
+  __m512i run[kRunVectors];  // kRuns or kParts
   __m512i window[kWindows];  // (C, c): the states of R = 0 and 1 in the low halves of the two dwords of each qword
   explicit Windows(const Weight& w) {
     const bool swapped = w.order == TileOrder::kSwapped;
-    const int C = swapped ? 2 : 4, R = swapped ? 4 : 2;  // positions from one C or R to the next
-    for (int cc = 0; cc < 4; ++cc) run[cc] = _mm512_load_si512(kRuns<bits, by_rows>.index[cc]);
+    for (int i = 0; i < kRunVectors; ++i) {
+      if constexpr (kInParts)
+        run[i] = _mm512_load_si512((swapped ? kParts<bits, true> : kParts<bits, false>).index[i]);
+      else
+        run[i] = _mm512_load_si512(kRuns<bits, by_rows>.index[i]);
+    }
     for (int i = 0; i < kWindows; ++i) {
-      const int own = bits * (i % 4) + i / 4 * 4;  // in the dword of a row
-      const int first = by_rows ? 32 + own : bits * (C * (i >> 1) + (i & 1)), second = by_rows ? own : first + R * bits;
-      const auto bytes = [](int offset) {
+      const auto bytes = [&](int R) {
+        const int to = bits * steps_to(swapped, i >> 1 & 1, R), c = bits * (i & 1);
+        const int in_dword = by_rows ? bits * (i % 4) + i / 4 * 4 : to % 8 + c;
+        const int offset = by_rows || kInParts ? in_dword + 32 * (1 - R) : to + c;
         return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8;
       };
-      window[i] = _mm512_set1_epi64((long long)(bytes(first) | bytes(second) << 32));
+      window[i] = _mm512_set1_epi64((long long)(bytes(0) | bytes(1) << 32));
     }
   }
   static constexpr int column(int cc, int C) { return by_rows ? 4 * cc + 2 * C : 8 * C + 2 * cc; }
@@ -89,13 +104,15 @@ struct Windows : FormatDefaults {
   template <class Emit>
   [[gnu::always_inline]] void states(const uint8_t* tile, Emit emit) const {
     const TileBytes<bits> bytes(tile);
+    __m512i stream = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int cc = 0; cc < 4; ++cc) {
-      const __m512i stream = bytes.pick(run[cc]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {
+        if (i == 0 || (kInParts && i == 2)) stream = bytes.pick(run[kInParts ? 2 * cc + i / 2 : cc]);
         emit(cc, i >> 1, i & 1,
              _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, window[(cc % 2 * 4 + i) % kWindows], stream));
+      }
     }
   }
   // Lane 2 rrr + R to row 8 R + rrr.
@@ -123,7 +140,7 @@ struct Mul1Bytes {
 // For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes.
 template <int bits, bool by_rows, class Bytes>
 struct BytesFew : Windows<bits, by_rows> {
-  static constexpr int kQuads = 16, kFew = 4, kRepeat = 4, kOffset = Bytes::kMean;
+  static constexpr int kQuads = 16, kFew = few_at(bits, 4), kRepeat = 4, kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   static constexpr bool kOnlyFew = true;
   using Windows<bits, by_rows>::Windows;
@@ -138,7 +155,7 @@ struct BytesFew : Windows<bits, by_rows> {
 // Two columns of int16 per lane, multiplied by vpdpwssd. Value gives them in the low half of each lane.
 template <int bits, bool by_rows, class Value, int few>
 struct Wide : Windows<bits, by_rows>, Value {
-  static constexpr int kQuads = 8, kFew = few;
+  static constexpr int kQuads = 8, kFew = few_at(bits, few);
   static constexpr float kRest = Value::kRest;
   explicit Wide(const Weight& w) : Windows<bits, by_rows>(w), Value(w) {}
   template <class Emit>
