@@ -92,6 +92,7 @@ def codes(*files: str) -> str:
     rows = [row for file in files for row in read_rows(FOLDER / f"{file}.csv") if row["format"] != "dense"]
     found = {((row["tier"], code_of(row)), bits_of(row["format"]), row["rows"]): row["gweights_per_s"] for row in rows}
     lines, bits, counts = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    bits.sort(key=int)
     cells = [
         [" / ".join(fixed(found[one, b, m]) for m in counts if (one, b, m) in found) for b in bits] for one in lines
     ]
@@ -258,8 +259,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_amx": lambda: kernels("_amx"),
     "step": lambda: step("cpu_step_amx"),
     "step_experts": lambda: step("cpu_step_experts"),
-    "codes_exl3": lambda: codes("cpu_exl3"),
-    "codes_grid": lambda: codes("cpu_grid", "cpu_grid_lowered"),
+    "codes_exl3": lambda: codes("cpu_exl3", "cpu_exl3_avx2"),
+    "codes_grid": lambda: codes("cpu_grid", "cpu_grid_avx2"),
     "encode": encode,
     "quantization": quantization,
     "measured_layers": measured_layers,
@@ -268,8 +269,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "runs_cpu": lambda: runs(
         *(f"cpu_{what}{end}" for what in ("serving", "encode") for end in EPYCS),
         *(f"cpu_kernels{end}" for end in CPUS),
+        "cpu_exl3_avx2",
         "cpu_grid",
-        "cpu_grid_lowered",
+        "cpu_grid_avx2",
         "cpu_step_amx",
         "cpu_step_experts",
         "cpu_serving_amx",
