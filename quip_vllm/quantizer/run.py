@@ -131,7 +131,8 @@ class Run:
         record: what is finished.
         amount: sequences of the calibration text, and tokens in each.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
-        originals: the same in the original model, for the drift; empty where drift is not corrected.
+        originals: the same in the original model, for the drift and the training; empty where there is neither.
+        read_until: the last layer before which somebody reads `hidden`, and `originals`; their number for what is behind all.
 
     Raises:
         ValueError: something cannot be quantized.
@@ -164,6 +165,7 @@ class Run:
         self.amount: tuple[int, ...] = (0, 0)
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
+        self.read_until = (0, 0)
         self.sensitivities: Sensitivities | None = None
         self.levels: Levels | None = None
 
@@ -203,6 +205,9 @@ class Run:
         else:  # reading it takes less time than reading all weights
             self.record.tokens(self._make_tokens)
         unfinished = [index for index, unit in enumerate(self.layers) if not self.record.has(unit)]
+        last, end = max(unfinished, default=0), len(self.layers)
+        head = self.plan.head and not self.record.has(HEAD)
+        self.read_until = (end if head else last, end if self.settings.tune == FULL else last)
         backward = self.settings.backward and bool(unfinished)
         unread = range(len(self.layers)) if backward else unfinished
         names = [name for index in unread for name in self.source.layer_names(index)]
@@ -294,9 +299,8 @@ class Run:
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
             self._finish_layer(index, groups, known, calls)
-        if index + 1 == len(self.layers) and not self.plan.head:
-            return  # nothing reads the layer's output
-        self._outputs(index, calls)
+        if index < self.read_until[0]:
+            self._outputs(index, calls)
 
     def _finish_layer(self, index: int, groups: list[Inputs], known: Mapping[str, Sensitivity], calls: Calls) -> None:
         """Rounds a decoder layer, trains it where that is wanted, and keeps it in the record."""
@@ -343,7 +347,7 @@ class Run:
         self, index: int, names: list[str], calls: Calls, done: bool, known: Mapping[str, Sensitivity]
     ) -> list[Inputs]:
         """Runs the original layer: what its linear layers read, unless it is done; and `originals` behind it."""
-        if done and not self.originals:
+        if done and not (self.originals and index < self.read_until[1]):
             return []
         linears = self.source.linears(index)
         with self.source.layer(index) as layer:

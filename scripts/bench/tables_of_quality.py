@@ -16,6 +16,8 @@ FORMATS["rtn"] = "nearest rounding"
 WIKITEXT = "wikitext2-test.txt"
 TEXTS = {"WikiText": WIKITEXT, "prose": "policy.txt", "code": "numpy_ma_core.py"}
 """The texts of the tables of quality, by the column's name."""
+TUNED = ("full", "fullx4", "refitx4")
+"""Kinds of tuned rows whose calibration text is WikiText."""
 
 
 def quality_rows(text: str = WIKITEXT, csv: str = "quality") -> dict[str, dict[str, str]]:
@@ -34,6 +36,7 @@ def quality_label(name: str) -> str:
     rest = _kind(name)
     bits = name.removeprefix(start).removesuffix(rest)
     ends = {"one": "one side", "g64": "groups of 64", "bundle": "bundle", "self": "self-written", "full": "tuned"}
+    ends |= {"refit": "`refit`"}
     ends |= {"w0": "tokens equal", "x4": "256 sequences", "d20": "drift share 0.2", "e1": "one epoch"}
     ends |= {rounding: f"`{rounding}`" for rounding in ROUNDINGS}
     return ", ".join([f"{FORMATS[start]}, {bits} bits", *(words for end, words in ends.items() if end in rest)])
@@ -57,7 +60,7 @@ def quality() -> str:
     """The best that was measured of every format, and nearest rounding, by bits."""
     rows = quality_rows()
     best = {}  # of each format, in the order of the kinds
-    for kind in ("g64", "one", "", "full", "fullx4"):
+    for kind in ("g64", "one", "", *TUNED):
         best |= {name.removesuffix(kind): name for name in rows if _kind(name) == kind}
     return _qualities(lambda name: name in best.values(), commit=False)
 
@@ -74,8 +77,8 @@ def default_calibration() -> str:
 
 def tuned() -> str:
     """What tuning gives on the calibration text's own kind, where both were measured."""
-    rows = quality_rows()
-    return _qualities(lambda name: _kind(name) in ("", "full", "fullx4") and f"{name[:3]}full" in rows)
+    whole = {name[:3] for name in quality_rows() if _kind(name) in TUNED}
+    return _qualities(lambda name: _kind(name) in ("", *TUNED) and name[:3] in whole)
 
 
 def planned() -> str:
