@@ -132,7 +132,8 @@ class Run:
         amount: sequences of the calibration text, and tokens in each.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
         originals: the same in the original model, for the drift and the training; empty where there is neither.
-        read_until: the last layer before which somebody reads `hidden`, and `originals`; their number for what is behind all.
+        read_until: the last layer before which somebody reads `hidden`, and `originals`; their number for what
+            reads the last one's outputs.
 
     Raises:
         ValueError: something cannot be quantized.

@@ -227,6 +227,21 @@ def test_finished_layers_are_not_done_again(unfinished, monkeypatch):
         quantize(settings, out)
 
 
+@pytest.mark.parametrize(("tune", "passes"), [("none", 0), ("full", 2)])  # of the original's two layers, for the logits
+def test_finished_layers_run_only_for_who_reads_what_is_behind(
+    tiny_model, make_settings, tmp_path, monkeypatch, tune, passes
+):
+    monkeypatch.setattr(run.Record, "merge", work)
+    monkeypatch.setattr(run, "tune_together", work)
+    settings, done, original = make_settings(tiny_model(), tune=tune), [], run.run_layer
+    with pytest.raises(OSError, match="work"):
+        quantize(settings, tmp_path / "out")
+    monkeypatch.setattr(run, "run_layer", lambda *args: done.append(args) or original(*args))
+    with pytest.raises(OSError, match="work"):
+        quantize(settings, tmp_path / "out", resume=True)
+    assert len(done) == passes
+
+
 @pytest.mark.parametrize("group", [2, 6])  # the embedding is done; the first decoder layer, too
 def test_a_quantized_embedding_is_read_back(stopped, tiny_model, tmp_path, group):
     out, settings = stopped(tiny_model("Mistral"), group, embedding=2, lm_head=3)
