@@ -90,9 +90,10 @@ def measure(
 
 def dense(args: argparse.Namespace, generator: torch.Generator) -> Experts:
     """A layer in vLLM's kernel for bf16 weights."""
-    import vllm._C  # noqa: F401  # the ops
     from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
+    from vllm.platforms.cpu import CpuPlatform
 
+    CpuPlatform.import_kernels()  # of the library for this CPU
     isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
 
     def weight(n: int, k: int) -> Tensor:
