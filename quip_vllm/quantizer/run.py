@@ -132,8 +132,6 @@ class Run:
         amount: sequences of the calibration text, and tokens in each.
         hidden: hidden states of the calibration text before the layer under work, behind the quantized layers.
         originals: the same in the original model, for the drift and the training; empty where there is neither.
-        read_until: the last layer before which somebody reads `hidden`, and `originals`; their number for what
-            reads the last one's outputs.
 
     Raises:
         ValueError: something cannot be quantized.
@@ -166,7 +164,6 @@ class Run:
         self.amount: tuple[int, ...] = (0, 0)
         self.hidden: list[Tensor] = []
         self.originals: list[Tensor] = []
-        self.read_until = (0, 0)
         self.sensitivities: Sensitivities | None = None
         self.levels: Levels | None = None
 
@@ -206,9 +203,6 @@ class Run:
         else:  # reading it takes less time than reading all weights
             self.record.tokens(self._make_tokens)
         unfinished = [index for index, unit in enumerate(self.layers) if not self.record.has(unit)]
-        last, end = max(unfinished, default=0), len(self.layers)
-        head = self.plan.head and not self.record.has(HEAD)
-        self.read_until = (end if head else last, end if self.settings.tune == FULL else last)
         backward = self.settings.backward and bool(unfinished)
         unread = range(len(self.layers)) if backward else unfinished
         names = [name for index in unread for name in self.source.layer_names(index)]
@@ -300,8 +294,13 @@ class Run:
             if missing:
                 raise ValueError(f"{min(missing)} never ran on the calibration text: leave it out (--ignore)")
             self._finish_layer(index, groups, known, calls)
-        if index < self.read_until[0]:
+        if self._awaited(index, HEAD):
             self._outputs(index, calls)
+
+    def _awaited(self, index: int, reader: str) -> bool:
+        """Whether something is left to do that reads what is behind a layer: a later layer, or the unit `reader`."""
+        behind = [unit for unit in self.units if unit == reader or unit in self.layers[index + 1 :]]
+        return not all(map(self.record.has, behind))
 
     def _finish_layer(self, index: int, groups: list[Inputs], known: Mapping[str, Sensitivity], calls: Calls) -> None:
         """Rounds a decoder layer, trains it where that is wanted, and keeps it in the record."""
@@ -348,7 +347,7 @@ class Run:
         self, index: int, names: list[str], calls: Calls, done: bool, known: Mapping[str, Sensitivity]
     ) -> list[Inputs]:
         """Runs the original layer: what its linear layers read, unless it is done; and `originals` behind it."""
-        if done and not (self.originals and index < self.read_until[1]):
+        if done and not (self.originals and self._awaited(index, TUNED)):
             return []
         linears = self.source.linears(index)
         with self.source.layer(index) as layer:

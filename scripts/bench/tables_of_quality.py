@@ -17,7 +17,7 @@ WIKITEXT = "wikitext2-test.txt"
 TEXTS = {"WikiText": WIKITEXT, "prose": "policy.txt", "code": "numpy_ma_core.py"}
 """The texts of the tables of quality, by the column's name."""
 TUNED = ("full", "fullx4", "refitx4")
-"""Kinds of tuned rows whose calibration text is WikiText."""
+"""Kinds of rows whose vectors are fitted to the codes, by a refit or by training on WikiText."""
 
 
 def quality_rows(text: str = WIKITEXT, csv: str = "quality") -> dict[str, dict[str, str]]:

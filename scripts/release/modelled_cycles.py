@@ -39,7 +39,7 @@ FORMATS = {
 }
 BITS = [2, 3, 4]
 MORE = {"grid": [5, 8]}
-"""Bit rates of a code that has int8 activations above 4 bits, too."""
+"""Bit rates of a code besides."""
 SOURCE = """
 #include "int8/panel.h"
 using namespace quip;
