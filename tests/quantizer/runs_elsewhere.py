@@ -2,7 +2,8 @@
 """--device: a device that is not there, and whose tensors do not mix with the CPU's, gives what the CPU gives.
 
 `test_device.py` runs these tests in a process of their own, as torch takes the device for the machine's accelerator.
-Sums are in another order on it: torch has a fused attention for the CPU alone.
+Sums are in the CPU's order, as a sum in another can turn a code over: attention is not fused, and models have no SiLU,
+whose gradient torch computes otherwise on a device of ours.
 """
 
 from collections import Counter
@@ -10,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quip_vllm.evaluation.report import evaluate
 from quip_vllm.quantizer.planning import Target, make_plan_file
@@ -24,9 +26,10 @@ ROUNDING = {"linalg_cholesky_ex", "linalg_solve_triangular"}
 
 def both(what, also=frozenset()):
     """what("cpu") and what(THERE), which has to compute there, with the ops `also` among others."""
-    here = what("cpu")
-    with Elsewhere() as mode:
-        there = what(THERE)
+    with sdpa_kernel(SDPBackend.MATH):
+        here = what("cpu")
+        with Elsewhere() as mode:
+            there = what(THERE)
     assert mode.seen & PRODUCTS and mode.seen >= also
     return here, there
 
@@ -35,24 +38,21 @@ def both(what, also=frozenset()):
     ("architecture", "changes"),
     [
         ("Mistral", {"two_sided": True, "token_weights": 1.0, "tune": "full", "lm_head": 3, "embedding": 3}),
-        # At a share of 0.2 float32 turns one code of an expert of 59 tokens over, which changes its loss by 5 %.
-        ("Mixtral", {"code": "hyb", "two_sided": True, "tune": "blocks", "drift_correction": 0.35}),
+        ("Mixtral", {"code": "hyb", "two_sided": True, "tune": "blocks"}),
         ("Llama", {"code": "grid", "rounding": "greedy", "tune": "refit"}),
         ("Llama", {"code": "grid", "bits": 4, "rounding": "discquant", "rounding_steps": 3}),
     ],
 )
 def test_a_run(tiny_model, make_settings, tmp_path, architecture, changes):
-    model = tiny_model(architecture, dtype="float32")
+    model = tiny_model(architecture, dtype="float32", hidden_act="gelu")
 
     def run(device):
         return quantize(make_settings(model, device=device, **changes), tmp_path / device)
 
     here, there = both(run, ROUNDING if changes.get("rounding") != "discquant" else set())
     for one, other in zip(here["layers"], there["layers"], strict=True):
-        assert one["name"] == other["name"] and one["proxy_loss"] == pytest.approx(other["proxy_loss"], rel=0.02)
-    for one, other in zip(here["tuning"], there["tuning"], strict=True):
-        for key in ("before", "after"):
-            assert one[key] == pytest.approx(other[key], rel=0.05)
+        assert (one["name"], one["proxy_loss"]) == (other["name"], other["proxy_loss"])
+    assert here["tuning"] == there["tuning"]
 
 
 def test_searchers_have_the_cpu():
@@ -83,14 +83,14 @@ def test_evaluation(tiny_model, quantized, tiny_text):
 
     here, there = both(measured)
     for key in ("perplexity", "kl_divergence", "kl_p90", "top1_agreement"):
-        assert here[key] == pytest.approx(there[key], rel=1e-3)
+        assert here[key] == there[key]
 
 
 def test_a_plan(tiny_model, make_settings, tmp_path):
     def plan(device):
-        settings = make_settings(tiny_model("Mistral", dtype="float32"), device=device)
+        settings = make_settings(tiny_model("Mistral", dtype="float32", hidden_act="gelu"), device=device)
         return make_plan_file(settings, Target(None, size=250_000), tmp_path / device)
 
     here, there = both(plan, ROUNDING)
     bits = ({name: one["bits"] for name, one in made["layers"].items()} for made in (here, there))
-    assert next(bits) == next(bits) and here["loss"] == pytest.approx(there["loss"], rel=1e-2)
+    assert next(bits) == next(bits) and here["loss"] == there["loss"]
