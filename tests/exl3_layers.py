@@ -36,15 +36,15 @@ def values(code):
 
 def states(tile):
     """int [256]: the 16 bits that end with symbol t, of little-endian words of 32 bits, most significant first."""
-    bits = len(tile) // 32
     stream = numpy.unpackbits(numpy.frombuffer(tile, "<u4").astype(">u4").view(numpy.uint8))
-    end = numpy.arange(1, 257)[:, None] * bits
+    whole, half = divmod(len(stream) // 128, 2)  # half a bit more: every other symbol has one more
+    end = numpy.cumsum([whole + half * (t % 2) for t in range(256)])[:, None]
     window = stream[(end - 16 + numpy.arange(16)) % len(stream)].astype(numpy.int64)
     return window @ (1 << numpy.arange(15, -1, -1))
 
 
 def decode(trellis, code):
-    """fp16 [k, n] of int16 [k/16, n/16, 16 bits]."""
+    """fp16 [k, n] of int16 [k/16, n/16, 16 K]; K is whole, or a half more."""
     rows, columns, _ = trellis.shape
     table = values(code)
     t = numpy.arange(256)

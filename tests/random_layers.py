@@ -10,6 +10,13 @@ from quip_vllm.formats.tensors import Follows, layout, tensor_specs
 RATES = [
     (code, bits) for code, format in FORMATS.items() if TileOrder.MMA in format.kernel_orders for bits in format.bits
 ]
+EXL3_RATES = [
+    (code, bits)
+    for code, format in FORMATS.items()
+    if TileOrder.MMA_SWAPPED in format.kernel_orders
+    for bits in format.bits
+]
+"""Those of tiles in EXL3's order, half rates among them."""
 RATE_IDS = [f"{code}-{bits}" for code, bits in RATES]
 
 

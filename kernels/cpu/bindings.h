@@ -84,11 +84,12 @@ inline std::vector<Weight> weights_of(const Tensor& packed, const std::optional<
                                       const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
   const auto [code, order] = code_and_order(name);
   if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
-  STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1,
-                  "code ", name, ": 3inst, mcg and mul1 have swapped tiles, the others do not");
+  const bool published = code == Code::kMcg || code == Code::kMul1 || code == Code::kMul1Half;
+  STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || published, "code ", name,
+                  ": 3inst, mcg and mul1 have swapped tiles, the others do not");
   const int64_t own = table_floats(code);
-  const int most = code == Code::kHyb ? 4 : 8;
-  STD_TORCH_CHECK(bits >= 1 && bits <= most, "bits is ", bits, ": ", name, " has 1 to ", most);
+  STD_TORCH_CHECK(bits >= least_bits(code) && bits <= most_bits(code), "bits is ", bits, ": ", name, " has ",
+                  least_bits(code), " to ", most_bits(code));
   STD_TORCH_CHECK(k % kTile == 0, "a trellis weight has ", k, " columns: they must be a multiple of 16");
   std::vector<int64_t> starts{0};  // in bytes; a part has whole tiles
   for (int64_t size : output_sizes) starts.push_back(starts.back() + 2 * ((size + kTile - 1) / kTile) * k * bits);

@@ -9,6 +9,7 @@
   CODE(kLut, "lut")              \
   CODE(kMcg, "mcg")              \
   CODE(kMul1, "mul1")            \
+  CODE(kMul1Half, "mul1_half")   \
   CODE(kGrid, "grid")            \
   CODE(kTable, "table")          \
   CODE(kPairs, "pairs")
@@ -18,5 +19,10 @@ namespace quip {
 #define QUIP_ENUMERATOR(enumerator, name) enumerator,
 enum class Code { QUIP_TRELLIS_CODES(QUIP_ENUMERATOR) kE8p };
 #undef QUIP_ENUMERATOR
+
+// Whether a code stores half a bit less per weight (formats/trellis.py).
+constexpr bool is_half(Code code) { return code == Code::kMul1Half; }
+constexpr int least_bits(Code code) { return is_half(code) ? 2 : 1; }
+constexpr int most_bits(Code code) { return code == Code::kHyb || is_half(code) ? 4 : 8; }
 
 }  // namespace quip

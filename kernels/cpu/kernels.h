@@ -23,7 +23,8 @@ enum class TileOrder { kOurs, kSwapped, kByRows };
 // A quantized weight of n rows and k columns.
 struct Weight {
   const uint8_t*
-      packed;  // trellis codes: int16 [n/16, k*bits] as in the checkpoint; the lattice: blocks (lattice_layout.h)
+      packed;  // trellis codes: int16 [n/16, k*bits] as in the checkpoint; a half rate: float/decode_trellis.h; the
+               // lattice: blocks (lattice_layout.h)
   const float* table;  // HYB: [512, 2]; LUT and TABLE: [65536]; PAIRS: [65536, 2]; others: null
   Code code;
   int bits;

@@ -5,8 +5,8 @@
 
 namespace quip {
 
-template <int bits, TileOrder order>
-struct Mul1InOrder : TrellisCode<bits, order> {
+template <int bits, TileOrder order, bool half_rate = false>
+struct Mul1InOrder : TrellisCode<bits, order, half_rate> {
   DEVICE Mul1InOrder(const unsigned char*, const void*) {}
 
   // 0x6400 is 1024 in fp16, to which the sum is added exactly; 0x1EEE is a, and 0xC931 is -b.
@@ -25,5 +25,7 @@ template <int bits>
 using Mul1 = Mul1InOrder<bits, TileOrder::kOurs>;
 template <int bits>
 using Mul1Swapped = Mul1InOrder<bits, TileOrder::kSwapped>;
+template <int bits>
+using Mul1HalfSwapped = Mul1InOrder<bits, TileOrder::kSwapped, true>;
 
 }  // namespace quip

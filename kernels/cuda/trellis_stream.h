@@ -7,6 +7,8 @@
 //
 // A word is a pair of units, with U0 or U1 in the upper half. A funnel shift of two neighbouring words gives any
 // window. With an odd number of units the first ones of both halves share a word, and so they share a shuffle.
+// At a half rate (formats/trellis.py) a run ends 8 bits before its units do: these are the first bits of the next run, and
+// N0 begins there.
 //
 //   word half * (bits / 2) + i     even bits [U2i | U2i+1], odd bits [U2i+1 | U2i+2]     of the half
 //   word bits - 1                  odd bits  [half 1: U0 | half 0: U0]
@@ -22,7 +24,7 @@ namespace quip {
 template <int bits>
 using TrellisWords = uint32_t[bits + 2 - bits % 2];
 
-template <int bits, int half>
+template <int bits, int half, bool half_rate = false>
 struct TrellisStream {
   static constexpr int kBefore = bits % 2 ? 16 : 0;  // bits of no meaning in front
   uint32_t part[bits / 2 + 1 + bits % 2];            // of which the last has 16 bits
@@ -33,6 +35,7 @@ struct TrellisStream {
     for (int i = 0; i < bits / 2; ++i) part[kFirst + i] = words[half * (bits / 2) + i];
     if constexpr (bits % 2) part[0] = half ? words[bits - 1] >> 16 : words[bits - 1];
     part[kLast] = bits % 2 == 0 ? words[bits + half] : half ? words[bits] : words[bits] << 16;
+    if constexpr (half_rate) part[kLast] <<= 8;
   }
 
   // 32 bits of the stream from bit `at` of the parts.
@@ -74,7 +77,7 @@ DEVICE void unrolled(F f) {
 
 // What trellis codes have in common; a code says what differs. In a swapped tile the two quarters off the diagonal have
 // changed places (formats/tile.py), and so have the registers that hold them.
-template <int bits_, TileOrder order = TileOrder::kOurs>
+template <int bits_, TileOrder order = TileOrder::kOurs, bool half_rate = false>
 struct TrellisCode {
   static constexpr bool kByRows = order == TileOrder::kByRows;
   static constexpr int bits = bits_;
@@ -87,6 +90,11 @@ struct TrellisCode {
   static constexpr bool kGathers = false;     // whether weights come from memory
   static constexpr int kLightDepth = kNever;  // depth from which 64 registers of a thread are enough for up to 8 rows
   using Sum = float;
+
+  // Where the window of a position begins. At a half rate every other step is a bit shorter.
+  static constexpr int window_of(int position) {
+    return half_rate ? bits * (position + 1) - 1 - position / 2 : bits * (position + 1);
+  }
 
   // Fills the table in shared memory; all threads of a block call it.
   DEVICE static void fill(unsigned char*, const void*) {}
@@ -123,7 +131,7 @@ struct TrellisCode {
           f(index, upper, position);
       });
     } else {
-      const TrellisStream<bits, half> stream(words);
+      const TrellisStream<bits, half, half_rate> stream(words);
       unrolled<8>([&](auto index) {
         constexpr int i = decltype(index)::value, place = i % 4;
         constexpr int to = order == TileOrder::kSwapped ? place / 2 + place % 2 * 2 : place;
@@ -137,7 +145,8 @@ struct TrellisCode {
   DEVICE static void join_pairs(const Words& words, uint32_t (&a)[1][2][4], F join) {
     each_register<half>(words, [&](auto index, const auto& stream, auto position) {
       constexpr int i = decltype(index)::value, first = decltype(position)::value;
-      a[0][i / 4][i % 4] = join(stream.template window<bits*(first + 1)>(), stream.template window<bits*(first + 2)>());
+      a[0][i / 4][i % 4] =
+          join(stream.template window<window_of(first)>(), stream.template window<window_of(first + 1)>());
     });
   }
 };

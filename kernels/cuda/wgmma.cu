@@ -22,7 +22,8 @@ bool add(std::initializer_list<const char*> names) {
 
 [[maybe_unused]] const bool added = add<OneMad>({"1mad"}) && add<Hyb>({"hyb", "hyb_large"}) &&
                                     add<Lattice>({"e8p", "e8p_large"}) && add<Mcg>({"mcg"}) && add<Mul1>({"mul1"}) &&
-                                    add<McgSwapped>({"mcg_swapped"}) && add<Mul1Swapped>({"mul1_swapped"});
+                                    add<McgSwapped>({"mcg_swapped"}) && add<Mul1Swapped>({"mul1_swapped"}) &&
+                                    add<Mul1HalfSwapped>({"mul1_half_swapped"});
 
 }  // namespace
 }  // namespace quip

@@ -4,6 +4,7 @@
 Every shape is checked, against the others and against the model's sizes in config.json, before any tensor is read.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from quip_vllm.checkpoint.store import Header
 from quip_vllm.formats.exl3 import BLOCK, CODE_MARKS, SU_BITS, SUH, SV_BITS, SVH, TRELLIS, packed, signs
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV
-from quip_vllm.formats.trellis_codes import PACKED
+from quip_vllm.formats.trellis_codes import MUL1, MUL1_HALF, PACKED
 
 METHOD = "exl3"
 """`quant_method` in config.json."""
@@ -112,7 +113,7 @@ def read(model: Mapping[str, Any], headers: Mapping[str, Header]) -> Exl3Config:
     specs |= _slices(specs, sizes)
     for name, spec in specs.items():
         first = stated or next(iter(specs.values())).code
-        if spec.code != first:
+        if _family(spec.code) != _family(first):
             raise ValueError(f"{name} has code {spec.code}, where the checkpoint has {first}: {DAMAGED}")
     text = text_of(model)
     tied = text.get("tie_word_embeddings", model.get("tie_word_embeddings", True))
@@ -145,12 +146,26 @@ def stored_format(code: str, bits: int) -> LayerFormat:
 
 
 def tensors(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and tensor of ours for each of a layer's tensors, named as on disk; marks of codes are left out."""
+    """Yields name and tensor of ours for each of a layer's tensors, named as on disk; marks of codes are left out.
+
+    Raises:
+        ValueError: a mark has another value than its code's multiplier.
+    """
     for leaf, one in stored.items():
+        if leaf in CODE_MARKS and (multiplier := int(one) & 0xFFFFFFFF) != CODE_MARKS[leaf]:
+            raise ValueError(
+                f"the multiplier of {leaf} is {multiplier:#x}, where EXL3's is {CODE_MARKS[leaf]:#x}: take a "
+                "checkpoint that exllamav3 has written since October 2025"
+            )
         if leaf == TRELLIS:
             yield PACKED, packed(one)
         elif leaf in _VECTORS:
             yield _SIDES[leaf], signs(one) if leaf in (SU_BITS, SV_BITS) else one
+
+
+def _family(code: str) -> str:
+    """The name that config.json has for a code."""
+    return MUL1.name if code == MUL1_HALF.name else code
 
 
 def slices(names: Iterable[str]) -> dict[str, list[str]]:
@@ -192,10 +207,20 @@ def _spec(
             f"has tensors {', '.join(sorted(leaves)):.200}, where trellis, suh or su, svh or sv, and at most one of "
             "mcg and mul1 are wanted"
         )
+    for mark in marks:
+        if math.prod(headers[f"{name}.{mark}"].shape) != 1:
+            raise refuse(f"has {mark} {headers[f'{name}.{mark}'].shape}, where one number is wanted")
     trellis = headers[f"{name}.{TRELLIS}"]
-    bits, rest = divmod(trellis.shape[-1] if len(trellis.shape) == 3 else 0, 16)
+    code = next(iter(marks), _CODES[0])
+    words = trellis.shape[-1] if len(trellis.shape) == 3 else 0
+    bits, rest = divmod(words, 16)
+    if rest == 8 and code == MUL1.name and bits + 1 in MUL1_HALF.bits:
+        code, bits, rest = MUL1_HALF.name, bits + 1, 0
     if trellis.dtype is not torch.int16 or rest or not 1 <= bits <= 8:
-        raise refuse(f"has a trellis {trellis.dtype} {trellis.shape}, where int16 [k/16, n/16, 16 * bits] is wanted")
+        raise refuse(
+            f"has a trellis {trellis.dtype} {trellis.shape}, where int16 [k/16, n/16, 16 K] is wanted with K = 1 to 8, "
+            "and of mul1 1.5, 2.5 or 3.5 as well"
+        )
     k, n = 16 * trellis.shape[0], 16 * trellis.shape[1]
     if k % BLOCK or n % BLOCK or not k or not n:
         raise refuse(f"has a trellis of {k} inputs and {n} outputs, which have to be multiples of {BLOCK}")
@@ -204,7 +229,6 @@ def _spec(
         wanted = (size,) if dtype is torch.float16 else (size // 16,)
         if found != Header(wanted, dtype):
             raise refuse(f"has {leaf} {found.dtype} {found.shape} in place of {dtype} {wanted}")
-    code = next(iter(marks), _CODES[0])
     leaf = name.rpartition(".")[2]
     served_in, served_out = sizes.get(leaf, (k, n))
     if (served_in + -served_in % BLOCK, served_out + -served_out % BLOCK) != (k, n):

@@ -7,6 +7,8 @@ state is the 16 bits that end with a step's own bits, where the states here begi
     published   b0 ............ [state t: 16 bits, of which the last are b[t*bits .. t*bits + bits)]
     here        the stream turned right by 16 - bits: the same state begins at bit t*bits
 
+At a half rate steps take K - 1/2 and K + 1/2 bits in turn, and the stream is turned right by 16 less the first of them.
+
 The order of a tile is TileOrder.MMA_SWAPPED, and both rotations are in blocks of 128 (docs/imports.md).
 """
 
@@ -21,29 +23,30 @@ BLOCK = 128
 TRELLIS, SUH, SVH, SU_BITS, SV_BITS = "trellis", "suh", "svh", "su", "sv"
 """Published tensors: the streams, the real vectors, and what older files have in place of these: signs as bits."""
 
-CODE_MARKS = ("mcg", "mul1")
-"""Published scalars, of which the presence says the code; a layer without one has 3inst."""
+CODE_MARKS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
+"""Published scalars, of which the presence says the code, and their value, its multiplier; 3inst has none."""
 
 
 def packed(trellis: Tensor) -> Tensor:
     """The streams of a layer.
 
     Args:
-        trellis: int16 [k/16, n/16, 16 * bits], as published.
+        trellis: int16 [k/16, n/16, 16 * K], as published.
 
     Returns:
-        int16 [n/16, k/16 * 16 * bits]: `packed` of a trellis code.
+        int16 [n/16, k/16 * 16 * K]: `packed` of a trellis code.
     """
-    bits = trellis.shape[-1] // STATE_BITS
+    first = trellis.shape[-1] // STATE_BITS  # bits of the first step
     stream = trellis.transpose(0, 1).unflatten(-1, (-1, 2)).flip(-1).flatten(-2).to(torch.int32) & 0xFFFF
-    turned = stream.roll(1, -1) << bits | stream >> (STATE_BITS - bits)
+    turned = stream.roll(1, -1) << first | stream >> (STATE_BITS - first)
     return to_int16(turned).flatten(1)
 
 
-def published(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `packed`: int16 [n/16, k/16 * 16 * bits] to int16 [k/16, n/16, 16 * bits]."""
-    stream = packed.unflatten(-1, (-1, STATE_BITS * bits)).to(torch.int32) & 0xFFFF
-    turned = to_int16(stream << (STATE_BITS - bits) | stream.roll(-1, -1) >> bits)
+def published(packed: Tensor, words: int) -> Tensor:
+    """The inverse of `packed`: int16 [n/16, k/16 * words], of so many words per tile, to int16 [k/16, n/16, words]."""
+    first = words // STATE_BITS
+    stream = packed.unflatten(-1, (-1, words)).to(torch.int32) & 0xFFFF
+    turned = to_int16(stream << (STATE_BITS - first) | stream.roll(-1, -1) >> first)
     return turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2).transpose(0, 1).contiguous()
 
 

@@ -11,6 +11,13 @@ s * step_bits with step_bits = bits * vector_dim; a step yields vector_dim weigh
 
 The first bit of a window is the most significant of the state, and likewise of the word. So consecutive states share
 16 - step_bits bits, none if step_bits is 16, and exactly `bits` bits per weight are stored: 16 * bits words per tile.
+
+At a half rate, bits - 1/2 per weight, the steps take bits - 1 and bits in turn: step s begins at bit bits * s - s // 2,
+and a tile has 16 * bits - 8 words. Here bits = 3:
+
+    state 0  [b0 ........................... b15]
+    state 1        [b2 .......................... b17]
+    state 2                 [b5 .......................... b20]
 """
 
 import torch
@@ -70,31 +77,38 @@ def pack(states: torch.Tensor, bits: int, vector_dim: int) -> torch.Tensor:
     return to_int16(states[..., step_of_word] << offset | fresh >> (step_bits - offset))
 
 
-def unpack(packed: torch.Tensor, bits: int, vector_dim: int) -> torch.Tensor:
-    """Inverse of `pack`.
+def words_per_tile(bits: int, half: bool = False) -> int:
+    """Words of 16 bits in a tile; `half` is that of `unpack`."""
+    return STATE_BITS * bits - (STATE_BITS // 2 if half else 0)
+
+
+def unpack(packed: torch.Tensor, bits: int, vector_dim: int, half: bool = False) -> torch.Tensor:
+    """Inverse of `pack`, which has no half rates.
 
     Args:
-        packed: int16 [..., 16*bits].
+        packed: int16 [..., words_per_tile].
         bits: stored bits per weight.
         vector_dim: weights per step, 1 or 2.
+        half: whether half a bit less is stored, and steps take bits - 1 and bits in turn.
 
     Returns:
         int32 [..., 256/vector_dim], states 0..65535.
 
     Raises:
-        ValueError: if packed is not int16 with 16*bits words, or bits and vector_dim do not fit a 16-bit state.
+        ValueError: if packed is not int16 with that many words, or bits and vector_dim do not fit a 16-bit state.
     """
-    step_bits = _step_bits(bits, vector_dim)
-    words_per_tile = STATE_BITS * bits
-    if packed.dtype is not torch.int16 or packed.ndim < 1 or packed.shape[-1] != words_per_tile:
+    step_bits, count = _step_bits(bits, vector_dim), words_per_tile(bits, half)
+    if packed.dtype is not torch.int16 or packed.ndim < 1 or packed.shape[-1] != count:
         raise ValueError(
-            f"packed {packed.dtype} {list(packed.shape)}: need int16 with {words_per_tile} words (16 * bits) in the "
-            "last dimension; check bits, and split a weight's columns into tiles first"
+            f"packed {packed.dtype} {list(packed.shape)}: need int16 with {count} words "
+            f"(16 * bits{' - 8' if half else ''}) in the last dimension; check bits, and split a weight's columns into "
+            "tiles first"
         )
     words = packed.to(torch.int32) & _STATE_MASK
-    start = torch.arange(SEQUENCE // vector_dim, dtype=torch.int64, device=packed.device) * step_bits
+    step = torch.arange(SEQUENCE // vector_dim, dtype=torch.int64, device=packed.device)
+    start = step * step_bits - (step // 2 if half else 0)
     word, offset = start // STATE_BITS, (start % STATE_BITS).to(torch.int32)
-    following = words[..., (word + 1) % words_per_tile]
+    following = words[..., (word + 1) % count]
     return (words[..., word] << offset | following >> (STATE_BITS - offset)) & _STATE_MASK
 
 

@@ -184,6 +184,7 @@ class TrellisCode(Format):
         default_table: bits -> the table that the quantizer stores, float16 [table_rows, vector_dim]; None for a code
             that has no table, or whose tables other programs make.
         kernel_orders: see Format.
+        half: whether half a bit less per weight is stored (formats/trellis.py). The quantizer does not write that.
     """
 
     method = "qtip"
@@ -198,16 +199,17 @@ class TrellisCode(Format):
         table_rows: int = 0,
         default_table: Callable[[int], torch.Tensor] | None = None,
         kernel_orders: tuple[TileOrder, ...] = (TileOrder.MMA,),
+        half: bool = False,
     ) -> None:
-        self.name, self.vector_dim, self.bits, self.kernel_orders = name, vector_dim, bits, kernel_orders
+        self.name, self.vector_dim, self.bits, self.half = name, vector_dim, bits, half
+        self.kernel_orders = kernel_orders
         self._function, self._table_rows, self._default_table = function, table_rows, default_table
-        self.quantized = not table_rows or default_table is not None
+        self.quantized = not half and (not table_rows or default_table is not None)
 
     def tensors(self, bits: int) -> tuple[TensorSpec, ...]:
         """See Format."""
-        packed = TensorSpec(
-            PACKED, Follows.BOTH, (torch.int16,), outputs_per_row=tile.TILE, columns_per_input=Fraction(bits)
-        )
+        words = Fraction(trellis.words_per_tile(bits, self.half), tile.TILE)
+        packed = TensorSpec(PACKED, Follows.BOTH, (torch.int16,), outputs_per_row=tile.TILE, columns_per_input=words)
         if not self._table_rows:
             return (packed,)
         shape = (self._table_rows, self.vector_dim)
@@ -252,7 +254,7 @@ class TrellisCode(Format):
         """Decodes packed sequences to values in sequence order.
 
         Args:
-            packed: int16 [..., 16*bits].
+            packed: int16 [..., words_per_tile].
             bits: stored bits per weight.
             table: see `values`.
 
@@ -262,7 +264,7 @@ class TrellisCode(Format):
         Raises:
             ValueError: as `trellis.unpack` and `values`.
         """
-        states = trellis.unpack(packed, bits, self.vector_dim)
+        states = trellis.unpack(packed, bits, self.vector_dim, self.half)
         return self.values(table, bits).to(packed.device)[states].reshape(*packed.shape[:-1], trellis.SEQUENCE)
 
     def decode_weight(
@@ -275,7 +277,7 @@ class TrellisCode(Format):
         """Decodes a stored weight.
 
         Args:
-            packed: int16 [n/16, k/16 * 16*bits]; tile (i, j) is words 16*bits*j .. of row i.
+            packed: int16 [n/16, k/16 * words_per_tile]; tile (i, j) is words words_per_tile * j .. of row i.
             bits: stored bits per weight.
             table: see `values`.
             tile_order: of the sequences.
@@ -286,11 +288,11 @@ class TrellisCode(Format):
         Raises:
             ValueError: if packed is not a matrix of whole tiles, or as `decode_sequences`.
         """
-        words = STATE_BITS * bits
+        words = trellis.words_per_tile(bits, self.half)
         if packed.ndim != 2 or bits < 1 or packed.shape[1] % words:
             raise ValueError(
-                f"packed {list(packed.shape)} with bits={bits}: need [n/16, tiles * {words}], 16 * bits words per "
-                "tile; check bits against the checkpoint's config"
+                f"packed {list(packed.shape)} with bits={bits}: need [n/16, tiles * {words}], 16 * bits"
+                f"{' - 8' if self.half else ''} words per tile; check bits against the checkpoint's config"
             )
         tiles = packed.reshape(packed.shape[0], packed.shape[1] // words, words)
         return tile.sequences_to_weight(self.decode_sequences(tiles, bits, table), tile_order)
@@ -308,8 +310,9 @@ HYB = TrellisCode(
 LUT = TrellisCode("lut", _lut)
 MCG = TrellisCode("mcg", _mcg, kernel_orders=EXL3_ORDERS)
 MUL1 = TrellisCode("mul1", _mul1, kernel_orders=EXL3_ORDERS)
+MUL1_HALF = TrellisCode("mul1_half", _mul1, bits=(2, 3, 4), kernel_orders=(TileOrder.MMA_SWAPPED,), half=True)
 # Only checkpoints of other programs have these, with tiles in row-major order.
 STORED = TrellisCode("table", _stored, table_rows=_STATES, kernel_orders=(TileOrder.ROW_MAJOR,))
 PAIRS = TrellisCode("pairs", _stored, vector_dim=2, table_rows=_STATES, kernel_orders=(TileOrder.ROW_MAJOR,))
-for _code in (ONE_MAD, THREE_INST, HYB, LUT, MCG, MUL1, STORED, PAIRS):
+for _code in (ONE_MAD, THREE_INST, HYB, LUT, MCG, MUL1, MUL1_HALF, STORED, PAIRS):
     register(_code)

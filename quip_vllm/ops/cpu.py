@@ -25,6 +25,9 @@ LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
 
 
+RUNS = 8
+"""Runs of 32 positions in a tile."""
+
 TABLES = ("table", "table_integers", "table_units")
 """Names, in a CpuLayer, of the tables of a code that looks its values up."""
 
@@ -207,9 +210,16 @@ def _log_tiers(code: str, bits: int, tiers: str) -> None:
 
 
 def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """The weight's codes in the kernels' order: the lattice's in blocks of rows, a trellis code's as stored."""
+    """The weight's codes in the kernels' order: the lattice's in blocks of rows, a trellis code's as stored.
+
+    A half rate's runs of 32 positions each get the word that follows them (kernels/cpu/float/decode_trellis.h).
+    """
     if isinstance(spec.format, TrellisCode):
-        return tensors[PACKED].contiguous()
+        packed = tensors[PACKED]
+        if spec.format.half:
+            runs = packed.unflatten(1, (-1, RUNS, 2 * spec.bits - 1))
+            packed = torch.cat([runs, runs.roll(-1, 2)[..., :1]], dim=-1).flatten(1)
+        return packed.contiguous()
     codes, rest = tensors[CODES].contiguous(), tensors.get(RESIDUAL_CODES)
     rest = None if rest is None else rest.contiguous()
     return torch.ops.quip_vllm.cpu_lattice_blocks(codes, rest, list(spec.stored_outputs), spec.bits)

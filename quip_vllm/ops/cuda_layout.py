@@ -11,6 +11,7 @@ from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES, Lattice
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
+from quip_vllm.formats.trellis import words_per_tile
 from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, PACKED, PAIRS, STORED, TABLE, THREE_INST, TrellisCode
 
 CHUNK = 64
@@ -53,11 +54,14 @@ def packed_words(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
 def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     """int64 [tiles, chunks, 32, bits] (kernels/cuda/trellis_stream.h)."""
     bits = spec.bits
-    words = packed.view(packed.shape[0], -1, 16 * bits).to(torch.int64) & 0xFFFF
     assert isinstance(spec.format, TrellisCode)
-    step = bits * spec.format.vector_dim
-    # The stream of a tile, one step later: word w of the rolled stream ends `step` bits before word w does.
-    words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
+    count = words_per_tile(bits, spec.format.half)
+    words = packed.view(packed.shape[0], -1, count).to(torch.int64) & 0xFFFF
+    # The units of the 16 runs of a tile, which begin the first step's bits before the first window.
+    run, unit = torch.arange(16, device=packed.device), torch.arange(bits, device=packed.device)
+    begin = run[:, None] * count - bits * spec.format.vector_dim + spec.format.half + 16 * unit
+    word, shift = (begin // 16).flatten() % count, (begin % 16).flatten()
+    words = (words[..., word] << shift | words[..., (word + 1) % count] >> 16 - shift) & 0xFFFF
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))
     # A run of 16 positions, of `bits` units: to lane 4 g + t, half, unit.
     if spec.tile_order is TileOrder.ROW_MAJOR:  # tile t, run 8 half + g

@@ -52,7 +52,7 @@ def words(raw, *shape):
 
 def decoded(trellis, code):
     """fp16 [k, n]."""
-    bits = trellis.shape[-1] // 16
+    bits = -(-trellis.shape[-1] // 16)
     return FORMATS[code].decode({"packed": exl3.packed(trellis)}, bits, TileOrder.MMA_SWAPPED).T.half()
 
 
@@ -122,24 +122,27 @@ def test_a_layer_as_published(code, bits, digest, corners, norm):
     assert weight.double().norm().item() == pytest.approx(norm, abs=1e-3)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_packing_is_undone(bits):
-    generator = torch.Generator().manual_seed(bits)
-    trellis = torch.randint(-32768, 32768, (3, 2, 16 * bits), generator=generator).to(torch.int16)
-    assert torch.equal(exl3.published(exl3.packed(trellis), bits), trellis)
+@pytest.mark.parametrize("words", [16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128])
+def test_packing_is_undone(words):
+    generator = torch.Generator().manual_seed(words)
+    trellis = torch.randint(-32768, 32768, (3, 2, words), generator=generator).to(torch.int16)
+    assert torch.equal(exl3.published(exl3.packed(trellis), words), trellis)
 
 
-@pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("bits", [1, 5, 8])
-def test_a_layer_against_the_specification(code, bits):
+LAYERS = [(code, bits, bits) for code in CODES for bits in (1, 5, 8)]
+LAYERS += [("mul1_half", bits, bits - 0.5) for bits in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(("code", "bits", "rate"), LAYERS)
+def test_a_layer_against_the_specification(code, bits, rate):
     k, n = 256, 128
     generator = numpy.random.default_rng(bits)
-    trellis = generator.integers(-32768, 32768, (k // 16, n // 16, 16 * bits)).astype(numpy.int16)
+    trellis = generator.integers(-32768, 32768, (k // 16, n // 16, int(16 * rate))).astype(numpy.int16)
     suh, svh = (generator.normal(size=size).astype(numpy.float16) for size in (k, n))
     spec = LinearSpec(code, bits, k, (n,), exl3.BLOCK, tile_order=TileOrder.MMA_SWAPPED)
     tensors = {"packed": exl3.packed(torch.from_numpy(trellis))}
     tensors |= {"su": torch.from_numpy(suh), "sv": torch.from_numpy(svh)}
-    wanted = torch.from_numpy(exl3_layers.effective(trellis, code, suh, svh).T.copy())
+    wanted = torch.from_numpy(exl3_layers.effective(trellis, code.removesuffix("_half"), suh, svh).T.copy())
     assert relative(dequantize(spec, tensors), wanted) < FLOAT32_LINEAR
 
 

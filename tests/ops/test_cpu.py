@@ -4,7 +4,7 @@
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, SAME_DTYPE_FACTOR, relative
-from random_layers import CHUNKED, EVERY_RATE, crossed, every_lattice_code, random_layer
+from random_layers import CHUNKED, EVERY_RATE, EXL3_RATES, crossed, every_lattice_code, random_layer
 
 from quip_vllm.formats.spec import TileOrder
 from quip_vllm.ops import LinearSpec, dequantize
@@ -48,8 +48,7 @@ def test_rotations_in_chunks(code, k, sizes, chunks):
     assert relative(run(spec, tensors, x), expected) < FLOAT32_LINEAR
 
 
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("code", "bits"), EXL3_RATES)
 @pytest.mark.parametrize(("k", "n"), [(256, 384), (200, 130)])
 def test_layers_of_exl3(code, bits, k, n):
     """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
@@ -62,7 +61,7 @@ def test_layers_of_exl3(code, bits, k, n):
     assert y.shape == (2, 5, n) and relative(y, expected) < FLOAT32_LINEAR
 
 
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1", "mul1_half"])
 def test_rows_of_swapped_tiles(code):
     spec = LinearSpec(code, 3, 256, (100,), 128, False, tile_order=TileOrder.MMA_SWAPPED)
     tensors = random_layer(spec)

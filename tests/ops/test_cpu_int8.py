@@ -8,11 +8,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, INT8_ROUNDING, relative
-from random_layers import RATES, every_lattice_code, random_layer
+from random_layers import EXL3_RATES, RATES, every_lattice_code, random_layer
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.formats.spec import TileOrder
-from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, MUL1, THREE_INST, TrellisCode
+from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, MUL1, MUL1_HALF, THREE_INST, TrellisCode
 from quip_vllm.ops import LinearSpec, cpu_tier
 from quip_vllm.ops.cpu import CpuBackend, _takes_int8
 from quip_vllm.ops.rotations import kernels_code
@@ -47,7 +47,7 @@ exact_values = TrellisCode._default_values
 @cache
 def integer_values(code, bits):
     """What the kernels make of the states: LUT in 1023rds of its largest, the others before rounding to fp16."""
-    if code is MUL1:
+    if code in (MUL1, MUL1_HALF):
         y = torch.arange(65536) * 0x83DCD12D
         total = sum(y >> shift & 0xFF for shift in (0, 8, 16, 24))
         return ((1024 + total) * (1774 / 2**18) - 10.3828125)[:, None].float()
@@ -104,11 +104,7 @@ SPECS = [
     for code, bits in RATES
     for shape in (SHAPES if bits == 2 else SHAPES[:-1] if bits <= 4 else SHAPES[1:2])
 ]
-SPECS += [
-    LinearSpec(code, bits, 384, (256,), 128, tile_order=TileOrder.MMA_SWAPPED)
-    for code in ("3inst", "mcg", "mul1")
-    for bits in range(1, 9)
-]
+SPECS += [LinearSpec(code, bits, 384, (256,), 128, tile_order=TileOrder.MMA_SWAPPED) for code, bits in EXL3_RATES]
 SPECS += [
     LinearSpec(code, bits, *shape, tile_order=TileOrder.ROW_MAJOR)
     for code in ("1mad", "3inst", "table", "pairs")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_layers import OPS, arguments, rows
 from numerics import FLOAT32_LINEAR, HALF_ACTIVATIONS, INT8_ROUNDING, ROUNDED_ONCE, SAME_DTYPE_FACTOR, relative
-from random_layers import CHUNKED, EVERY_RATE, crossed, random_layer
+from random_layers import CHUNKED, EVERY_RATE, EXL3_RATES, crossed, random_layer
 
 from quip_vllm.formats.decode import decode
 from quip_vllm.formats.spec import TileOrder
@@ -49,8 +49,7 @@ def test_linear_is_the_dequantized_weight(cuda, code, bits, k, sizes, block):
     assert torch.equal(prepared.linear(everything[-3:].contiguous()), y[-3:])
 
 
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("code", "bits"), EXL3_RATES)
 def test_layers_of_exl3(cuda, code, bits):
     """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
     k, n = 200, 130
@@ -194,6 +193,7 @@ WIDE = [  # code, bits, whether in EXL3's order
     ("hyb", 2, False),
     ("mcg", 2, True),
     ("mul1", 3, False),
+    ("mul1_half", 3, True),
 ]
 
 
@@ -219,7 +219,7 @@ def test_many_rows_in_a_thread_block(cuda, code, bits, swapped):
     given, _ = many_rows(cuda, code, bits, swapped, 300)
     x, wanted = given[0], OPS.cuda_linear(*given)
     for m, most in ((17, 256), (64, 64), (65, 128), (256, 256), (300, 256), (300, 40)):
-        for wgmma in kinds(code, bits, most):
+        for wgmma in kinds(code + "_swapped" * swapped, bits, most):
             assert torch.equal(OPS.cuda_linear(x[:m].contiguous(), *given[1:], [17, most, 7, wgmma]), wanted[:m])
 
 

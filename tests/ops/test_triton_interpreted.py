@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from numerics import FLOAT32_LINEAR, FLOAT32_TRANSFORM, HALF_ACTIVATIONS, SAME_DTYPE_FACTOR, relative
-from random_layers import CHUNKED, crossed, random_layer
+from random_layers import CHUNKED, EXL3_RATES, crossed, random_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quip_vllm.formats.spec import FORMATS, TileOrder
@@ -121,8 +121,7 @@ def test_linear_is_the_dequantized_weight(code, bits, k, sizes, block, m, guarde
 
 
 @ONLY_INTERPRETED
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
-@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize(("code", "bits"), [(code, bits) for code, bits in EXL3_RATES if bits in (1, 2, 3, 8)])
 def test_layers_of_exl3(code, bits, guarded):
     """Tiles in EXL3's order, blocks of 128, and sizes that are stored as the next multiples of 128."""
     k, n = 100, 130

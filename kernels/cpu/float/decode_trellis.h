@@ -9,6 +9,9 @@
 //   state0 ^---------------^                             word (l*KV)/16, shifted by (l*KV)%16
 //   state1   ^KV-------------^
 //
+// At a half rate every other step is a bit shorter, and so a run of 32 is a word shorter. In the place of that word it has
+// the first word of the next run, so that no window ends in another one.
+//
 // 32 weights in sequence order are row r and row r+8 of the tile, which store_rows puts in column order; in a tile by
 // rows they are rows 2r and 2r+1.
 #pragma once
@@ -109,7 +112,7 @@ inline Values value(States x, const float* table) {
   if constexpr (code == Code::kOneMad) return one_mad(x);
   if constexpr (code == Code::kThreeInst) return two_halves(x * kThreeInstFactor + kThreeInstTerm);
   if constexpr (code == Code::kMcg) return two_halves(x * kMcgFactor);
-  if constexpr (code == Code::kMul1) return mul1(x);
+  if constexpr (code == Code::kMul1 || code == Code::kMul1Half) return mul1(x);
   if constexpr (code == Code::kGrid) return level<bits>(x);
   return look_up(x, table);
 }
@@ -152,11 +155,13 @@ inline void store_rows(const float* run, float* out, int64_t stride, bool swappe
   }
 }
 
-// Lane i of a vector of states reads word (begin + i * step) / 16, and what two vectors of values become whose lanes
-// alternate.
-template <int begin, int step>
+// Bits from an even state of a run to the one that lies `steps` behind it.
+constexpr int bits_of(int steps, int step, bool half_rate) { return steps * step - (half_rate ? steps / 2 : 0); }
+
+// The word that lane i of a vector of states reads, and what two vectors of values become whose lanes alternate.
+template <int begin, int step, bool half_rate>
 constexpr int word_of(int lane) {
-  return (begin + lane * step) >> 4;
+  return (begin + bits_of(lane, step, half_rate)) >> 4;
 }
 template <int half>
 constexpr int alternating(int lane) {
@@ -175,12 +180,13 @@ void decode_tile(const uint8_t* packed, const float* table, float* out, int64_t 
   for (int row = 0; row < 8; ++row) {
     alignas(64) float run[2 * kLanes];
     unrolled<2 * kLanes / kDim / kStatesTogether>([&](auto index) __attribute__((always_inline)) {
-      constexpr int s = index * kStatesTogether, begin = s * kStep & 15;
-      const uint16_t* at = words + 2 * bits * row + (s * kStep >> 4);
+      constexpr int s = index * kStatesTogether, first = bits_of(s, kStep, is_half(code)), begin = first & 15;
+      const uint16_t* at = words + 2 * bits * row + (first >> 4);
       const States high = __builtin_convertvector(load<ShortStates>(at), States);
       const States low = __builtin_convertvector(load<ShortStates>(at + 1), States);
-      const States shift_of = lanes<States>([&](int lane) { return (begin + lane * kStep) & 15; });
-      const States x = shuffle<word_of<begin, kStep>>(high << 16 | low) << shift_of >> 16;
+      const States shift_of =
+          lanes<States>([&](int lane) { return (begin + bits_of(lane, kStep, is_half(code))) & 15; });
+      const States x = shuffle<word_of<begin, kStep, is_half(code)>>(high << 16 | low) << shift_of >> 16;
       if constexpr (kDim == 2) {
         Values first, second;
         (code == Code::kHyb ? hyb : pair)(x, table, first, second);
@@ -209,7 +215,7 @@ using TileDecoder = void (*)(const uint8_t*, const float*, float*, int64_t, Tile
 template <Code code>
 TileDecoder tile_decoder(int bits) {
   TileDecoder found = nullptr;
-  with_bits<code == Code::kHyb ? 4 : 8>(bits, [&](auto b) { found = decode_tile<code, b>; });
+  with_bits<most_bits(code)>(bits, [&](auto b) { found = decode_tile<code, b>; });
   return found;
 }
 

@@ -69,7 +69,8 @@ constexpr bool has_order(Code code, TileOrder order, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
   switch (order) {
     case TileOrder::kOurs: return is(Code::kOneMad, Code::kThreeInst, Code::kMcg, Code::kMul1, Code::kLut);
-    case TileOrder::kSwapped: return is(Code::kThreeInst, Code::kMcg, Code::kMul1);
+    case TileOrder::kSwapped:
+      return is(Code::kThreeInst, Code::kMcg, Code::kMul1) || (bits > 1 && bits <= 4 && is(Code::kMul1Half));
     case TileOrder::kByRows: return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kTable, Code::kPairs);
   }
   return false;
@@ -90,6 +91,7 @@ inline void with_order(Code code, int64_t m, F f) {
   };
   bytes.template operator()<Code::kOneMad, OneMadBytes>();
   bytes.template operator()<Code::kMul1, Mul1Bytes>();
+  bytes.template operator()<Code::kMul1Half, Mul1HalfBytes>();
   halves.template operator()<Code::kThreeInst, kThreeInstFactor, kThreeInstTerm>();
   halves.template operator()<Code::kMcg, kMcgFactor, 0>();
   with.template operator()<Code::kLut, Lut16<bits, order>, LutMany<bits, order>>();

@@ -89,7 +89,7 @@ struct Runs {
 
 // Codes whose states are looked at one by one. In a swapped tile C and R change places. In a tile by rows a run is rows
 // 2 rrr and 2 rrr + 1, and the places of a column are taken by others.
-template <int bits, TileOrder order>
+template <int bits, TileOrder order, bool half_rate = false>
 struct Windows : FormatDefaults {
   static constexpr bool kByRows = order == TileOrder::kByRows;
   static constexpr int kColumns = 16, kBytes = 32 * bits, kRowStep = kByRows ? 2 : 1;
@@ -105,7 +105,8 @@ struct Windows : FormatDefaults {
       for (int i = 0; i < 4; ++i) {
         const bool swapped = order == TileOrder::kSwapped;
         const int C = swapped ? half : i >> 1, R = swapped ? i >> 1 : half;
-        const int offset = bits * (kByRows ? 16 * half + 4 * cc + i : 8 * cc + 4 * C + 2 * R + (i & 1));
+        const int position = kByRows ? 16 * half + 4 * cc + i : 8 * cc + 4 * C + 2 * R + (i & 1);
+        const int offset = bits_of(position, bits, half_rate);
         emit(cc, i >> 1, i & 1, _mm256_srli_epi32(runs.at_top(offset), 16));
       }
   }
@@ -121,18 +122,24 @@ struct Windows : FormatDefaults {
 
 // 1MAD and MUL1: a word whose bytes are summed, and what the sum stands for.
 struct OneMadBytes {
+  static constexpr bool kHalfRate = false;
   static constexpr int kMean = kOneMadMean;
   static constexpr float kUnit = kOneMadUnit, kRest = 0;
   [[gnu::always_inline]] static __m256i word(__m256i state) { return congruence(state, kOneMadFactor, kOneMadTerm); }
 };
 struct Mul1Bytes {
+  static constexpr bool kHalfRate = false;
   static constexpr int kMean = kMul1Mean;
   static constexpr float kUnit = kMul1Unit, kRest = kMul1Rest;
   [[gnu::always_inline]] static __m256i word(__m256i state) { return congruence(state, kMul1Factor, 0); }
 };
 
+struct Mul1HalfBytes : Mul1Bytes {
+  static constexpr bool kHalfRate = true;
+};
+
 template <int bits, TileOrder order, class Bytes>
-struct ByteSums : Windows<bits, order> {
+struct ByteSums : Windows<bits, order, Bytes::kHalfRate> {
   static constexpr int kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   float unit() const { return Bytes::kUnit; }

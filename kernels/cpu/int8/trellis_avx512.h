@@ -49,13 +49,13 @@ struct StreamBytes {
       for (int b = 0; b < 64; ++b) index[v][b] = uint8_t(stream(v, b) % (32 * bits) ^ 1);
   }
 };
-// For Windows: qword rrr of vector cc is the 64 bits from position (rrr, cc, 0), most significant byte last. Of a tile by
-// rows, dword (rrr, R) is 32 bits of row 8 R + rrr: those of columns 4 cc .. 4 cc + 3, and with odd bits and odd cc half
-// a byte before them.
-template <int bits, bool by_rows>
+// For Windows: qword rrr of vector cc is the 64 bits from position (rrr, cc, 0), most significant byte last; at a half rate
+// and odd cc, from half a byte before it. Of a tile by rows, dword (rrr, R) is 32 bits of row 8 R + rrr: those of columns
+// 4 cc .. 4 cc + 3, and with odd bits and odd cc half a byte before them.
+template <int bits, bool by_rows, bool half_rate>
 constexpr StreamBytes<bits, 4> kRuns{[](int cc, int b) {
   if (by_rows) return 2 * bits * (8 * (b / 4 % 2) + b / 8) + bits * cc / 2 + 3 - b % 4;
-  return bits * (4 * (b / 8) + cc) + 7 - b % 8;
+  return 4 * bits * (b / 8) + bits_of(8 * cc, bits, half_rate) / 8 + 7 - b % 8;
 }};
 // From position (rrr, cc, 0) to (rrr, cc, C, R, 0).
 constexpr int steps_to(bool swapped, int C, int R) { return swapped ? 4 * R + 2 * C : 4 * C + 2 * R; }
@@ -74,9 +74,9 @@ constexpr StreamBytes<bits, (6 * bits + 15) / 16 + 1> kWindows{
     [](int d, int b) { return bits * (b / 2) + 2 * d + 1 - b % 2; }};
 
 // Codes whose states are looked at one by one. In a tile by rows the places of a column are taken by others.
-template <int bits, bool by_rows>
+template <int bits, bool by_rows, bool half_rate = false>
 struct Windows : FormatDefaults {
-  static constexpr int kColumns = 16, kBytes = 32 * bits, kWindows = by_rows && bits % 2 ? 8 : 4;
+  static constexpr int kColumns = 16, kBytes = 32 * bits, kWindows = half_rate || (by_rows && bits % 2) ? 8 : 4;
   static constexpr bool kInParts = bits > 6;
   static constexpr int kRunVectors = kInParts ? 8 : 4;
   __m512i run[kRunVectors];  // kRuns or kParts
@@ -87,13 +87,13 @@ struct Windows : FormatDefaults {
       if constexpr (kInParts)
         run[i] = _mm512_load_si512((swapped ? kParts<bits, true> : kParts<bits, false>).index[i]);
       else
-        run[i] = _mm512_load_si512(kRuns<bits, by_rows>.index[i]);
+        run[i] = _mm512_load_si512(kRuns<bits, by_rows, half_rate>.index[i]);
     }
     for (int i = 0; i < kWindows; ++i) {
       const auto bytes = [&](int R) {
-        const int to = bits * steps_to(swapped, i >> 1 & 1, R), c = bits * (i & 1);
+        const int to = bits_of(steps_to(swapped, i >> 1 & 1, R), bits, half_rate), c = bits * (i & 1);
         const int in_dword = by_rows ? bits * (i % 4) + i / 4 * 4 : to % 8 + c;
-        const int offset = by_rows || kInParts ? in_dword + 32 * (1 - R) : to + c;
+        const int offset = by_rows || kInParts ? in_dword + 32 * (1 - R) : i / 4 * 4 + to + c;
         return (unsigned long long)(48 - offset) | (unsigned long long)(56 - offset) << 8;
       };
       window[i] = _mm512_set1_epi64((long long)(bytes(0) | bytes(1) << 32));
@@ -127,23 +127,29 @@ inline __m512i congruence(__m512i state, uint32_t factor, uint32_t term) {
 
 // 1MAD and MUL1: a word whose bytes are summed, and what the sum stands for.
 struct OneMadBytes {
+  static constexpr bool kHalfRate = false;
   static constexpr int kMean = kOneMadMean;
   static constexpr float kUnit = kOneMadUnit, kRest = 0;
   static __m512i word(__m512i state) { return congruence(state, kOneMadFactor, kOneMadTerm); }
 };
 struct Mul1Bytes {
+  static constexpr bool kHalfRate = false;
   static constexpr int kMean = kMul1Mean;
   static constexpr float kUnit = kMul1Unit, kRest = kMul1Rest;
   static __m512i word(__m512i state) { return congruence(state, kMul1Factor, 0); }
 };
 
+struct Mul1HalfBytes : Mul1Bytes {
+  static constexpr bool kHalfRate = true;
+};
+
 // For few rows. The activation is repeated in the four bytes of a lane, so vpdpbusd multiplies and sums the bytes.
 template <int bits, bool by_rows, class Bytes>
-struct BytesFew : Windows<bits, by_rows> {
+struct BytesFew : Windows<bits, by_rows, Bytes::kHalfRate> {
   static constexpr int kQuads = 16, kFew = few_at(bits, 4), kRepeat = 4, kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   static constexpr bool kOnlyFew = true;
-  using Windows<bits, by_rows>::Windows;
+  using Windows<bits, by_rows, Bytes::kHalfRate>::Windows;
   float unit() const { return Bytes::kUnit; }
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
@@ -154,10 +160,10 @@ struct BytesFew : Windows<bits, by_rows> {
 
 // Two columns of int16 per lane, multiplied by vpdpwssd. Value gives them in the low half of each lane.
 template <int bits, bool by_rows, class Value, int few>
-struct Wide : Windows<bits, by_rows>, Value {
+struct Wide : Windows<bits, by_rows, Value::kHalfRate>, Value {
   static constexpr int kQuads = 8, kFew = few_at(bits, few);
   static constexpr float kRest = Value::kRest;
-  explicit Wide(const Weight& w) : Windows<bits, by_rows>(w), Value(w) {}
+  explicit Wide(const Weight& w) : Windows<bits, by_rows, Value::kHalfRate>(w), Value(w) {}
   template <class Emit>
   [[gnu::always_inline]] void decode(const uint8_t* tile, Emit emit) const {
     __m512i even = _mm512_setzero_si512();
@@ -174,6 +180,7 @@ struct Wide : Windows<bits, by_rows>, Value {
 
 template <class Bytes>
 struct SumValue {
+  static constexpr bool kHalfRate = Bytes::kHalfRate;
   static constexpr float kRest = Bytes::kRest;
   explicit SumValue(const Weight&) {}
   float unit() const { return Bytes::kUnit; }
@@ -185,6 +192,7 @@ struct SumValue {
 // The sum of both halves, which two_halves() of decode_trellis.h rounds to half precision, in units of 2^-8.
 template <uint32_t factor, uint32_t term>
 struct HalvesValue {
+  static constexpr bool kHalfRate = false;
   static constexpr float kRest = 0;
   explicit HalvesValue(const Weight&) {}
   float unit() const { return kThreeInstUnit; }
@@ -200,6 +208,7 @@ struct HalvesValue {
 };
 
 struct LutValue {
+  static constexpr bool kHalfRate = false;
   static constexpr float kRest = 0;
   const int16_t* table;
   float unit_;

@@ -10,6 +10,7 @@ namespace {
 // Two columns of numbers + kOffset as 16 bits per lane.
 template <class Bytes>
 struct SumPairs {
+  static constexpr bool kHalfRate = Bytes::kHalfRate;
   static constexpr int kOffset = Bytes::kMean;
   static constexpr float kRest = Bytes::kRest;
   explicit SumPairs(const Weight&) {}
@@ -42,11 +43,11 @@ struct TablePairs : LutValue {
 };
 
 template <int bits, bool by_rows, class Pairs>
-struct Split8 : Windows<bits, by_rows>, Pairs {
+struct Split8 : Windows<bits, by_rows, Pairs::kHalfRate>, Pairs {
   static constexpr int kQuads = 4, kFew = 0, kOffset = Pairs::kOffset;
   static constexpr float kRest = Pairs::kRest;
   static constexpr bool kTwoBytes = true;
-  explicit Split8(const Weight& w) : Windows<bits, by_rows>(w), Pairs(w) {}
+  explicit Split8(const Weight& w) : Windows<bits, by_rows, Pairs::kHalfRate>(w), Pairs(w) {}
   // emit(0 for the low bytes or 1 for the high ones, quad, bytes)
   template <class Emit>
   void decode(const uint8_t* tile, Emit emit) const {

@@ -53,13 +53,21 @@ def look_up(table, offset):
 # Of each half of a chunk, lane 4 g + t has run 2 g + t % 2 of tile t / 2; of tiles by rows it has, in place of those of
 # the halves, runs g and g + 8 of tile t of the chunk. A run is `bits` units of 16 bits, which begin one step
 # before its first window; the first unit of the next run follows. Two neighbouring units are a word; with odd bits the
-# first units of both halves share the last word (kernels/cuda/trellis_stream.h draws it).
+# first units of both halves share the last word (kernels/cuda/trellis_stream.h draws it). `code` tells a half rate, at
+# which the run ends 8 bits before its units do.
 
 
 @triton.jit
-def stream_word(words, following, half: tl.constexpr, part: tl.constexpr, bits: tl.constexpr):
+def is_half(code: tl.constexpr):
+    return code == "mul1_half"
+
+
+@triton.jit
+def stream_word(words, following, half: tl.constexpr, part: tl.constexpr, code: tl.constexpr, bits: tl.constexpr):
     """32 bits of a run: with odd bits the first have 16 of no meaning in front; of the last, 16 bits are meant."""
-    if bits % 2 == 0:
+    if is_half(code) and part == bits // 2 + bits % 2:
+        return stream_word(words, following, half, part, "", bits) << 8
+    elif bits % 2 == 0:
         return words[half * (bits // 2) + part] if part < bits // 2 else following[half]
     elif part == 0:
         return words[bits - 1] >> 16 if half else words[bits - 1]
@@ -70,14 +78,21 @@ def stream_word(words, following, half: tl.constexpr, part: tl.constexpr, bits: 
 
 
 @triton.jit
-def window(words, following, half: tl.constexpr, start: tl.constexpr, bits: tl.constexpr):
+def window(words, following, half: tl.constexpr, start: tl.constexpr, code: tl.constexpr, bits: tl.constexpr):
     """16 bits of a run from bit `start` > 0, in the low half of the result; the upper half is not said."""
     at: tl.constexpr = start + bits % 2 * 16
-    word = stream_word(words, following, half, at // 32, bits)
+    word = stream_word(words, following, half, at // 32, code, bits)
     if at % 32 <= 16:
         return word >> 16 - at % 32
     else:
-        return word << at % 32 - 16 | stream_word(words, following, half, at // 32 + 1, bits) >> 48 - at % 32
+        return word << at % 32 - 16 | stream_word(words, following, half, at // 32 + 1, code, bits) >> 48 - at % 32
+
+
+@triton.jit
+def state(words, following, half: tl.constexpr, position: tl.constexpr, code: tl.constexpr, bits: tl.constexpr):
+    """The window of a position; at a half rate every other step is a bit shorter."""
+    shorter: tl.constexpr = 1 + position // 2 if is_half(code) else 0
+    return window(words, following, half, bits * (position + 1) - shorter, code, bits)
 
 
 # ---- what a state stands for (formats/trellis_codes.py)
@@ -160,7 +175,7 @@ def state_value(state, table, zero, CODE: tl.constexpr, bits: tl.constexpr):
         return two_halves((state & 0xFFFF) * 89226354 + 64248484, zero)
     elif CODE == "mcg":
         return two_halves((state & 0xFFFF) * 0xCBAC1FED, zero)
-    elif CODE == "mul1":
+    elif CODE == "mul1" or CODE == "mul1_half":
         return mul1(state)
     elif CODE == "grid":
         return grid(state, bits)
@@ -176,23 +191,22 @@ def trellis_eight(
     words, following, table, zero, half: tl.constexpr, first: tl.constexpr, CODE: tl.constexpr, bits: tl.constexpr
 ):
     """Eight weights of a run from position `first`: fp16 [tiles, 32, bit 0 of the position, bit 1, bit 2]."""
-    start: tl.constexpr = first * bits
     if CODE == "hyb" or CODE == "pairs":
-        w0 = two_weights(window(words, following, half, start + 2 * bits, bits), table, CODE)
-        w1 = two_weights(window(words, following, half, start + 4 * bits, bits), table, CODE)
-        w2 = two_weights(window(words, following, half, start + 6 * bits, bits), table, CODE)
-        w3 = two_weights(window(words, following, half, start + 8 * bits, bits), table, CODE)
+        w0 = two_weights(state(words, following, half, first + 1, CODE, bits), table, CODE)
+        w1 = two_weights(state(words, following, half, first + 3, CODE, bits), table, CODE)
+        w2 = two_weights(state(words, following, half, first + 5, CODE, bits), table, CODE)
+        w3 = two_weights(state(words, following, half, first + 7, CODE, bits), table, CODE)
         p0, p1 = tl.join(as_half(w0), as_half(w0 >> 16)), tl.join(as_half(w1), as_half(w1 >> 16))
         p2, p3 = tl.join(as_half(w2), as_half(w2 >> 16)), tl.join(as_half(w3), as_half(w3 >> 16))
     else:
-        v0 = state_value(window(words, following, half, start + bits, bits), table, zero, CODE, bits)
-        v1 = state_value(window(words, following, half, start + 2 * bits, bits), table, zero, CODE, bits)
-        v2 = state_value(window(words, following, half, start + 3 * bits, bits), table, zero, CODE, bits)
-        v3 = state_value(window(words, following, half, start + 4 * bits, bits), table, zero, CODE, bits)
-        v4 = state_value(window(words, following, half, start + 5 * bits, bits), table, zero, CODE, bits)
-        v5 = state_value(window(words, following, half, start + 6 * bits, bits), table, zero, CODE, bits)
-        v6 = state_value(window(words, following, half, start + 7 * bits, bits), table, zero, CODE, bits)
-        v7 = state_value(window(words, following, half, start + 8 * bits, bits), table, zero, CODE, bits)
+        v0 = state_value(state(words, following, half, first, CODE, bits), table, zero, CODE, bits)
+        v1 = state_value(state(words, following, half, first + 1, CODE, bits), table, zero, CODE, bits)
+        v2 = state_value(state(words, following, half, first + 2, CODE, bits), table, zero, CODE, bits)
+        v3 = state_value(state(words, following, half, first + 3, CODE, bits), table, zero, CODE, bits)
+        v4 = state_value(state(words, following, half, first + 4, CODE, bits), table, zero, CODE, bits)
+        v5 = state_value(state(words, following, half, first + 5, CODE, bits), table, zero, CODE, bits)
+        v6 = state_value(state(words, following, half, first + 6, CODE, bits), table, zero, CODE, bits)
+        v7 = state_value(state(words, following, half, first + 7, CODE, bits), table, zero, CODE, bits)
         p0, p1, p2, p3 = tl.join(v0, v1), tl.join(v2, v3), tl.join(v4, v5), tl.join(v6, v7)
     return join4(p0, p1, p2, p3)
 

@@ -204,8 +204,8 @@ def columns(code: str) -> str:
 
 def code_and_order(code: str) -> dict[str, str]:
     """The kernels' constants of a code's name."""
-    own, _, order = code.partition("_")
-    return {"CODE": own, "ORDER": order}
+    order = next((one for one in ("swapped", "by_rows") if code.endswith(f"_{one}")), "")
+    return {"CODE": code.removesuffix(f"_{order}"), "ORDER": order}
 
 
 def gemm_options(code: str, shape: shapes.Shape) -> dict[str, Any]:
