@@ -20,7 +20,7 @@ def quantized_layer(n, k, bits, code, older=False, seed=0):
     """(tensors of a layer, its dense weight [n, k] in float32); older: the input side's signs are bits."""
     draw = numpy.random.default_rng(seed)
     rows, columns = padded(k) // 16, padded(n) // 16
-    trellis = draw.integers(-32768, 32768, (rows, columns, 16 * bits)).astype(numpy.int16)
+    trellis = draw.integers(-32768, 32768, (rows, columns, int(16 * bits))).astype(numpy.int16)
     svh = (draw.choice([-1.0, 1.0], padded(n)) * draw.uniform(0.05, 0.1, padded(n))).astype(numpy.float16)
     tensors = {"trellis": trellis, "svh": svh}
     if older:
@@ -54,7 +54,7 @@ def write(source, out, code="mul1", bits=lambda name: 3, older=(), head=True, wi
         source: the folder of a model in one safetensors file.
         out: the new folder.
         code: of all layers.
-        bits: layer name -> code bits per weight.
+        bits: layer name -> code bits per weight; of mul1 also a half more.
         older: last parts of names of layers whose input signs are bits.
         head: whether the output head is quantized, at 6 bits.
         widths: of the slices of each MLP, if it is cut.

@@ -2,6 +2,7 @@
 """EXL3 checkpoints that exl3_files writes from the specification: read, inspected, and refused where damaged."""
 
 import json
+import math
 import shutil
 
 import exl3_files
@@ -24,13 +25,18 @@ def rate(name):
     return {"q": 2, "k": 5, "v": 8, "down": 1}.get(name.rpartition(".")[2].removesuffix("_proj"), 3)
 
 
+def half_rate(name):
+    """Of mul1."""
+    return {"v": 3.5, "o": 2.5, "gate": 1.5, "down": 2.5}.get(name.rpartition(".")[2].removesuffix("_proj"), rate(name))
+
+
 @pytest.fixture(scope="module")
 def written(tiny_model, tmp_path_factory):
     """written(architecture, code): an EXL3 folder and the state dict of the dense model; never write in it."""
     made = {}
 
-    def written(architecture="Llama", code="mul1", **changes):
-        key = (architecture, code, *changes.items())
+    def written(architecture="Llama", code="mul1", rate=rate, **changes):
+        key = (architecture, code, rate, *changes.items())
         if key not in made:
             out = tmp_path_factory.mktemp("exl3") / "out"
             state = exl3_files.write(tiny_model(architecture, **changes), out, code, rate, older=("o_proj",))
@@ -41,13 +47,14 @@ def written(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
-def test_layers_are_those_of_the_specification(written, architecture, code):
-    folder, state = written(architecture, code)
+@pytest.mark.parametrize(("code", "rate"), [("3inst", rate), ("mcg", rate), ("mul1", rate), ("mul1", half_rate)])
+def test_layers_are_those_of_the_specification(written, architecture, code, rate):
+    folder, state = written(architecture, code, rate)
     names = set()
     for name, spec, tensors in read_layers(folder):
         wanted = state[f"{name}.weight"]
-        assert (spec.code, spec.bits) == (code, 6 if name == "lm_head" else rate(name))
+        bits = 6 if name == "lm_head" else rate(name)
+        assert (spec.code, spec.bits) == (code if bits == int(bits) else "mul1_half", math.ceil(bits))
         assert (spec.out_features, spec.in_features) == tuple(wanted.shape)
         assert relative(dequantize(spec, tensors), wanted.double()) < FLOAT32_LINEAR
         names.add(name)
@@ -78,8 +85,9 @@ def test_a_head_that_vllm_does_not_ask_for_is_left_out(tiny_model, tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 320, "hidden_size": 192, "vocab_size": 300}])
 def test_converted_layers_are_those_of_the_source(tiny_model, tmp_path, architecture, sizes):
-    """Padded or not, with biases, a head of its own, and mixed bits."""
-    state = exl3_files.write(tiny_model(architecture, **sizes), tmp_path / "source", "mul1", rate, older=("o_proj",))
+    """Padded or not, with biases, a head of its own, mixed bits and half ones."""
+    source = tiny_model(architecture, **sizes)
+    state = exl3_files.write(source, tmp_path / "source", "mul1", half_rate, older=("o_proj",))
     convert(tmp_path / "source", tmp_path / "out")
     found = load_model(str(tmp_path / "out")).state_dict()
     for name, wanted in state.items():

@@ -3,6 +3,7 @@
 
 import importlib.util
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import exl3_files
@@ -54,11 +55,12 @@ def put(layer, tensors, dense, *shard_id):
     load(layer, tensors, *shard_id, size=tuple(dense.shape))
 
 
-@pytest.mark.parametrize("code", ["3inst", "mcg", "mul1"])
-@pytest.mark.parametrize("bits", [1, 4, 7])
+@pytest.mark.parametrize(
+    ("code", "bits"), [*product(["3inst", "mcg", "mul1"], [1, 4, 7]), ("mul1", 1.5), ("mul1", 2.5), ("mul1", 3.5)]
+)
 @pytest.mark.parametrize("older", [False, True])
 def test_a_layer_with_a_bias(code, bits, older):
-    tensors, dense = quantized_layer(256, 384, bits, code, older, seed=bits)
+    tensors, dense = quantized_layer(256, 384, bits, code, older, seed=int(bits))
     layer = build(ReplicatedLinear, config_of({"m.layer": tensors}), 384, 256, bias=True)
     put(layer, tensors, dense)
     layer.bias.data.copy_(torch.randn(256))
@@ -68,9 +70,11 @@ def test_a_layer_with_a_bias(code, bits, older):
     assert not [name for name, _ in layer.named_parameters() if name in exl3.LEAVES]
 
 
-def test_parts_have_bits_and_input_vectors_of_their_own_and_padding_is_cut():
+@pytest.mark.parametrize("rates", [(2, 5), (2.5, 3)])
+def test_parts_have_bits_and_input_vectors_of_their_own_and_padding_is_cut(rates):
     parts = {
-        name: quantized_layer(n, 192, bits, "mul1", seed=bits) for name, n, bits in (("gate", 200, 2), ("up", 200, 5))
+        name: quantized_layer(200, 192, bits, "mul1", seed=i)
+        for i, (name, bits) in enumerate(zip(("gate", "up"), rates, strict=True))
     }
     config = config_of({f"m.{name}_proj": tensors for name, (tensors, _) in parts.items()})
     # the sizes of a model that is not known are those of the files: say what vLLM's layer has
@@ -260,7 +264,7 @@ def test_padded_biases_are_cut(monkeypatch):
 
 
 SIZES = {"intermediate_size": 320, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-SERVED = [("Qwen3", "mcg"), pytest.param("Llama", "mul1", marks=pytest.mark.exhaustive)]
+SERVED = [("Qwen3", "mcg"), ("Llama", "mul1")]
 SERVED += [pytest.param("Gemma3Text", "3inst", marks=pytest.mark.exhaustive)]
 SERVED += [pytest.param("Qwen2", "mul1", marks=pytest.mark.exhaustive)]  # with biases
 
@@ -268,8 +272,11 @@ SERVED += [pytest.param("Qwen2", "mul1", marks=pytest.mark.exhaustive)]  # with 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.parametrize(("architecture", "code"), SERVED)
 def test_served_log_probabilities_are_those_of_the_dequantized_model(engine, tiny_model, tmp_path, architecture, code):
-    """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied; Qwen 3 in slices."""
-    rates = {"q": 2, "k": 5, "v": 8}
+    """Padded sizes, mixed bits, and a quantized head beside the embedding to which it was tied.
+
+    Qwen 3 has slices, and Llama half rates.
+    """
+    rates = {"q": 2, "k": 5, "v": 8} | ({"o": 1.5, "up": 2.5, "down": 3.5} if architecture == "Llama" else {})
     exl3_files.write(
         tiny_model(architecture, **SIZES, hidden_size=128 if architecture == "Qwen2" else 192),
         tmp_path / "out",
