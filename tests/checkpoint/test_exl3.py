@@ -180,6 +180,11 @@ Q = "model.layers.1.self_attn.q_proj"
         (lambda t: t.update({f"{Q}.mcg": t[f"{Q}.mul1"].clone()}), "at most one of mcg and mul1"),
         (lambda t: t.update({f"{Q}.scale": torch.ones(1)}), "has tensors .*scale"),
         (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"][:, :, :-1].contiguous()}), "has a trellis torch.int16"),
+        (
+            lambda t: t.update({f"{Q}.trellis": torch.zeros(8, 8, 72, dtype=torch.int16)}),
+            "72.* of mul1 1.5, 2.5 or 3.5",
+        ),
+        (lambda t: t.update({f"{Q}.mul1": t[f"{Q}.mul1"].repeat(2)}), r"has mul1 \(2,\), where one number is wanted"),
         (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"][:-1]}), "112 inputs and 128 outputs"),
         (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"].float()}), "has a trellis torch.float32"),
         (lambda t: t.update({f"{Q}.trellis": t[f"{Q}.trellis"].repeat(2, 1, 1)}), "has suh .*128.* in place of"),
@@ -193,6 +198,12 @@ Q = "model.layers.1.self_attn.q_proj"
 def test_damaged_tensors_are_named(written, tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         read_config(changed(written, tmp_path, tensors=change))
+
+
+def test_another_multiplier_is_refused(written, tmp_path):
+    folder = changed(written, tmp_path, tensors=lambda t: t[f"{Q}.mul1"].add_(1))
+    with pytest.raises(ValueError, match="multiplier of mul1 is 0x83dcd12e, where EXL3's is 0x83dcd12d"):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,9 @@ struct Layer {
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
         weight{packed.data(), table.data(), code, bits, n, k, table8.data(), table16.data()} {
-    const bool halves = code == Code::kThreeInst || code == Code::kMul1;
+    const bool swapped = code == Code::kThreeInst || code == Code::kMul1 || code == Code::kMul1Half;
     weight.grid = other && code == Code::kHyb;
-    if (other && !weight.grid) weight.order = halves ? TileOrder::kSwapped : TileOrder::kByRows;
+    if (other && !weight.grid) weight.order = swapped ? TileOrder::kSwapped : TileOrder::kByRows;
     if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
     ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());
@@ -155,6 +155,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
       for (const auto& [code, other] : {std::pair{Code::kOneMad, false},
                                         {Code::kOneMad, true},
                                         {Code::kMul1, true},
+                                        {Code::kMul1Half, true},
                                         {Code::kThreeInst, false},
                                         {Code::kThreeInst, true},
                                         {Code::kHyb, false},
@@ -162,7 +163,7 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
                                         {Code::kLut, false},
                                         {Code::kPairs, true},
                                         {Code::kGrid, false}})
-        if (bits <= 4 || code != Code::kHyb) compare_layer(code, bits, 80, 272, m, other);
+        if (bits >= least_bits(code) && bits <= most_bits(code)) compare_layer(code, bits, 80, 272, m, other);
       for (const auto& [n, k] : {std::pair{76, 272}, {36, 40}, {1, 24}})
         if (bits >= 2 && bits <= 4) compare_layer(Code::kE8p, bits, n, k, m, false);
     }
