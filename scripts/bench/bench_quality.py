@@ -53,6 +53,7 @@ for bits in (3, 4):
     CONFIGURATIONS[f"qg{bits}discquant"] += ["--drift-correction", "0"]
 CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-sided"] for bits in (3, 4)}
 CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
+CONFIGURATIONS["qh2fullx4e1"] = [*CONFIGURATIONS["qh2fullx4"], "--epochs", "1"]
 CONFIGURATIONS["qp3refitx4"] = ["--method", "qtip", "--bits", "3.0", "--tune", "refit", "--sequences", "256"]
 CUTS = {"": ["--split", "1"], "split2": ["--split", "2"], "split3": ["--split", "3"]}
 CUTS["b128"] = ["--hadamard-block", "128"]
