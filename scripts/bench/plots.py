@@ -147,7 +147,7 @@ def quality(x: str = "bits_per_weight", y: str = "perplexity") -> Any:
         text = f"qtip {name}" if name in ("1mad", "hyb") else name
         if rounded := [*filter(None, (point(f"{own}one", own) for own in names))]:
             panel.plot(*zip(*rounded, strict=True), style, color=colour(name), label=text, markersize=5)
-        for star in filter(None, (point(f"{own}full", f"{own}fullx4", f"{own}fullx4e1") for own in names)):
+        for star in filter(None, (point(f"{own}full", f"{own}fullx4e1", f"{own}fullx4") for own in names)):
             panel.plot(*star, "*", color=colour(name), markersize=9, zorder=3)
     panel.plot([], [], "*", color=GREY, markersize=9, label="tuned")
     panel.set_yscale("log")

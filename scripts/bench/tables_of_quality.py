@@ -16,7 +16,7 @@ FORMATS["rtn"] = "nearest rounding"
 WIKITEXT = "wikitext2-test.txt"
 TEXTS = {"WikiText": WIKITEXT, "prose": "policy.txt", "code": "numpy_ma_core.py"}
 """The texts of the tables of quality, by the column's name."""
-TUNED = ("full", "fullx4", "fullx4e1", "refitx4")
+TUNED = ("full", "fullx4e1", "fullx4", "refitx4")
 """Kinds of rows whose vectors are fitted to the codes, by a refit or by training on WikiText."""
 
 
