@@ -55,13 +55,15 @@ def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     """int64 [tiles, chunks, 32, bits] (kernels/cuda/trellis_stream.h)."""
     bits = spec.bits
     assert isinstance(spec.format, TrellisCode)
-    count = words_per_tile(bits, spec.format.half)
-    words = packed.view(packed.shape[0], -1, count).to(torch.int64) & 0xFFFF
-    # The units of the 16 runs of a tile, which begin the first step's bits before the first window.
-    run, unit = torch.arange(16, device=packed.device), torch.arange(bits, device=packed.device)
-    begin = run[:, None] * count - bits * spec.format.vector_dim + spec.format.half + 16 * unit
-    word, shift = (begin // 16).flatten() % count, (begin % 16).flatten()
-    words = (words[..., word] << shift | words[..., (word + 1) % count] >> 16 - shift) & 0xFFFF
+    words = packed.view(packed.shape[0], -1, words_per_tile(bits, spec.format.half)).to(torch.int64) & 0xFFFF
+    step = bits * spec.format.vector_dim - spec.format.half
+    # The stream of a tile, its first step later: word w of the rolled stream ends `step` bits before word w does.
+    words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
+    if spec.format.half:  # two runs are a word less than two runs of `bits` units: the second begins within a word
+        pairs = words.unflatten(-1, (-1, 2 * bits - 1))
+        pairs = torch.cat([pairs, pairs.roll(-1, 2)[..., :1]], dim=-1)
+        second = (pairs[..., bits - 1 : -1] << 8 | pairs[..., bits:] >> 8) & 0xFFFF
+        words = torch.stack([pairs[..., :bits], second], dim=-2).flatten(2)
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))
     # A run of 16 positions, of `bits` units: to lane 4 g + t, half, unit.
     if spec.tile_order is TileOrder.ROW_MAJOR:  # tile t, run 8 half + g
