@@ -84,8 +84,7 @@ inline std::vector<Weight> weights_of(const Tensor& packed, const std::optional<
                                       const std::vector<int64_t>& output_sizes, int64_t k, int64_t bits) {
   const auto [code, order] = code_and_order(name);
   if (code == Code::kE8p) return lattice_weights(packed, output_sizes, k, bits);
-  const bool published = code == Code::kMcg || code == Code::kMul1 || code == Code::kMul1Half;
-  STD_TORCH_CHECK(order != TileOrder::kSwapped || code == Code::kThreeInst || published, "code ", name,
+  STD_TORCH_CHECK(order != TileOrder::kSwapped || has_swapped(code), "code ", name,
                   ": 3inst, mcg and mul1 have swapped tiles, the others do not");
   const int64_t own = table_floats(code);
   STD_TORCH_CHECK(bits >= least_bits(code) && bits <= most_bits(code), "bits is ", bits, ": ", name, " has ",

@@ -25,4 +25,9 @@ constexpr bool is_half(Code code) { return code == Code::kMul1Half; }
 constexpr int least_bits(Code code) { return is_half(code) ? 2 : 1; }
 constexpr int most_bits(Code code) { return code == Code::kHyb || is_half(code) ? 4 : 8; }
 
+// Whether tiles in EXL3's order are decoded.
+constexpr bool has_swapped(Code code) {
+  return code == Code::kThreeInst || code == Code::kMcg || code == Code::kMul1 || code == Code::kMul1Half;
+}
+
 }  // namespace quip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quip_vllm.formats.trellis import STATE_BITS, to_int16
+from quip_vllm.formats.trellis_codes import MCG, MCG_MULTIPLIER, MUL1, MUL1_MULTIPLIER
 
 BLOCK = 128
 """The Hadamard block of both sides; stored sizes are multiples of it."""
@@ -23,7 +24,7 @@ BLOCK = 128
 TRELLIS, SUH, SVH, SU_BITS, SV_BITS = "trellis", "suh", "svh", "su", "sv"
 """Published tensors: the streams, the real vectors, and what older files have in place of these: signs as bits."""
 
-CODE_MARKS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
+CODE_MARKS = {MCG.name: MCG_MULTIPLIER, MUL1.name: MUL1_MULTIPLIER}
 """Published scalars, of which the presence says the code, and their value, its multiplier; 3inst has none."""
 
 

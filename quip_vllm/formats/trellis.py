@@ -112,6 +112,20 @@ def unpack(packed: torch.Tensor, bits: int, vector_dim: int, half: bool = False)
     return (words[..., word] << offset | following >> (STATE_BITS - offset)) & _STATE_MASK
 
 
+def runs_of_half_rate(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The runs of 32 steps of tiles at a half rate, each with the word that follows it, as kernels read them.
+
+    Args:
+        words: integers [..., words_per_tile].
+        bits: see `unpack`.
+
+    Returns:
+        [..., 8, 2*bits].
+    """
+    runs = words.unflatten(-1, (-1, 2 * bits - 1))
+    return torch.cat([runs, runs.roll(-1, -2)[..., :1]], dim=-1)
+
+
 def _step_bits(bits: int, vector_dim: int) -> int:
     if vector_dim not in (1, 2) or not 1 <= bits * vector_dim <= STATE_BITS:
         raise ValueError(

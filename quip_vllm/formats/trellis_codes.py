@@ -53,6 +53,9 @@ _HYB_GRIDS = {
     ),
 }
 
+MCG_MULTIPLIER, MUL1_MULTIPLIER = 0xCBAC1FED, 0x83DCD12D
+"""EXL3's, which its files hold as well."""
+
 _STATES = 1 << STATE_BITS
 _WORD = 0xFFFFFFFF
 
@@ -74,7 +77,7 @@ def _three_inst(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> t
 
 def _mcg(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
     """MCG (EXL3): 3INST with a product in place of the multiply-add. Its standard deviation is 1.2441."""
-    return _two_halves(state * 0xCBAC1FED & _WORD)
+    return _two_halves(state * MCG_MULTIPLIER & _WORD)
 
 
 def _mul1(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.Tensor:
@@ -83,7 +86,7 @@ def _mul1(state: torch.Tensor, table: torch.Tensor | None, bits: int) -> torch.T
     The value is fp16(a (1024 + s) - b) with a = 1774 * 2^-18 and b = 10.3828125: a fused multiply-add, rounded once. In
     float32 the product and the difference are exact.
     """
-    y = state * 0x83DCD12D & _WORD
+    y = state * MUL1_MULTIPLIER & _WORD
     total = (y & 0xFF) + (y >> 8 & 0xFF) + (y >> 16 & 0xFF) + (y >> 24)
     exact = (1024 + total).to(torch.float32) * (1774 * 2.0**-18) - 10.3828125
     return exact.to(torch.float16).to(torch.float32)[:, None]

@@ -14,6 +14,7 @@ from quip_vllm import envs
 from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SU, SV, check
+from quip_vllm.formats.trellis import runs_of_half_rate, words_per_tile
 from quip_vllm.formats.trellis_codes import HYB, LUT, PACKED, TABLE, TrellisCode
 from quip_vllm.ops.extension import cpu_library_problem, require_cpu_library
 from quip_vllm.ops.prepared import PreparedLayer
@@ -24,9 +25,6 @@ logger = logging.getLogger(__name__)
 LARGEST = 1023
 """Of int16 weights: a chunk of products with int8 then sums to 32 bits (kChunk8 in kernels/cpu/kernels.h)."""
 
-
-RUNS = 8
-"""Runs of 32 positions in a tile."""
 
 TABLES = ("table", "table_integers", "table_units")
 """Names, in a CpuLayer, of the tables of a code that looks its values up."""
@@ -217,8 +215,8 @@ def _packed(spec: LinearSpec, tensors: dict[str, Tensor]) -> Tensor:
     if isinstance(spec.format, TrellisCode):
         packed = tensors[PACKED]
         if spec.format.half:
-            runs = packed.unflatten(1, (-1, RUNS, 2 * spec.bits - 1))
-            packed = torch.cat([runs, runs.roll(-1, 2)[..., :1]], dim=-1).flatten(1)
+            tiles = packed.unflatten(1, (-1, words_per_tile(spec.bits, half=True)))
+            packed = runs_of_half_rate(tiles, spec.bits).flatten(1)
         return packed.contiguous()
     codes, rest = tensors[CODES].contiguous(), tensors.get(RESIDUAL_CODES)
     rest = None if rest is None else rest.contiguous()

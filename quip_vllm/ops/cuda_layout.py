@@ -11,7 +11,7 @@ from quip_vllm.formats.e8p_residual import CODES, RESIDUAL_CODES, Lattice
 from quip_vllm.formats.spec import LinearSpec, TileOrder
 from quip_vllm.formats.tensors import SV
 from quip_vllm.formats.tile import TILE
-from quip_vllm.formats.trellis import words_per_tile
+from quip_vllm.formats.trellis import runs_of_half_rate, words_per_tile
 from quip_vllm.formats.trellis_codes import HYB, LUT, MCG, PACKED, PAIRS, STORED, TABLE, THREE_INST, TrellisCode
 
 CHUNK = 64
@@ -60,8 +60,7 @@ def _trellis_words(spec: LinearSpec, packed: Tensor) -> Tensor:
     # The stream of a tile, its first step later: word w of the rolled stream ends `step` bits before word w does.
     words = ((words.roll(1, -1) << 16 | words) >> step) & 0xFFFF
     if spec.format.half:  # two runs are a word less than two runs of `bits` units: the second begins within a word
-        pairs = words.unflatten(-1, (-1, 2 * bits - 1))
-        pairs = torch.cat([pairs, pairs.roll(-1, 2)[..., :1]], dim=-1)
+        pairs = runs_of_half_rate(words, bits)
         second = (pairs[..., bits - 1 : -1] << 8 | pairs[..., bits:] >> 8) & 0xFFFF
         words = torch.stack([pairs[..., :bits], second], dim=-2).flatten(2)
     words = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[1] % (CHUNK // TILE)))

@@ -52,7 +52,7 @@ def words(raw, *shape):
 
 def decoded(trellis, code):
     """fp16 [k, n]."""
-    bits = -(-trellis.shape[-1] // 16)
+    bits = trellis.shape[-1] // 16
     return FORMATS[code].decode({"packed": exl3.packed(trellis)}, bits, TileOrder.MMA_SWAPPED).T.half()
 
 

@@ -68,9 +68,8 @@ struct Layer {
         sv(random_floats(n)),
         base(random_floats(k / 8 * (k / 8))),
         weight{packed.data(), table.data(), code, bits, n, k, table8.data(), table16.data()} {
-    const bool swapped = code == Code::kThreeInst || code == Code::kMul1 || code == Code::kMul1Half;
     weight.grid = other && code == Code::kHyb;
-    if (other && !weight.grid) weight.order = swapped ? TileOrder::kSwapped : TileOrder::kByRows;
+    if (other && !weight.grid) weight.order = has_swapped(code) ? TileOrder::kSwapped : TileOrder::kByRows;
     if (code != Code::kE8p) return;
     const std::vector<int16_t> codes = random_bits<int16_t>(n * k / 8), second = random_bits<int16_t>(n * k / 8);
     ops.put_rows(codes.data(), second.data(), 0, n, k, bits, packed.data());

@@ -23,7 +23,8 @@ SHARED_BYTES = 99 * 1024
 """What a thread block of the smallest of these GPUs may have."""
 
 USUAL = [("hyb", 2, 8, target) for target in TARGETS] + [("e8p", 4, 64, 80), ("1mad", 2, 64, 90), ("lut", 8, 8, 80)]
-USUAL += [("mul1_half_swapped", 3, 8, 80), ("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80), ("hyb_by_rows", 3, 8, 80)]
+USUAL += [("mul1_swapped", 3, 8, 80), ("mul1_half_swapped", 3, 8, 80)]
+USUAL += [("mcg_swapped", 4, 64, 90), ("grid", 5, 64, 80), ("hyb_by_rows", 3, 8, 80)]
 USUAL += [("1mad_by_rows", 3, 64, 80), ("table_by_rows", 4, 8, 90), ("pairs_by_rows", 2, 64, 80)]
 EVERY = [(code, bits, (8, 64)[bits % 2], (80, 90)[bits // 2 % 2]) for code, bits in RATES]
 """Each rate with one of the four pairs of rows and target, of which four rates of a code have them all."""

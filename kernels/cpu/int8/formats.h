@@ -14,8 +14,8 @@
 #include "trellis_tiles_avx512.h"
 #endif
 #else
+#include "hyb_avx2.h"
 #include "lattice_avx2.h"
-#include "trellis_avx2.h"
 #endif
 
 namespace quip {
@@ -69,8 +69,7 @@ constexpr bool has_order(Code code, TileOrder order, int bits) {
   const auto is = [&](auto... codes) { return ((code == codes) || ...); };
   switch (order) {
     case TileOrder::kOurs: return is(Code::kOneMad, Code::kThreeInst, Code::kMcg, Code::kMul1, Code::kLut);
-    case TileOrder::kSwapped:
-      return is(Code::kThreeInst, Code::kMcg, Code::kMul1) || (bits > 1 && bits <= 4 && is(Code::kMul1Half));
+    case TileOrder::kSwapped: return has_swapped(code) && bits >= least_bits(code) && bits <= most_bits(code);
     case TileOrder::kByRows: return bits <= 4 && is(Code::kOneMad, Code::kThreeInst, Code::kTable, Code::kPairs);
   }
   return false;
