@@ -136,14 +136,16 @@ def _qualities(chosen: Callable[[str], bool], commit: bool = True, csv: str = "q
     return table([*header, *(["minutes", "GB", "commit"] if commit else [])], lines)
 
 
-def sides() -> str:
-    """Rounding on one side, on two, and there with a fifth of the token weights."""
-    rows = quality_rows()
+def steps() -> str:
+    """What each step of the quantizer gives behind those before it, by format."""
+    rows, names = quality_rows(), ("qs2", "qh2", "qt3", "qt4")
+    kinds = {"rounding on one side": "d0", "drift correction": "one", "rounding on two sides": "w0"}
+    kinds |= {"a fifth of the token weights": "", "training": "full", "256 sequences": "fullx4"}
     lines = []
-    for name in (name for name in rows if f"{name}one" in rows and f"{name}w0" in rows):
-        cells = [_perplexity_and_kl(rows[n]) for n in (f"{name}one", f"{name}w0", name)]
-        lines.append([quality_label(name), *cells])
-    return table(["format", "one side: perplexity (KL)", "two sides", "and token weights, a fifth"], lines)
+    for words, kind in kinds.items():
+        found = (rows.get(name + kind) for name in names)
+        lines.append([words, *(_perplexity_and_kl(row) if row else "" for row in found)])
+    return table(["step", *map(quality_label, names)], lines)
 
 
 def _perplexity_and_kl(row: dict[str, str]) -> str:
@@ -210,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuned": tuned,
     "gemma": gemma,
     "gemma_formats": gemma_formats,
-    "sides": sides,
+    "steps": steps,
     "roundings": roundings,
     "drift": drift,
     "shares": shares,
