@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import compiled
 from mutants import link
+from sanitized import sanitized
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
@@ -28,7 +28,7 @@ def builds(request):
     if not request.config.getoption("--sanitize"):
         pytest.skip("builds and runs for minutes: make sanitize")
     for sanitizer in ("address", "thread"):
-        compiled(sanitizer)
+        sanitized(sanitizer)
 
 
 def run(program, cases, order):

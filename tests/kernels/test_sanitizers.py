@@ -5,27 +5,20 @@ panels.cpp runs the kernels over std::thread: the thread sanitizer would report 
 instrumented, as races. The op tests run the bindings, over the kernels of the best tier of the build. A build leaves
 out a tier whose sources are those of others (QUIP_INSTEAD in CMakePresets.json): avx512 has the floats of avx512_vnni
 and the integers of avx2, and no sanitizer sees through the tile registers of amx, which amx_emulated does without.
+sanitized() also leaves out what this CPU does not run.
 """
 
-import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from compiled import compiled
+from sanitized import INSTEAD, sanitized
 from tiers import TIERS, runs_here
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-PRESETS = json.loads((ROOT / "kernels" / "CMakePresets.json").read_text())["configurePresets"]
-BUILT = {  # sanitizer -> its tiers
-    one["name"]: [tier for tier in TIERS if not re.search(rf"\b{tier}=", one["cacheVariables"]["QUIP_INSTEAD"])]
-    for one in PRESETS
-    if one["name"] in ("address", "thread")
-}
 TESTS = [str(path) for path in (*ROOT.glob("tests/ops/test_cpu*.py"), ROOT / "tests/ops/test_library.py")]
 SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_outside", "only_the_packed")
 
@@ -35,7 +28,7 @@ def builds(request):
     if not request.config.getoption("--sanitize"):
         pytest.skip("builds and runs for minutes: make sanitize")
     for sanitizer in ("address", "thread"):
-        compiled(sanitizer)
+        sanitized(sanitizer)
 
 
 def run(*command, **environment):
@@ -62,7 +55,7 @@ def test_op_tests_are_clean():
 
 def at_every_tier(*cases):
     """(sanitizer, ...) with the tiers of its build that this CPU runs."""
-    return [(*case, tier) for case in cases for tier in BUILT[case[0]] if runs_here(tier)]
+    return [(*case, tier) for case in cases for tier in TIERS if runs_here(tier) and tier not in INSTEAD[case[0]]]
 
 
 @pytest.mark.parametrize(("sanitizer", "tier"), at_every_tier(("address",), ("thread",)))
