@@ -55,7 +55,6 @@ CONFIGURATIONS |= {f"qg{bits}one": [*CONFIGURATIONS[f"qg{bits}"], "--no-two-side
 CONFIGURATIONS["qp2.5"] = ["--method", "qtip", "--bits", "2.5", "--tune", "none"]
 CONFIGURATIONS["qh2fullx4e1"] = [*CONFIGURATIONS["qh2fullx4"], "--epochs", "1"]
 CONFIGURATIONS["qp3refitx4"] = ["--method", "qtip", "--bits", "3.0", "--tune", "refit", "--sequences", "256"]
-CONFIGURATIONS["qp4refit"] = ["--method", "qtip", "--bits", "4.0", "--tune", "refit"]
 CUTS = {"": ["--split", "1"], "split2": ["--split", "2"], "split3": ["--split", "3"]}
 CUTS["b128"] = ["--hadamard-block", "128"]
 for short, flags in CUTS.items():
