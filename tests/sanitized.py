@@ -2,8 +2,8 @@
 """What the sanitizers' tests have compiled."""
 
 import json
-from pathlib import Path
 
+import pytest
 from compiled import ROOT, compiled
 from tiers import TIERS, runs_here
 
@@ -15,8 +15,14 @@ INSTEAD = {  # sanitizer -> what stands in its build for a tier, by the tier
 }
 
 
-def sanitized(sanitizer: str) -> Path:
-    """compiled() of a sanitizer's preset, without the tiers that this CPU does not run: portable stands for them."""
+def sanitized(config: pytest.Config) -> None:
+    """Compiles both presets, or skips the test without --sanitize.
+
+    Tiers that this CPU does not run are left out: portable stands for them.
+    """
+    if not config.getoption("--sanitize"):
+        pytest.skip("builds and runs for minutes: make sanitize")
     others = {tier: "portable" for tier in TIERS if not runs_here(tier)}
-    pairs = (others | INSTEAD[sanitizer]).items()
-    return compiled(sanitizer, variables=("QUIP_INSTEAD=" + ";".join(f"{tier}={other}" for tier, other in pairs),))
+    for sanitizer, instead in INSTEAD.items():
+        pairs = ";".join(f"{tier}={other}" for tier, other in (others | instead).items())
+        compiled(sanitizer, variables=(f"QUIP_INSTEAD={pairs}",))

@@ -25,10 +25,7 @@ RACES = ("1mad 2 1mad_int8 2", "hyb 3", "e8p 3", "e8p_large 2")
 
 @pytest.fixture(autouse=True, scope="module")
 def builds(request):
-    if not request.config.getoption("--sanitize"):
-        pytest.skip("builds and runs for minutes: make sanitize")
-    for sanitizer in ("address", "thread"):
-        sanitized(sanitizer)
+    sanitized(request.config)
 
 
 def run(program, cases, order):

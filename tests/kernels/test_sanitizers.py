@@ -25,10 +25,7 @@ SLOW = ("distortion", "beats", "opcheck", "compiles", "two_processes", "targets_
 
 @pytest.fixture(autouse=True, scope="module")
 def builds(request):
-    if not request.config.getoption("--sanitize"):
-        pytest.skip("builds and runs for minutes: make sanitize")
-    for sanitizer in ("address", "thread"):
-        sanitized(sanitizer)
+    sanitized(request.config)
 
 
 def run(*command, **environment):
